@@ -1,0 +1,50 @@
+# make setup      create .venv and install the package with every version pinned
+# make test       setup, then lint, formatting, types and the quick tests
+# make test-all   the same with the slow tests (learning proofs, full products of options)
+# make demo       setup, then train and compare two small models and write runs/demo/report.html
+#
+# PYTHON=python3.12 make setup   uses another interpreter (3.10 or newer).
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: setup check test test-all demo docs clean
+
+setup: $(STAMP)
+
+# Some distributions ship venv without ensurepip: pip itself then fills the empty environment.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nestlearn needs Python 3.10 or newer, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# The build backend is installed first and pinned too, hence no isolated build.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: check
+	$(PYTEST) -m 'not slow'
+
+test-all: check
+	$(PYTEST)
+
+demo: setup
+	$(BIN)/nestlearn demo --out runs/demo
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build site .pytest_cache .ruff_cache src/nestlearn.egg-info
