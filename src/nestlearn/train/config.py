@@ -1,0 +1,263 @@
+"""What a training run is: one frozen record, read from defaults, a file and the command line, in this order."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+DTYPES = ("float32", "bfloat16", "float64")
+# Found per preset family by benchmarks/learning_rate_grid.py on one common grid (docs/log.md has the table).
+PRESET_LEARNING_RATES = {
+    "hope-tiny": 3e-3,
+    "transformer-tiny": 3e-3,
+    "titans-tiny": 3e-3,
+    "hope-attention-tiny": 3e-3,
+}
+FALLBACK_LEARNING_RATE = 1e-3
+CONFIG_FILE = "train_config.json"
+# On --resume these may differ from the saved run: none of them changes what a step computes.
+FREE_ON_RESUME = frozenset({"out", "steps", "log_interval", "eval_interval", "eval_windows", "save_interval",
+                            "keep_checkpoints", "threads"})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that determines a training run.
+
+    Lengths are in tokens, `steps` counts optimizer updates, and one update reads
+    `batch_size * gradient_accumulation * sequence_length` tokens per process.
+
+    Attributes:
+        preset: a preset name ("hope-tiny") or a folder with a saved model to train further.
+        corpus: what to read: python-docs, python-source, text:PATH, hf:NAME[:CONFIG].
+        tokenizer: "byte", or "bpe:N" for a vocabulary of N learned from the corpus.
+        learning_rate: peak rate of AdamW; None takes the preset's own.
+        warmup: steps of linear warm-up; None takes 5 % of `steps`.
+        schedule: "cosine" (to 0), "linear" (to 0) or "constant", after the warm-up.
+        weight_decay: applied to tensors with two or more dimensions.
+        dtype: "float32", "bfloat16" (mixed precision, float32 weights) or "float64".
+        eval_interval: steps between held-out losses; 0 evaluates only at the end.
+        eval_windows: how many held-out windows of `sequence_length` that loss reads.
+        save_interval: steps between checkpoints; the last step is always saved.
+        keep_checkpoints: how many checkpoints stay on disk.
+        threads: CPU threads; None leaves torch's choice. Bit-exact resume needs an equal count.
+        model: HopeConfig fields that differ from the preset's.
+        trainer: transformers.TrainingArguments fields passed on as they are, for example
+            {"report_to": "tensorboard"} or {"fsdp": "full_shard", "fsdp_config": {...}}.
+
+    Example:
+        >>> TrainConfig(preset="hope-tiny", steps=100).warmup_steps
+        5
+    """
+
+    preset: str = "hope-tiny"
+    corpus: str = "python-docs"
+    tokenizer: str = "byte"
+    out: str = "runs/train"
+    sequence_length: int = 256
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    steps: int = 1000
+    learning_rate: float | None = None
+    warmup: int | None = None
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    log_interval: int = 10
+    eval_interval: int = 0
+    eval_windows: int = 64
+    save_interval: int = 500
+    keep_checkpoints: int = 2
+    threads: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "sequence_length": 2, "batch_size": 1, "gradient_accumulation": 1, "steps": 1, "log_interval": 1,
+            "eval_interval": 0, "eval_windows": 1, "save_interval": 1, "keep_checkpoints": 1, "seed": 0,
+        }  # fmt: skip
+        for name, lowest in at_least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, received {getattr(self, name)}.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, received {value}.")
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("dtype", self.dtype, DTYPES)
+        check_tokenizer_spec(self.tokenizer)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up, at least 1."""
+        return max(1, self.steps // 20) if self.warmup is None else self.warmup
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one process reads per optimizer update."""
+        return self.batch_size * self.gradient_accumulation * self.sequence_length
+
+    def peak_learning_rate(self) -> float:
+        """The learning rate after warm-up: the one given, else the preset's."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return PRESET_LEARNING_RATES.get(self.preset, FALLBACK_LEARNING_RATE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy of all fields."""
+        return dataclasses.asdict(self)
+
+
+def _one_of(name: str, value: str, allowed: typing.Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(allowed)}.{suggestion(value, allowed)}")
+
+
+def check_tokenizer_spec(spec: str) -> int | None:
+    """The vocabulary size of a "bpe:N" specification, None for "byte".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if spec == "byte":
+        return None
+    kind, _, size = spec.partition(":")
+    if kind == "bpe" and size.isdigit() and int(size) > 259:
+        return int(size)
+    raise ValueError(
+        f"Unknown tokenizer {spec!r}. Use 'byte', or 'bpe:N' with N > 259 (256 bytes and 3 special tokens), as in bpe:2048."
+    )
+
+
+def suggestion(name: str, known: typing.Iterable[str]) -> str:
+    """' Did you mean a, b?' for the known names close to `name`, else an empty string."""
+    close = difflib.get_close_matches(name, sorted(known), n=3)
+    return f" Did you mean {', '.join(close)}?" if close else ""
+
+
+def train_fields() -> dict[str, Any]:
+    """The fields of TrainConfig with their types."""
+    return typing.get_type_hints(TrainConfig)
+
+
+def build_config(
+    values: Mapping[str, Any], model_fields: typing.Collection[str], base: TrainConfig | None = None
+) -> TrainConfig:
+    """A TrainConfig from loosely typed values.
+
+    Names that are TrainConfig fields set them, `trainer.NAME` sets a TrainingArguments field and every
+    other name must be one of `model_fields` and overrides the preset. Later values win over `base`.
+
+    Raises:
+        ValueError: for an unknown name (with close matches) or a value of the wrong type.
+
+    Example:
+        >>> build_config({"steps": "20", "hidden_size": "64"}, {"hidden_size"}).model
+        {'hidden_size': 64}
+    """
+    hints = train_fields()
+    merged = (base or TrainConfig()).to_dict()
+    for raw_name, value in values.items():
+        name = raw_name.replace("-", "_")
+        if name in ("model", "trainer") and isinstance(value, Mapping):
+            merged[name] = {**merged[name], **value}
+        elif name in hints and name not in ("model", "trainer"):
+            merged[name] = _coerce(name, value, hints[name])
+        elif name.startswith("trainer."):
+            merged["trainer"] = {**merged["trainer"], name.removeprefix("trainer."): parse_scalar(value)}
+        elif name.removeprefix("model.") in model_fields:
+            merged["model"] = {**merged["model"], name.removeprefix("model."): parse_scalar(value)}
+        else:
+            known = [*hints, *model_fields]
+            raise ValueError(
+                f"Unknown field {raw_name!r}.{suggestion(name, known)} "
+                f"Training fields: {', '.join(sorted(set(hints) - {'model', 'trainer'}))}. "
+                f"Model fields: {', '.join(sorted(model_fields))}."
+            )
+    unknown = [name for name in merged["model"] if name not in model_fields]
+    if unknown:
+        raise ValueError(f"Unknown model field {unknown[0]!r}.{suggestion(unknown[0], model_fields)}")
+    return TrainConfig(**merged)
+
+
+def parse_scalar(value: Any) -> Any:
+    """The value that command-line text stands for: JSON if it is JSON, None / true / false, else the text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        words = {"none": None, "true": True, "false": False}
+        return words.get(value.lower(), value)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type, or a ValueError that names the field."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if str in options and isinstance(value, str):
+        return value
+    parsed = parse_scalar(value)
+    if parsed is None and type(None) in options:
+        return None
+    if bool in options and isinstance(parsed, bool):
+        return parsed
+    if not isinstance(parsed, bool):
+        if float in options and isinstance(parsed, (int, float)):
+            return float(parsed)
+        if int in options and isinstance(parsed, (int, float)) and float(parsed).is_integer():
+            return int(parsed)
+    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"{name} must be {expected.replace('NoneType', 'none')}, received {value!r}.")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        ValueError: if the file cannot be read, cannot be parsed or holds no mapping.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read the configuration file {path}: {error}.") from error
+    try:
+        # JSON first: YAML 1.1 reads 1e-3 as text, JSON as a number.
+        content = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The configuration file {path} is neither valid YAML nor JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"The configuration file {path} holds {type(content).__name__}, expected a mapping such as `steps: 100`."
+        )
+    return content
+
+
+def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:
+    """Refuse to resume with settings that would make it a different run.
+
+    Raises:
+        ValueError: naming the first field that differs and must not.
+    """
+    for name, value in wanted.to_dict().items():
+        if name not in FREE_ON_RESUME and value != getattr(saved, name):
+            raise ValueError(
+                f"--resume continues the saved run, so {name} cannot change: saved {getattr(saved, name)!r}, "
+                f"received {value!r}. Leave it out, or start a new run with another --out."
+            )

@@ -1,0 +1,295 @@
+"""`train`: from one TrainConfig to a saved model, resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset, Subset
+from transformers import PrinterCallback, PreTrainedTokenizerFast, TrainingArguments, default_data_collator
+from transformers.utils import logging as engine_logging
+
+from nestlearn import flops
+from nestlearn.data import PackedDataset, bytes_per_token, load_corpus
+from nestlearn.train import checkpoint
+from nestlearn.train.callbacks import ProgressBar, StepTimer, StopOnSignal
+from nestlearn.train.config import CONFIG_FILE, SCHEDULES, TrainConfig, check_resume
+from nestlearn.train.errors import CheckpointError, TrainingInterrupted
+from nestlearn.train.load import load_tokenizer, prepare_model, prepare_model_config, prepare_tokenizer
+from nestlearn.train.meter import Meter, count_targets, cut_log, read_log
+from nestlearn.train.trainer import HopeTrainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reached. Loss is in nats per token, on the training text and on held-out text."""
+
+    out: Path
+    steps: int
+    tokens: int
+    seconds: float
+    flops: float
+    loss: float
+    bits_per_byte: float
+    eval_loss: float
+    eval_bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The two datasets of a run and what a token of each stands for."""
+
+    train: Dataset
+    validation: Dataset
+    token_bytes: torch.Tensor
+    eval_bytes_per_target: float
+
+
+def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Train a model and save it, its tokenizer and its log in `config.out`.
+
+    On the same machine and thread count, an interrupted and resumed run ends with the same bits as an
+    uninterrupted one.
+
+    Args:
+        config: the run.
+        resume: continue from the last checkpoint in `config.out`.
+        console: where progress goes; standard error if None.
+
+    Raises:
+        ValueError: for settings or data that cannot work.
+        CheckpointError: if a checkpoint is damaged or cannot be written; earlier ones are left intact.
+        NonFiniteError: when the loss or a gradient is no longer finite.
+        TrainingInterrupted: after Ctrl-C, once the state is saved.
+
+    Example:
+        >>> result = train(TrainConfig(preset="hope-tiny", corpus="text:notes/*.md", steps=100, out="runs/notes"))
+        >>> result.eval_bits_per_byte < 8
+        True
+    """
+    console = console or Console(stderr=True)
+    out = Path(config.out)
+    last = _starting_point(config, out, resume)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tokenizer = load_tokenizer(out) if resume else prepare_tokenizer(config)
+    data = load_data(config, tokenizer)
+    model = prepare_model(config, prepare_model_config(config, tokenizer))
+    progress = Meter.load(last) if last else Meter()
+    if resume:
+        cut_log(out, checkpoint.step_of(last) if last else 0)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(out))
+    checkpoint.write_text(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1))
+    title = Path(config.preset).name
+    bar, stop = ProgressBar(progress, console, title), StopOnSignal(console)
+    with stop, _quiet_engine():
+        trainer = build_trainer(config, model, tokenizer, data, progress)
+        for callback in (StepTimer(progress), bar, stop):
+            trainer.add_callback(callback)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            bar.close()
+        if stop.received is not None and trainer.state.global_step < config.steps:
+            raise _interrupted(trainer, stop.received, out)
+        export(trainer, out)
+    return _result(trainer, out)
+
+
+def _starting_point(config: TrainConfig, out: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue from; refuses to write over another run and to resume what cannot be resumed."""
+    last = checkpoint.last_checkpoint(out)
+    if not resume:
+        if last is not None or (out / CONFIG_FILE).exists():
+            raise ValueError(
+                f"{out} already holds a run. Continue it with --resume, choose another --out, or delete the folder."
+            )
+        return None
+    check_resume(saved_config(out), config)
+    if last is None:
+        raise CheckpointError(f"{out} has no checkpoint to resume from. Start the run without --resume.")
+    checkpoint.verify(last)
+    done = checkpoint.step_of(last)
+    if done >= config.steps:
+        raise ValueError(f"{last} already has {done} of {config.steps} steps. Ask for more with --steps.")
+    return last
+
+
+def saved_config(out: str | Path) -> TrainConfig:
+    """The TrainConfig that a run folder was started with.
+
+    Raises:
+        CheckpointError: if the folder holds no readable run.
+    """
+    path = Path(out) / CONFIG_FILE
+    try:
+        return TrainConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{out} holds no run to resume: {path.name} cannot be read ({error}).") from error
+
+
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
+    """Pack the training and held-out documents into windows of `sequence_length` tokens.
+
+    Raises:
+        ValueError: if the corpus has too little text for one batch, or nothing to evaluate on.
+    """
+    packed = {
+        split: PackedDataset(
+            load_corpus(config.corpus, split, seed=config.seed), tokenizer, config.sequence_length, seed=config.seed
+        )
+        for split in ("train", "validation")
+    }
+    train_set, held_out = packed["train"], packed["validation"]
+    if hasattr(train_set, "__len__") and len(train_set) < config.batch_size:
+        raise ValueError(
+            f"The corpus {config.corpus!r} is too small: {len(train_set)} windows of {config.sequence_length} tokens "
+            f"for a batch of {config.batch_size}. Use more text, or a smaller --sequence-length or --batch-size."
+        )
+    windows = _first_items(held_out, config.eval_windows)
+    if not windows:
+        raise ValueError(
+            f"The held-out part of {config.corpus!r} is shorter than one window of {config.sequence_length} tokens. "
+            "Use more documents, or a smaller --sequence-length."
+        )
+    token_bytes = bytes_per_token(tokenizer)
+    counts = [count_targets(item["labels"].unsqueeze(0), token_bytes) for item in windows]
+    targets, byte_count = (sum(column) for column in zip(*counts, strict=True))
+    return RunData(train_set, _ListDataset(windows), token_bytes, byte_count / max(targets, 1))
+
+
+class _ListDataset(Dataset):
+    def __init__(self, items: list[dict[str, torch.Tensor]]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.items[index]
+
+
+def _first_items(dataset: Any, count: int) -> list[dict[str, torch.Tensor]]:
+    """The first `count` windows of a map-style or streaming dataset."""
+    if hasattr(dataset, "__len__"):
+        return list(Subset(dataset, range(min(count, len(dataset)))))
+    return [item for _, item in zip(range(count), dataset, strict=False)]
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The engine's own settings for a run; `config.trainer` has the last word."""
+    settings: dict[str, Any] = {
+        "output_dir": config.out,
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "learning_rate": config.peak_learning_rate(),
+        "lr_scheduler_type": SCHEDULES[config.schedule],
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "bf16": config.dtype == "bfloat16",
+        "logging_steps": config.log_interval,
+        # The engine would replace a non-finite loss by an average; here it ends the run instead.
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "eval_steps": config.eval_interval or config.steps,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": config.save_interval,
+        "save_total_limit": config.keep_checkpoints,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        # Kept in the saved configuration, so that generation from the result uses its cache.
+        "use_cache": True,
+    }
+    try:
+        return TrainingArguments(**{**settings, **config.trainer})
+    except TypeError as error:
+        raise ValueError(f"Unknown TrainingArguments field in trainer: {error}.") from error
+
+
+def build_trainer(
+    config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerFast, data: RunData, progress: Meter
+) -> HopeTrainer:
+    """The engine of a run, without progress bar or signal handling."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = HopeTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        token_bytes=data.token_bytes,
+        flops_per_token=flops(model.config, config.sequence_length),
+        meter=progress,
+        eval_bytes_per_target=data.eval_bytes_per_target,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def export(trainer: HopeTrainer, out: Path) -> None:
+    """Save model and tokenizer in the run folder itself, each file renamed into place when whole."""
+    staging = out / ".writing-model"
+    with checkpoint.clean_on_failure(staging, out / "model.safetensors"):
+        trainer.save_model(str(staging))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save and staging.is_dir():
+            checkpoint.publish_files(staging, out)
+
+
+def _interrupted(trainer: HopeTrainer, number: int, out: Path) -> TrainingInterrupted:
+    saved = checkpoint.last_checkpoint(out)
+    command = f"nestlearn train --resume --out {shlex.quote(str(out))}"
+    return TrainingInterrupted(trainer.state.global_step, saved or out, 128 + number, command)
+
+
+def _result(trainer: HopeTrainer, out: Path) -> TrainResult:
+    lines = read_log(out)
+    trained = next((line for line in reversed(lines) if "loss" in line), {})
+    held_out = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    nan = float("nan")
+    totals = trainer.meter
+    return TrainResult(
+        out=out,
+        steps=trainer.state.global_step,
+        tokens=totals.tokens,
+        seconds=totals.seconds,
+        flops=totals.flops,
+        loss=trained.get("loss", nan),
+        bits_per_byte=trained.get("bits_per_byte", nan),
+        eval_loss=held_out.get("eval_loss", nan),
+        eval_bits_per_byte=held_out.get("eval_bits_per_byte", nan),
+    )
+
+
+class _quiet_engine:
+    """Silences the engine's informational logging for the time of a run; errors still show."""
+
+    def __enter__(self) -> None:
+        self.level = engine_logging.get_verbosity()
+        engine_logging.set_verbosity(logging.ERROR)
+
+    def __exit__(self, *_error: object) -> None:
+        engine_logging.set_verbosity(self.level)

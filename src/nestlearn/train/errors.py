@@ -1,0 +1,47 @@
+"""Errors that end a training run, each with what a person needs in order to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class TrainingError(RuntimeError):
+    """A training run could not go on; the message names the cause and the way to continue."""
+
+
+class NonFiniteError(TrainingError):
+    """The loss or a gradient became NaN or infinite.
+
+    Attributes:
+        step: the optimizer step that failed, counted from 1 (it was not applied).
+        component: the first parameter or module with a non-finite value.
+        checkpoint: the last good checkpoint, None if none was saved yet.
+    """
+
+    def __init__(self, what: str, step: int, component: str, checkpoint: Path | None):
+        self.step, self.component, self.checkpoint = step, component, checkpoint
+        where = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
+        super().__init__(
+            f"{what} at step {step}: the first non-finite value is in {component}. {where} "
+            "The usual fix is a lower --learning-rate or a longer --warmup."
+        )
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is missing, truncated, changed or foreign, or could not be written."""
+
+
+class TrainingInterrupted(TrainingError):
+    """The run was stopped by a signal after its state had been saved.
+
+    Attributes:
+        step: the last finished optimizer step.
+        checkpoint: the folder that holds the state of that step.
+        exit_code: what a shell expects of a program ended by this signal (130 for Ctrl-C).
+        resume_command: the command that continues the run.
+    """
+
+    def __init__(self, step: int, checkpoint: Path, exit_code: int, resume_command: str):
+        self.step, self.checkpoint, self.exit_code = step, checkpoint, exit_code
+        self.resume_command = resume_command
+        super().__init__(f"Stopped after step {step}; saved in {checkpoint}. Continue with: {resume_command}")

@@ -1,0 +1,76 @@
+"""Where a value first stopped being finite: the diagnosis behind a stopped run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """'parameter NAME' for the first parameter that holds a NaN or an infinity, else None."""
+    return _first(("parameter", name, parameter) for name, parameter in model.named_parameters())
+
+
+def first_non_finite_gradient(model: nn.Module) -> str | None:
+    """'the gradient of NAME' for the first parameter whose gradient is not finite, else None."""
+    return _first(
+        ("the gradient of", name, parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    )
+
+
+def _first(items: Iterable[tuple[str, str, Tensor]]) -> str | None:
+    for kind, name, tensor in items:
+        if not torch.isfinite(tensor).all():
+            return f"{kind} {name}"
+    return None
+
+
+def first_non_finite_module(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """'the output of NAME (TYPE)' for the first module, in order of execution, whose output is not finite.
+
+    Runs one forward pass without gradients.
+    """
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found and any(not torch.isfinite(tensor).all() for tensor in _tensors(output)):
+                found.append(f"the output of {name or 'the model'} ({type(module).__name__})")
+
+        return module.register_forward_hook(hook)
+
+    handles = [watch(name, module) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def locate_non_finite(model: nn.Module, inputs: dict[str, Any]) -> str:
+    """The first component that explains a non-finite loss: a parameter, a module's output, or a gradient."""
+    return (
+        first_non_finite_parameter(model)
+        or first_non_finite_module(model, inputs)
+        or first_non_finite_gradient(model)
+        or "the loss itself (every parameter and every module's output is finite)"
+    )

@@ -1,0 +1,142 @@
+"""Models and tokenizers for a run: from a preset, or from a folder that is checked before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from nestlearn.data import byte_tokenizer, load_corpus, train_bpe
+from nestlearn.models import HopeConfig, HopeForCausalLM, presets
+from nestlearn.train.config import TrainConfig, check_tokenizer_spec, suggestion
+from nestlearn.train.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from nestlearn.data import Corpus
+
+# Attributes every Hugging Face configuration has; only what makes the architecture is a field to set here.
+_ENGINE_FIELDS = frozenset({"model_type", "transformers_version", "architectures", "output_hidden_states",
+                            "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
+                            "problem_type", "output_attentions", "dtype", "kwargs", "self"})  # fmt: skip
+
+
+def model_fields() -> frozenset[str]:
+    """Names of the HopeConfig fields that a run may override."""
+    if dataclasses.is_dataclass(HopeConfig):
+        names = {field.name for field in dataclasses.fields(HopeConfig)}
+    else:
+        names = set(inspect.signature(HopeConfig.__init__).parameters)
+    return frozenset(name for name in names if not name.startswith("_")) - _ENGINE_FIELDS
+
+
+def is_model_folder(name: str) -> bool:
+    """Whether `name` is a folder with a saved model rather than a preset."""
+    return (Path(name) / "config.json").is_file()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer saved in a model folder.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception for a damaged file)
+        raise CheckpointError(f"{folder} has no readable tokenizer: {_short(error)}.") from error
+
+
+def load_model(folder: str | Path) -> HopeForCausalLM:
+    """The model saved in a folder, complete and with finite weights.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated or damaged, or the weights do not fit the configuration.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is no model folder: it has no config.json. Presets: {', '.join(presets())}."
+            f"{suggestion(str(folder), presets())}"
+        )
+    try:
+        model, report = HopeForCausalLM.from_pretrained(str(path), output_loading_info=True, local_files_only=True)
+    except (SafetensorError, OSError, json.JSONDecodeError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"Cannot load the model in {path}: {_short(error)}. The folder is incomplete or damaged; "
+            "copy it again, or use an earlier checkpoint."
+        ) from error
+    problems = [f"{kind}: {sorted(map(str, report[kind]))[0]}" for kind in report if kind != "error_msgs" and report[kind]]
+    if problems:
+        raise CheckpointError(f"The weights in {path} do not fit its config.json ({'; '.join(problems)}).")
+    return model
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def prepare_tokenizer(config: TrainConfig, corpus: Corpus | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a run: the saved model's own, bytes, or BPE learned from the training split."""
+    if is_model_folder(config.preset):
+        return load_tokenizer(config.preset)
+    size = check_tokenizer_spec(config.tokenizer)
+    if size is None:
+        return byte_tokenizer()
+    return train_bpe(corpus or load_corpus(config.corpus, "train", seed=config.seed), size)
+
+
+def prepare_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> HopeConfig:
+    """The model configuration of a run, its vocabulary and document boundary taken from the tokenizer.
+
+    Raises:
+        ValueError: for an unknown preset, an invalid field or a vocabulary smaller than the tokenizer's.
+    """
+    overrides = dict(config.model)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if is_model_folder(config.preset):
+        model_config = HopeConfig.from_pretrained(config.preset)
+        if overrides:
+            raise ValueError(
+                f"{next(iter(overrides))} cannot change: {config.preset} holds trained weights of a fixed shape. "
+                "Leave it out, or start from a preset."
+            )
+    else:
+        defaults = {"vocab_size": len(tokenizer), "reset_token_id": tokenizer.bos_token_id, **ids}
+        model_config = HopeConfig.from_preset(config.preset, **{**defaults, **overrides})
+    if model_config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"Vocabulary mismatch: the model has vocab_size {model_config.vocab_size}, the tokenizer "
+            f"{config.tokenizer} has {len(tokenizer)} tokens. Leave --vocab-size out to take the tokenizer's."
+        )
+    return model_config
+
+
+def prepare_model(config: TrainConfig, model_config: HopeConfig) -> HopeForCausalLM:
+    """The model of a run, initialised from the seed or loaded from its folder."""
+    if is_model_folder(config.preset):
+        model = load_model(config.preset)
+    else:
+        torch.manual_seed(config.seed)
+        model = HopeForCausalLM(model_config)
+    return model.to(torch.float64 if config.dtype == "float64" else torch.float32)
+
+
+def initial_loss(vocab_size: int) -> float:
+    """Loss in nats per token of a model that knows nothing: ln(vocabulary)."""
+    return math.log(vocab_size)
+
+
+def describe(config: TrainConfig, model_config: HopeConfig) -> dict[str, Any]:
+    """The resolved settings of a run, as `--dry-run` prints them."""
+    train = {key: value for key, value in config.to_dict().items() if key not in ("model", "trainer")}
+    train |= {"learning_rate": config.peak_learning_rate(), "warmup": config.warmup_steps}
+    fields = model_config.to_dict()
+    model = {name: fields[name] for name in sorted(model_fields()) if name in fields}
+    return {"train": train, "trainer": config.trainer, "model": model}

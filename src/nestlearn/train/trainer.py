@@ -1,0 +1,157 @@
+"""transformers.Trainer with the guarantees a long run needs.
+
+Added to the engine: exact accounting, a stop at the first non-finite value before it reaches the weights, and
+checkpoints that are renamed into place only when whole. Optimizer, schedule, accumulation, mixed precision,
+torchrun and FSDP stay the engine's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from nestlearn.train import checkpoint, meter
+from nestlearn.train.errors import NonFiniteError
+from nestlearn.train.finite import first_non_finite_gradient, locate_non_finite
+
+
+class HopeTrainer(Trainer):
+    """The training engine; use `nestlearn.train.train` unless you need to change the loop itself.
+
+    Args:
+        token_bytes: bytes that each token id stands for, Long[vocabulary] (special tokens 0).
+        flops_per_token: forward FLOPs of one token, a multiply-add counting 2.
+        meter: the sums to continue from when a run is resumed.
+        eval_bytes_per_target: bytes per predicted token of the evaluation set, to log its bits per byte.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        token_bytes: Tensor,
+        flops_per_token: float,
+        meter: meter.Meter,
+        eval_bytes_per_target: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.token_bytes, self.flops_per_token = token_bytes, flops_per_token
+        self.meter, self.eval_bytes_per_target = meter, eval_bytes_per_target
+        self._staging: Path | None = None
+
+    @property
+    def out(self) -> Path:
+        """The folder of the run."""
+        return Path(self.args.output_dir or ".")
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """FLOPs of forward and backward on one batch, by the model's own count."""
+        return int(3 * self.flops_per_token * inputs["input_ids"].numel())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay acts on matrices and higher; norms, biases and gate biases are left alone."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Neither training nor the held-out loss reads the final state, and building it costs a write per layer.
+        return {**super()._prepare_inputs(inputs), "use_cache": False}
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward pass, counted; raises NonFiniteError before the weights could be harmed."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = float(loss)
+        if not torch.isfinite(loss):
+            component = locate_non_finite(model, self._prepare_inputs(inputs))
+            raise NonFiniteError(f"The loss is {value}", self._step, component, checkpoint.last_checkpoint(self.out))
+        processes = self.accelerator.num_processes
+        targets, byte_count = meter.count_targets(inputs["labels"], self.token_bytes)
+        # The engine divides by the targets of the whole update and multiplies by the processes it averages over.
+        scale = targets if num_items_in_batch is None else float(num_items_in_batch) / processes
+        self.meter.nats += value * scale
+        self.meter.targets += targets
+        self.meter.bytes += byte_count
+        self.meter.tokens += inputs["input_ids"].numel() * processes
+        self.meter.flops += self.floating_point_ops(inputs) * processes
+        return loss
+
+    @property
+    def _step(self) -> int:
+        return self.state.global_step + 1
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        engine = self.accelerator
+        plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or engine.scaler is not None)
+        if plain:
+            # Clipping by a NaN norm would spread NaN to every gradient, so the norm is looked at first.
+            parameters = [p for p in model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self._require_finite(model, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+            return norm
+        norm = super()._clip_grad_norm(model)
+        if engine.scaler is None and norm is not None:
+            self._require_finite(model, torch.as_tensor(norm))
+        return norm
+
+    def _require_finite(self, model: nn.Module, norm: Tensor) -> None:
+        if not torch.isfinite(norm):
+            component = first_non_finite_gradient(model) or "the norm of all gradients (each one is finite)"
+            what = f"The gradient norm is {float(norm)}"
+            raise NonFiniteError(what, self._step, component, checkpoint.last_checkpoint(self.out))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete the engine's log entry and append it to the run's train.jsonl."""
+        if "loss" in logs:
+            self._reduce_interval()
+            logs |= {**self.meter.take_interval(), **self.meter.totals()}
+        elif "eval_loss" in logs and self.eval_bytes_per_target:
+            logs["eval_bits_per_byte"] = meter.bits_per_byte(logs["eval_loss"], self.eval_bytes_per_target)
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
+            wanted = ("loss", "bits_per_byte", "tokens", "seconds", "flops", "learning_rate", "grad_norm",
+                      "eval_loss", "eval_bits_per_byte")  # fmt: skip
+            line = {"step": self.state.global_step, **{key: logs[key] for key in wanted if key in logs}}
+            meter.append_line(self.out, line)
+
+    def _reduce_interval(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        own = torch.tensor([self.meter.nats, self.meter.targets, self.meter.bytes], device=self.args.device)
+        nats, targets, byte_count = self.accelerator.gather(own.view(1, 3)).sum(0).tolist()
+        self.meter.nats, self.meter.targets, self.meter.bytes = nats, int(targets), int(byte_count)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write checkpoint-STEP under a temporary name, then rename it: a failure leaves older ones as they were."""
+        final = self.out / f"checkpoint-{self.state.global_step}"
+        self._staging = checkpoint.staging_path(final)
+        content = self._staging / final.name
+        try:
+            with checkpoint.clean_on_failure(self._staging, final):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self.meter.save(content)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoint.publish(content, final)
+                    os.rmdir(self._staging)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(str(self.out), self.args.save_total_limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # The engine pickles its arguments here. Nothing of ours reads pickles; train_config.json has the settings.
+        (Path(output_dir or self.out) / "training_args.bin").unlink(missing_ok=True)
