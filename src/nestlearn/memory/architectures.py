@@ -1,0 +1,146 @@
+"""Memory architectures, each written once as ``f(linear, x)`` and run by several interpretations of ``linear``.
+
+``linear(name, x)`` applies the linear map called ``name``: with dense weights, recording its input, or with the
+weights of each token. ``adjoint(name, e)`` applies its transpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .objectives import Objective
+from .types import Factor
+
+Linear = Callable[[str, Tensor], Tensor]
+
+
+class Architecture(Protocol):
+    """A memory M(x) made of named linear maps."""
+
+    @property
+    def query_map(self) -> str:
+        """The map that sees the key and the query themselves."""
+        ...
+
+    def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
+        """``{map name: (out, in)}`` for keys of width ``d_key`` and values of width ``d_value``."""
+        ...
+
+    def init(self, name: str, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        """Initial weights of one map in float64, ``shape = (*b, out, in)``."""
+        ...
+
+    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
+        """M(x)."""
+        ...
+
+    def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
+        """Input and error of every map for the loss of ``(k, v)``, in closed form."""
+        ...
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """``M(x) = W x``: the linear memory of linear attention and DeltaNet. Starts at zero."""
+
+    @property
+    def query_map(self) -> str:
+        return "W"
+
+    def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
+        return {"W": (d_value, d_key)}
+
+    def init(self, name: str, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
+        return linear("W", x)
+
+    def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
+        return {"W": Factor(k, objective.error(lambda: linear("W", k), v))}
+
+
+@dataclass(frozen=True)
+class MLP:
+    """``M(x) = x + W_out act(W_in x)`` with ``expansion * d`` hidden units (NL Eq. 89).
+
+    Both maps start at random: with a zero in either, the other would get no gradient.
+    """
+
+    expansion: int = 4
+    activation: Literal["gelu", "silu"] = "gelu"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.expansion, int) or self.expansion < 1:
+            raise ValueError(f"MLP needs a positive integer expansion, got {self.expansion!r}")
+        if self.activation not in ("gelu", "silu"):
+            raise ValueError(f"unknown activation {self.activation!r}: use 'gelu' or 'silu'")
+
+    @property
+    def query_map(self) -> str:
+        return "in"
+
+    def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
+        if d_key != d_value:
+            raise ValueError(
+                f"an MLP memory adds its input to its output, so keys and values must have one width; "
+                f"got d_key={d_key}, d_value={d_value}. Project one of them, or use Matrix()."
+            )
+        hidden = self.expansion * d_key
+        return {"in": (hidden, d_key), "out": (d_key, hidden)}
+
+    def init(self, name: str, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        fan_in = shape[-1]
+        return torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)
+
+    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
+        act = F.gelu if self.activation == "gelu" else F.silu
+        return x + linear("out", act(linear("in", x)))
+
+    def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
+        h, slope = activate(self.activation, linear("in", k))
+        e = objective.error(lambda: k + linear("out", h), v)
+        return {"in": Factor(k, slope * adjoint("out", e)), "out": Factor(h, e)}
+
+
+def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """``(act(z), act'(z))`` in one pass."""
+    if name == "silu":
+        gate = torch.sigmoid(z)
+        h = z * gate
+        return h, gate + h * (1 - gate)
+    return GeluWithSlope.apply(z)  # type: ignore[return-value]
+
+
+_INV_SQRT2 = 1 / math.sqrt(2)
+_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+
+
+class GeluWithSlope(torch.autograd.Function):
+    """Exact GELU ``z Phi(z)``, its derivative ``Phi + z phi``, and their joint gradient from three saved pointwise terms.
+
+    ``d/dz (Phi + z phi) = phi (2 - z^2)``. Composed from plain operations it would keep nine temporaries.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        density = torch.exp(z.square().mul_(-0.5)).mul_(_INV_SQRT_2PI)
+        slope = torch.erf(z * _INV_SQRT2).add_(1).mul_(0.5)
+        h = z * slope
+        slope.addcmul_(z, density)
+        ctx.save_for_backward(z, slope)
+        return h, slope
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_slope: Tensor) -> Tensor:  # type: ignore[override]
+        z, slope = ctx.saved_tensors
+        square = z.square()
+        curvature = torch.exp(-0.5 * square) * (2 - square) * _INV_SQRT_2PI
+        return grad_h * slope + grad_slope * curvature

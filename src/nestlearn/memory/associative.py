@@ -1,0 +1,144 @@
+"""The associative memory: four axes and a clock (NL Def. 1; Miras section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .algorithms import Algorithm, Descent, Momentum
+from .architectures import Architecture, Matrix
+from .objectives import DotProduct, Objective
+from .retention import Decay, Delta, Retention
+from .types import State, Weights
+
+StepSize = Literal["raw", "proximal", "normalized"]
+RetainTo = Literal["zero", "initial"]
+Read = Literal["token", "chunk"]
+
+
+@dataclass(frozen=True)
+class AssociativeMemory:
+    """A memory that maps keys to values by optimizing an objective over its context.
+
+    Data, not behaviour: `scan`, `surprise`, `absorb` and `explain` run it. ``dataclasses.replace`` gives a variant.
+
+    Args:
+        architecture: the map M, `Matrix()` or `MLP(expansion)`.
+        objective: what M minimizes over (key, value), `DotProduct()` or `L2()`.
+        retention: how weights are kept, `Decay()` or `Delta(gated=False)`.
+        algorithm: `Descent()` or `Momentum()`.
+        step_size: how the gate ``eta`` becomes the step ``eta'`` of a map with input x (one for all maps, or a mapping
+            from map name; only with delta retention, which needs the bound):
+            ``raw`` ``eta``; ``proximal`` ``eta / (1 + eta ||x||^2)`` (the exact DGD step, NL Eq. 57);
+            ``normalized`` ``min(eta, 1 + alpha) / (||x||^2 + 1e-6)`` (eigenvalues down to -1: state tracking).
+        retain_to: what retention pulls toward, ``zero`` or the ``initial`` weights.
+        chunk_size: tokens between two refreshes of the anchor at which errors are taken. Part of the function, not
+            only of its speed.
+        read: ``token`` reads ``M_t`` (after the token's own write), ``chunk`` the weights at the start of the chunk.
+
+    Raises:
+        ValueError: for contradictory or unknown settings, with the fix.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from nestlearn.memory import AssociativeMemory, Delta, Matrix, MLP
+        >>> delta_rule = AssociativeMemory(Matrix(), retention=Delta())
+        >>> deep = replace(delta_rule, architecture=MLP(2), step_size="proximal", chunk_size=16)
+    """
+
+    architecture: Architecture = field(default_factory=Matrix)
+    objective: Objective = field(default_factory=DotProduct)
+    retention: Retention = field(default_factory=Decay)
+    algorithm: Algorithm = field(default_factory=Descent)
+    step_size: StepSize | Mapping[str, StepSize] | tuple[tuple[str, StepSize], ...] = "raw"
+    retain_to: RetainTo = "zero"
+    chunk_size: int = 64
+    read: Read = "token"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be a positive number of tokens, got {self.chunk_size!r}")
+        if not isinstance(self.retention, Decay | Delta):
+            raise ValueError(f"retention must be Decay() or Delta(), got {self.retention!r}")
+        if not isinstance(self.algorithm, Descent | Momentum):
+            raise ValueError(f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}")
+        _require("retain_to", self.retain_to, get_args(RetainTo))
+        _require("read", self.read, get_args(Read))
+        names = tuple(self.architecture.shapes(1, 1))
+        if not isinstance(self.step_size, str):
+            per_map = dict(self.step_size)
+            if set(per_map) != set(names):
+                raise ValueError(f"step_size names the maps {sorted(per_map)}, but this memory has {sorted(names)}")
+            # A tuple keeps the dataclass hashable.
+            object.__setattr__(self, "step_size", tuple((name, per_map[name]) for name in names))
+        for name in names:
+            kind = self.step_size_of(name)
+            _require("step_size", kind, get_args(StepSize))
+            if kind != "raw" and not isinstance(self.retention, Delta):
+                raise ValueError(
+                    f"step_size={kind!r} is the step of a delta rule and needs retention=Delta(); "
+                    f"got {self.retention!r}. Use step_size='raw', or Delta()."
+                )
+
+    def step_size_of(self, name: str) -> StepSize:
+        """The step-size mode of one map."""
+        if isinstance(self.step_size, str):
+            return self.step_size
+        return dict(self.step_size)[name]
+
+    def init_state(
+        self,
+        batch_shape: tuple[int, ...],
+        d_key: int,
+        d_value: int,
+        params: Weights | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> State:
+        """A fresh state for rows of shape ``batch_shape``.
+
+        Args:
+            batch_shape: leading dimensions ``*b`` (rows, heads, ...); may be empty.
+            d_key, d_value: widths of keys and values (equal for an MLP).
+            params: initial weights ``{name: [*b, out, in]}`` or broadcastable to it; gradients reach them. Without
+                them a matrix starts at 0 and an MLP at random.
+            generator: randomness of that start (CPU generator).
+            dtype: of the fast weights, float32 or float64. Half precision is refused: it rounds 0.9997 to 1.
+
+        Raises:
+            ValueError: for wrong names, shapes or dtypes.
+        """
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"fast weights must be float32 or float64, got {dtype}; inputs may be bfloat16")
+        shapes = self.architecture.shapes(d_key, d_value)
+        if params is None:
+            full = {n: self.architecture.init(n, (*batch_shape, *s), generator) for n, s in shapes.items()}
+        else:
+            if set(params) != set(shapes):
+                raise ValueError(f"params has maps {sorted(params)}, this memory has {sorted(shapes)}")
+            full = {n: _expand(n, params[n], (*batch_shape, *s)) for n, s in shapes.items()}
+        initial = {n: w.to(dtype=dtype, device=device) for n, w in full.items()}
+        momentum = None
+        if isinstance(self.algorithm, Momentum):
+            momentum = {n: torch.zeros_like(w) for n, w in initial.items()}
+        place = next(iter(initial.values())).device
+        position = torch.zeros(batch_shape, dtype=torch.long, device=place)
+        return State(dict(initial), momentum, dict(initial), initial, position, {}, aligned=True)
+
+
+def _require(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _expand(name: str, w: Float[Tensor, "..."], shape: tuple[int, ...]) -> Tensor:
+    try:
+        return w.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"initial weights {name!r} have shape {tuple(w.shape)}, expected {shape}") from error

@@ -1,0 +1,29 @@
+"""Named memories of the literature, each a point on the same axes."""
+
+from __future__ import annotations
+
+from .algorithms import Momentum
+from .architectures import MLP, Matrix
+from .associative import AssociativeMemory
+from .objectives import L2
+from .retention import Delta
+
+catalog: dict[str, AssociativeMemory] = {
+    # S_t = S_{t-1} + v k^T (Katharopoulos et al. 2020; NL Eq. 16); gates lr = retain = 1
+    "linear_attention": AssociativeMemory(Matrix()),
+    # S_t = gamma S_{t-1} + v k^T (arXiv 2307.08621); retain a constant per head
+    "retnet": AssociativeMemory(Matrix()),
+    # S_t = S_{t-1}(I - eta k k^T) + eta v k^T (arXiv 2406.06484); retain = 1
+    "deltanet": AssociativeMemory(Matrix(), retention=Delta()),
+    # S_t = alpha_t S_{t-1}(I - eta k k^T) + eta v k^T (arXiv 2412.06464)
+    "gated_deltanet": AssociativeMemory(Matrix(), retention=Delta(gated=True)),
+    # W_t = W_{t-1} - eta (W_anchor k - v) k^T (arXiv 2407.04620)
+    "ttt_linear": AssociativeMemory(Matrix(), objective=L2()),
+    "ttt_mlp": AssociativeMemory(MLP(4), objective=L2()),
+    # deep memory, L2, decay, momentum (arXiv 2501.00663, Eq. 9-14)
+    "titans": AssociativeMemory(MLP(4), objective=L2(), algorithm=Momentum()),
+    # deep linear attention: deep memory with the dot-product objective (Atlas, arXiv 2505.23735)
+    "dla": AssociativeMemory(MLP(4)),
+    # the memory of self-modifying Titans (NL Eq. 88-93); docs/decisions.md says why dot product is the default
+    "hope": AssociativeMemory(MLP(4), retention=Delta(), step_size="proximal", retain_to="initial"),
+}

@@ -1,0 +1,213 @@
+"""The fast engine: spans of tokens in closed form, inner gradients by hand.
+
+Equal to `reference.scan` in outputs, final state and outer gradients. No inner autograd, so it runs under
+``torch.inference_mode()`` and is differentiable for training; no host synchronisation on accelerators.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .associative import AssociativeMemory
+from .layout import Grid, place, span_length
+from .retention import Delta
+from .span import Entering, Kernels, Writes, advance, make_kernels, read, step_size, write
+from .types import Factor, Gates, State, Weights
+
+
+class Tokens(NamedTuple):
+    """The tokens of one span, rows flattened to one dimension."""
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    valid: Tensor | None = None
+    reset: Tensor | None = None
+
+
+def dense(weights: Weights):
+    """``linear(name, x) = x W^T`` with the same weights for all tokens."""
+    return lambda name, x: x @ weights[name].mT
+
+
+def anchored(anchor: Weights, initial: Weights, reset: Tensor | None):
+    """``linear`` and ``adjoint`` at the anchor; tokens from a reset on see the initial weights instead."""
+    if reset is None:
+        return dense(anchor), lambda name, e: e @ anchor[name]
+    after = reset.cummax(-1).values.unsqueeze(-1)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return torch.where(after, x @ initial[name].mT, x @ anchor[name].mT)
+
+    def adjoint(name: str, e: Tensor) -> Tensor:
+        return torch.where(after, e @ initial[name], e @ anchor[name])
+
+    return linear, adjoint
+
+
+def span_kernels(memory: AssociativeMemory, gates: Gates, valid: Tensor | None, reset: Tensor | None) -> Kernels:
+    """The kernels of a span for this memory's retention and algorithm."""
+    delta = isinstance(memory.retention, Delta)
+    return make_kernels(
+        gates.retain,
+        gates.momentum,
+        valid,
+        reset,
+        delta=delta,
+        gated=delta and memory.retention.gated,
+        restart=memory.retain_to == "zero",
+    )
+
+
+def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor | None) -> Entering:
+    """The entering weights of one map, as the distance to initial if retention pulls there."""
+    momentum = None if state.momentum is None else state.momentum[name]
+    if memory.retain_to == "initial":
+        return Entering(state.params[name] - state.initial[name], momentum)
+    return Entering(state.params[name], momentum, None if reset is None else state.initial[name])
+
+
+def absorb_span(
+    memory: AssociativeMemory, state: State, factors: dict[str, Factor], tokens: Tokens
+) -> tuple[Kernels, dict[str, Entering], dict[str, Writes]]:
+    """Kernels, entering weights and writes of every map for one span."""
+    kernels = span_kernels(memory, tokens.gates, tokens.valid, tokens.reset)
+    starts = {name: entering(memory, state, name, tokens.reset) for name in factors}
+    writes = {}
+    for name, (x, error) in factors.items():
+        eta = step_size(memory.step_size_of(name), tokens.gates.lr, tokens.gates.retain, x)
+        writes[name] = write(kernels, x, error, eta, starts[name])
+    return kernels, starts, writes
+
+
+def advance_span(
+    memory: AssociativeMemory,
+    state: State,
+    kernels: Kernels,
+    starts: dict[str, Entering],
+    writes: dict[str, Writes],
+    valid: Tensor | None,
+) -> State:
+    """The state after a span; rows without a valid token keep theirs to the last bit."""
+    params: Weights = {}
+    momentum: Weights = {}
+    for name in writes:
+        w, s = advance(kernels, writes[name], starts[name])
+        if memory.retain_to == "initial":
+            w = state.initial[name] + w
+        if valid is not None:
+            some = valid[..., :1, None]
+            w = torch.where(some, w, state.params[name])
+            s = None if s is None or state.momentum is None else torch.where(some, s, state.momentum[name])
+        params[name] = w
+        if s is not None:
+            momentum[name] = s
+    return state._replace(params=params, momentum=momentum or None)
+
+
+def run_span(
+    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, *, update: bool = True
+) -> tuple[Tensor | None, State]:
+    """Outputs of one span and the state after it. ``update=False`` skips the new state where nobody needs it."""
+    linear, adjoint = anchored(state.anchor, state.initial, tokens.reset)
+    y = None
+    if how == "chunk" and tokens.q is not None:
+        y = memory.architecture(linear, tokens.q)
+        if not update:
+            return y, state
+    factors = memory.architecture.factors(linear, adjoint, tokens.k, tokens.v, memory.objective)
+    kernels, starts, writes = absorb_span(memory, state, factors, tokens)
+    if how == "token" and tokens.q is not None:
+
+        def token_linear(name: str, x: Tensor) -> Tensor:
+            base = state.initial[name] if memory.retain_to == "initial" else None
+            return read(kernels, writes[name], starts[name], x, base)
+
+        y = memory.architecture(token_linear, tokens.q)
+    if update:
+        state = advance_span(memory, state, kernels, starts, writes, tokens.valid)
+    return y, state
+
+
+def scan(
+    memory: AssociativeMemory,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    how: str,
+    *,
+    return_state: bool = True,
+) -> tuple[Tensor, State]:
+    """Run the recurrence span by span over rows ``[b, t, d]``. Arguments are validated by `nestlearn.memory.scan`."""
+    if state.aligned and mask is None and reset is None:
+        return _scan_aligned(memory, state, q, k, v, gates, how, return_state)
+    tokens = k.shape[1]
+    span = span_length(memory.chunk_size, tokens)
+    grid = place(state.position % memory.chunk_size, tokens, memory.chunk_size, span, mask, reset)
+    return _scan_placed(memory, state, q, k, v, gates, how, grid)
+
+
+def _scan_aligned(
+    memory: AssociativeMemory, state: State, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, return_state: bool
+) -> tuple[Tensor, State]:
+    tokens, chunk = k.shape[1], memory.chunk_size
+    span = span_length(chunk, tokens)
+    outputs = []
+    for first in range(0, tokens, span):
+        if first % chunk == 0:
+            state = state._replace(anchor=state.params)
+        cut = slice(first, first + span)
+        here = Gates(*(None if g is None else g[:, cut] for g in gates))
+        last = first + span >= tokens
+        y, state = run_span(
+            memory, state, Tokens(q[:, cut], k[:, cut], v[:, cut], here), how, update=return_state or not last
+        )
+        outputs.append(y)
+    if tokens % chunk == 0:
+        state = state._replace(anchor=state.params)
+    position = torch.full_like(state.position, tokens % chunk)
+    return torch.cat(outputs, 1), state._replace(position=position, aligned=tokens % chunk == 0)
+
+
+def _scan_placed(
+    memory: AssociativeMemory, state: State, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, grid: Grid
+) -> tuple[Tensor, State]:
+    rows, spans, _ = grid.index.shape
+    row = torch.arange(rows, device=k.device)[:, None, None]
+    q_s, k_s, v_s = (torch.where(grid.valid[..., None], x[row, grid.index], 0) for x in (q, k, v))
+    lr = torch.where(grid.valid, gates.lr[row, grid.index], 0)
+    retain = torch.where(grid.valid, gates.retain[row, grid.index], 1)
+    beta = None if gates.momentum is None else torch.where(grid.valid, gates.momentum[row, grid.index], 1)
+    outputs = []
+    for i in range(spans):
+        begins = grid.starts[:, i, None, None]
+        anchor = {n: torch.where(begins, w, state.anchor[n]) for n, w in state.params.items()}
+        state = state._replace(anchor=anchor)
+        here = Gates(lr[:, i], retain[:, i], None if beta is None else beta[:, i])
+        valid, reset = grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
+        y, state = run_span(memory, state, Tokens(q_s[:, i], k_s[:, i], v_s[:, i], here, valid, reset), how)
+        if reset is not None:
+            # What follows a reset in the same chunk still takes its errors at the initial weights.
+            restarted = reset.any(-1)[:, None, None]
+            state = state._replace(anchor={n: torch.where(restarted, state.initial[n], w) for n, w in anchor.items()})
+        outputs.append(y)
+    y = torch.stack(outputs, 1)
+    ended = (grid.end == 0)[:, None, None]
+    anchor = {n: torch.where(ended, w, state.anchor[n]) for n, w in state.params.items()}
+    return scatter_outputs(y, grid, k.shape[1]), state._replace(anchor=anchor, position=grid.end, aligned=False)
+
+
+def scatter_outputs(y: Tensor, grid: Grid, tokens: int) -> Tensor:
+    """Slots back to tokens; tokens without a slot (masked) give 0."""
+    rows, width = y.shape[0], y.shape[-1]
+    target = torch.where(grid.valid, grid.index, tokens).flatten(1)
+    out = y.new_zeros(rows, tokens + 1, width)
+    return out.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), y.flatten(1, 2))[:, :tokens]

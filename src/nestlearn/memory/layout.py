@@ -1,0 +1,105 @@
+"""Where tokens go: the static grid of spans that the chunked engine runs over.
+
+A span is a run of tokens of one row that share one anchor. Rows of different phase, masked tokens and resets make
+the spans of the rows differ; the grid holds them all at fixed shapes, without asking the device for a value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+LONGEST_SPAN = 128
+
+
+def span_length(chunk_size: int, tokens: int, longest: int = LONGEST_SPAN) -> int:
+    """Tokens processed at once: the chunk, or an equal part of a long one (its parts share one anchor)."""
+    length = chunk_size
+    if chunk_size > longest:
+        divisor = next(n for n in range(longest, 0, -1) if chunk_size % n == 0)
+        # A long chunk without a useful divisor is done in one piece.
+        length = divisor if divisor >= longest // 4 else chunk_size
+    return min(length, tokens)
+
+
+class Grid(NamedTuple):
+    """``n`` spans of ``c`` slots for each of ``b`` rows.
+
+    ``index`` is the token in a slot, ``valid`` whether the slot holds one, ``reset`` whether its token resets the
+    row, ``starts`` whether the span begins a new chunk, ``end`` the position in the chunk after the last token.
+    Valid slots of a span come first.
+    """
+
+    index: Int[Tensor, "b n c"]
+    valid: Bool[Tensor, "b n c"]
+    reset: Bool[Tensor, "b n c"] | None
+    starts: Bool[Tensor, "b n"]
+    end: Int[Tensor, "b"]
+
+
+def place(
+    position: Int[Tensor, "b"],
+    tokens: int,
+    chunk_size: int,
+    span: int,
+    mask: Bool[Tensor, "b t"] | None,
+    reset: Bool[Tensor, "b t"] | None,
+) -> Grid:
+    """Assign the tokens of every row to spans that end where a chunk ends or after ``span`` tokens.
+
+    A reset inside a span needs no new span: after it the anchor is the initial weights, known beforehand. So a row
+    needs at most ``t // span + t // chunk_size + 2`` spans, however many resets it has.
+    """
+    rows, device = position.shape[0], position.device
+    slots = torch.arange(tokens, device=device)
+    order, count = slots.expand(rows, tokens), torch.full_like(position, tokens)
+    if mask is not None:
+        rank = torch.where(mask, mask.cumsum(1) - 1, tokens)
+        order = torch.zeros(rows, tokens + 1, dtype=torch.long, device=device)
+        order = order.scatter(1, rank, slots.expand(rows, tokens))[:, :tokens]
+        count = mask.sum(1)
+    present = slots < count[:, None]
+    phase = (position[:, None] + slots) % chunk_size
+    restart = None
+    if reset is not None:
+        restart = reset.gather(1, order) & present
+        last = torch.where(restart, slots, -1).cummax(1).values
+        phase = torch.where(last >= 0, slots - last, position[:, None] + slots) % chunk_size
+    boundary = phase == 0 if restart is None else (phase == 0) & ~restart
+    following = torch.where(boundary, slots, tokens).flip(1).cummin(1).values.flip(1)
+    following = torch.cat([following[:, 1:], following.new_full((rows, 1), tokens)], 1)
+
+    firsts, lasts = _spans(following, count, tokens, chunk_size, span, several=restart is not None)
+    slot = firsts[..., None] + torch.arange(span, device=device)
+    valid = slot < lasts[..., None]
+    slot = slot.clamp(max=tokens - 1)
+
+    def in_slots(x: Tensor) -> Tensor:
+        return x.gather(1, slot.flatten(1)).view_as(slot)
+
+    starts = boundary.gather(1, firsts.clamp(max=tokens - 1)) & valid[..., 0]
+    last_phase = phase.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
+    end = torch.where(count > 0, (last_phase + 1) % chunk_size, position)
+    return Grid(in_slots(order), valid, None if restart is None else in_slots(restart) & valid, starts, end)
+
+
+def _spans(
+    following: Tensor, count: Tensor, tokens: int, chunk_size: int, span: int, several: bool
+) -> tuple[Tensor, Tensor]:
+    """First and one-past-last slot of every span, ``[b, n]``."""
+    bound = tokens // span + 2 + (tokens // chunk_size if several else 0)
+    first, firsts, lasts = torch.zeros_like(count), [], []
+    for _ in range(min(bound, tokens)):
+        # On a CPU looking at the values costs nothing, and most grids need far fewer spans than the bound.
+        if firsts and count.device.type == "cpu" and not torch.compiler.is_compiling() and bool((first >= count).all()):
+            break
+        boundary = following.gather(1, first.clamp(max=tokens - 1)[:, None]).squeeze(1)
+        last = torch.minimum(torch.minimum(first + span, boundary), count)
+        last = torch.maximum(last, first)
+        firsts.append(first)
+        lasts.append(last)
+        first = last
+    return torch.stack(firsts, 1), torch.stack(lasts, 1)

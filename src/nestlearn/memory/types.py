@@ -1,0 +1,67 @@
+"""The records that pass between the parts of an associative memory: factors, gates, state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+"""Named linear maps of a memory: ``{name: Float[*b, out, in]}``."""
+
+
+class Factor(NamedTuple):
+    """The gradient of one linear map, kept factored: ``dL/dW_t = error_t input_t^T`` (NL Eq. 29).
+
+    The outer product is never formed per token.
+    """
+
+    input: Float[Tensor, "*b t in"]
+    error: Float[Tensor, "*b t out"]
+
+
+class Gates(NamedTuple):
+    """Per-token scalars of the inner update, each ``[*b, t]``.
+
+    ``lr`` is the step size eta, ``retain`` the kept fraction alpha (1 forgets nothing), ``momentum`` the kept
+    fraction beta of the momentum (required by ``Momentum()``, refused by ``Descent()``).
+    Exact zeros and ones are legal.
+    """
+
+    lr: Float[Tensor, "*b t"]
+    retain: Float[Tensor, "*b t"]
+    momentum: Float[Tensor, "*b t"] | None = None
+
+
+class State(NamedTuple):
+    """Everything a memory needs to go on after any token; a pytree of tensors.
+
+    ``params`` are the current weights W, ``anchor`` the weights at the start of the current chunk (where errors are
+    taken), ``initial`` the weights a reset or ``retain_to="initial"`` goes back to, ``momentum`` the momentum S (None
+    without it), ``position`` the number of tokens read in the current chunk, in ``[0, chunk_size)``. ``extra`` is
+    reserved for retentions that keep more than W. ``aligned`` is a plain bool: True only where every row is known,
+    without looking at the tensors, to stand at the start of a chunk; it selects the faster path.
+    """
+
+    params: Weights
+    momentum: Weights | None
+    anchor: Weights
+    initial: Weights
+    position: Int[Tensor, "*b"]
+    extra: dict[str, Any]
+    aligned: bool = False
+
+    def detach(self) -> State:
+        """The same state cut from the autograd graph (truncated backpropagation through time)."""
+
+        def cut(weights: Weights) -> Weights:
+            return {name: w.detach() for name, w in weights.items()}
+
+        return self._replace(
+            params=cut(self.params),
+            momentum=None if self.momentum is None else cut(self.momentum),
+            anchor=cut(self.anchor),
+            initial=cut(self.initial),
+            extra={name: x.detach() if isinstance(x, Tensor) else x for name, x in self.extra.items()},
+        )
