@@ -1,0 +1,280 @@
+"""All fast state of a model: what it holds in mind after the tokens read so far."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nestlearn.nn.state import Tree, clone, detach, flatten_state, index_rows, map_tensors, state_bytes, tensors_of
+from nestlearn.nn.state import unflatten_state as rebuild
+
+_FORMAT = "nestlearn.HopeCache"
+_VERSION = 1
+
+
+class LayerState(NamedTuple):
+    """The state of one block: of its mixer and of its continuum memory (each None before the first token)."""
+
+    mixer: Tree = None
+    cms: Tree = None
+
+
+class HopeCache:
+    """The fast state of every layer: fast weights, convolution tails, keys and values of attention.
+
+    The model reads and updates it in place (``past_key_values``). Its size does not grow with the context unless a
+    layer is full attention. Reading a text in any split with one cache equals reading it at once.
+
+    Example:
+        >>> cache = HopeCache()
+        >>> cache.get_seq_length()
+        0
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.layers: list[LayerState] = []
+        self.seen = 0
+        self.signature: dict[str, Any] | None = None
+        # Rows to forget before their next real token; None where there are none.
+        self.pending_reset: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"HopeCache(layers={len(self.layers)}, rows={self.batch_size}, seen={self.seen}, bytes={self.nbytes()})"
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; 0 before the first token."""
+        tensors = tensors_of(self.layers)
+        return tensors[0].shape[0] if tensors else 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read so far, padding included (what `generate` continues from)."""
+        del layer_idx
+        return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: fast weights cannot be returned to an earlier token. Use `fork` before reading instead."""
+        raise ValueError(
+            f"a HopeCache cannot drop its last {tokens_to_remove} tokens: what was learned from them is mixed into the "
+            "fast weights. Fork the cache before reading what may have to be taken back."
+        )
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def reset(self, rows: Tensor | list[int] | None = None) -> None:
+        """Forget everything, or what the given rows read (their next real token starts a new document).
+
+        Args:
+            rows: Bool[batch] mask or a list of row numbers; None for all.
+
+        Raises:
+            ValueError: a row the cache does not have.
+        """
+        if rows is None:
+            self.layers, self.seen, self.pending_reset = [], 0, None
+            return
+        size = self.batch_size
+        mask = torch.zeros(size, dtype=torch.bool)
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            if rows.shape != (size,):
+                raise ValueError(
+                    f"rows has shape {tuple(rows.shape)}, but the cache holds {size} rows; use Bool[{size}]."
+                )
+            mask = rows
+        else:
+            index = torch.as_tensor(rows, dtype=torch.long, device="cpu").reshape(-1)
+            if any(not 0 <= row < size for row in index.tolist()):
+                raise ValueError(
+                    f"rows={index.tolist()} names a row outside 0..{size - 1}; the cache holds {size} rows."
+                )
+            mask[index] = True
+        if not tensors_of(self.layers):
+            return
+        mask = mask.to(tensors_of(self.layers)[0].device)
+        self.pending_reset = mask if self.pending_reset is None else self.pending_reset | mask
+
+    def _map_rows(self, index: Tensor) -> None:
+        self.layers = index_rows(self.layers, index)
+        if self.pending_reset is not None:
+            self.pending_reset = self.pending_reset.index_select(0, index.to(self.pending_reset.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]`` (beam search)."""
+        self._map_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows only."""
+        self._map_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times (before a beam search from a cache of one row per prompt)."""
+        self._map_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    # -- copies -------------------------------------------------------------------------------------------------
+
+    def _copy_with(self, layers: list[LayerState], pending: Tensor | None) -> HopeCache:
+        other = HopeCache()
+        other.layers, other.seen, other.signature, other.pending_reset = layers, self.seen, self.signature, pending
+        return other
+
+    def fork(self) -> HopeCache:
+        """An independent copy: both can go on reading different texts."""
+        return self._copy_with(clone(self.layers), None if self.pending_reset is None else self.pending_reset.clone())
+
+    def to(self, device: torch.device | str) -> HopeCache:
+        """The cache on another device (this one is left as it is)."""
+        return self._copy_with(map_tensors(lambda x: x.to(device), self.layers), map_tensors(
+            lambda x: x.to(device), self.pending_reset))  # fmt: skip
+
+    def detach(self) -> HopeCache:
+        """The cache cut from the autograd graph (truncated backpropagation through time)."""
+        return self._copy_with(detach(self.layers), self.pending_reset)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return state_bytes(self.layers)
+
+    # -- use by a model -----------------------------------------------------------------------------------------
+
+    def check(self, signature: dict[str, Any], batch: int) -> None:
+        """Raise ValueError unless the cache is empty or holds the state of such a model for that many rows."""
+        if not self.layers:
+            return
+        if self.signature is not signature and self.signature != signature:
+            theirs = self.signature or {}
+            changed = sorted(k for k in {*theirs, *signature} if theirs.get(k) != signature.get(k))
+            raise ValueError(
+                "the cache was filled by a model of another configuration; different: "
+                + ", ".join(f"{k} (cache {theirs.get(k)!r}, model {signature.get(k)!r})" for k in changed)
+                + ". Use the cache with the model that filled it, or start with a new HopeCache()."
+            )
+        if self.batch_size not in (0, batch):
+            raise ValueError(
+                f"the cache holds {self.batch_size} rows, the input has {batch}. Select or repeat rows "
+                "(batch_select_indices, batch_repeat_interleave), or start with a new HopeCache()."
+            )
+
+    def update(self, layers: list[LayerState], time: int, signature: dict[str, Any]) -> None:
+        """Take over the states after ``time`` more columns."""
+        self.layers, self.seen, self.signature = layers, self.seen + time, signature
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; the state's structure and a checksum go into its JSON header.
+
+        The file is complete or absent: it is written under a temporary name and renamed.
+
+        Raises:
+            OSError: the file cannot be written; what was at ``path`` before is untouched.
+        """
+        path = Path(path)
+        tree = {"layers": [tuple(layer) for layer in self.layers], "pending_reset": self.pending_reset}
+        tensors, spec = flatten_state(tree, "cache")
+        # Tensors may share memory (an anchor equal to the weights); a safetensors file holds each on its own.
+        tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+        header = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "seen": self.seen,
+            "signature": self.signature,
+            "spec": spec,
+            "checksum": _checksum(tensors),
+        }
+        _write(tensors, {"nestlearn": json.dumps(header)}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any = None, device: torch.device | str = "cpu") -> HopeCache:
+        """Read a file written by `save`; nothing is ever unpickled.
+
+        Args:
+            path: the file.
+            model: the model (or its config) that will go on with it; checked against the file if given, otherwise at
+                the first forward.
+            device: where to put the tensors.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, corrupted, not a HopeCache, or of another model configuration.
+        """
+        path = Path(path)
+        header, tensors = _read(path)
+        if _checksum(tensors) != header.get("checksum"):
+            raise ValueError(f"{path} is corrupted: its tensors do not match their checksum. Restore it from a copy.")
+        try:
+            tree = rebuild(tensors, header["spec"])
+            cache = cls()
+            cache.layers = [LayerState(*layer) for layer in tree["layers"]]
+            cache.pending_reset, cache.seen, cache.signature = (
+                tree["pending_reset"],
+                header["seen"],
+                header["signature"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} has an incomplete HopeCache header ({error!r}). Restore it from a copy."
+            ) from error
+        if model is not None:
+            cache.check(getattr(model, "config", model).state_signature(), cache.batch_size)
+        return cache.to(device)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """A digest of names, types, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        x = tensors[name].contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write a safetensors file under a temporary name in the same folder, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not write the cache to {path}: {error}. Nothing there was changed; check free space and rights."
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a cache file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no cache file {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("nestlearn")
+            header = json.loads(text) if text else None
+            if not isinstance(header, dict) or header.get("format") != _FORMAT:
+                raise ValueError(f"{path} is a safetensors file, but not a HopeCache; was it saved by HopeCache.save?")
+            if header.get("version") != _VERSION:
+                raise ValueError(
+                    f"{path} is a HopeCache of format version {header.get('version')}; this nestlearn reads version "
+                    f"{_VERSION}. Load it with the version that saved it."
+                )
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is truncated, corrupted or not a HopeCache ({error}). Restore it from a copy."
+        ) from error

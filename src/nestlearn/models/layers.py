@@ -1,0 +1,93 @@
+"""From a configuration to the modules of a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nestlearn.models.cache import LayerState
+from nestlearn.models.config import HopeConfig
+from nestlearn.nn.attention import CausalAttention
+
+
+def build_mixer(config: HopeConfig, layer: int) -> nn.Module:
+    """The token mixer of a layer.
+
+    Raises:
+        ValueError: the mixer refuses the configuration.
+    """
+    name, width, heads = config.mixers[layer], config.hidden_size, config.num_attention_heads
+    if name in ("attention", "sliding_attention"):
+        window = config.sliding_window if name == "sliding_attention" else None
+        return CausalAttention(width, heads, window, config.rope_theta, config.conv_size)
+    if name == "self_modifying_titans":
+        return _self_modifying(config)
+    from dataclasses import replace
+
+    from nestlearn.memory.catalog import catalog
+    from nestlearn.nn.mixer import MemoryMixer
+
+    memory = replace(catalog[name], chunk_size=config.memory_chunk_size)
+    return MemoryMixer(width, heads, memory, conv_size=config.conv_size)
+
+
+def _self_modifying(config: HopeConfig) -> nn.Module:
+    from nestlearn.nn.self_modifying import SelfModifyingTitans
+
+    return SelfModifyingTitans(
+        config.hidden_size,
+        config.num_attention_heads,
+        expansion=config.memory_expansion,
+        memory_chunk_size=config.memory_chunk_size,
+        projection_chunk_size=config.projection_chunk_size,
+        adaptive=tuple(config.adaptive),
+        step_size=config.step_size,
+        max_step=config.max_step,
+        objective=config.memory_objective,
+        momentum=config.memory_momentum,
+    )
+
+
+def build_cms(config: HopeConfig) -> nn.Module:
+    """The continuum memory of a layer: its levels in a chain."""
+    levels: list[dict[str, Any]] = config.cms
+    from nestlearn.nn.ffn import FeedForward
+
+    return FeedForward(config.hidden_size, levels[0].get("expansion", 4), config.ffn_activation)
+
+
+class HopeBlock(GradientCheckpointingLayer):
+    """``x = x + mixer(norm(x)); x = x + cms(norm(x))`` with the state of both."""
+
+    def __init__(self, config: HopeConfig, layer: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config, layer)
+        self.cms_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.cms = build_cms(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: LayerState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], LayerState | None]:
+        """The protocol of `nestlearn.nn`."""
+        before = LayerState() if state is None else state
+        options = {"writes": writes, "return_state": return_state}
+        y, mixer_state = self.mixer(self.mixer_norm(x), before.mixer, mask, reset, **options)
+        x = x + y
+        y, cms_state = self.cms(self.cms_norm(x), before.cms, mask, reset, **options)
+        return x + y, LayerState(mixer_state, cms_state) if return_state else None
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token of the mixer and the continuum memory (norms are not counted)."""
+        mixer: Any = self.mixer
+        cms: Any = self.cms
+        return mixer.flops_per_token(context_length) + cms.flops_per_token(context_length)

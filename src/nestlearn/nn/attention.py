@@ -1,0 +1,247 @@
+"""Causal multi-head attention: rotary positions, sliding window, padding anywhere, documents, streaming state.
+
+Shapes: b batch rows, h heads, t new tokens, s stored tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.nn.state import Tree
+
+
+class AttentionState(NamedTuple):
+    """The keys and values read so far.
+
+    ``keys`` are stored already rotated. ``visible`` is False for stored padding and for tokens of earlier documents.
+    ``place`` is the position in its document (padding not counted) of a stored token, ``position`` that of the next
+    token. ``conv`` holds the last inputs of the local convolution (None without one).
+    """
+
+    keys: Float[Tensor, "b h s d"]
+    values: Float[Tensor, "b h s d"]
+    visible: Bool[Tensor, "b s"]
+    place: Int[Tensor, "b s"]
+    position: Int[Tensor, "b"]
+    conv: Tree = None
+
+
+def rotate(x: Float[Tensor, "b h t d"], position: Int[Tensor, "b t"], theta: float) -> Float[Tensor, "b h t d"]:
+    """Rotary positions (RoFormer): pair (i, i + d/2) of ``x`` is turned by the angle ``position theta^(-2i/d)``.
+
+    Angles are computed in fp32, or in float64 for a float64 input.
+    """
+    half = x.shape[-1] // 2
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    power = torch.arange(half, device=x.device, dtype=dtype) / half
+    angle = position.to(dtype)[:, None, :, None] * theta**-power
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def document_positions(
+    start: Int[Tensor, "b"], mask: Bool[Tensor, "b t"], reset: Bool[Tensor, "b t"] | None
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """Position of each token in its document, and the number of document starts up to it.
+
+    Padding is not counted: a padding token has the position of the last real token before it. ``start`` is the position
+    of the first token if it continues the document of the state.
+    """
+    index = mask.long().cumsum(1) - 1
+    if reset is None:
+        return index + start[:, None], torch.zeros_like(index)
+    # Document starts have increasing index, so a running maximum carries the start of the current document along.
+    origin = torch.where(reset, index, -start[:, None]).cummax(1).values
+    return index - origin, reset.long().cumsum(1)
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention over the tokens of the same document up to the current one.
+
+        o_i = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j,   y_i = W_o [o_i of all heads],
+        j <= i, j real, document(j) = document(i), place(i) - place(j) < window
+
+    In NL's terms attention is a memory without parameters and of infinite frequency: it keeps every token.
+
+    Args:
+        d_model: width of the input and the output.
+        num_heads: heads; must divide ``d_model`` and leave an even width for the rotation.
+        window: number of last tokens (the current one included) that are visible; None sees all.
+        rope_theta: base of the rotary frequencies.
+        conv_size: width of a depthwise causal convolution on queries, keys and values; 0 for none.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> layer = CausalAttention(16, num_heads=2)
+        >>> y, state = layer(torch.randn(1, 5, 16))
+        >>> step, state = layer(torch.randn(1, 1, 16), state)
+        >>> tuple(state.keys.shape)
+        (1, 2, 6, 8)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        window: int | None = None,
+        rope_theta: float = 10000.0,
+        conv_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or d_model % num_heads:
+            raise ValueError(f"{d_model=} is not divisible by {num_heads=}; choose a number of heads that divides it.")
+        if d_model // num_heads % 2:
+            raise ValueError(
+                f"{d_model=} over {num_heads=} gives heads of width {d_model // num_heads}, but rotary positions turn "
+                "pairs of channels; choose sizes whose quotient is even."
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"{window=} would hide every token; use at least 1, or None for no window.")
+        if conv_size < 0:
+            raise ValueError(f"{conv_size=} is negative; use 0 for no convolution.")
+        self.num_heads = num_heads
+        self.window = window
+        self.rope_theta = rope_theta
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.conv: nn.Module | None = None
+        if conv_size:
+            from nestlearn.nn.conv import ShortConv
+
+            self.conv = ShortConv(3 * d_model, conv_size)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t m"],
+        state: AttentionState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t m"], AttentionState | None]:
+        """Attend from the new tokens to the stored and the new ones.
+
+        ``mask`` False marks padding: it is never attended to, moves no position and gives 0. ``reset`` True starts a
+        new document at that token. ``writes`` is ignored: there is nothing to learn.
+        """
+        del writes
+        if mask is not None:
+            x = torch.where(mask[..., None], x, 0)
+            reset = reset if reset is None else reset & mask
+        q, k, v, conv = self._heads(x, None if state is None else state.conv, mask, reset)
+        batch, time = x.shape[:2]
+        real = torch.ones(batch, time, dtype=torch.bool, device=x.device) if mask is None else mask
+        start = real.new_zeros(batch, dtype=torch.long) if state is None else state.position
+        place, document = document_positions(start, real, reset)
+        q, k = rotate(q, place, self.rope_theta), rotate(k, place, self.rope_theta)
+        if state is None and mask is None and reset is None and (self.window is None or time <= self.window):
+            read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            stored = AttentionState(k, v, real, place, place[:, -1] + 1, conv)
+        else:
+            stored, stored_document = self._append(state, k, v, real, place, document, conv)
+            allowed = self._allowed(stored, place, document, stored_document)
+            read = F.scaled_dot_product_attention(q, stored.keys, stored.values, attn_mask=allowed)
+            stored = stored._replace(visible=stored.visible & (stored_document == document[:, -1:]))
+        y = self.out(read.transpose(1, 2).flatten(2))
+        if mask is not None:
+            y = torch.where(mask[..., None], y, 0)
+        return y, self._trim(stored, mask is not None) if return_state else None
+
+    def _heads(
+        self, x: Tensor, tail: Tree, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tree]:
+        """Queries, keys and values ``[b, h, t, d]`` and the convolution's new tail."""
+        mixed = self.qkv(x)
+        if self.conv is not None:
+            mixed, tail = self.conv(mixed, tail, mask, reset)
+        q, k, v = mixed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v, tail
+
+    def _append(
+        self,
+        state: AttentionState | None,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor,
+        place: Tensor,
+        document: Tensor,
+        conv: Tree,
+    ) -> tuple[AttentionState, Tensor]:
+        """The stored tokens followed by the new ones, and the document of each (stored ones continue document 0)."""
+        position = place[:, -1] + 1
+        if state is None:
+            return AttentionState(k, v, real, place, position, conv), document
+        joined = AttentionState(
+            torch.cat((state.keys, k), dim=2),
+            torch.cat((state.values, v), dim=2),
+            torch.cat((state.visible, real), dim=1),
+            torch.cat((state.place, place), dim=1),
+            position,
+            conv,
+        )
+        return joined, torch.cat((torch.zeros_like(state.place), document), dim=1)
+
+    def _allowed(
+        self, stored: AttentionState, place: Tensor, document: Tensor, stored_document: Tensor
+    ) -> Bool[Tensor, "b 1 t s"]:
+        """Which stored token each new token may see."""
+        time, total = place.shape[1], stored.place.shape[1]
+        column = torch.arange(total, device=place.device)
+        own = torch.arange(total - time, total, device=place.device)[:, None]
+        allowed = (column <= own) & stored.visible[:, None, :]
+        allowed = allowed & (document[:, :, None] == stored_document[:, None, :])
+        if self.window is not None:
+            allowed = allowed & (place[:, :, None] - stored.place[:, None, :] < self.window)
+        # Padding may see itself (its key and value are 0): a query that sees nothing would give NaN.
+        return (allowed | (column == own))[:, None]
+
+    def _trim(self, stored: AttentionState, padded: bool) -> AttentionState:
+        """Forget the tokens no later token can see: all but the last ``window - 1`` visible ones of a row."""
+        if self.window is None:
+            return stored
+        keep = min(self.window - 1, stored.place.shape[1])
+        if keep == 0:
+            # A window of 1 sees only itself.
+            pick = stored.place.new_zeros(stored.place.shape[0], 0)
+        elif padded:
+            # Rows hold different numbers of real tokens: bring those of each row to the end, in order.
+            pick = stored.visible.to(torch.uint8).argsort(dim=1, stable=True)[:, -keep:]
+        else:
+            first = stored.place.shape[1] - keep
+            return stored._replace(
+                keys=stored.keys[:, :, first:].contiguous(),
+                values=stored.values[:, :, first:].contiguous(),
+                visible=stored.visible[:, first:].contiguous(),
+                place=stored.place[:, first:].contiguous(),
+            )
+        index = pick[:, None, :, None].expand(-1, self.num_heads, -1, stored.keys.shape[-1])
+        return stored._replace(
+            keys=stored.keys.gather(2, index),
+            values=stored.values.gather(2, index),
+            visible=stored.visible.gather(1, pick),
+            place=stored.place.gather(1, pick),
+        )
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token, averaged over a context of that many tokens; a multiply-add counts 2.
+
+        A weight costs 2; scores and reads cost ``4 d_model`` per visible token, of which a causal token sees
+        ``(context + 1) / 2`` on average: ``8 d_model^2 + 2 d_model (context + 1)`` without window and convolution.
+        """
+        total, window = context_length, min(context_length, self.window or context_length)
+        visible = window * (window + 1) // 2 + (total - window) * window
+        return 2 * sum(w.numel() for w in self.parameters()) + 4 * self.out.in_features * visible // max(total, 1)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default initial values."""
+        self.qkv.reset_parameters()
+        self.out.reset_parameters()

@@ -1,0 +1,76 @@
+"""The feed-forward network of a block whose weights do not change while it reads (frequency 0 in NL's terms)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["swiglu", "gelu"]
+
+
+def hidden_size(d_model: int, expansion: float, activation: Activation = "swiglu") -> int:
+    """Hidden units of an FFN whose parameter count is ``2 expansion d_model^2``.
+
+    SwiGLU has three matrices where GELU has two, so its hidden layer is 2/3 as wide.
+
+    Raises:
+        ValueError: the activation is unknown, or the result would be below 1.
+    """
+    if activation not in ("swiglu", "gelu"):
+        raise ValueError(f"unknown ffn activation {activation!r}; use 'swiglu' or 'gelu'.")
+    hidden = round(expansion * d_model * (2 / 3 if activation == "swiglu" else 1))
+    if hidden < 1:
+        raise ValueError(f"{expansion=} gives {hidden} hidden units at {d_model=}; it must give at least 1.")
+    return hidden
+
+
+class FeedForward(nn.Module):
+    """``y = W_out (silu(W_gate x) * W_in x)`` (swiglu) or ``y = W_out gelu(W_in x)`` (gelu), token by token.
+
+    Args:
+        d_model: width of the input and the output.
+        expansion: hidden width over ``d_model``, as of a GELU network with as many parameters.
+        activation: ``"swiglu"`` or ``"gelu"`` (exact).
+
+    Example:
+        >>> y, state = FeedForward(8)(torch.zeros(1, 2, 8))
+        >>> tuple(y.shape), state
+        ((1, 2, 8), None)
+    """
+
+    def __init__(self, d_model: int, expansion: float = 4, activation: Activation = "swiglu") -> None:
+        super().__init__()
+        hidden = hidden_size(d_model, expansion, activation)
+        self.activation = activation
+        self.gate = nn.Linear(d_model, hidden, bias=False) if activation == "swiglu" else None
+        self.up = nn.Linear(d_model, hidden, bias=False)
+        self.down = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], None]:
+        """The protocol of `nestlearn.nn`; a frozen network has no state and needs no mask."""
+        del state, mask, reset, writes, return_state
+        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return self.down(hidden), None
+
+    def flops_per_token(self, context_length: int = 1) -> int:
+        """Forward FLOPs per token; a multiply-add counts 2. Independent of the context."""
+        del context_length
+        return 2 * sum(w.numel() for w in self.parameters())
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default initial values."""
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
