@@ -40,6 +40,18 @@ class Grid(NamedTuple):
     end: Int[Tensor, "b"]
 
 
+def compaction(mask: Bool[Tensor, "b t"]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
+    """Indices that move the True tokens of every row to its front, in order, and how many there are.
+
+    Entries beyond the count are 0.
+    """
+    rows, tokens = mask.shape
+    slots = torch.arange(tokens, device=mask.device).expand(rows, tokens)
+    rank = torch.where(mask, mask.cumsum(1) - 1, tokens)
+    order = torch.zeros(rows, tokens + 1, dtype=torch.long, device=mask.device)
+    return order.scatter(1, rank, slots)[:, :tokens], mask.sum(1)
+
+
 def place(
     position: Int[Tensor, "b"],
     tokens: int,
@@ -57,10 +69,7 @@ def place(
     slots = torch.arange(tokens, device=device)
     order, count = slots.expand(rows, tokens), torch.full_like(position, tokens)
     if mask is not None:
-        rank = torch.where(mask, mask.cumsum(1) - 1, tokens)
-        order = torch.zeros(rows, tokens + 1, dtype=torch.long, device=device)
-        order = order.scatter(1, rank, slots.expand(rows, tokens))[:, :tokens]
-        count = mask.sum(1)
+        order, count = compaction(mask)
     present = slots < count[:, None]
     phase = (position[:, None] + slots) % chunk_size
     restart = None
