@@ -1,0 +1,28 @@
+"""Corpora, tokenizers and packing: from a name such as `python-docs` to windows of tokens.
+
+corpus = load_corpus("python-docs")
+tokenizer = byte_tokenizer()
+windows = pack(corpus, tokenizer, sequence_length=256)
+"""
+
+from nestlearn.data.corpora import CORPUS_SPECS, load_corpus
+from nestlearn.data.documents import Corpus, Document, LocalCorpus, Split
+from nestlearn.data.packing import PackedDataset, PackedStream, pack
+from nestlearn.data.streams import StreamingCorpus
+from nestlearn.data.tokenizers import byte_tokenizer, bytes_per_token, train_bpe
+
+__all__ = [
+    "CORPUS_SPECS",
+    "Corpus",
+    "Document",
+    "LocalCorpus",
+    "PackedDataset",
+    "PackedStream",
+    "Split",
+    "StreamingCorpus",
+    "byte_tokenizer",
+    "bytes_per_token",
+    "load_corpus",
+    "pack",
+    "train_bpe",
+]

@@ -1,0 +1,221 @@
+"""From documents to training windows of equal length.
+
+Documents are shuffled by hash, each becomes `<s> text </s>`, all are concatenated and cut into windows. A label is the
+token itself (Hugging Face models shift inside), but -100 where it is `<s>`: that it follows `</s>` is no news.
+A tokenizer with one token for both ends (GPT-2, Qwen, ...) gets it after each document only, and it is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from nestlearn.data.documents import Corpus, shuffled, stable_hash
+from nestlearn.data.streams import StreamingCorpus
+from nestlearn.data.tokenizers import encode
+
+IGNORED = -100
+"""Label of a token that no loss is taken on."""
+
+Window = dict[str, Tensor]
+T = TypeVar("T")
+
+
+def pack(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int = 0
+) -> PackedDataset | PackedStream:
+    """A `PackedDataset` for a corpus in memory, a `PackedStream` for one that streams."""
+    if isinstance(corpus, StreamingCorpus):
+        return PackedStream(corpus, tokenizer, sequence_length, seed)
+    return PackedDataset(corpus, tokenizer, sequence_length, seed)
+
+
+class PackedDataset(Dataset[Window]):
+    """Windows of a corpus held in memory.
+
+    Args:
+        corpus: documents.
+        tokenizer: with a beginning- and an end-of-text token.
+        sequence_length: tokens per window.
+        seed: of the order of documents.
+        drop_last: leave out the last window if it is not full (training); otherwise it is filled up with padding
+            whose labels are -100 (evaluation).
+
+    Raises:
+        ValueError: no window can be filled; a special token is missing; `sequence_length` below 2.
+
+    Example:
+        >>> data = PackedDataset(load_corpus("python-docs"), byte_tokenizer(), sequence_length=256, seed=0)
+        >>> data[0]["input_ids"].shape
+        torch.Size([256])
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        seed: int = 0,
+        *,
+        drop_last: bool = True,
+    ) -> None:
+        if isinstance(corpus, StreamingCorpus):
+            raise TypeError(f"{corpus.name} is a stream and has no length. Use PackedStream, or pack(), which chooses.")
+        self.sequence_length = sequence_length
+        self._bos, eos = _ends(tokenizer, sequence_length)
+        documents = shuffled(list(corpus), seed)
+        parts = encode(tokenizer, [document.text for document in documents])
+        self._tokens = np.concatenate([_framed(part, self._bos, eos) for part in parts] or [np.empty(0, np.int32)])
+        full, rest = divmod(len(self._tokens), sequence_length)
+        self._length = full + (0 if drop_last else rest > 0)
+        self._padding = _token_id(tokenizer, "pad", eos)
+        if self._length == 0:
+            raise ValueError(
+                f"{corpus.name} ({corpus.split}) has {len(self._tokens)} tokens, not enough for one window of "
+                f"{sequence_length}. Use more text, a smaller sequence_length, or drop_last=False."
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, `<s>` and `</s>` included, before any are dropped."""
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> Window:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = (index % len(self)) * self.sequence_length
+        return _window(
+            self._tokens[start : start + self.sequence_length], self.sequence_length, self._bos, self._padding
+        )
+
+
+class PackedStream(IterableDataset[Window]):
+    """Windows of a streaming corpus, resumable without reading again what was read.
+
+    Documents are shuffled within blocks of `shuffle_documents`, so the place is known exactly: the stream's state at
+    the beginning of the block, how many documents of it are used up, and the tokens left over. A last window that is
+    not full is left out. With several loader processes each takes every n-th window, and `state_dict` is not
+    available.
+
+    Args:
+        corpus: a `StreamingCorpus`.
+        tokenizer: with a beginning- and an end-of-text token.
+        sequence_length: tokens per window.
+        seed: of the order inside blocks.
+        shuffle_documents: documents per block; 1 keeps the corpus' order.
+    """
+
+    def __init__(
+        self,
+        corpus: StreamingCorpus,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        seed: int = 0,
+        *,
+        shuffle_documents: int = 256,
+    ) -> None:
+        if shuffle_documents < 1:
+            raise ValueError(f"shuffle_documents is {shuffle_documents}; it must be at least 1.")
+        self.corpus = corpus
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.shuffle_documents = shuffle_documents
+        self._tokenizer = tokenizer
+        self._bos, self._eos = _ends(tokenizer, sequence_length)
+        self._start: Mapping[str, Any] | None = None
+        self._place: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Window]:
+        worker = get_worker_info()
+        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
+        start, self._start = self._start, None
+        for index, tokens in enumerate(self._windows(start)):
+            if index % shares == share:
+                yield _window(tokens, self.sequence_length, self._bos, self._eos)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last window given out, as plain data for JSON."""
+        return {"place": self._place, "settings": self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration begins at the place saved.
+
+        Raises:
+            ValueError: the state was saved with another corpus, window length, seed or block size.
+        """
+        if state["settings"] != self._settings():
+            raise ValueError(f"The state is of a stream with {state['settings']}; this one has {self._settings()}.")
+        self._start = self._place = state["place"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus.name,
+            "split": self.corpus.split,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "shuffle_documents": self.shuffle_documents,
+        }
+
+    def _windows(self, start: Mapping[str, Any] | None) -> Iterator[np.ndarray]:
+        reader = self.corpus.read(start["stream"] if start else None)
+        used = int(start["used"]) if start else 0
+        rest = np.asarray(start["rest"] if start else [], dtype=np.int32)
+        length = self.sequence_length
+        while True:
+            stream = reader.state()
+            block = list(islice(reader, self.shuffle_documents))
+            if not block:
+                return
+            # Named by the first document, so that each block has its own order.
+            ordered = shuffled(block, stable_hash(self.seed, block[0].name))
+            for position, document in enumerate(ordered[used:], start=used):
+                ids = encode(self._tokenizer, [document.text])[0]
+                tokens = np.concatenate([rest, _framed(ids, self._bos, self._eos)])
+                full = len(tokens) // length * length
+                rest = tokens[full:]
+                for begin in range(0, full, length):
+                    left = tokens[begin + length :].tolist()
+                    self._place = {"stream": stream, "used": position + 1, "rest": left}
+                    yield tokens[begin : begin + length]
+            used = 0
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> tuple[int | None, int]:
+    """The tokens around a document; the first is None where the tokenizer has but one for both ends."""
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}; predicting a next token takes at least 2.")
+    eos = _token_id(tokenizer, "eos", None)
+    if eos is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no end-of-text token, so documents cannot be told apart. "
+            "Set tokenizer.eos_token (and bos_token)."
+        )
+    bos = _token_id(tokenizer, "bos", None)
+    return (None if bos == eos else bos), eos
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, kind: str, default: T) -> int | T:
+    value = getattr(tokenizer, f"{kind}_token_id")
+    return default if value is None else int(value)
+
+
+def _framed(ids: np.ndarray, bos: int | None, eos: int) -> np.ndarray:
+    return np.concatenate([[] if bos is None else [bos], ids, [eos]]).astype(np.int32)
+
+
+def _window(tokens: np.ndarray, length: int, bos: int | None, padding: int) -> Window:
+    input_ids = torch.full((length,), padding, dtype=torch.int64)
+    input_ids[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+    labels = input_ids.clone() if bos is None else input_ids.masked_fill(input_ids == bos, IGNORED)
+    labels[len(tokens) :] = IGNORED
+    return {"input_ids": input_ids, "labels": labels}

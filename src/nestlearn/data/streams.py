@@ -1,0 +1,116 @@
+"""Hugging Face datasets, read as streams: nothing is downloaded but what is read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from nestlearn.data.documents import Document, Split, stable_hash
+
+_TEXT_COLUMNS = ("text", "content", "document", "sentence")
+_VALIDATION_SPLITS = ("validation", "valid", "dev", "test")
+_HELD_OUT = 100  # of a data set with a train split only, one document in a hundred is held out
+_FIX = "Write hf:NAME or hf:NAME:CONFIG, e.g. hf:Salesforce/wikitext:wikitext-103-raw-v1."
+
+
+@dataclass(frozen=True)
+class StreamingCorpus:
+    """A Hugging Face data set as documents, in the data set's own order.
+
+    Args:
+        name: the spec it was loaded from.
+        split: `"train"` or `"validation"`.
+        dataset: the streaming data set.
+        column: the column that holds the text.
+        held_out: None if the data set has a validation split of its own; else the documents whose index hashes to one
+            in this many are validation, the others training.
+        seed: of that hash.
+    """
+
+    name: str
+    split: Split
+    dataset: datasets.IterableDataset
+    column: str
+    held_out: int | None = None
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+    def read(self, state: Mapping[str, Any] | None = None) -> StreamReader:
+        """Reads from the beginning, or from where a reader's `state()` was taken."""
+        return StreamReader(self, state)
+
+    def holds(self, index: int) -> bool:
+        """Whether the data set's row `index` belongs to this split."""
+        if self.held_out is None:
+            return True
+        held_out = stable_hash("stream", self.seed, index) % self.held_out == 0
+        return held_out == (self.split == "validation")
+
+
+class StreamReader(Iterator[Document]):
+    """One pass over a `StreamingCorpus`, whose place can be saved and taken up again."""
+
+    def __init__(self, corpus: StreamingCorpus, state: Mapping[str, Any] | None = None) -> None:
+        self._corpus = corpus
+        self._index = int(state["index"]) if state else 0
+        self._dataset = copy.copy(corpus.dataset)  # its place is kept in the object
+        if state:
+            self._dataset.load_state_dict(copy.deepcopy(state["dataset"]))
+        self._state = copy.deepcopy(dict(state)) if state else None
+        self._rows = iter(self._dataset)
+
+    def __next__(self) -> Document:
+        while True:
+            row = next(self._rows)
+            self._state = None
+            index, self._index = self._index, self._index + 1
+            text = row[self._corpus.column]
+            if text and self._corpus.holds(index):
+                return Document(text, f"{self._corpus.name}#{index}")
+
+    def state(self) -> dict[str, Any] | None:
+        """The place after the last document read, as plain data for JSON; None at the beginning."""
+        if self._index == 0:
+            return None
+        if self._state is None:
+            self._state = {"index": self._index, "dataset": self._dataset.state_dict()}
+        return copy.deepcopy(self._state)
+
+
+def stream_corpus(spec: str, split: Split, seed: int = 0) -> StreamingCorpus:
+    """Opens `hf:NAME[:CONFIG]` (`spec` without the `hf:`).
+
+    The validation split is the data set's `validation`, else its `test`, else one training document in a hundred.
+
+    Raises:
+        ValueError: the data set, its configuration, a training split or a column of text is missing, or the Hub
+            cannot be reached.
+    """
+    name, _, config = spec.partition(":")
+    if not name:
+        raise ValueError(f"hf:{spec} names no data set. {_FIX}")
+    try:
+        splits = datasets.load_dataset(name, config or None, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"hf:{spec} cannot be opened: {error}. {_FIX} Is the network reachable?") from error
+    available = sorted(str(key) for key in splits)
+    own = next((key for key in _VALIDATION_SPLITS if key in available), None)
+    chosen = own if own and split == "validation" else "train"
+    if chosen not in available:
+        raise ValueError(f"hf:{spec} has the splits {available} and no training split. Choose another data set.")
+    dataset = splits[chosen]
+    return StreamingCorpus(f"hf:{spec}", split, dataset, _text_column(spec, dataset), None if own else _HELD_OUT, seed)
+
+
+def _text_column(spec: str, dataset: datasets.IterableDataset) -> str:
+    columns = list(dataset.column_names or next(iter(dataset)))
+    found = next((column for column in _TEXT_COLUMNS if column in columns), None)
+    if found is None:
+        raise ValueError(f"hf:{spec} has the columns {columns}, none of {list(_TEXT_COLUMNS)}. Rename the text column.")
+    return found

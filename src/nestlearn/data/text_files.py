@@ -1,0 +1,118 @@
+"""Documents from a person's own text files: one file, a folder, or a glob pattern."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from nestlearn.data.documents import Document, LocalCorpus, Split, split_documents, stable_hash
+
+_BLOCK = 65_536  # characters: long enough that blocks are documents of their own, small beside a book
+_BLOCKS = 20  # one block of each twenty is held out
+_FIX = "Give a file, a folder or a quoted glob pattern of UTF-8 text, e.g. 'text:notes/**/*.md'."
+
+
+def text_corpus(path: str, split: Split, seed: int = 0) -> LocalCorpus:
+    """Reads `text:PATH`.
+
+    Several files are documents and are split by the hash of their path below the folder (or pattern) given; files of
+    equal text, layout aside, are read once. A single file is cut at line ends into blocks of at most 65,536
+    characters, at least twenty of them; every twentieth goes to validation, and the runs of blocks between them are
+    the documents of the training split, so that a book keeps its long range.
+
+    Raises:
+        ValueError: nothing found, nothing but blanks, binary content, or a file too short to be split.
+    """
+    files = find_files(path)
+    name = f"text:{path}"
+    if len(files) == 1:
+        return LocalCorpus(name, split, split_blocks(read_text(files[0]), files[0].name, split, seed))
+    root = Path(path) if Path(path).is_dir() else _common_folder(files)
+    documents = [Document(read_text(file), file.relative_to(root).as_posix()) for file in files]
+    documents = drop_copies([document for document in documents if document.text.strip()])
+    if len(documents) < 2:
+        raise ValueError(f"The {len(files)} files of {path!r} hold {len(documents)} different texts; two are needed.")
+    return LocalCorpus(name, split, split_documents(documents, split, seed))
+
+
+def find_files(path: str) -> list[Path]:
+    """All files meant by a path or pattern, sorted; hidden files of a folder are left out."""
+    target = Path(path).expanduser()
+    if target.is_file():
+        return [target]
+    if target.is_dir():
+        inside = (file for file in target.rglob("*") if file.is_file())
+        files = [file for file in inside if not any(p.startswith(".") for p in file.relative_to(target).parts)]
+    else:
+        files = [Path(found) for found in glob.glob(str(target), recursive=True) if Path(found).is_file()]
+    if not files:
+        state = "is an empty folder" if target.is_dir() else "does not exist and matches no file"
+        raise ValueError(f"text:{path} cannot be read: {path!r} {state}. {_FIX}")
+    return sorted(files)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file exactly as it is, line ends included; a byte order mark is dropped.
+
+    Raises:
+        ValueError: the file is empty, contains a NUL byte or is not UTF-8.
+    """
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{path} is empty ({len(content)} bytes): there is nothing to learn from. {_FIX}")
+    if b"\0" in content:
+        position = content.index(b"\0")
+        raise ValueError(f"{path} is a binary file: byte {position} is NUL. {_FIX} Or leave it out of the pattern.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}. "
+            f"Convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`. {_FIX}"
+        ) from error
+
+
+def split_blocks(text: str, name: str, split: Split, seed: int = 0) -> tuple[Document, ...]:
+    """One text's part of `split`: blocks for validation, the runs between them for training."""
+    blocks = cut_blocks(text, min(_BLOCK, max(1, len(text) // _BLOCKS)))
+    if len(blocks) < 2:
+        raise ValueError(f"{name} is too short to be split: {len(text)} characters. Give a longer file, or a folder.")
+    period = min(_BLOCKS, len(blocks))
+    held_out = stable_hash("block", seed, name) % period
+    documents: list[Document] = []
+    run: list[str] = []
+    for index, block in enumerate([*blocks, ""]):
+        last = index == len(blocks)
+        if not last and index % period != held_out:
+            run.append(block)
+            continue
+        if run and split == "train":
+            documents.append(Document("".join(run), f"{name}#{index - len(run)}"))
+        if not last and split == "validation":
+            documents.append(Document(block, f"{name}#{index}"))
+        run = []
+    return tuple(documents)
+
+
+def cut_blocks(text: str, size: int) -> list[str]:
+    """Cuts after the first line end at or beyond each multiple of `size`; a very long line is cut inside."""
+    blocks = []
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size - 1, start + 2 * size) + 1 or start + size
+        blocks.append(text[start:end])
+        start = end
+    return blocks
+
+
+def drop_copies(documents: list[Document]) -> list[Document]:
+    """Keeps the first of documents whose words are the same."""
+    first = {stable_hash(*document.text.split()): document for document in reversed(documents)}
+    return [document for document in documents if first[stable_hash(*document.text.split())] is document]
+
+
+def _common_folder(files: list[Path]) -> Path:
+    folder = files[0].parent
+    while not all(file.is_relative_to(folder) for file in files):
+        folder = folder.parent
+    return folder
