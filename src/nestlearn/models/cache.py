@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,16 +88,12 @@ class HopeCache:
         mask = torch.zeros(size, dtype=torch.bool)
         if isinstance(rows, Tensor) and rows.dtype == torch.bool:
             if rows.shape != (size,):
-                raise ValueError(
-                    f"rows has shape {tuple(rows.shape)}, but the cache holds {size} rows; use Bool[{size}]."
-                )
+                raise ValueError(f"rows has shape {tuple(rows.shape)}, but the cache holds {size} rows.")
             mask = rows
         else:
             index = torch.as_tensor(rows, dtype=torch.long, device="cpu").reshape(-1)
             if any(not 0 <= row < size for row in index.tolist()):
-                raise ValueError(
-                    f"rows={index.tolist()} names a row outside 0..{size - 1}; the cache holds {size} rows."
-                )
+                raise ValueError(f"rows={index.tolist()} names a row the cache lacks; it holds 0..{size - 1}.")
             mask[index] = True
         if not tensors_of(self.layers):
             return
@@ -216,11 +212,8 @@ class HopeCache:
             tree = rebuild(tensors, header["spec"])
             cache = cls()
             cache.layers = [LayerState(*layer) for layer in tree["layers"]]
-            cache.pending_reset, cache.seen, cache.signature = (
-                tree["pending_reset"],
-                header["seen"],
-                header["signature"],
-            )
+            cache.pending_reset = tree["pending_reset"]
+            cache.seen, cache.signature = int(header["seen"]), header["signature"]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} has an incomplete HopeCache header ({error!r}). Restore it from a copy."
@@ -236,7 +229,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(cast(Any, x.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

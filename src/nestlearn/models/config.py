@@ -12,30 +12,31 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from nestlearn.nn.ffn import Activation
+
 ATTENTION_MIXERS = ("attention", "sliding_attention")
 
+# Keys that the Hugging Face libraries themselves write into a saved configuration or pass when loading one.
 _LIBRARY_FIELDS = frozenset(
-    # Keys that the Hugging Face libraries themselves write into a saved configuration or pass when loading one.
-    [
-        "_name_or_path",
-        "name_or_path",
-        "model_type",
-        "torch_dtype",
-        "num_labels",
-        "attn_implementation",
-        "experts_implementation",
-        "output_attentions",
-        "output_hidden_states",
-        "auto_map",
-        "quantization_config",
-        "base_model_tp_plan",
-        "base_model_pp_plan",
-        "tokenizer_class",
-        "task_specific_params",
-        "per_layer_config",
-        "transformers_weights",
+    {
         "_commit_hash",
-    ]
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "base_model_pp_plan",
+        "base_model_tp_plan",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_weights",
+    }
 )
 
 
@@ -113,7 +114,7 @@ class HopeConfig(PreTrainedConfig):
     memory_objective: str = "dot"
     memory_momentum: bool = False
     cms: list[dict[str, Any]] = field(default_factory=lambda: [{"period": None, "expansion": 4}])
-    ffn_activation: str = "swiglu"
+    ffn_activation: Activation = "swiglu"
     conv_size: int = 4
     rope_theta: float = 10000.0
     sliding_window: int = 256

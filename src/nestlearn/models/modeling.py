@@ -231,11 +231,15 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         """`generate` must not make a KV cache; see `_prepare_cache_for_generation`."""
         return False
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Put an empty `HopeCache` where the caller gave none."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        generation = cast(Any, super())
+        prepared = generation._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = HopeCache()
+        return prepared
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -255,11 +259,11 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             )
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None
-        return super().prepare_inputs_for_generation(
-            cast(Any, input_ids),
+        return cast(Any, super()).prepare_inputs_for_generation(
+            input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=cast(Any, past_key_values),
-            attention_mask=cast(Any, attention_mask),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )

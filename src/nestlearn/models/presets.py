@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from nestlearn.models.config import unknown_name
@@ -72,4 +73,4 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in _PRESETS:
         raise unknown_name("preset", name, _PRESETS)
-    return dict(_PRESETS[name])
+    return copy.deepcopy(_PRESETS[name])

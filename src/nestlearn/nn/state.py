@@ -151,9 +151,7 @@ def _record_type(name: str) -> type:
     """The NamedTuple class called ``module:class``; only this package's own classes are ever imported."""
     module, _, qualname = name.partition(":")
     if module != "nestlearn" and not module.startswith("nestlearn."):
-        raise ValueError(
-            f"the state names the record type {name!r}, which is not part of nestlearn; the file is foreign."
-        )
+        raise ValueError(f"the state names the record type {name!r}, which is not nestlearn's; the file is foreign.")
     try:
         found = getattr(importlib.import_module(module), qualname)
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,50 @@
+"""A small float64 model of any mixer."""
+
+import pytest
+import torch
+
+from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.models.config import mixer_names
+
+VOCABULARY = 50
+
+
+def small_config(mixer="attention", **fields):
+    defaults = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "memory_expansion": 2,
+        "memory_chunk_size": 4,
+        "projection_chunk_size": 8,
+        "sliding_window": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        # Large initial weights: every mechanism then has a visible effect on the logits.
+        "initializer_range": 0.3,
+    }
+    return HopeConfig(**(defaults | {"mixer": mixer} | fields))
+
+
+@pytest.fixture
+def build():
+    """build(mixer, **config fields) -> float64 model in evaluation mode, always with the same weights."""
+
+    def make(mixer="attention", **fields):
+        torch.manual_seed(0)
+        return HopeForCausalLM(small_config(mixer, **fields)).double().eval()
+
+    return make
+
+
+@pytest.fixture
+def ids():
+    """Three rows of eleven tokens, none of them special."""
+    return torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=mixer_names())
+def mixer(request):
+    return request.param
