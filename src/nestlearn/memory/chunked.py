@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .associative import AssociativeMemory
-from .layout import Grid, place, span_length
+from .layout import Grid, place, scatter_outputs, span_length
 from .retention import Delta
 from .span import Entering, Kernels, Writes, advance, make_kernels, read, step_size, write
 from .types import Factor, Gates, State, Weights
@@ -67,7 +67,9 @@ def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor |
     """The entering weights of one map, as the distance to initial if retention pulls there."""
     momentum = None if state.momentum is None else state.momentum[name]
     if memory.retain_to == "initial":
-        return Entering(state.params[name] - state.initial[name], momentum)
+        # The very same tensor: a fresh memory, known without looking, has distance 0.
+        fresh = state.params[name] is state.initial[name]
+        return Entering(None if fresh else state.params[name] - state.initial[name], momentum)
     return Entering(state.params[name], momentum, None if reset is None else state.initial[name])
 
 
@@ -188,7 +190,7 @@ def _scan_placed(
     beta = None if gates.momentum is None else torch.where(grid.valid, gates.momentum[row, grid.index], 1)
     outputs = []
     for i in range(spans):
-        begins = grid.starts[:, i, None, None]
+        begins = (grid.phase[:, i] == 0)[:, None, None]
         anchor = {n: torch.where(begins, w, state.anchor[n]) for n, w in state.params.items()}
         state = state._replace(anchor=anchor)
         here = Gates(lr[:, i], retain[:, i], None if beta is None else beta[:, i])
@@ -203,11 +205,3 @@ def _scan_placed(
     ended = (grid.end == 0)[:, None, None]
     anchor = {n: torch.where(ended, w, state.anchor[n]) for n, w in state.params.items()}
     return scatter_outputs(y, grid, k.shape[1]), state._replace(anchor=anchor, position=grid.end, aligned=False)
-
-
-def scatter_outputs(y: Tensor, grid: Grid, tokens: int) -> Tensor:
-    """Slots back to tokens; tokens without a slot (masked) give 0."""
-    rows, width = y.shape[0], y.shape[-1]
-    target = torch.where(grid.valid, grid.index, tokens).flatten(1)
-    out = y.new_zeros(rows, tokens + 1, width)
-    return out.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), y.flatten(1, 2))[:, :tokens]

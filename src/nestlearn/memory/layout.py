@@ -29,14 +29,14 @@ class Grid(NamedTuple):
     """``n`` spans of ``c`` slots for each of ``b`` rows.
 
     ``index`` is the token in a slot, ``valid`` whether the slot holds one, ``reset`` whether its token resets the
-    row, ``starts`` whether the span begins a new chunk, ``end`` the position in the chunk after the last token.
-    Valid slots of a span come first.
+    row, ``phase`` the position in the chunk of the span's first token (-1 in an empty span), ``end`` the position after
+    the last token. Valid slots of a span come first.
     """
 
     index: Int[Tensor, "b n c"]
     valid: Bool[Tensor, "b n c"]
     reset: Bool[Tensor, "b n c"] | None
-    starts: Bool[Tensor, "b n"]
+    phase: Int[Tensor, "b n"]
     end: Int[Tensor, "b"]
 
 
@@ -59,11 +59,14 @@ def place(
     span: int,
     mask: Bool[Tensor, "b t"] | None,
     reset: Bool[Tensor, "b t"] | None,
+    boundary: int | None = None,
 ) -> Grid:
     """Assign the tokens of every row to spans that end where a chunk ends or after ``span`` tokens.
 
+    ``boundary`` also ends spans at its multiples inside a chunk (memories of two chunk sizes share a grid).
+
     A reset inside a span needs no new span: after it the anchor is the initial weights, known beforehand. So a row
-    needs at most ``t // span + t // chunk_size + 2`` spans, however many resets it has.
+    needs at most ``t // span + t // boundary + 2`` spans, however many resets it has.
     """
     rows, device = position.shape[0], position.device
     slots = torch.arange(tokens, device=device)
@@ -77,11 +80,13 @@ def place(
         restart = reset.gather(1, order) & present
         last = torch.where(restart, slots, -1).cummax(1).values
         phase = torch.where(last >= 0, slots - last, position[:, None] + slots) % chunk_size
-    boundary = phase == 0 if restart is None else (phase == 0) & ~restart
-    following = torch.where(boundary, slots, tokens).flip(1).cummin(1).values.flip(1)
+    boundary = chunk_size if boundary is None else boundary
+    ends = phase % boundary == 0
+    ends = ends if restart is None else ends & ~restart
+    following = torch.where(ends, slots, tokens).flip(1).cummin(1).values.flip(1)
     following = torch.cat([following[:, 1:], following.new_full((rows, 1), tokens)], 1)
 
-    firsts, lasts = _spans(following, count, tokens, chunk_size, span, several=restart is not None)
+    firsts, lasts = _spans(following, count, tokens, boundary, span, several=restart is not None)
     slot = firsts[..., None] + torch.arange(span, device=device)
     valid = slot < lasts[..., None]
     slot = slot.clamp(max=tokens - 1)
@@ -89,10 +94,10 @@ def place(
     def in_slots(x: Tensor) -> Tensor:
         return x.gather(1, slot.flatten(1)).view_as(slot)
 
-    starts = boundary.gather(1, firsts.clamp(max=tokens - 1)) & valid[..., 0]
+    first_phase = torch.where(valid[..., 0], phase.gather(1, firsts.clamp(max=tokens - 1)), -1)
     last_phase = phase.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
     end = torch.where(count > 0, (last_phase + 1) % chunk_size, position)
-    return Grid(in_slots(order), valid, None if restart is None else in_slots(restart) & valid, starts, end)
+    return Grid(in_slots(order), valid, None if restart is None else in_slots(restart) & valid, first_phase, end)
 
 
 def _spans(
@@ -112,3 +117,11 @@ def _spans(
         lasts.append(last)
         first = last
     return torch.stack(firsts, 1), torch.stack(lasts, 1)
+
+
+def scatter_outputs(y: Tensor, grid: Grid, tokens: int) -> Tensor:
+    """Slots back to tokens; tokens without a slot (masked) give 0."""
+    rows, width = y.shape[0], y.shape[-1]
+    target = torch.where(grid.valid, grid.index, tokens).flatten(1)
+    out = y.new_zeros(rows, tokens + 1, width)
+    return out.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), y.flatten(1, 2))[:, :tokens]

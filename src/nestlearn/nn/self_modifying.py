@@ -1,0 +1,577 @@
+"""Self-modifying Titans: the projections of a memory are memories themselves (NL Eq. 83-91)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory import MLP, AssociativeMemory, Decay, Delta, Descent, DotProduct, Gates, L2, Momentum, State
+from nestlearn.memory.associative import StepSize
+from nestlearn.memory.chunked import Tokens, absorb_span, advance_span, anchored, dense, run_span
+from nestlearn.memory.layout import Grid, place, scatter_outputs, span_length
+from nestlearn.memory.types import Weights
+
+from .conv import ShortConv
+
+STREAMS = ("q", "k", "v", "eta", "alpha")
+MAX_MOMENTUM = 0.9
+NORM_EPSILON = 1e-6
+
+
+class FastWeights(NamedTuple):
+    """Current weights, anchor and momentum of a group of memories, every tensor ``[B, heads, memories, out, in]``."""
+
+    params: Weights
+    anchor: Weights
+    momentum: Weights | None
+
+
+class SelfModifyingState(NamedTuple):
+    """Fast state of the layer. ``position`` counts tokens in the current projection chunk; ``conv`` is the last
+    tokens before the convolution. ``aligned`` is static: every row is known to stand at the start of a chunk."""
+
+    projections: FastWeights | None
+    memory: FastWeights
+    conv: Float[Tensor, "b w ch"]
+    position: Int[Tensor, "b"]
+    aligned: bool
+
+
+class Projected(NamedTuple):
+    """What the projection memories make of a span of tokens; rows are ``batch * heads``."""
+
+    q: Tensor  # [r, c, d]
+    k: Tensor
+    v: Tensor
+    gates: Gates  # [r, c]
+
+
+class SelfModifyingTitans(nn.Module):
+    r"""A sequence layer whose keys, values, step sizes and retention come from memories that learn in context.
+
+    At the weights of the last chunk boundary (NL Eq. 83-91; docs/decisions.md for what the paper leaves open):
+
+        k_t = M_k(x^k_t)   v_t = M_v(x^v_t)   eta_t = M_eta(x^eta_t)   alpha_t = M_alpha(x^alpha_t)
+        v^_{m,t} = M_m(v_t)                                  every memory m generates its own target
+        W_m <- W_m (alpha_t I - eta'_t x x^T) - eta'_t e x^T  for every map of every memory (retention to initial)
+        y_t = M_memory,t(q_t)
+
+    Each stream ``x^m`` is a linear map of the input, a causal convolution of width 4 and SiLU, split in heads.
+    q, k, v and the targets are L2-normalized per head. All initial states are meta-learned parameters.
+
+    **Bounds** (no gate the layer can emit makes the recurrence expand): alpha in (0, 1]; eta in (0, max_step);
+    momentum in (0, 0.9). ``normalized`` steps have max_step <= 2, so eigenvalues stay in [-1, 1]. The L2 objective is
+    anchored, so it has max_step <= 1, and with momentum ``eta <= (1 - beta) / projection_chunk_size``.
+    Without delta retention ``eta <= max_step (1 - alpha) (1 - beta)`` with max_step <= 1/2: what is written in steady
+    state stays smaller than the initial weights.
+
+    Args:
+        d_model: width of input and output.
+        num_heads: heads; d_model must be divisible by it.
+        expansion: hidden units of a memory per head width.
+        memory_chunk_size: tokens between two anchors of the main memory.
+        projection_chunk_size: the same for the projection memories; a multiple of memory_chunk_size.
+        adaptive: which of ``q k v eta alpha`` are memories; the others are static projections (NL Table 6).
+        step_size: ``proximal`` or ``normalized``, for all maps or per map (``{"in": "normalized", "out": "proximal"}``).
+        max_step: upper bound of eta.
+        objective: ``dot`` or ``l2`` (paper-literal).
+        momentum: add momentum to the inner rule (NL Table 6).
+        delta: DGD's erasing term; False is plain gradient descent (NL Table 6).
+        retention: learned alpha; False keeps alpha = 1 (NL Table 6).
+        conv_size: width of the convolution.
+        activation: of the memories.
+
+    Raises:
+        ValueError: for contradictory or impossible settings.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.nn import SelfModifyingTitans
+        >>> layer = SelfModifyingTitans(d_model=32, num_heads=2, memory_chunk_size=8, projection_chunk_size=16)
+        >>> x = torch.randn(1, 20, 32)
+        >>> y, state = layer(x[:, :13])
+        >>> rest, state = layer(x[:, 13:], state)
+        >>> torch.allclose(torch.cat([y, rest], 1), layer(x)[0], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        expansion: int = 4,
+        memory_chunk_size: int = 64,
+        projection_chunk_size: int = 256,
+        adaptive: tuple[str, ...] | list[str] = ("k", "v", "eta", "alpha"),
+        step_size: StepSize | Mapping[str, StepSize] = "proximal",
+        max_step: float | None = None,
+        objective: str = "dot",
+        momentum: bool = False,
+        delta: bool = True,
+        retention: bool = True,
+        conv_size: int = 4,
+        activation: str = "gelu",
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        if d_model < 1 or num_heads < 1 or d_model % num_heads:
+            raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
+        unknown = sorted(set(adaptive) - set(STREAMS))
+        if unknown or len(set(adaptive)) != len(adaptive):
+            raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
+        if objective not in ("dot", "l2"):
+            raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
+        if not retention and not delta:
+            raise ValueError(
+                "delta=False with retention=False leaves nothing that bounds the memory. "
+                "Ablate one at a time: delta=False needs the retention gate."
+            )
+        self.memory = AssociativeMemory(
+            MLP(expansion, activation),  # type: ignore[arg-type]
+            objective=DotProduct() if objective == "dot" else L2(),
+            retention=Delta() if delta else Decay(),
+            algorithm=Momentum() if momentum else Descent(),
+            step_size=step_size if delta else "raw",
+            retain_to="initial",
+            chunk_size=memory_chunk_size,
+        )
+        if projection_chunk_size < 1 or projection_chunk_size % memory_chunk_size:
+            raise ValueError(
+                f"projection_chunk_size must be a multiple of memory_chunk_size, "
+                f"got {projection_chunk_size} and {memory_chunk_size}"
+            )
+        self.max_step = _bounded_step(max_step, self.memory)
+        self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
+        self.projection_chunk_size = projection_chunk_size
+        self.adaptive = tuple(name for name in STREAMS if name in adaptive)
+        self.retention = retention
+        self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
+        self.conv = ShortConv(len(STREAMS) * d_model, conv_size)
+        shapes = self.memory.architecture.shapes(self.d_head, self.d_head)
+        self.initial = nn.ModuleDict(
+            {
+                name: nn.ParameterDict({n: nn.Parameter(torch.empty(num_heads, *s)) for n, s in shapes.items()})
+                for name in (*self.adaptive, "memory")
+            }
+        )
+        self.eta_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
+        self.eta_bias = nn.Parameter(torch.empty(num_heads))
+        self.alpha_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
+        self.alpha_bias = nn.Parameter(torch.empty(num_heads))
+        self.beta_gate = nn.Linear(d_model, num_heads) if momentum else None
+        self.norm = nn.RMSNorm(self.d_head, eps=norm_eps)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values: random memories (both maps non-zero), gates that read a little and keep nearly everything."""
+        for group in self.initial.values():
+            for name, weight in group.items():  # type: ignore[operator]
+                with torch.no_grad():
+                    weight.copy_(self.memory.architecture.init(name, tuple(weight.shape), None))
+        for linear in (self.streams, self.out):
+            nn.init.normal_(linear.weight, std=self.d_model**-0.5)
+        self.conv.reset_parameters()
+        for vector in (self.eta_vector, self.alpha_vector):
+            nn.init.normal_(vector, std=0.02)
+        nn.init.zeros_(self.eta_bias)
+        # alpha = sigmoid(8) = 0.9997: with less the memories forget before they can be read (design trial).
+        nn.init.constant_(self.alpha_bias, 8.0 if isinstance(self.memory.retention, Delta) else 4.0)
+        if self.beta_gate is not None:
+            nn.init.normal_(self.beta_gate.weight, std=0.02)
+            nn.init.zeros_(self.beta_gate.bias)
+        nn.init.ones_(self.norm.weight)
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: SelfModifyingState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], SelfModifyingState | None]:
+        """Read tokens, answer each, and learn from them.
+
+        Args:
+            x: inputs; masked tokens may hold anything.
+            state: from an earlier call; None starts fresh.
+            mask: False marks padding: it changes nothing and its output is 0.
+            reset: True forgets everything of the row before that token.
+            writes: False computes the same with step size 0.
+            return_state: False skips the work only the next call would need.
+
+        Returns:
+            Outputs and the state after the last token (None if not asked for). A non-finite token makes the outputs of
+            its row NaN from there to the next reset.
+        """
+        self._check(x)
+        x, poisoned = quarantine(x, mask, reset)
+        streams, gates, tail = self._streams(x, None if state is None else state.conv, mask, reset)
+        if mask is None and reset is None and (state is None or state.aligned):
+            y, new = self._aligned(streams, gates, state, writes, return_state)
+        else:
+            y, new = self._placed(streams, gates, state, mask, reset, writes)
+        y = self._merge(y.to(x.dtype), x.shape[0])
+        visible = poisoned if mask is None else poisoned & mask
+        y = torch.where(visible.unsqueeze(-1), float("nan"), y)
+        if mask is not None:
+            y = torch.where(mask.unsqueeze(-1), y, 0)
+        if not return_state:
+            return y, None
+        new = poison_state(new._replace(conv=tail), poisoned[:, -1])
+        return y, new
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
+            raise ValueError(f"expected x of shape [batch, tokens >= 1, {self.d_model}], got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+
+    def _streams(
+        self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Streams ``[b, heads, streams, t, d]`` and momentum gate ``[b, heads, t]`` in the dtype of the fast weights."""
+        mixed, tail = self.conv(self.streams(x), tail, mask, reset)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mixed = F.silu(mixed).to(wide)
+        split = mixed.unflatten(-1, (len(STREAMS), self.num_heads, self.d_head)).permute(0, 3, 2, 1, 4)
+        beta = None
+        if self.beta_gate is not None:
+            beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide)).mT
+        return split, beta, tail
+
+    def _merge(self, y: Tensor, batch: int) -> Tensor:
+        """Heads back together: ``[b * heads, t, d] -> [b, t, d_model]``."""
+        y = self.norm(y.unflatten(0, (batch, self.num_heads)))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _initial(self, names: tuple[str, ...], batch: int, dtype: torch.dtype) -> Weights:
+        """Initial weights of a group of memories, ``[batch * heads, memories, out, in]``."""
+        maps = self.memory.architecture.shapes(self.d_head, self.d_head)
+        stacked = {m: torch.stack([self.initial[n][m] for n in names], 1).to(dtype) for m in maps}  # type: ignore[index]
+        return {m: w.repeat(batch, 1, 1, 1) for m, w in stacked.items()}
+
+    def _group(self, names: tuple[str, ...], fast: FastWeights | None, batch: int, dtype: torch.dtype) -> State:
+        """A group of memories as one State of rows ``[batch * heads, memories]``."""
+        initial = self._initial(names, batch, dtype)
+        nothing = torch.zeros((), dtype=torch.long)
+        if fast is None:
+            momentum = None
+            if isinstance(self.memory.algorithm, Momentum):
+                momentum = {m: torch.zeros_like(w) for m, w in initial.items()}
+            return State(initial, momentum, initial, initial, nothing, {}, True)
+
+        def rows(weights: Weights) -> Weights:
+            return {m: w.flatten(0, 1) for m, w in weights.items()}
+
+        momentum = None if fast.momentum is None else rows(fast.momentum)
+        return State(rows(fast.params), momentum, rows(fast.anchor), initial, nothing, {}, False)
+
+    def _fast(self, group: State | None, batch: int) -> FastWeights | None:
+        if group is None:
+            return None
+
+        def heads(weights: Weights) -> Weights:
+            return {m: w.unflatten(0, (batch, self.num_heads)) for m, w in weights.items()}
+
+        momentum = None if group.momentum is None else heads(group.momentum)
+        return FastWeights(heads(group.params), heads(group.anchor), momentum)
+
+    # ------------------------------------------------------------------------------------------- the two halves
+
+    def _project(
+        self, group: State | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
+    ) -> Projected:
+        """Keys, values, queries and gates of a span at the projection anchor; ``streams: [r, streams, c, d]``."""
+        made = list(streams.unbind(1))
+        if group is not None:
+            places = [STREAMS.index(name) for name in self.adaptive]
+            linear, _ = anchored(group.anchor, group.initial, None if reset is None else reset.unsqueeze(1))
+            adapted = self.memory.architecture(linear, streams[:, places])
+            for i, at in enumerate(places):
+                made[at] = adapted[:, i]
+        q, k, v, eta, alpha = made
+        heads = (-1, self.num_heads)
+        alpha_logit = torch.einsum("bhcd,hd->bhc", alpha.unflatten(0, heads), self.alpha_vector.to(alpha.dtype))
+        eta_logit = torch.einsum("bhcd,hd->bhc", eta.unflatten(0, heads), self.eta_vector.to(eta.dtype))
+        gates = self._gates(eta_logit, alpha_logit, beta, writes)
+        return Projected(normalize(q), normalize(k), normalize(v), gates)
+
+    def _gates(self, eta_logit: Tensor, alpha_logit: Tensor, beta: Tensor | None, writes: bool) -> Gates:
+        """Bounded gates (see the class docstring) from their logits ``[b, heads, c]``; returns rows ``[r, c]``."""
+        alpha = torch.sigmoid(alpha_logit + self.alpha_bias.to(alpha_logit.dtype).unsqueeze(-1))
+        eta = self.max_step * torch.sigmoid(eta_logit + self.eta_bias.to(eta_logit.dtype).unsqueeze(-1))
+        alpha, eta = alpha.flatten(0, 1), eta.flatten(0, 1)
+        if not isinstance(self.memory.retention, Delta):
+            eta = eta * (1 - alpha)
+        if beta is not None and not (
+            isinstance(self.memory.retention, Delta) and self.memory.objective == DotProduct()
+        ):
+            eta = eta * (1 - beta)
+            if self.memory.objective == L2():
+                eta = eta / self.projection_chunk_size
+        if not self.retention:
+            alpha = torch.ones_like(alpha)
+        if not writes:
+            eta = torch.zeros_like(eta)
+        return Gates(eta, alpha, beta)
+
+    def _learn_projections(
+        self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None, first: bool
+    ) -> State:
+        """Write a span into the projection memories; errors at their anchor."""
+        memories = self.memory.architecture
+        flag = None if reset is None else reset.unsqueeze(1)
+        linear, adjoint = anchored(group.anchor, group.initial, flag)
+        k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
+        target = normalize(memories(linear, v))
+        factors = memories.factors(linear, adjoint, k, target, self.memory.objective)
+        tokens = k.shape[-2]
+        size = span_length(self.projection_chunk_size, tokens, longest=64) if valid is None else tokens
+        for start in range(0, tokens, size):
+            cut = slice(start, start + size)
+            here = {m: type(f)(f.input[..., cut, :], f.error[..., cut, :]) for m, f in factors.items()}
+            gates = Gates(*(None if g is None else g[:, None, cut] for g in made.gates))
+            span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag)
+            kernels, starts, writes = absorb_span(self.memory, group, here, span)
+            group = advance_span(self.memory, group, kernels, starts, writes, span.valid)
+        return group
+
+    def _run_memory(
+        self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None, update: bool
+    ) -> tuple[Tensor, State]:
+        """Outputs of a span and the main memory after it."""
+        linear, _ = anchored(group.anchor, group.initial, reset)
+        target = normalize(self.memory.architecture(linear, made.v))
+        span = Tokens(made.q, made.k, target, made.gates, valid, reset)
+        y, group = run_span(self.memory, group, span, "token", update=update)
+        assert y is not None
+        return y, group
+
+    # --------------------------------------------------------------------------------------------- two schedules
+
+    def _aligned(
+        self, streams: Tensor, beta: Tensor | None, state: SelfModifyingState | None, writes: bool, return_state: bool
+    ) -> tuple[Tensor, SelfModifyingState]:
+        """All rows at the start of a chunk: projections run over whole projection chunks."""
+        batch, tokens, dtype = streams.shape[0], streams.shape[-2], streams.dtype
+        projections = None
+        if self.adaptive:
+            projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
+        memory = _single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
+        streams = streams.flatten(0, 1)
+        beta = None if beta is None else beta.flatten(0, 1)
+        chunk, outputs = self.projection_chunk_size, []
+        size = span_length(self.memory.chunk_size, tokens)
+        for begin in range(0, tokens, chunk):
+            end = min(begin + chunk, tokens)
+            if projections is not None:
+                projections = projections._replace(anchor=projections.params)
+            made = self._project(
+                projections, streams[:, :, begin:end], None if beta is None else beta[:, begin:end], None, writes
+            )
+            for first in range(0, end - begin, size):
+                if first % self.memory.chunk_size == 0:
+                    memory = memory._replace(anchor=memory.params)
+                last = begin + first + size >= tokens
+                part = _slice(made, first, first + size)
+                y, memory = self._run_memory(memory, part, None, None, update=return_state or not last)
+                outputs.append(y)
+            if projections is not None and (return_state or end < tokens):
+                projections = self._learn_projections(projections, made, None, None, state is None and begin == 0)
+        if tokens % self.memory.chunk_size == 0:
+            memory = memory._replace(anchor=memory.params)
+        if tokens % chunk == 0 and projections is not None:
+            projections = projections._replace(anchor=projections.params)
+        new = self._pack(projections, memory, batch, tokens % chunk, streams)
+        return torch.cat(outputs, 1), new
+
+    def _pack(self, projections: State | None, memory: State, batch: int, end: int, like: Tensor) -> SelfModifyingState:
+        position = torch.full((batch,), end, dtype=torch.long, device=like.device)
+        fast = self._fast(_stacked(memory), batch)
+        assert fast is not None
+        return SelfModifyingState(self._fast(projections, batch), fast, like, position, aligned=end == 0)
+
+    def _placed(
+        self,
+        streams: Tensor,
+        beta: Tensor | None,
+        state: SelfModifyingState | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        writes: bool,
+    ) -> tuple[Tensor, SelfModifyingState]:
+        """Rows of any phase, masks and resets: one span of the main memory's chunk at a time."""
+        batch, tokens, dtype, device = streams.shape[0], streams.shape[-2], streams.dtype, streams.device
+        projections = None
+        if self.adaptive:
+            projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
+        memory = _single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
+        position = torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.position
+        size = span_length(self.memory.chunk_size, tokens)
+        grid = place(position, tokens, self.projection_chunk_size, size, mask, reset, boundary=self.memory.chunk_size)
+        grid = Grid(*(None if g is None else g.repeat_interleave(self.num_heads, 0) for g in grid))
+        row = torch.arange(batch * self.num_heads, device=device)[:, None, None]
+        streams = streams.flatten(0, 1).transpose(1, 2)
+        beta = None if beta is None else torch.where(grid.valid, beta.flatten(0, 1)[row, grid.index], 1)
+        outputs = []
+        for i in range(grid.index.shape[1]):
+            valid, flag = grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
+            here = torch.where(valid[..., None, None], streams[row[:, 0], grid.index[:, i]], 0).transpose(1, 2)
+            begins = grid.phase[:, i]
+            projections = None if projections is None else _refresh(projections, begins == 0)
+            memory = _refresh(memory, begins % self.memory.chunk_size == 0)
+            made = self._project(projections, here, None if beta is None else beta[:, i], flag, writes)
+            gates = Gates(
+                torch.where(valid, made.gates.lr, 0), torch.where(valid, made.gates.retain, 1), made.gates.momentum
+            )
+            made = made._replace(gates=gates)
+            y, memory = self._run_memory(memory, made, valid, flag, update=True)
+            outputs.append(y)
+            if projections is not None:
+                projections = self._learn_projections(projections, made, valid, flag, False)
+            if flag is not None:
+                restarted = flag.any(-1)
+                memory = _to_initial(memory, restarted)
+                projections = None if projections is None else _to_initial(projections, restarted)
+        memory = _refresh(memory, grid.end % self.memory.chunk_size == 0)
+        projections = None if projections is None else _refresh(projections, grid.end == 0)
+        new = self._pack(projections, memory, batch, 1, streams)
+        end = grid.end.view(batch, self.num_heads)[:, 0]
+        return scatter_outputs(torch.stack(outputs, 1), grid, tokens), new._replace(position=end, aligned=False)
+
+    def loop(
+        self, x: Float[Tensor, "b t d"], state: SelfModifyingState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], SelfModifyingState]:
+        """The definition: the same layer token by token with inner gradients by autograd. The oracle of `forward`."""
+        from .self_modifying_loop import token_loop
+
+        return token_loop(self, x, state)
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
+        d, width, chunk = self.d_model, self.d_head, min(self.memory.chunk_size, context_length)
+        hidden = self.memory.architecture.shapes(width, width)["in"][0]
+        unit = 2 * self.num_heads * width * hidden  # one map applied to one token, all heads
+        span = min(64, self.projection_chunk_size, context_length)
+        delta = isinstance(self.memory.retention, Delta)
+        pairs = self.num_heads * chunk  # one token against half a chunk, both triangles computed
+        write = 2 * unit + 2 * unit + unit * (2 if delta else 0)  # target, errors, entering products
+        solve = (lambda c: 2 * self.num_heads * c * (width + hidden) * 2) if delta else (lambda c: 0)
+        memory = write + 2 * unit + solve(chunk) + 4 * unit + 4 * pairs * (width + hidden)
+        learning = max(0, 1 - self.projection_chunk_size / context_length)
+        projections = len(self.adaptive) * (2 * unit + learning * (write + 2 * unit + solve(span)))
+        linear = 2 * d * (len(STREAMS) + 1) * d + self.conv.flops_per_token(context_length)
+        return round(linear + memory + projections)
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, num_heads={self.num_heads}, adaptive={self.adaptive}, "
+            f"projection_chunk_size={self.projection_chunk_size}, max_step={self.max_step}, memory={self.memory}"
+        )
+
+
+def normalize(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """``x / sqrt(||x||^2 + 1e-6)``: unit norm, smooth at 0."""
+    return x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + NORM_EPSILON)
+
+
+def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zero the tokens that are masked or not finite, and say which outputs non-finite tokens poison.
+
+    Matrix products over tokens would carry a NaN into the past (0 * NaN); a token loop would not.
+    """
+    bad = ~torch.isfinite(x).all(-1)
+    if mask is not None:
+        bad = bad & mask
+    slots = torch.arange(x.shape[1], device=x.device)
+    last_bad = torch.where(bad, slots, -1).cummax(-1).values
+    poisoned = last_bad >= 0
+    if reset is not None:
+        restart = reset if mask is None else reset & mask
+        poisoned = poisoned & (last_bad >= torch.where(restart, slots, -1).cummax(-1).values)
+    drop = bad if mask is None else bad | ~mask
+    return torch.where(drop.unsqueeze(-1), 0, x), poisoned
+
+
+def poison_state(state: SelfModifyingState, rows: Tensor) -> SelfModifyingState:
+    """NaN in the main memory of the rows that ended poisoned."""
+    lost = rows.view(-1, 1, 1, 1, 1)
+    params = {m: torch.where(lost, float("nan"), w) for m, w in state.memory.params.items()}
+    return state._replace(memory=state.memory._replace(params=params))
+
+
+def _bounded_step(max_step: float | None, memory: AssociativeMemory) -> float:
+    """The bound of eta, refused where the recurrence could expand."""
+    kinds = {memory.step_size_of(m) for m in ("in", "out")}
+    delta = isinstance(memory.retention, Delta)
+    if delta and "raw" in kinds:
+        raise ValueError(
+            "step_size='raw' overflows on the second map of a deep memory within 100 tokens; "
+            "use 'proximal' or 'normalized'"
+        )
+    limit, why = float("inf"), ""
+    if "normalized" in kinds:
+        limit, why = 2.0, "normalized steps above 2 expand"
+    if memory.objective == L2():
+        limit, why = 1.0, "the L2 objective erases at the anchor as well as in place"
+    if not delta:
+        limit, why = 0.5, "without delta retention only decay bounds the memory"
+    step = min(1.0, limit) if max_step is None else float(max_step)
+    if not 0 < step <= limit:
+        raise ValueError(f"max_step must be in (0, {limit}] here ({why or 'positive'}), got {max_step}")
+    return step
+
+
+def _single(group: State) -> State:
+    """Drop the memories dimension of a group of one."""
+    return _each(group, lambda w: w.squeeze(1))
+
+
+def _stacked(group: State) -> State:
+    return _each(group, lambda w: w.unsqueeze(1))
+
+
+def _each(group: State, fn) -> State:
+    done: dict[int, Weights] = {}
+
+    def change(weights: Weights) -> Weights:
+        # Keep "these are the same weights" visible: a fresh memory is recognized by identity.
+        if id(weights) not in done:
+            done[id(weights)] = {m: fn(w) for m, w in weights.items()}
+        return done[id(weights)]
+
+    momentum = None if group.momentum is None else change(group.momentum)
+    return group._replace(
+        params=change(group.params), anchor=change(group.anchor), initial=change(group.initial), momentum=momentum
+    )
+
+
+def _rows_like(rows: Tensor, w: Tensor) -> Tensor:
+    return rows.view(-1, *[1] * (w.dim() - 1))
+
+
+def _refresh(group: State, begins: Tensor) -> State:
+    """Rows where ``begins``: a new chunk takes its errors at the current weights."""
+    anchor = {m: torch.where(_rows_like(begins, w), w, group.anchor[m]) for m, w in group.params.items()}
+    return group._replace(anchor=anchor)
+
+
+def _to_initial(group: State, rows: Tensor) -> State:
+    """Rows that were reset inside the span: what follows in that chunk takes its errors at the initial weights."""
+    anchor = {m: torch.where(_rows_like(rows, w), group.initial[m], w) for m, w in group.anchor.items()}
+    return group._replace(anchor=anchor)
+
+
+def _slice(made: Projected, first: int, last: int) -> Projected:
+    gates = Gates(*(None if g is None else g[:, first:last] for g in made.gates))
+    return Projected(made.q[:, first:last], made.k[:, first:last], made.v[:, first:last], gates)

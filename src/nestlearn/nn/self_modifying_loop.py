@@ -1,0 +1,104 @@
+"""The definition of self-modifying Titans: a loop over tokens, inner gradients by autograd of the objective."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.memory import DotProduct, Momentum, State
+from nestlearn.memory.reference import read_weights, token_step
+from nestlearn.memory.types import Weights
+
+if TYPE_CHECKING:
+    from .self_modifying import SelfModifyingState, SelfModifyingTitans
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2 normalization, smooth at zero."""
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def token_loop(
+    layer: SelfModifyingTitans, x: Tensor, state: SelfModifyingState | None
+) -> tuple[Tensor, SelfModifyingState]:
+    """Run the layer token by token, ``x: [b, t, d]``; a continued ``state`` may come from here or from `forward`."""
+    from .self_modifying import FastWeights, SelfModifyingState
+
+    names = (*layer.adaptive, "memory")
+    memories = {name: _start(layer, name, x.shape[0], state) for name in names}
+    history = x.new_zeros(x.shape[0], layer.conv.width - 1, layer.conv.channels) if state is None else state.conv
+    position = 0 if state is None else int(state.position[0])
+    outputs = []
+    for t in range(x.shape[1]):
+        history = torch.cat([history, (x[:, t] @ layer.streams.weight.mT)[:, None]], 1)
+        window = history[:, -layer.conv.width :]
+        history = history[:, 1:]
+        mixed = F.silu((window * layer.conv.weight).sum(1))
+        stream = dict(zip(("q", "k", "v", "eta", "alpha"), mixed.view(x.shape[0], 5, layer.num_heads, -1).unbind(1)))
+        for name in names:
+            chunk = layer.memory.chunk_size if name == "memory" else layer.projection_chunk_size
+            if position % chunk == 0:
+                memories[name] = memories[name]._replace(anchor=memories[name].params)
+        for name in layer.adaptive:
+            stream[name] = read_weights(layer.memory, memories[name].anchor, stream[name])
+        q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
+        lr, retain, beta = _gates(layer, stream["eta"], stream["alpha"], x[:, t])
+        for name in names:
+            target = unit(read_weights(layer.memory, memories[name].anchor, v))
+            params, momentum = token_step(layer.memory, memories[name], k, target, lr, retain, beta)
+            memories[name] = memories[name]._replace(params=params, momentum=momentum)
+        y = read_weights(layer.memory, memories["memory"].params, q)
+        y = y / (y.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight
+        outputs.append(y.flatten(1) @ layer.out.weight.mT)
+        position = (position + 1) % layer.projection_chunk_size
+
+    def fast(group: tuple[str, ...]) -> FastWeights | None:
+        if not group:
+            return None
+
+        def stack(weights: list[Weights]) -> Weights:
+            return {m: torch.stack([w[m] for w in weights], 2) for m in weights[0]}
+
+        momenta = [memories[n].momentum for n in group]
+        momentum = None if momenta[0] is None else stack([m for m in momenta if m is not None])
+        return FastWeights(stack([memories[n].params for n in group]), stack([memories[n].anchor for n in group]), momentum)
+
+    place = torch.full((x.shape[0],), position, dtype=torch.long)
+    memory = fast(("memory",))
+    assert memory is not None
+    return torch.stack(outputs, 1), SelfModifyingState(fast(layer.adaptive), memory, history, place, False)
+
+
+def _start(layer: SelfModifyingTitans, name: str, batch: int, state: SelfModifyingState | None) -> State:
+    initial = {m: w.expand(batch, *w.shape) for m, w in layer.initial[name].items()}  # type: ignore[operator]
+    momentum = None
+    if isinstance(layer.memory.algorithm, Momentum):
+        momentum = {m: torch.zeros_like(w) for m, w in initial.items()}
+    start = State(initial, momentum, initial, initial, torch.zeros(batch, dtype=torch.long), {})
+    if state is None:
+        return start
+    group, at = (state.memory, 0) if name == "memory" else (state.projections, layer.adaptive.index(name))
+    assert group is not None
+    momentum = None if group.momentum is None else {m: w[:, :, at] for m, w in group.momentum.items()}
+    params = {m: w[:, :, at] for m, w in group.params.items()}
+    return start._replace(params=params, anchor={m: w[:, :, at] for m, w in group.anchor.items()}, momentum=momentum)
+
+
+def _gates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Step size, retention and momentum of one token, ``[b, heads]`` (bounds: see the layer)."""
+    retain = torch.sigmoid((alpha * layer.alpha_vector).sum(-1) + layer.alpha_bias)
+    lr = layer.max_step * torch.sigmoid((eta * layer.eta_vector).sum(-1) + layer.eta_bias)
+    beta = None
+    if layer.beta_gate is not None:
+        beta = 0.9 * torch.sigmoid(x @ layer.beta_gate.weight.mT + layer.beta_gate.bias)
+    decays = not hasattr(layer.memory.retention, "gated")
+    if decays:
+        lr = lr * (1 - retain)
+    if beta is not None and (decays or not isinstance(layer.memory.objective, DotProduct)):
+        lr = lr * (1 - beta)
+        if not isinstance(layer.memory.objective, DotProduct):
+            lr = lr / layer.projection_chunk_size
+    return lr, retain if layer.retention else torch.ones_like(retain), beta
