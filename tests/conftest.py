@@ -1,0 +1,58 @@
+"""What every test shares: one thread per process, no network, no warning let through, and optional data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Set before any import that reads them: tests never reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Derandomized: a run of the suite is the same run everywhere; no deadline: machines are shared.
+hypothesis.settings.register_profile(
+    "nestlearn", deadline=None, derandomize=True, max_examples=25, print_blob=True, database=None
+)
+hypothesis.settings.load_profile("nestlearn")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Processes run side by side, and results of one thread are the same on every machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real texts kept beside the source tree; the test is skipped where there are none."""
+    folder = Path(os.environ.get("NESTLEARN_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set NESTLEARN_DATA to a folder of texts")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,61 @@
+"""Every Python example in the README, the documentation and the docstrings runs; relative links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+SOURCE = ROOT / "src"
+MODULES = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in sorted(SOURCE.rglob("*.py"))]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def pages_with_examples() -> list[Path]:
+    return [page for page in PAGES if BLOCK.search(page.read_text())]
+
+
+@pytest.mark.parametrize("page", pages_with_examples(), ids=lambda page: page.name)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run in order in one namespace, as a reader would paste them, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start(1))
+        # Blank lines in front make a traceback point at the line of the page.
+        exec(compile("\n" * line + match.group(1), str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    targets = (link.split("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link)
+    assert not [target for target in targets if target and not (page.parent / target).exists()]
+
+
+def public_names() -> dict[str, object]:
+    """What the reader of an example has imported: torch, the public names of the package and of its parts."""
+    names: dict[str, object] = {"torch": torch}
+    for part in ("memory", "nn", "data", "train", "evals", "models", ""):
+        module = importlib.import_module(f"nestlearn.{part}".rstrip("."))
+        names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return names
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+def test_docstring_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`>>>` examples of a module, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name.removesuffix(".__init__"))
+    result = doctest.testmod(module, optionflags=OPTIONS, extraglobs=public_names())
+    assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed; see the captured output"
