@@ -1,0 +1,263 @@
+"""Memory settings as points of a table of axes, their random inputs, and how results are compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestlearn.memory import (
+    L2,
+    MLP,
+    AssociativeMemory,
+    Decay,
+    Delta,
+    Descent,
+    DotProduct,
+    Gates,
+    Matrix,
+    Momentum,
+    State,
+    scan,
+)
+
+DEEP, HEBBIAN, DELTA = MLP(2), DotProduct(), Delta()
+MIXED = {"in": "normalized", "out": "proximal"}
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "architecture": (Matrix(), MLP(2), MLP(2, "silu")),
+    "objective": (DotProduct(), L2()),
+    "retention": (Decay(), Delta(), Delta(gated=True)),
+    "step_size": ("raw", "proximal", "normalized", "mixed"),
+    "momentum": (False, True),
+    "retain_to": ("zero", "initial"),
+    "chunk_size": (1, 4, 16, 64, 128, 192),
+    "read": ("token", "chunk"),
+    "flags": ("none", "mask", "reset", "both"),
+    "tokens": (1, 63, 100, 200),
+    "batch": (1, 3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of every axis of `AXES`."""
+
+    architecture: Matrix | MLP = DEEP
+    objective: DotProduct | L2 = HEBBIAN
+    retention: Decay | Delta = DELTA
+    step_size: str = "proximal"
+    momentum: bool = True
+    retain_to: str = "zero"
+    chunk_size: int = 4
+    read: str = "token"
+    flags: str = "none"
+    tokens: int = 11
+    batch: int = 2
+
+    @property
+    def memory(self) -> AssociativeMemory:
+        return AssociativeMemory(
+            self.architecture,
+            self.objective,
+            self.retention,
+            Momentum() if self.momentum else Descent(),
+            MIXED if self.step_size == "mixed" else self.step_size,  # type: ignore[arg-type]
+            self.retain_to,  # type: ignore[arg-type]
+            self.chunk_size,
+            self.read,  # type: ignore[arg-type]
+        )
+
+    def __str__(self) -> str:
+        arch = "matrix" if isinstance(self.architecture, Matrix) else f"mlp.{self.architecture.activation}"
+        retention = "decay" if isinstance(self.retention, Decay) else "gated" if self.retention.gated else "delta"
+        parts = [arch, type(self.objective).__name__.lower(), retention, self.step_size]
+        parts += ["momentum" if self.momentum else "descent", f"to.{self.retain_to}", f"c{self.chunk_size}", self.read]
+        return "-".join([*parts, f"flags.{self.flags}", f"t{self.tokens}", f"b{self.batch}"])
+
+
+def legal(setting: dict[str, Any]) -> bool:
+    """Whether a (possibly partial) setting can be part of a memory. Also keeps the token loop affordable."""
+    step, retention, arch = (setting.get(axis) for axis in ("step_size", "retention", "architecture"))
+    if step not in (None, "raw") and isinstance(retention, Decay):
+        return False
+    if step == "mixed" and isinstance(arch, Matrix):
+        return False
+    # 200 tokens are there to split a chunk of 192 in spans and to go past it.
+    return setting.get("tokens") != 200 or setting.get("chunk_size") in (None, 192)
+
+
+def product(axes: dict[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool] = legal) -> Iterator[dict]:
+    """Every allowed combination."""
+    for values in itertools.product(*axes.values()):
+        setting = dict(zip(axes, values, strict=True))
+        if allowed(setting):
+            yield setting
+
+
+def covering(
+    axes: dict[str, Sequence[Any]], strength: int, allowed: Callable[[dict[str, Any]], bool] = legal
+) -> list[dict[str, Any]]:
+    """Settings such that all allowed values of every ``strength`` axes meet in one of them (greedy, deterministic)."""
+    groups = list(itertools.combinations(axes, strength))
+    uncovered: dict[Combination, None] = {}
+    for group in groups:
+        for indices in itertools.product(*(range(len(axes[name])) for name in group)):
+            chosen = dict(zip(group, indices, strict=True))
+            # A partial setting can be legal and still fit in no full one.
+            if allowed(_values(axes, chosen)) and _complete(chosen, axes, allowed, {}, strength):
+                uncovered[tuple(chosen.items())] = None
+    settings = []
+    while uncovered:
+        chosen = _complete(dict(next(iter(uncovered))), axes, allowed, uncovered, strength)
+        assert chosen is not None
+        for group in groups:
+            uncovered.pop(tuple((name, chosen[name]) for name in group), None)
+        settings.append({name: axes[name][chosen[name]] for name in axes})
+    return settings
+
+
+Combination = tuple[tuple[str, int], ...]
+
+
+def _values(axes: dict[str, Sequence[Any]], chosen: dict[str, int]) -> dict[str, Any]:
+    return {name: axes[name][i] for name, i in chosen.items()}
+
+
+def _complete(
+    chosen: dict[str, int],
+    axes: dict[str, Sequence[Any]],
+    allowed: Callable[[dict[str, Any]], bool],
+    uncovered: dict[Combination, None],
+    strength: int,
+) -> dict[str, int] | None:
+    """Give every other axis the legal value that covers most; None where an axis has no legal value left."""
+    order = {name: rank for rank, name in enumerate(axes)}
+    for name in axes:
+        if name in chosen:
+            continue
+        others = list(itertools.combinations(chosen, strength - 1))
+        best, best_gain = None, -1
+        for i in range(len(axes[name])):
+            # Starting elsewhere each time spreads ties over the values.
+            i = (i + len(uncovered)) % len(axes[name])
+            trial = {**chosen, name: i}
+            if not allowed(_values(axes, trial)):
+                continue
+            groups = (sorted((*group, name), key=order.__getitem__) for group in others)
+            gain = sum(tuple((n, trial[n]) for n in group) in uncovered for group in groups)
+            if gain > best_gain:
+                best, best_gain = i, gain
+        if best is None:
+            return None
+        chosen = {**chosen, name: best}
+    return chosen
+
+
+@dataclass
+class Inputs:
+    """Random inputs of one case; every tensor that can have an outer gradient is a leaf."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    initial: dict[str, Tensor]
+    mask: Tensor | None
+    reset: Tensor | None
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        named = {"q": self.q, "k": self.k, "v": self.v, "lr": self.gates.lr, "retain": self.gates.retain}
+        if self.gates.momentum is not None:
+            named["momentum"] = self.gates.momentum
+        return named | {f"initial {name}": w for name, w in self.initial.items()}
+
+    def cut(self, first: int, last: int) -> tuple[tuple[Tensor, Tensor, Tensor, Gates], dict[str, Tensor | None]]:
+        """Arguments of `scan` for tokens ``first .. last - 1``."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, first:last]
+
+        gates = Gates(*(part(g) for g in self.gates))  # type: ignore[arg-type]
+        qkv = (self.q[:, first:last], self.k[:, first:last], self.v[:, first:last])
+        return (*qkv, gates), {"mask": part(self.mask), "reset": part(self.reset)}
+
+
+def make_inputs(case: Case, d: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Inputs in the range where every memory of the table stays finite; a tenth of the gates is 0, a tenth 1."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case.batch, case.tokens)
+
+    def normal(*size: int, scale: float = 0.5) -> Tensor:
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+    def gate(low: float, high: float) -> Tensor:
+        x = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        kind = torch.rand(shape, generator=generator)
+        return torch.where(kind < 0.1, 0.0, torch.where(kind < 0.2, 1.0, x)).to(dtype).requires_grad_()
+
+    q, k, v = (normal(*shape, d) for _ in range(3))
+    gates = Gates(gate(0, 0.2), gate(0.5, 1), gate(0, 0.9) if case.momentum else None)
+    shapes = case.architecture.shapes(d, d)
+    initial = {name: normal(case.batch, *size, scale=0.3) for name, size in shapes.items()}
+    mask = torch.rand(shape, generator=generator) > 0.3 if case.flags in ("mask", "both") else None
+    reset = torch.rand(shape, generator=generator) < 0.1 if case.flags in ("reset", "both") else None
+    return Inputs(q, k, v, gates, initial, mask, reset)
+
+
+def start(case: Case, inputs: Inputs) -> State:
+    """The fresh state of the case, with gradients to its initial weights."""
+    d, batch, dtype = inputs.k.shape[-1], inputs.k.shape[0], inputs.k.dtype
+    return case.memory.init_state((batch,), d, d, params=inputs.initial, dtype=dtype)
+
+
+def run(
+    case: Case, inputs: Inputs, engine: str = "auto", splits: Sequence[int] = (), **options: Any
+) -> tuple[Tensor, State]:
+    """Outputs and final state of `scan`, called once for each piece between ``splits``."""
+    state, outputs = start(case, inputs), []
+    for first, last in itertools.pairwise([0, *splits, case.tokens]):
+        if last > first:
+            args, flags = inputs.cut(first, last)
+            y, state = scan(case.memory, state, *args, **flags, engine=engine, **options)  # type: ignore[arg-type]
+            outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def state_tensors(state: State) -> dict[str, Tensor]:
+    """Every weight in a state by name."""
+    groups = {"params": state.params, "anchor": state.anchor, "momentum": state.momentum or {}}
+    return {f"{group} {name}": w for group, weights in groups.items() for name, w in weights.items()}
+
+
+def results(inputs: Inputs, y: Tensor, state: State) -> dict[str, Tensor]:
+    """Outputs, final state, position, and the gradients of a random function of all of them to every leaf."""
+    outputs = {"y": y, **state_tensors(state)}
+    generator = torch.Generator().manual_seed(99)
+    loss = torch.zeros((), dtype=y.dtype)
+    for x in outputs.values():
+        loss = loss + (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum()
+    leaves = inputs.leaves
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        outputs[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    outputs["position"] = state.position
+    return {name: x.detach() for name, x in outputs.items()}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], label: object, tolerance: float = 1e-9) -> None:
+    """Equal to ``tolerance`` relative to the norm of each expected tensor, and finite."""
+    assert got.keys() == expected.keys(), label
+    for name, want in expected.items():
+        have = got[name]
+        assert have.shape == want.shape and have.dtype == want.dtype, (label, name)
+        assert torch.isfinite(want.double()).all(), f"{label}: {name} is not finite: the case proves nothing"
+        error = (have.double() - want.double()).norm().item()
+        # A tensor that is zero but for rounding has no relative scale.
+        bound = tolerance * max(want.double().norm().item(), 1e-3)
+        assert error <= bound, f"{label}: {name} differs by {error:.3g}, allowed {bound:.3g}"

@@ -1,0 +1,58 @@
+"""The chunked engine equals the token loop: outputs, final state and every outer gradient, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from nestlearn.memory import L2, MLP, Decay, Delta, DotProduct, Matrix
+
+from .cases import AXES, Case, assert_same, covering, legal, make_inputs, product, results, run
+
+COVERING = [Case(**setting) for setting in covering(AXES, 3)]
+
+# Tokens, rows and the activation are no axes of the full product: the first two vary from case to case.
+FULL_AXES = {name: values for name, values in AXES.items() if name not in ("tokens", "batch")}
+FULL_AXES["architecture"] = (Matrix(), MLP(2))
+GROUPS = list(product({name: FULL_AXES[name] for name in ("architecture", "objective", "retention", "step_size")}))
+
+
+def check(case: Case, seed: int = 0) -> None:
+    inputs = make_inputs(case, seed=seed)
+    expected = results(inputs, *run(case, inputs, "reference"))
+    assert_same(results(inputs, *run(case, inputs, "chunked")), expected, case)
+
+
+def test_the_covering_set_contains_every_pair():
+    settings = [vars(case) for case in COVERING]
+    assert all(legal(setting) for setting in settings)
+    for a, b in itertools.combinations(AXES, 2):
+        wanted = {(x, y) for x in AXES[a] for y in AXES[b] if legal({a: x, b: y})}
+        assert wanted == {(setting[a], setting[b]) for setting in settings}, (a, b)
+
+
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_engines_agree_on_every_three_settings(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize("flags", ["none", "both"])
+@pytest.mark.parametrize("architecture", [Matrix(), MLP(2)], ids=["matrix", "mlp"])
+def test_engines_agree_where_a_chunk_is_split_in_spans(architecture, flags):
+    """A chunk of 192 runs as two spans of 96 that share its anchor; the rest of 200 starts a new chunk."""
+    check(Case(architecture, L2(), Delta(), momentum=True, chunk_size=192, flags=flags, tokens=200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: str(Case(**g)).split("-momentum")[0])
+def test_engines_agree_on_the_full_product(group):
+    others = {name: values for name, values in FULL_AXES.items() if name not in group}
+    for number, setting in enumerate(product(others)):
+        tokens = 200 if setting["chunk_size"] == 192 and number % 4 == 0 else (1, 23, 40, 70)[number % 4]
+        check(Case(**group, **setting, tokens=tokens, batch=1 + 2 * (number % 2)), seed=number)
+
+
+def test_every_retention_and_objective_is_in_the_product():
+    kinds = {(type(g["retention"]), type(g["objective"]), type(g["architecture"])) for g in GROUPS}
+    assert kinds == set(itertools.product((Decay, Delta), (DotProduct, L2), (Matrix, MLP)))
