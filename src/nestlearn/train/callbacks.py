@@ -89,7 +89,10 @@ class ProgressBar(TrainerCallback):
             self.printed = now
             done = max(state.global_step - self.started_at, 1)
             left = (now - self.began) / done * (state.max_steps - state.global_step)
-            self.console.print(f"{self.title} step {state.global_step}/{state.max_steps}  {status}  ETA {left:.0f} s")
+            self.console.print(
+                f"{self.title} step {state.global_step}/{state.max_steps}  {status}  ETA {left:.0f} s",
+                soft_wrap=True,
+            )
 
     def close(self) -> None:
         """Give the terminal back, also after an error."""

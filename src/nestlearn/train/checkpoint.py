@@ -87,7 +87,9 @@ def verify(checkpoint: str | Path) -> None:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}), so it was not written here.{fix}") from error
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST} ({error}), so it was not written here.{fix}"
+        ) from error
     for name, expected in files.items():
         problem = _problem(folder / name, expected)
         if problem:

@@ -140,7 +140,8 @@ def check_tokenizer_spec(spec: str) -> int | None:
     if kind == "bpe" and size.isdigit() and int(size) > 259:
         return int(size)
     raise ValueError(
-        f"Unknown tokenizer {spec!r}. Use 'byte', or 'bpe:N' with N > 259 (256 bytes and 3 special tokens), as in bpe:2048."
+        f"Unknown tokenizer {spec!r}. Use 'byte', or 'bpe:N' with N > 259 (256 bytes and 3 special tokens), "
+        "as in bpe:2048."
     )
 
 

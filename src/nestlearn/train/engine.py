@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils.data import Dataset, Subset
-from transformers import PrinterCallback, PreTrainedTokenizerFast, TrainingArguments, default_data_collator
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, default_data_collator
 from transformers.utils import logging as engine_logging
 
 from nestlearn import flops
-from nestlearn.data import PackedDataset, bytes_per_token, load_corpus
+from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_corpus, pack
 from nestlearn.train import checkpoint
 from nestlearn.train.callbacks import ProgressBar, StepTimer, StopOnSignal
 from nestlearn.train.config import CONFIG_FILE, SCHEDULES, TrainConfig, check_resume
 from nestlearn.train.errors import CheckpointError, TrainingInterrupted
 from nestlearn.train.load import load_tokenizer, prepare_model, prepare_model_config, prepare_tokenizer
 from nestlearn.train.meter import Meter, count_targets, cut_log, read_log
+from nestlearn.train.stream import RecordedStream
 from nestlearn.train.trainer import HopeTrainer
 
 
@@ -82,6 +85,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     data = load_data(config, tokenizer)
     model = prepare_model(config, prepare_model_config(config, tokenizer))
     progress = Meter.load(last) if last else Meter()
+    if last and isinstance(data.train, RecordedStream):
+        data.train.load(last)
     if resume:
         cut_log(out, checkpoint.step_of(last) if last else 0)
     else:
@@ -143,13 +148,11 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> RunDat
         ValueError: if the corpus has too little text for one batch, or nothing to evaluate on.
     """
     packed = {
-        split: PackedDataset(
-            load_corpus(config.corpus, split, seed=config.seed), tokenizer, config.sequence_length, seed=config.seed
-        )
+        split: pack(load_corpus(config.corpus, split), tokenizer, config.sequence_length, seed=config.seed)
         for split in ("train", "validation")
     }
     train_set, held_out = packed["train"], packed["validation"]
-    if hasattr(train_set, "__len__") and len(train_set) < config.batch_size:
+    if isinstance(train_set, PackedDataset) and len(train_set) < config.batch_size:
         raise ValueError(
             f"The corpus {config.corpus!r} is too small: {len(train_set)} windows of {config.sequence_length} tokens "
             f"for a batch of {config.batch_size}. Use more text, or a smaller --sequence-length or --batch-size."
@@ -163,6 +166,8 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> RunDat
     token_bytes = bytes_per_token(tokenizer)
     counts = [count_targets(item["labels"].unsqueeze(0), token_bytes) for item in windows]
     targets, byte_count = (sum(column) for column in zip(*counts, strict=True))
+    if isinstance(train_set, PackedStream):
+        train_set = RecordedStream(train_set, remember=_windows_ahead(config))
     return RunData(train_set, _ListDataset(windows), token_bytes, byte_count / max(targets, 1))
 
 
@@ -177,11 +182,17 @@ class _ListDataset(Dataset):
         return self.items[index]
 
 
-def _first_items(dataset: Any, count: int) -> list[dict[str, torch.Tensor]]:
+def _first_items(dataset: PackedDataset | PackedStream, count: int) -> list[dict[str, torch.Tensor]]:
     """The first `count` windows of a map-style or streaming dataset."""
-    if hasattr(dataset, "__len__"):
-        return list(Subset(dataset, range(min(count, len(dataset)))))
-    return [item for _, item in zip(range(count), dataset, strict=False)]
+    if isinstance(dataset, PackedDataset):
+        return [dataset[index] for index in range(min(count, len(dataset)))]
+    return list(islice(dataset, count))
+
+
+def _windows_ahead(config: TrainConfig) -> int:
+    """More windows than the engine ever reads ahead: two updates of all processes."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return 2 * (config.gradient_accumulation + 1) * config.batch_size * processes
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -218,6 +229,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        # A stream is put back to its place instead of being read again up to it.
+        "ignore_data_skip": config.corpus.startswith("hf:"),
         # Kept in the saved configuration, so that generation from the result uses its cache.
         "use_cache": True,
     }
@@ -285,11 +298,14 @@ def _result(trainer: HopeTrainer, out: Path) -> TrainResult:
 
 
 class _quiet_engine:
-    """Silences the engine's informational logging for the time of a run; errors still show."""
+    """Silences the engine's informational logging and progress bars for the time of a run; errors still show."""
 
     def __enter__(self) -> None:
-        self.level = engine_logging.get_verbosity()
+        self.level, self.bars = engine_logging.get_verbosity(), engine_logging.is_progress_bar_enabled()
         engine_logging.set_verbosity(logging.ERROR)
+        engine_logging.disable_progress_bar()
 
     def __exit__(self, *_error: object) -> None:
         engine_logging.set_verbosity(self.level)
+        if self.bars:
+            engine_logging.enable_progress_bar()

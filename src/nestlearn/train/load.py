@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import math
 from pathlib import Path
@@ -21,19 +19,10 @@ from nestlearn.train.errors import CheckpointError
 if TYPE_CHECKING:
     from nestlearn.data import Corpus
 
-# Attributes every Hugging Face configuration has; only what makes the architecture is a field to set here.
-_ENGINE_FIELDS = frozenset({"model_type", "transformers_version", "architectures", "output_hidden_states",
-                            "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
-                            "problem_type", "output_attentions", "dtype", "kwargs", "self"})  # fmt: skip
-
 
 def model_fields() -> frozenset[str]:
     """Names of the HopeConfig fields that a run may override."""
-    if dataclasses.is_dataclass(HopeConfig):
-        names = {field.name for field in dataclasses.fields(HopeConfig)}
-    else:
-        names = set(inspect.signature(HopeConfig.__init__).parameters)
-    return frozenset(name for name in names if not name.startswith("_")) - _ENGINE_FIELDS
+    return frozenset(HopeConfig.field_names())
 
 
 def is_model_folder(name: str) -> bool:
@@ -49,7 +38,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception for a damaged file)
+    except Exception as error:
         raise CheckpointError(f"{folder} has no readable tokenizer: {_short(error)}.") from error
 
 
@@ -66,13 +55,14 @@ def load_model(folder: str | Path) -> HopeForCausalLM:
             f"{suggestion(str(folder), presets())}"
         )
     try:
-        model, report = HopeForCausalLM.from_pretrained(str(path), output_loading_info=True, local_files_only=True)
+        loaded: Any = HopeForCausalLM.from_pretrained(str(path), output_loading_info=True, local_files_only=True)
     except (SafetensorError, OSError, json.JSONDecodeError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"Cannot load the model in {path}: {_short(error)}. The folder is incomplete or damaged; "
             "copy it again, or use an earlier checkpoint."
         ) from error
-    problems = [f"{kind}: {sorted(map(str, report[kind]))[0]}" for kind in report if kind != "error_msgs" and report[kind]]
+    model, report = loaded
+    problems = [f"{kind}: {sorted(map(str, found))[0]}" for kind, found in report.items() if found]
     if problems:
         raise CheckpointError(f"The weights in {path} do not fit its config.json ({'; '.join(problems)}).")
     return model
@@ -89,27 +79,37 @@ def prepare_tokenizer(config: TrainConfig, corpus: Corpus | None = None) -> PreT
     size = check_tokenizer_spec(config.tokenizer)
     if size is None:
         return byte_tokenizer()
-    return train_bpe(corpus or load_corpus(config.corpus, "train", seed=config.seed), size)
+    return train_bpe(corpus or load_corpus(config.corpus, "train"), size)
 
 
-def prepare_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> HopeConfig:
-    """The model configuration of a run, its vocabulary and document boundary taken from the tokenizer.
+def resolve_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> HopeConfig:
+    """The model configuration of a run; vocabulary and document boundary come from the tokenizer if there is one.
 
     Raises:
-        ValueError: for an unknown preset, an invalid field or a vocabulary smaller than the tokenizer's.
+        ValueError: for an unknown preset or an invalid field.
     """
     overrides = dict(config.model)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if is_model_folder(config.preset):
-        model_config = HopeConfig.from_pretrained(config.preset)
         if overrides:
             raise ValueError(
                 f"{next(iter(overrides))} cannot change: {config.preset} holds trained weights of a fixed shape. "
                 "Leave it out, or start from a preset."
             )
-    else:
-        defaults = {"vocab_size": len(tokenizer), "reset_token_id": tokenizer.bos_token_id, **ids}
-        model_config = HopeConfig.from_preset(config.preset, **{**defaults, **overrides})
+        return HopeConfig.from_pretrained(config.preset)
+    if tokenizer is None:
+        return HopeConfig.from_preset(config.preset, **overrides)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    defaults = {"vocab_size": len(tokenizer), "reset_token_id": tokenizer.bos_token_id, **ids}
+    return HopeConfig.from_preset(config.preset, **{**defaults, **overrides})
+
+
+def prepare_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> HopeConfig:
+    """The model configuration of a run, checked against its tokenizer.
+
+    Raises:
+        ValueError: as `resolve_model_config`, and for a vocabulary smaller than the tokenizer's.
+    """
+    model_config = resolve_model_config(config, tokenizer)
     if model_config.vocab_size < len(tokenizer):
         raise ValueError(
             f"Vocabulary mismatch: the model has vocab_size {model_config.vocab_size}, the tokenizer "
@@ -125,7 +125,7 @@ def prepare_model(config: TrainConfig, model_config: HopeConfig) -> HopeForCausa
     else:
         torch.manual_seed(config.seed)
         model = HopeForCausalLM(model_config)
-    return model.to(torch.float64 if config.dtype == "float64" else torch.float32)
+    return model.double() if config.dtype == "float64" else model.float()
 
 
 def initial_loss(vocab_size: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from nestlearn.train import checkpoint, meter
 from nestlearn.train.errors import NonFiniteError
 from nestlearn.train.finite import first_non_finite_gradient, locate_non_finite
+from nestlearn.train.stream import RecordedStream
 
 
 class HopeTrainer(Trainer):
@@ -125,7 +126,8 @@ class HopeTrainer(Trainer):
         if self.accelerator.num_processes == 1:
             return
         own = torch.tensor([self.meter.nats, self.meter.targets, self.meter.bytes], device=self.args.device)
-        nats, targets, byte_count = self.accelerator.gather(own.view(1, 3)).sum(0).tolist()
+        gathered = cast(Tensor, self.accelerator.gather(own.view(1, 3)))
+        nats, targets, byte_count = gathered.sum(0).tolist()
         self.meter.nats, self.meter.targets, self.meter.bytes = nats, int(targets), int(byte_count)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -141,6 +143,10 @@ class HopeTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 if self.args.should_save:
                     self.meter.save(content)
+                    if isinstance(self.train_dataset, RecordedStream):
+                        self.train_dataset.save(
+                            content, self.state.global_step * self.get_total_train_batch_size(self.args)
+                        )
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     checkpoint.publish(content, final)

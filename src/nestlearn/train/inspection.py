@@ -1,0 +1,111 @@
+"""Size and cost of a model, computed without allocating it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nestlearn import flops
+from nestlearn.models import HopeConfig, HopeForCausalLM
+from nestlearn.models.flops import meta_model
+
+# Float32 weights, gradients and the two moments of AdamW.
+BYTES_PER_TRAINED_PARAMETER = 16
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What `nestlearn info` prints; sizes in bytes, FLOPs of one token with a multiply-add counting 2."""
+
+    mixers: list[str]
+    parameters: int
+    parameters_without_embeddings: int
+    context_length: int
+    forward_flops_per_token: int
+    training_flops_per_token: int
+    state_bytes_per_row: int
+    weight_bytes: int
+    training_bytes_without_activations: int
+    batch_size: int
+    activation_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """All facts, JSON-able."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text of each fact, for a table."""
+        names = ", ".join(f"{self.mixers.count(name)} × {name}" for name in dict.fromkeys(self.mixers))
+        at = f"at {self.context_length:,} tokens"
+        return [
+            ("layers", names),
+            ("parameters", f"{self.parameters:,}"),
+            ("  without embeddings", f"{self.parameters_without_embeddings:,}"),
+            (f"FLOPs per token, forward, {at}", f"{self.forward_flops_per_token:,}"),
+            ("FLOPs per token, training", f"{self.training_flops_per_token:,}"),
+            (f"state per row {at}", _size(self.state_bytes_per_row)),
+            ("weights, float32", _size(self.weight_bytes)),
+            ("training: weights, gradients, AdamW", _size(self.training_bytes_without_activations)),
+            (f"training: activations, batch {self.batch_size}, {at}", _size(self.activation_bytes)),
+        ]
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def model_facts(config: HopeConfig, context_length: int, batch_size: int) -> ModelFacts:
+    """Count parameters, FLOPs, state and activations of a model on the meta device.
+
+    Activations are those the forward pass keeps for the backward pass of one batch, without gradient
+    checkpointing and without an allocator's overhead.
+    """
+    model = meta_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    # Tied weights are one tensor and count once.
+    embeddings = {id(p): p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)}
+    forward = int(flops(config, context_length))
+    return ModelFacts(
+        mixers=list(config.mixers),
+        parameters=parameters,
+        parameters_without_embeddings=parameters - sum(embeddings.values()),
+        context_length=context_length,
+        forward_flops_per_token=forward,
+        training_flops_per_token=3 * forward,
+        state_bytes_per_row=_state_bytes(model, context_length),
+        weight_bytes=4 * parameters,
+        training_bytes_without_activations=BYTES_PER_TRAINED_PARAMETER * parameters,
+        batch_size=batch_size,
+        activation_bytes=_activation_bytes(model, context_length, batch_size),
+    )
+
+
+def _state_bytes(model: HopeForCausalLM, context_length: int) -> int:
+    tokens = torch.zeros(1, context_length, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        return int(model.eval()(tokens, use_cache=True, logits_to_keep=1).past_key_values.nbytes())
+
+
+def _activation_bytes(model: HopeForCausalLM, context_length: int, batch_size: int) -> int:
+    """Bytes of the distinct tensors saved for backward by one forward pass of one row, times the rows."""
+    parameters = {id(p) for p in model.parameters()}
+    saved: dict[int, int] = {}
+    keep: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in parameters and id(tensor) not in saved:
+            saved[id(tensor)] = tensor.numel() * tensor.element_size()
+            keep.append(tensor)  # an id is only unique while its tensor lives
+        return tensor
+
+    tokens = torch.zeros(1, context_length, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(tokens, labels=tokens, use_cache=False)
+    return batch_size * sum(saved.values())
