@@ -48,6 +48,9 @@ def _self_modifying(config: HopeConfig) -> nn.Module:
         max_step=config.max_step,
         objective=config.memory_objective,
         momentum=config.memory_momentum,
+        delta=config.memory_delta,
+        retention=config.memory_retention,
+        conv_size=config.conv_size,
     )
 
 

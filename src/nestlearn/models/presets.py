@@ -38,11 +38,12 @@ _SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "tiny": _shape(128, 3, 4),
         "small": _shape(512, 8, 8),
         "340m": _shape(1024, 18, 16),
-        "760m": _shape(1536, 18, 16),
-        "1.3b": _shape(2048, 18, 16),
+        "760m": _shape(1536, 17, 16),
+        "1.3b": _shape(2048, 17, 16),
     },
     "transformer": {
-        "tiny": _shape(128, 6, 4),
+        # As many parameters as hope-tiny (whose mixer is larger), spread over depth and width.
+        "tiny": _shape(160, 4, 5) | {"cms": [{"period": None, "expansion": 3.75}]},
         "small": _shape(512, 12, 8),
         "340m": _shape(1024, 24, 16),
         "760m": _shape(1536, 24, 16),

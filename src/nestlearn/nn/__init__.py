@@ -5,4 +5,11 @@ from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
 from nestlearn.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
 
-__all__ = ["AttentionState", "CausalAttention", "FeedForward", "SelfModifyingState", "SelfModifyingTitans", "ShortConv"]
+__all__ = [
+    "AttentionState",
+    "CausalAttention",
+    "FeedForward",
+    "SelfModifyingState",
+    "SelfModifyingTitans",
+    "ShortConv",
+]
