@@ -6,6 +6,7 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def public_names() -> dict[str, object]:
     names: dict[str, object] = {"torch": torch}
     for part in ("memory", "nn", "data", "train", "evals", "models", ""):
         module = importlib.import_module(f"nestlearn.{part}".rstrip("."))
-        names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        public = (name for name in getattr(module, "__all__", vars(module)) if not name.startswith("_"))
+        names |= {name: getattr(module, name) for name in public if not isinstance(getattr(module, name), ModuleType)}
     return names
 
 
@@ -57,5 +59,6 @@ def test_docstring_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.M
     """`>>>` examples of a module, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name.removesuffix(".__init__"))
-    result = doctest.testmod(module, optionflags=OPTIONS, extraglobs=public_names())
+    others = {key: value for key, value in public_names().items() if key not in vars(module)}
+    result = doctest.testmod(module, optionflags=OPTIONS, extraglobs=others)
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed; see the captured output"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from nestlearn.data.documents import Corpus, shuffled, stable_hash
@@ -104,8 +104,8 @@ class PackedStream(IterableDataset[Window]):
 
     Documents are shuffled within blocks of `shuffle_documents`, so the place is known exactly: the stream's state at
     the beginning of the block, how many documents of it are used up, and the tokens left over. A last window that is
-    not full is left out. With several loader processes each takes every n-th window, and `state_dict` is not
-    available.
+    not full is left out. Loader processes share the data set's shards among them; `state_dict` is then the main
+    process' own and says nothing of theirs, so use it without them.
 
     Args:
         corpus: a `StreamingCorpus`.
@@ -136,12 +136,9 @@ class PackedStream(IterableDataset[Window]):
         self._place: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Window]:
-        worker = get_worker_info()
-        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
         start, self._start = self._start, None
-        for index, tokens in enumerate(self._windows(start)):
-            if index % shares == share:
-                yield _window(tokens, self.sequence_length, self._bos, self._eos)
+        for tokens in self._windows(start):
+            yield _window(tokens, self.sequence_length, self._bos, self._eos)
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last window given out, as plain data for JSON."""

@@ -99,8 +99,18 @@ def module_name(path: Path, folder: Path) -> str:
 
 @cache
 def python_docs() -> tuple[Document, ...]:
+    """The running Python's documentation, read once per process."""
+    return read_docs(standard_library())
+
+
+@cache
+def python_source() -> tuple[Document, ...]:
+    """The source of the running Python's standard library, read once per process."""
+    return read_source(standard_library())
+
+
+def read_docs(folder: Path) -> tuple[Document, ...]:
     """Documentation topics, then one document of docstrings per module; near-duplicates removed."""
-    folder = standard_library()
     documents = topics(folder)
     for path in source_files(folder):
         tree = parse(path)
@@ -110,10 +120,8 @@ def python_docs() -> tuple[Document, ...]:
     return _finished(documents, folder)
 
 
-@cache
-def python_source() -> tuple[Document, ...]:
-    """The source text of the standard library, one document per file; near-duplicates removed."""
-    folder = standard_library()
+def read_source(folder: Path) -> tuple[Document, ...]:
+    """Source text, one document per file; near-duplicates removed."""
     documents = []
     for path in source_files(folder):
         try:

@@ -26,8 +26,9 @@ class StreamingCorpus:
         split: `"train"` or `"validation"`.
         dataset: the streaming data set.
         column: the column that holds the text.
-        held_out: None if the data set has a validation split of its own; else the documents whose index hashes to one
-            in this many are validation, the others training.
+        held_out: None if the data set has a validation split of its own; else the documents whose text hashes to one
+            in this many are validation, the others training. (The text, not the row number: loader processes and
+            machines count their own rows, and copies go the same way.)
         seed: of that hash.
     """
 
@@ -45,11 +46,11 @@ class StreamingCorpus:
         """Reads from the beginning, or from where a reader's `state()` was taken."""
         return StreamReader(self, state)
 
-    def holds(self, index: int) -> bool:
-        """Whether the data set's row `index` belongs to this split."""
+    def holds(self, text: str) -> bool:
+        """Whether a document of this text belongs to this split."""
         if self.held_out is None:
             return True
-        held_out = stable_hash("stream", self.seed, index) % self.held_out == 0
+        held_out = stable_hash("stream", self.seed, text) % self.held_out == 0
         return held_out == (self.split == "validation")
 
 
@@ -59,7 +60,7 @@ class StreamReader(Iterator[Document]):
     def __init__(self, corpus: StreamingCorpus, state: Mapping[str, Any] | None = None) -> None:
         self._corpus = corpus
         self._index = int(state["index"]) if state else 0
-        self._dataset = copy.copy(corpus.dataset)  # its place is kept in the object
+        self._dataset = copy.deepcopy(corpus.dataset)  # a data set keeps its place in itself
         if state:
             self._dataset.load_state_dict(copy.deepcopy(state["dataset"]))
         self._state = copy.deepcopy(dict(state)) if state else None
@@ -71,7 +72,7 @@ class StreamReader(Iterator[Document]):
             self._state = None
             index, self._index = self._index, self._index + 1
             text = row[self._corpus.column]
-            if text and self._corpus.holds(index):
+            if text and self._corpus.holds(text):
                 return Document(text, f"{self._corpus.name}#{index}")
 
     def state(self) -> dict[str, Any] | None:
