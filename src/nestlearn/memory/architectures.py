@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .functions import Activation, activate, slope_product
 from .objectives import Objective
 from .types import Factor
 
@@ -75,7 +75,7 @@ class MLP:
     """
 
     expansion: int = 4
-    activation: Literal["gelu", "silu"] = "gelu"
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         if not isinstance(self.expansion, int) or self.expansion < 1:
@@ -101,46 +101,10 @@ class MLP:
         return torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)
 
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
-        act = F.gelu if self.activation == "gelu" else F.silu
-        return x + linear("out", act(linear("in", x)))
+        return x + linear("out", activate(self.activation, linear("in", x)))
 
     def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
-        h, slope = activate(self.activation, linear("in", k))
+        z = linear("in", k)
+        h = activate(self.activation, z)
         e = objective.error(lambda: k + linear("out", h), v)
-        return {"in": Factor(k, slope * adjoint("out", e)), "out": Factor(h, e)}
-
-
-def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """``(act(z), act'(z))`` in one pass."""
-    if name == "silu":
-        gate = torch.sigmoid(z)
-        h = z * gate
-        return h, gate + h * (1 - gate)
-    return GeluWithSlope.apply(z)  # type: ignore[return-value]
-
-
-_INV_SQRT2 = 1 / math.sqrt(2)
-_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
-
-
-class GeluWithSlope(torch.autograd.Function):
-    """Exact GELU ``z Phi(z)``, its derivative ``Phi + z phi``, and their joint gradient from three saved pointwise terms.
-
-    ``d/dz (Phi + z phi) = phi (2 - z^2)``. Composed from plain operations it would keep nine temporaries.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        density = torch.exp(z.square().mul_(-0.5)).mul_(_INV_SQRT_2PI)
-        slope = torch.erf(z * _INV_SQRT2).add_(1).mul_(0.5)
-        h = z * slope
-        slope.addcmul_(z, density)
-        ctx.save_for_backward(z, slope)
-        return h, slope
-
-    @staticmethod
-    def backward(ctx: Any, grad_h: Tensor, grad_slope: Tensor) -> Tensor:  # type: ignore[override]
-        z, slope = ctx.saved_tensors
-        square = z.square()
-        curvature = torch.exp(-0.5 * square) * (2 - square) * _INV_SQRT_2PI
-        return grad_h * slope + grad_slope * curvature
+        return {"in": Factor(k, slope_product(self.activation, adjoint("out", e), z)), "out": Factor(h, e)}

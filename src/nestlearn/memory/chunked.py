@@ -6,15 +6,15 @@ Equal to `reference.scan` in outputs, final state and outer gradients. No inner 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .associative import AssociativeMemory
-from .layout import Grid, place, scatter_outputs, span_length
+from .layout import Grid, nobody, place, scatter_outputs, span_length
 from .retention import Delta
-from .span import Entering, Kernels, Writes, advance, make_kernels, read, step_size, write
+from .span import Entering, Kernels, Writes, advance, contain, make_kernels, read, step_size, write
 from .types import Factor, Gates, State, Weights
 
 
@@ -27,6 +27,10 @@ class Tokens(NamedTuple):
     gates: Gates
     valid: Tensor | None = None
     reset: Tensor | None = None
+
+
+DISTANCE = "distance"
+"""Key in ``State.extra`` under which a scan carries params - initial from span to span."""
 
 
 def dense(weights: Weights):
@@ -68,8 +72,10 @@ def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor |
     momentum = None if state.momentum is None else state.momentum[name]
     if memory.retain_to == "initial":
         # The very same tensor: a fresh memory, known without looking, has distance 0.
-        fresh = state.params[name] is state.initial[name]
-        return Entering(None if fresh else state.params[name] - state.initial[name], momentum)
+        if state.params[name] is state.initial[name]:
+            return Entering(None, momentum)
+        known = state.extra.get(DISTANCE)
+        return Entering(state.params[name] - state.initial[name] if known is None else known[name], momentum)
     return Entering(state.params[name], momentum, None if reset is None else state.initial[name])
 
 
@@ -82,7 +88,7 @@ def absorb_span(
     writes = {}
     for name, (x, error) in factors.items():
         eta = step_size(memory.step_size_of(name), tokens.gates.lr, tokens.gates.retain, x)
-        writes[name] = write(kernels, x, error, eta, starts[name])
+        writes[name] = contain(write(kernels, x, error, eta, starts[name]))
     return kernels, starts, writes
 
 
@@ -97,9 +103,11 @@ def advance_span(
     """The state after a span; rows without a valid token keep theirs to the last bit."""
     params: Weights = {}
     momentum: Weights = {}
+    distance: Weights = {}
     for name in writes:
         w, s = advance(kernels, writes[name], starts[name])
         if memory.retain_to == "initial":
+            distance[name] = w
             w = state.initial[name] + w
         if valid is not None:
             some = valid[..., :1, None]
@@ -108,13 +116,49 @@ def advance_span(
         params[name] = w
         if s is not None:
             momentum[name] = s
-    return state._replace(params=params, momentum=momentum or None)
+    # Where a row keeps its weights to the bit, the distance must follow the weights.
+    extra = {DISTANCE: distance} if distance and valid is None else {}
+    return state._replace(params=params, momentum=momentum or None, extra=extra)
+
+
+def revive(state: State, reset: Tensor) -> tuple[State, Tensor]:
+    """Rows whose weights are not finite go back to initial if this span resets them, and are named.
+
+    The closed form forgets by a factor 0, which does not clear NaN.
+    """
+    lost = torch.zeros_like(reset[..., 0])
+    for w in state.params.values():
+        lost = lost | ~torch.isfinite(torch.linalg.vector_norm(w.detach(), float("inf"), dim=(-2, -1)))
+    lost = lost & reset.any(-1)
+    if nobody(lost):
+        return state, lost
+    rows = lost[..., None, None]
+
+    def back(weights: Weights) -> Weights:
+        return {name: torch.where(rows, state.initial[name], w) for name, w in weights.items()}
+
+    momentum = state.momentum
+    if momentum is not None:
+        momentum = {name: torch.where(rows, 0, s) for name, s in momentum.items()}
+    return state._replace(params=back(state.params), anchor=back(state.anchor), momentum=momentum), lost
 
 
 def run_span(
     memory: AssociativeMemory, state: State, tokens: Tokens, how: str, *, update: bool = True
 ) -> tuple[Tensor | None, State]:
     """Outputs of one span and the state after it. ``update=False`` skips the new state where nobody needs it."""
+    if tokens.reset is not None:
+        state, lost = revive(state, tokens.reset)
+        y, state = _run_span(memory, state, tokens, how, update)
+        if y is not None and not nobody(lost):
+            y = torch.where((lost[..., None] & ~tokens.reset.cummax(-1).values)[..., None], torch.nan, y)
+        return y, state
+    return _run_span(memory, state, tokens, how, update)
+
+
+def _run_span(
+    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, update: bool
+) -> tuple[Tensor | None, State]:
     linear, adjoint = anchored(state.anchor, state.initial, tokens.reset)
     y = None
     if how == "chunk" and tokens.q is not None:
@@ -157,26 +201,34 @@ def scan(
     return _scan_placed(memory, state, q, k, v, gates, how, grid)
 
 
+def split_tokens(tensors: tuple[Tensor | None, ...], size: int) -> list[tuple[Any, ...]]:
+    """Cut tensors ``[b, t, ...]`` along t into pieces of ``size``, grouped by piece.
+
+    One split, not slices: the gradient of a slice is a full-size tensor of zeros.
+    """
+    first = next(x for x in tensors if x is not None)
+    count = -(-first.shape[1] // size)
+    columns = [[None] * count if x is None else list(x.split(size, 1)) for x in tensors]
+    return list(zip(*columns, strict=True))
+
+
 def _scan_aligned(
     memory: AssociativeMemory, state: State, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, return_state: bool
 ) -> tuple[Tensor, State]:
     tokens, chunk = k.shape[1], memory.chunk_size
     span = span_length(chunk, tokens)
     outputs = []
-    for first in range(0, tokens, span):
-        if first % chunk == 0:
+    pieces = split_tokens((q, k, v, *gates), span)
+    for i, (q_i, k_i, v_i, *here) in enumerate(pieces):
+        if i * span % chunk == 0:
             state = state._replace(anchor=state.params)
-        cut = slice(first, first + span)
-        here = Gates(*(None if g is None else g[:, cut] for g in gates))
-        last = first + span >= tokens
-        y, state = run_span(
-            memory, state, Tokens(q[:, cut], k[:, cut], v[:, cut], here), how, update=return_state or not last
-        )
+        update = return_state or i + 1 < len(pieces)
+        y, state = run_span(memory, state, Tokens(q_i, k_i, v_i, Gates(*here)), how, update=update)
         outputs.append(y)
     if tokens % chunk == 0:
         state = state._replace(anchor=state.params)
     position = torch.full_like(state.position, tokens % chunk)
-    return torch.cat(outputs, 1), state._replace(position=position, aligned=tokens % chunk == 0)
+    return torch.cat(outputs, 1), state._replace(position=position, extra={}, aligned=tokens % chunk == 0)
 
 
 def _scan_placed(

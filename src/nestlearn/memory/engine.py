@@ -12,6 +12,7 @@ from torch import Tensor
 from . import chunked, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
+from .layout import nobody
 from .retention import Delta
 from .types import Factor, Gates, State, Weights
 
@@ -88,7 +89,8 @@ def scan(
         flags = [None if f is None else f.reshape(-1, f.shape[-1]) for f in (mask, reset)]
         y, end = chunked.scan(memory, rows, *flat, flat_gates, *flags, how, return_state=return_state)
         y, end = y.reshape(*batch, *y.shape[1:]), _unflatten_state(end, batch)
-    y, end = _spread(y, end, poisoned, how, mask)
+    if not nobody(poisoned):
+        y, end = _spread(y, end, poisoned, mask)
     return y.to(out_dtype), end
 
 
@@ -135,7 +137,7 @@ def absorb(memory: AssociativeMemory, state: State, factors: dict[str, Factor], 
     position = (state.position + tokens) % memory.chunk_size
     finished = (position == 0)[..., None, None]
     anchor = {n: torch.where(finished, w, state.anchor[n]) for n, w in end.params.items()}
-    return end._replace(anchor=anchor, position=position, aligned=state.aligned and tokens % memory.chunk_size == 0)
+    return end._replace(anchor=anchor, position=position, extra={}, aligned=state.aligned and tokens % memory.chunk_size == 0)
 
 
 @dataclass(frozen=True)
@@ -233,12 +235,12 @@ def _quarantine(
     """Replace tokens that matrix products cannot hold by zeros, and say which outputs they poison.
 
     In a product over tokens a future NaN meets a zero coefficient and gives NaN in the past, which a loop would not.
-    Keys and values beyond the cube root of the largest number count as well: their products overflow.
+    Values beyond the cube root of the largest number count as well: their products overflow.
     """
     bad = ~_in_range(k) | ~_in_range(v)
     for gate in gates:
         if gate is not None:
-            bad = bad | ~torch.isfinite(gate)
+            bad = bad | ~_in_range(gate.unsqueeze(-1))
     if mask is not None:
         bad = bad & mask
     slots = torch.arange(bad.shape[-1], device=bad.device)
@@ -257,15 +259,17 @@ def _in_range(x: Tensor) -> Tensor:
     return (x.abs() <= limit).all(-1)
 
 
-def _spread(y: Tensor, end: State, poisoned: Tensor, how: str, mask: Tensor | None) -> tuple[Tensor, State]:
-    """Make poisoned outputs and states NaN, as the token loop would."""
-    nan = float("nan")
-    if how == "token":
-        here = poisoned if mask is None else poisoned & mask
-        y = torch.where(here[..., None], nan, y)
+def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+    """Make poisoned outputs and states NaN."""
+    here = poisoned if mask is None else poisoned & mask
     lost = poisoned[..., -1, None, None]
-    params = {n: torch.where(lost, nan, w) for n, w in end.params.items()}
-    return y, end._replace(params=params)
+
+    def spoil(weights: Weights) -> Weights:
+        return {n: torch.where(lost, torch.nan, w) for n, w in weights.items()}
+
+    momentum = None if end.momentum is None else spoil(end.momentum)
+    end = end._replace(params=spoil(end.params), anchor=spoil(end.anchor), momentum=momentum)
+    return torch.where(here[..., None], torch.nan, y), end
 
 
 def _map_rows(state: State, change) -> State:

@@ -25,6 +25,13 @@ def span_length(chunk_size: int, tokens: int, longest: int = LONGEST_SPAN) -> in
     return min(length, tokens)
 
 
+def nobody(flags: Bool[Tensor, "..."]) -> bool:
+    """Whether no flag is set, if looking is free: on an accelerator, or while compiling, the answer is always False."""
+    if flags.device.type != "cpu" or torch.compiler.is_compiling() or type(flags) is not Tensor:
+        return False
+    return not bool(flags.any())
+
+
 class Grid(NamedTuple):
     """``n`` spans of ``c`` slots for each of ``b`` rows.
 
@@ -108,7 +115,7 @@ def _spans(
     first, firsts, lasts = torch.zeros_like(count), [], []
     for _ in range(min(bound, tokens)):
         # On a CPU looking at the values costs nothing, and most grids need far fewer spans than the bound.
-        if firsts and count.device.type == "cpu" and not torch.compiler.is_compiling() and bool((first >= count).all()):
+        if firsts and nobody(first < count):
             break
         boundary = following.gather(1, first.clamp(max=tokens - 1)[:, None]).squeeze(1)
         last = torch.minimum(torch.minimum(first + span, boundary), count)

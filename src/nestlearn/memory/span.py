@@ -14,40 +14,13 @@ distance to the initial weights when retention pulls there.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
-
-class SegmentProducts(torch.autograd.Function):
-    """``D[t, s] = a_{s+1} ... a_t`` for s <= t, else 0. Products, not exponentials of log differences: ``a = 0`` is legal.
-
-    Gradient: ``d a_u = sum_{s < u <= t} g[t, s] D[t, u] D[u-1, s]``, exact at zeros as well.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        c = a.shape[-1]
-        strict = torch.ones(c, c, dtype=torch.bool, device=a.device).tril(-1)
-        factors = torch.where(strict, a.unsqueeze(-1), 1)
-        products = torch.cumprod(factors, -2).tril()
-        ctx.save_for_backward(products)
-        return products
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (products,) = ctx.saved_tensors
-        through = products.mT @ grad.tril()
-        inner = (through[..., 1:, :] * products[..., :-1, :]).tril().sum(-1)
-        return F.pad(inner, (1, 0))
-
-
-def segment_products(a: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
-    """Lower-triangular products ``D[t, s] = a_{s+1} ... a_t`` with ones on the diagonal."""
-    return SegmentProducts.apply(a)  # type: ignore[return-value]
+from .functions import segment_products, unit_lower_inverse
 
 
 class Kernels(NamedTuple):
@@ -102,7 +75,8 @@ def make_kernels(
         back = (decay @ torch.where(reset, retain, 0).unsqueeze(-1)).squeeze(-1)
     impulse = impulse_entry = momentum_exit = momentum_through = None
     if beta is not None:
-        carry = segment_products(beta)
+        # An infinite product would meet zeros of `decay`, and reach tokens before it as NaN.
+        carry = torch.nan_to_num(segment_products(beta))
         carry_entry = carry[..., 0] * beta[..., :1]
         momentum_exit, momentum_through = carry[..., -1, :], carry_entry[..., -1]
         if valid is not None:
@@ -149,11 +123,16 @@ class Entering(NamedTuple):
 
 
 class Writes(NamedTuple):
-    """What a span writes into one map. Without momentum ``change`` is P + G; with it P, and ``impulse`` is G."""
+    """What a span writes into one map: ``sum_s (decay change_s + impulse kernel impulse_s) x_s^T``.
+
+    Under decay the change is the raw error and ``gain = -eta'`` still to be applied (it costs less on the kernels);
+    under delta retention it is P + G. With momentum the change is P and ``impulse`` is the error, to be scaled by gain.
+    """
 
     inputs: Float[Tensor, "*b c in"]
     change: Float[Tensor, "*b c out"] | None
     impulse: Float[Tensor, "*b c out"] | None
+    gain: Float[Tensor, "*b c"]
 
 
 def step_size(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Float[Tensor, "*b c"]:
@@ -166,85 +145,90 @@ def step_size(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Float[Tensor,
     return torch.minimum(lr, 1 + retain) / (square + 1e-6)
 
 
-def _entering_product(x: Tensor, entry: Tensor, back: Tensor | None, start: Entering) -> Tensor | None:
-    """``entry_t W_0 x_t`` (and the initial weights' part after a reset)."""
-    product = None if start.weights is None else entry.unsqueeze(-1) * (x @ start.weights.mT)
-    if back is not None and start.back is not None:
-        returned = back.unsqueeze(-1) * (x @ start.back.mT)
-        product = returned if product is None else product + returned
-    return product
-
-
 def write(kernels: Kernels, x: Tensor, error: Tensor, eta: Tensor, start: Entering) -> Writes:
-    """Solve for the writes of one map; ``x: [*b, c, in]``, ``error: [*b, c, out]``, ``eta: [*b, c]`` (eta')."""
-    gradient = -eta.unsqueeze(-1) * error
-    momentum = kernels.impulse is not None
+    """Solve for the writes of one map; ``x: [*b, c, in]``, ``error: [*b, c, out]``, ``eta: [*b, c]`` (eta').
+
+    All scalings act on c x c matrices or on the map's inputs, never on the wider errors.
+    """
+    gain = -eta
     if kernels.decay_before is None:
-        return Writes(x, None, gradient) if momentum else Writes(x, gradient, None)
-    gram = (x @ x.mT).tril(-1)
-    erased = _entering_product(x, kernels.entry_before, kernels.restart_before, start)  # type: ignore[arg-type]
-    system = eta.unsqueeze(-1) * (kernels.decay_before * gram)
-    if not momentum:
-        right = gradient if erased is None else torch.addcmul(gradient, eta.unsqueeze(-1), erased, value=-1)
-        return Writes(x, _solve(system, right), None)
-    assert kernels.impulse_before is not None and kernels.impulse_entry_before is not None
-    pushed = (kernels.impulse_before * gram) @ gradient
-    erased = pushed if erased is None else erased + pushed
-    if start.momentum is not None:
-        erased = erased + kernels.impulse_entry_before.unsqueeze(-1) * (x @ start.momentum.mT)
-    return Writes(x, _solve(system, -eta.unsqueeze(-1) * erased), gradient)
+        return Writes(x, None, error, gain) if kernels.impulse is not None else Writes(x, error, None, gain)
+    gram = x @ x.mT
+    inverse = unit_lower_inverse(eta.unsqueeze(-1) * kernels.decay_before * gram)
+    solved = inverse * gain.unsqueeze(-2)
+    change = None
+    if kernels.impulse is None:
+        change = solved @ error
+    else:
+        assert kernels.impulse_before is not None
+        change = (solved @ (kernels.impulse_before * gram * gain.unsqueeze(-2))) @ error
+    for coefficient, weights in _sources(kernels, start, before=True):
+        change = _add_product(change, (solved * coefficient.unsqueeze(-2)) @ x, weights)
+    return Writes(x, change, None if kernels.impulse is None else error, gain)
 
 
-def _solve(strict: Tensor, right: Tensor) -> Tensor:
-    """``(I + strict)^-1 right``."""
-    return torch.linalg.solve_triangular(strict, right, upper=False, unitriangular=True)
+def _sources(kernels: Kernels, start: Entering, *, before: bool) -> list[tuple[Tensor, Tensor]]:
+    """Coefficients and weights of what enters the span: W_0, what a reset brings back, S_0."""
+    entry = kernels.entry_before if before else kernels.entry
+    restart = kernels.restart_before if before else kernels.restart
+    pushed = kernels.impulse_entry_before if before else kernels.impulse_entry
+    pairs = ((entry, start.weights), (restart, start.back), (pushed, start.momentum))
+    return [(coefficient, w) for coefficient, w in pairs if coefficient is not None and w is not None]
+
+
+def _add_product(total: Tensor | None, x: Tensor, weights: Tensor) -> Tensor:
+    """``total + x W^T`` in one call where the shapes allow it."""
+    if total is None:
+        return x @ weights.mT
+    if x.dim() == 3 and weights.dim() == 3 and total.dim() == 3:
+        return torch.baddbmm(total, x, weights.mT)
+    return total + x @ weights.mT
 
 
 def read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Tensor | None) -> Tensor:
     """``W_t q_t`` for every token of the span; ``base`` are the initial weights if entering weights are distances."""
-    scores = (q @ writes.inputs.mT).tril()
     y = None if base is None else q @ base.mT
-    entering = _entering_product(q, kernels.entry, kernels.restart, start)
-    if entering is not None:
-        y = entering if y is None else y + entering
-    if kernels.impulse is not None and writes.impulse is not None:
-        assert kernels.impulse_entry is not None
-        pushed = (scores * kernels.impulse) @ writes.impulse
-        if start.momentum is not None:
-            pushed = pushed + kernels.impulse_entry.unsqueeze(-1) * (q @ start.momentum.mT)
-        y = pushed if y is None else y + pushed
-    if writes.change is not None:
-        change = (scores * kernels.decay) @ writes.change
-        y = change if y is None else y + change
+    for coefficient, weights in _sources(kernels, start, before=False):
+        y = _add_product(y, coefficient.unsqueeze(-1) * q, weights)
+    scores = q @ writes.inputs.mT
+    for kernel, change, scaled in _changes(kernels, writes):
+        if change is not None:
+            weighted = scores * (kernel * writes.gain.unsqueeze(-2) if scaled else kernel)
+            y = _add_product(y, weighted, change.mT)
     assert y is not None
     return y
 
 
+def _changes(kernels: Kernels, writes: Writes) -> list[tuple[Tensor, Tensor | None, bool]]:
+    """(kernel, change, whether gain is still to be applied) of the two kinds of writes."""
+    changes = [(kernels.decay, writes.change, kernels.decay_before is None)]
+    if kernels.impulse is not None:
+        changes.append((kernels.impulse, writes.impulse, True))
+    return changes
+
+
 def advance(kernels: Kernels, writes: Writes, start: Entering) -> tuple[Tensor, Tensor | None]:
     """Weights (or distances) and momentum after the span."""
-    weights = None if start.weights is None else kernels.entry[..., -1, None, None] * start.weights
-    parts = []
-    if kernels.restart is not None and start.back is not None:
-        parts.append(kernels.restart[..., -1, None, None] * start.back)
-    if writes.change is not None:
-        parts.append(_sum_outer(writes.change, kernels.decay[..., -1, :], writes.inputs))
-    momentum = None
-    if kernels.impulse is not None and writes.impulse is not None:
-        assert kernels.impulse_entry is not None and kernels.momentum_exit is not None
-        assert kernels.momentum_through is not None
-        parts.append(_sum_outer(writes.impulse, kernels.impulse[..., -1, :], writes.inputs))
-        momentum = _sum_outer(writes.impulse, kernels.momentum_exit, writes.inputs)
-        if start.momentum is not None:
-            parts.append(kernels.impulse_entry[..., -1, None, None] * start.momentum)
-            momentum = kernels.momentum_through[..., None, None] * start.momentum + momentum
-    for part in parts:
+    weights = None
+    for coefficient, entering in _sources(kernels, start, before=False):
+        part = coefficient[..., -1, None, None] * entering
         weights = part if weights is None else weights + part
+    for kernel, change, scaled in _changes(kernels, writes):
+        if change is not None:
+            last = kernel[..., -1, :]
+            weights = _add_outer(weights, change, last * writes.gain if scaled else last, writes.inputs)
     assert weights is not None
-    return weights, momentum
+    if kernels.impulse is None or writes.impulse is None:
+        return weights, None
+    assert kernels.momentum_exit is not None and kernels.momentum_through is not None
+    momentum = None if start.momentum is None else kernels.momentum_through[..., None, None] * start.momentum
+    return weights, _add_outer(momentum, writes.impulse, kernels.momentum_exit * writes.gain, writes.inputs)
 
 
-def _sum_outer(left: Tensor, coefficient: Tensor, right: Tensor) -> Tensor:
-    """``sum_s coefficient_s left_s right_s^T``; the coefficient goes to the narrower side."""
+def _add_outer(total: Tensor | None, left: Tensor, coefficient: Tensor, right: Tensor) -> Tensor:
+    """``total + sum_s coefficient_s left_s right_s^T``; the coefficient goes to the narrower side."""
     if left.shape[-1] <= right.shape[-1]:
-        return (left * coefficient.unsqueeze(-1)).mT @ right
-    return left.mT @ (right * coefficient.unsqueeze(-1))
+        left = left * coefficient.unsqueeze(-1)
+    else:
+        right = right * coefficient.unsqueeze(-1)
+    return _add_product(total, left.mT, right.mT)

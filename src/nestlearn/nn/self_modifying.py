@@ -10,9 +10,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import MLP, AssociativeMemory, Decay, Delta, Descent, DotProduct, Gates, L2, Momentum, State
+from nestlearn.memory import (
+    L2,
+    MLP,
+    AssociativeMemory,
+    Decay,
+    Delta,
+    Descent,
+    DotProduct,
+    Factor,
+    Gates,
+    Momentum,
+    State,
+)
 from nestlearn.memory.associative import StepSize
-from nestlearn.memory.chunked import Tokens, absorb_span, advance_span, anchored, dense, run_span
+from nestlearn.memory.chunked import Tokens, absorb_span, advance_span, anchored, run_span, split_tokens
+from nestlearn.memory.functions import unit_norm
 from nestlearn.memory.layout import Grid, place, scatter_outputs, span_length
 from nestlearn.memory.types import Weights
 
@@ -20,7 +33,6 @@ from .conv import ShortConv
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
 MAX_MOMENTUM = 0.9
-NORM_EPSILON = 1e-6
 
 
 class FastWeights(NamedTuple):
@@ -304,7 +316,7 @@ class SelfModifyingTitans(nn.Module):
         alpha_logit = torch.einsum("bhcd,hd->bhc", alpha.unflatten(0, heads), self.alpha_vector.to(alpha.dtype))
         eta_logit = torch.einsum("bhcd,hd->bhc", eta.unflatten(0, heads), self.eta_vector.to(eta.dtype))
         gates = self._gates(eta_logit, alpha_logit, beta, writes)
-        return Projected(normalize(q), normalize(k), normalize(v), gates)
+        return Projected(unit_norm(q), unit_norm(k), unit_norm(v), gates)
 
     def _gates(self, eta_logit: Tensor, alpha_logit: Tensor, beta: Tensor | None, writes: bool) -> Gates:
         """Bounded gates (see the class docstring) from their logits ``[b, heads, c]``; returns rows ``[r, c]``."""
@@ -326,32 +338,34 @@ class SelfModifyingTitans(nn.Module):
         return Gates(eta, alpha, beta)
 
     def _learn_projections(
-        self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None, first: bool
+        self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None
     ) -> State:
         """Write a span into the projection memories; errors at their anchor."""
         memories = self.memory.architecture
         flag = None if reset is None else reset.unsqueeze(1)
         linear, adjoint = anchored(group.anchor, group.initial, flag)
         k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
-        target = normalize(memories(linear, v))
+        target = unit_norm(memories(linear, v))
         factors = memories.factors(linear, adjoint, k, target, self.memory.objective)
         tokens = k.shape[-2]
         size = span_length(self.projection_chunk_size, tokens, longest=64) if valid is None else tokens
-        for start in range(0, tokens, size):
-            cut = slice(start, start + size)
-            here = {m: type(f)(f.input[..., cut, :], f.error[..., cut, :]) for m, f in factors.items()}
-            gates = Gates(*(None if g is None else g[:, None, cut] for g in made.gates))
+        inputs = {m: f.input.split(size, -2) for m, f in factors.items()}
+        errors = {m: f.error.split(size, -2) for m, f in factors.items()}
+        pieces = split_tokens(made.gates, size)
+        for i, gates in enumerate(pieces):
+            here = {m: Factor(inputs[m][i], errors[m][i]) for m in factors}
+            gates = Gates(*(None if g is None else g.unsqueeze(1) for g in gates))
             span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag)
             kernels, starts, writes = absorb_span(self.memory, group, here, span)
             group = advance_span(self.memory, group, kernels, starts, writes, span.valid)
-        return group
+        return group._replace(extra={})
 
     def _run_memory(
         self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None, update: bool
     ) -> tuple[Tensor, State]:
         """Outputs of a span and the main memory after it."""
         linear, _ = anchored(group.anchor, group.initial, reset)
-        target = normalize(self.memory.architecture(linear, made.v))
+        target = unit_norm(self.memory.architecture(linear, made.v))
         span = Tokens(made.q, made.k, target, made.gates, valid, reset)
         y, group = run_span(self.memory, group, span, "token", update=update)
         assert y is not None
@@ -372,22 +386,20 @@ class SelfModifyingTitans(nn.Module):
         beta = None if beta is None else beta.flatten(0, 1)
         chunk, outputs = self.projection_chunk_size, []
         size = span_length(self.memory.chunk_size, tokens)
-        for begin in range(0, tokens, chunk):
-            end = min(begin + chunk, tokens)
+        streams_cut, beta_cut = streams.split(chunk, 2), None if beta is None else beta.split(chunk, 1)
+        for j, here in enumerate(streams_cut):
+            begin, end = j * chunk, min(j * chunk + chunk, tokens)
             if projections is not None:
                 projections = projections._replace(anchor=projections.params)
-            made = self._project(
-                projections, streams[:, :, begin:end], None if beta is None else beta[:, begin:end], None, writes
-            )
-            for first in range(0, end - begin, size):
-                if first % self.memory.chunk_size == 0:
+            made = self._project(projections, here, None if beta_cut is None else beta_cut[j], None, writes)
+            for i, part in enumerate(_pieces(made, size)):
+                if i * size % self.memory.chunk_size == 0:
                     memory = memory._replace(anchor=memory.params)
-                last = begin + first + size >= tokens
-                part = _slice(made, first, first + size)
-                y, memory = self._run_memory(memory, part, None, None, update=return_state or not last)
+                update = return_state or begin + (i + 1) * size < tokens
+                y, memory = self._run_memory(memory, part, None, None, update=update)
                 outputs.append(y)
             if projections is not None and (return_state or end < tokens):
-                projections = self._learn_projections(projections, made, None, None, state is None and begin == 0)
+                projections = self._learn_projections(projections, made, None, None)
         if tokens % self.memory.chunk_size == 0:
             memory = memory._replace(anchor=memory.params)
         if tokens % chunk == 0 and projections is not None:
@@ -438,7 +450,7 @@ class SelfModifyingTitans(nn.Module):
             y, memory = self._run_memory(memory, made, valid, flag, update=True)
             outputs.append(y)
             if projections is not None:
-                projections = self._learn_projections(projections, made, valid, flag, False)
+                projections = self._learn_projections(projections, made, valid, flag)
             if flag is not None:
                 restarted = flag.any(-1)
                 memory = _to_initial(memory, restarted)
@@ -478,11 +490,6 @@ class SelfModifyingTitans(nn.Module):
             f"d_model={self.d_model}, num_heads={self.num_heads}, adaptive={self.adaptive}, "
             f"projection_chunk_size={self.projection_chunk_size}, max_step={self.max_step}, memory={self.memory}"
         )
-
-
-def normalize(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-    """``x / sqrt(||x||^2 + 1e-6)``: unit norm, smooth at 0."""
-    return x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + NORM_EPSILON)
 
 
 def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -572,6 +579,6 @@ def _to_initial(group: State, rows: Tensor) -> State:
     return group._replace(anchor=anchor)
 
 
-def _slice(made: Projected, first: int, last: int) -> Projected:
-    gates = Gates(*(None if g is None else g[:, first:last] for g in made.gates))
-    return Projected(made.q[:, first:last], made.k[:, first:last], made.v[:, first:last], gates)
+def _pieces(made: Projected, size: int) -> list[Projected]:
+    cut = split_tokens((made.q, made.k, made.v, *made.gates), size)
+    return [Projected(q, k, v, Gates(*gates)) for q, k, v, *gates in cut]

@@ -1,0 +1,122 @@
+"""Differentiable functions whose gradient is worth writing by hand. Each is differentiable again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Literal["gelu", "silu"]
+
+
+class SegmentProducts(torch.autograd.Function):
+    """``D[t, s] = a_{s+1} ... a_t`` for s <= t, else 0. Products, not exponentials of log differences: ``a = 0`` is legal.
+
+    Gradient: ``d a_u = sum_{s < u <= t} g[t, s] D[t, u] D[u-1, s]``, exact at zeros as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        c = a.shape[-1]
+        strict = torch.ones(c, c, dtype=torch.bool, device=a.device).tril(-1)
+        factors = torch.where(strict, a.unsqueeze(-1), 1)
+        products = torch.cumprod(factors, -2).tril()
+        ctx.save_for_backward(products)
+        return products
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (products,) = ctx.saved_tensors
+        through = products.mT @ grad.tril()
+        inner = (through[..., 1:, :] * products[..., :-1, :]).tril().sum(-1)
+        return F.pad(inner, (1, 0))
+
+
+def segment_products(a: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
+    """Lower-triangular products ``D[t, s] = a_{s+1} ... a_t`` with ones on the diagonal."""
+    return SegmentProducts.apply(a)  # type: ignore[return-value]
+
+
+class UnitLowerInverse(torch.autograd.Function):
+    """``(I + L)^-1`` for a strictly lower-triangular L; gradient ``-T^T g T^T``, strictly lower.
+
+    One inverse serves all right-hand sides as matrix products, which run several times faster than triangular solves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, strict: Tensor) -> Tensor:
+        eye = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
+        inverse = torch.linalg.solve_triangular(strict, eye.expand_as(strict), upper=False, unitriangular=True)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+
+
+def unit_lower_inverse(strict: Float[Tensor, "*b c c"]) -> Float[Tensor, "*b c c"]:
+    """``(I + strict)^-1``."""
+    return UnitLowerInverse.apply(strict)  # type: ignore[return-value]
+
+
+def activate(name: Activation, z: Tensor) -> Tensor:
+    """The activation of a deep memory: exact GELU ``z Phi(z)`` or SiLU."""
+    return F.gelu(z) if name == "gelu" else F.silu(z)
+
+
+_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+
+
+class GeluSlopeProduct(torch.autograd.Function):
+    """``a gelu'(z)`` with ``gelu' = Phi + z phi``; its own derivative is ``gelu''(z) = phi (2 - z^2)``.
+
+    torch's kernel for the first derivative is one fused pass; its second derivative is not, so that is written here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(a, z)
+        return torch.ops.aten.gelu_backward(a, z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        a, z = ctx.saved_tensors
+        square = z * z
+        curvature = torch.exp(square * -0.5) * (2 - square)
+        return GeluSlopeProduct.apply(grad, z), grad * a * curvature * _INV_SQRT_2PI  # type: ignore[return-value]
+
+
+def slope_product(name: Activation, a: Tensor, z: Tensor) -> Tensor:
+    """``a act'(z)``: an error carried back through the activation."""
+    if name == "gelu":
+        return GeluSlopeProduct.apply(a, z)  # type: ignore[return-value]
+    gate = torch.sigmoid(z)
+    return a * (gate + z * gate * (1 - gate))
+
+
+class UnitNorm(torch.autograd.Function):
+    """``y = x / sqrt(||x||^2 + eps)`` over the last dimension; gradient ``(g - y <y, g>) / sqrt(||x||^2 + eps)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + eps)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        y, scale = ctx.saved_tensors
+        along = (y * grad).sum(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1) * scale, None
+
+
+def unit_norm(x: Float[Tensor, "... d"], eps: float = 1e-6) -> Float[Tensor, "... d"]:
+    """``x / sqrt(||x||^2 + eps)``: L2-normalized, smooth at 0."""
+    return UnitNorm.apply(x, eps)  # type: ignore[return-value]
