@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .functions import segment_products, unit_lower_inverse
+from .layout import nobody
 
 
 class Kernels(NamedTuple):
@@ -133,6 +134,7 @@ class Writes(NamedTuple):
     change: Float[Tensor, "*b c out"] | None
     impulse: Float[Tensor, "*b c out"] | None
     gain: Float[Tensor, "*b c"]
+    lost: Bool[Tensor, "*b c"] | None = None  # tokens from which on the map is NaN: a write overflowed
 
 
 def step_size(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Float[Tensor, "*b c"]:
@@ -167,6 +169,21 @@ def write(kernels: Kernels, x: Tensor, error: Tensor, eta: Tensor, start: Enteri
     return Writes(x, change, None if kernels.impulse is None else error, gain)
 
 
+def contain(writes: Writes) -> Writes:
+    """Take writes that overflowed out of the products, where 0 * inf would carry them into the past."""
+    parts = [x.detach() for x in (writes.change, writes.impulse) if x is not None]
+    broken = [~torch.isfinite(torch.linalg.vector_norm(x, float("inf"), dim=-1)) for x in parts]
+    lost = torch.stack(broken).any(0) if len(broken) > 1 else broken[0]
+    if nobody(lost):
+        return writes
+    lost = lost.expand_as(writes.gain).cummax(-1).values
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(lost.unsqueeze(-1), 0, x)
+
+    return writes._replace(change=cut(writes.change), impulse=cut(writes.impulse), lost=lost)
+
+
 def _sources(kernels: Kernels, start: Entering, *, before: bool) -> list[tuple[Tensor, Tensor]]:
     """Coefficients and weights of what enters the span: W_0, what a reset brings back, S_0."""
     entry = kernels.entry_before if before else kernels.entry
@@ -196,7 +213,7 @@ def read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Ten
             weighted = scores * (kernel * writes.gain.unsqueeze(-2) if scaled else kernel)
             y = _add_product(y, weighted, change.mT)
     assert y is not None
-    return y
+    return y if writes.lost is None else torch.where(writes.lost.unsqueeze(-1), torch.nan, y)
 
 
 def _changes(kernels: Kernels, writes: Writes) -> list[tuple[Tensor, Tensor | None, bool]]:
@@ -218,6 +235,8 @@ def advance(kernels: Kernels, writes: Writes, start: Entering) -> tuple[Tensor, 
             last = kernel[..., -1, :]
             weights = _add_outer(weights, change, last * writes.gain if scaled else last, writes.inputs)
     assert weights is not None
+    if writes.lost is not None:
+        weights = torch.where(writes.lost[..., -1:, None], torch.nan, weights)
     if kernels.impulse is None or writes.impulse is None:
         return weights, None
     assert kernels.momentum_exit is not None and kernels.momentum_through is not None
