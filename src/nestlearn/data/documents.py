@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, overload
+from typing import Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 Split = Literal["train", "validation"]
 
@@ -31,6 +31,7 @@ class Document(NamedTuple):
     name: str
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Anything that can be iterated again and again over the same documents in the same order."""
 

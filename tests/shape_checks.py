@@ -1,0 +1,57 @@
+"""Runs the package with every annotated shape and type checked; `test_shapes.py` starts it in a process of its own.
+
+The checks are put in while modules are imported, so they need a fresh interpreter. They are not on in the other tests:
+they would answer a wrong argument before the package's own error does, and break compiled graphs.
+"""
+
+import torch
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+# An int may stand where a float is annotated, as type checkers hold.
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+PACKAGES = ["nestlearn.memory", "nestlearn.nn", "nestlearn.models", "nestlearn.data"]
+
+
+def check_memories() -> None:
+    """Every memory of the catalog in both engines, with masks and resets."""
+    memory = nestlearn.memory
+
+    for variant in memory.catalog.values():
+        with_momentum = isinstance(variant.algorithm, memory.Momentum)
+        for engine in ("reference", "chunked"):
+            q, k, v = torch.randn(3, 2, 3, 7, 4)
+            lr, retain, momentum = torch.rand(3, 2, 3, 7)
+            gates = memory.Gates(lr, retain, momentum if with_momentum else None)
+            mask, reset = torch.rand(2, 2, 3, 7) < 0.8
+            state = variant.init_state((2, 3), 4, 4)
+            memory.scan(variant, state, q, k, v, gates, mask=mask, reset=~reset, engine=engine)
+
+
+def check_models() -> None:
+    """One layer of each kind of mixer: loss, gradient and generation."""
+    for preset in ("hope-tiny", "titans-tiny", "transformer-tiny"):
+        config = nestlearn.HopeConfig.from_preset(preset, num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+        model = nestlearn.HopeForCausalLM(config)
+        ids = torch.randint(0, 200, (2, 20))
+        model(ids, labels=ids).loss.backward()
+        model.generate(ids[:, :3], max_new_tokens=3, do_sample=False)
+
+
+def check_data() -> None:
+    """Tokenizers and packing."""
+    data = nestlearn.data
+    corpus = data.LocalCorpus("example", "train", (data.Document("to be or not to be " * 20, "a"),))
+    for tokenizer in (data.byte_tokenizer(), data.train_bpe(corpus, 262)):
+        data.bytes_per_token(tokenizer)
+        data.pack(corpus, tokenizer, 8)[0]
+
+
+if __name__ == "__main__":
+    with install_import_hook(PACKAGES, "__main__.checked"):
+        import nestlearn.data
+
+    check_memories()
+    check_models()
+    check_data()
