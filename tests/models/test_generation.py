@@ -50,13 +50,19 @@ def test_going_on_from_a_cache(build, ids, mixer):
     first = model.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=cache)
     # The last generated token has not been read yet.
     assert cache.seen == 14
-    whole = model.generate(first, max_new_tokens=5, do_sample=False, past_key_values=cache.fork())
-    assert torch.equal(whole, expected)
+    options = {"attention_mask": torch.ones_like(first), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(first, past_key_values=cache.fork(), **options), expected)
     # Only the new tokens, with a mask over all.
-    part = model.generate(
-        first[:, -1:], attention_mask=torch.ones_like(first), max_new_tokens=5, do_sample=False, past_key_values=cache
-    )
+    part = model.generate(first[:, -1:], past_key_values=cache, **options)
     assert torch.equal(part[:, 1:], expected[:, 15:])
+
+
+def test_generating_from_embeddings(build, ids):
+    model = build()
+    expected = generate(model, ids, do_sample=False)
+    embeds = model.get_input_embeddings()(ids)
+    made = model.generate(inputs_embeds=embeds, max_new_tokens=7, do_sample=False)
+    assert torch.equal(made, expected[:, 11:])
 
 
 def test_input_already_read_is_refused(build, ids):

@@ -1,12 +1,14 @@
 """HopeForCausalLM: splits, padding, documents, loss, checkpointing, compilation, files, refusals."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nestlearn import HopeCache, HopeConfig, HopeForCausalLM
+from nestlearn.models.config import mixer_names
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -42,7 +44,7 @@ def test_documents_do_not_see_each_other(build, ids, mixer):
     with torch.no_grad():
         together = model(ids).logits
         for row, bounds in enumerate([(0, 4, 11), (0, 2, 9, 11), (0, 11)]):
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            for start, end in pairwise(bounds):
                 alone = model(ids[row : row + 1, start:end]).logits
                 torch.testing.assert_close(together[row : row + 1, start:end], alone, **CLOSE)
 
@@ -182,7 +184,11 @@ def test_missing_weights_get_their_own_initial_values(build, mixer, tmp_path):
 
 # torch's tracer itself instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "mixer", [name if name == "attention" else pytest.param(name, marks=pytest.mark.slow) for name in mixer_names()]
+)
 def test_compiled_model_has_no_graph_break(build, ids, mixer):
+    torch._dynamo.reset()
     model = build(mixer)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from nestlearn.memory.associative import StepSize
 from nestlearn.nn.ffn import Activation
 
 ATTENTION_MIXERS = ("attention", "sliding_attention")
@@ -111,7 +112,7 @@ class HopeConfig(PreTrainedConfig):
     memory_chunk_size: int = 64
     projection_chunk_size: int = 256
     adaptive: list[str] = field(default_factory=lambda: ["k", "v", "eta", "alpha"])
-    step_size: str | dict[str, str] = "proximal"
+    step_size: StepSize | dict[str, StepSize] = "proximal"
     max_step: float | None = None
     memory_objective: str = "dot"
     memory_momentum: bool = False

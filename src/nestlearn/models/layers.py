@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nestlearn.memory import MLP, catalog
 from nestlearn.models.cache import LayerState
 from nestlearn.models.config import HopeConfig
 from nestlearn.nn.attention import CausalAttention
+from nestlearn.nn.mixer import GATE_RULES, MemoryMixer
+from nestlearn.nn.self_modifying import SelfModifyingTitans
 
 
 def build_mixer(config: HopeConfig, layer: int) -> nn.Module:
@@ -25,18 +29,15 @@ def build_mixer(config: HopeConfig, layer: int) -> nn.Module:
         return CausalAttention(width, heads, window, config.rope_theta, config.conv_size)
     if name == "self_modifying_titans":
         return _self_modifying(config)
-    from dataclasses import replace
-
-    from nestlearn.memory.catalog import catalog
-    from nestlearn.nn.mixer import MemoryMixer
-
-    memory = replace(catalog[name], chunk_size=config.memory_chunk_size)
-    return MemoryMixer(width, heads, memory, conv_size=config.conv_size)
+    memory = catalog[name]
+    if isinstance(memory.architecture, MLP):
+        memory = replace(memory, architecture=replace(memory.architecture, expansion=config.memory_expansion))
+    return MemoryMixer(
+        width, heads, memory, config.conv_size, config.memory_chunk_size, config.max_step, GATE_RULES.get(name)
+    )
 
 
 def _self_modifying(config: HopeConfig) -> nn.Module:
-    from nestlearn.nn.self_modifying import SelfModifyingTitans
-
     return SelfModifyingTitans(
         config.hidden_size,
         config.num_attention_heads,

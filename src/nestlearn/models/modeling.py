@@ -247,13 +247,15 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: HopeCache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The library's inputs of one step; after the prompt every token is real, so the mask is dropped."""
         if next_sequence_length is not None and next_sequence_length < 1:
+            given = input_ids if inputs_embeds is None else inputs_embeds
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} columns, but the cache has already read "
+                f"the prompt has {given.shape[1]} columns, but the cache has already read "
                 f"{0 if past_key_values is None else past_key_values.seen}. Give the whole sequence, the part already "
                 "read included, or only the new tokens with an attention_mask of (read + new) columns."
             )
@@ -264,6 +266,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.nn.state import Tree
+from nestlearn.nn.conv import ShortConv
 
 
 class AttentionState(NamedTuple):
@@ -28,7 +28,7 @@ class AttentionState(NamedTuple):
     visible: Bool[Tensor, "b s"]
     place: Int[Tensor, "b s"]
     position: Int[Tensor, "b"]
-    conv: Tree = None
+    conv: Float[Tensor, "b w c"] | None = None
 
 
 def rotate(x: Float[Tensor, "b h t d"], position: Int[Tensor, "b t"], theta: float) -> Float[Tensor, "b h t d"]:
@@ -112,11 +112,7 @@ class CausalAttention(nn.Module):
         self.rope_theta = rope_theta
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self.conv: nn.Module | None = None
-        if conv_size:
-            from nestlearn.nn.conv import ShortConv
-
-            self.conv = ShortConv(3 * d_model, conv_size)
+        self.conv = ShortConv(3 * d_model, conv_size) if conv_size else None
 
     def forward(
         self,
@@ -157,12 +153,14 @@ class CausalAttention(nn.Module):
         return y, self._trim(stored, mask is not None) if return_state else None
 
     def _heads(
-        self, x: Tensor, tail: Tree, mask: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tree]:
+        self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values ``[b, h, t, d]`` and the convolution's new tail."""
         mixed = self.qkv(x)
         if self.conv is not None:
-            mixed, tail = self.conv(mixed, tail, mask, reset)
+            mixed, view = self.conv(mixed, tail, mask, reset)
+            # As a view it would keep all tokens of this call alive.
+            tail = view.clone()
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v, tail
 
@@ -174,7 +172,7 @@ class CausalAttention(nn.Module):
         real: Tensor,
         place: Tensor,
         document: Tensor,
-        conv: Tree,
+        conv: Tensor | None,
     ) -> tuple[AttentionState, Tensor]:
         """The stored tokens followed by the new ones, and the document of each (stored ones continue document 0)."""
         position = place[:, -1] + 1
@@ -205,9 +203,12 @@ class CausalAttention(nn.Module):
         return (allowed | (column == own))[:, None]
 
     def _trim(self, stored: AttentionState, padded: bool) -> AttentionState:
-        """Forget the tokens no later token can see: all but the last ``window - 1`` visible ones of a row."""
+        """Forget the tokens no later token can see: all but the last ``window - 1`` visible ones of a row.
+
+        What is kept is copied where it is a view, so that the rest can be freed.
+        """
         if self.window is None:
-            return stored
+            return stored._replace(values=stored.values.contiguous())
         keep = min(self.window - 1, stored.place.shape[1])
         if keep == 0:
             # A window of 1 sees only itself.
@@ -218,10 +219,10 @@ class CausalAttention(nn.Module):
         else:
             first = stored.place.shape[1] - keep
             return stored._replace(
-                keys=stored.keys[:, :, first:].contiguous(),
-                values=stored.values[:, :, first:].contiguous(),
-                visible=stored.visible[:, first:].contiguous(),
-                place=stored.place[:, first:].contiguous(),
+                keys=stored.keys[:, :, first:].clone(memory_format=torch.contiguous_format),
+                values=stored.values[:, :, first:].clone(memory_format=torch.contiguous_format),
+                visible=stored.visible[:, first:].clone(),
+                place=stored.place[:, first:].clone(),
             )
         index = pick[:, None, :, None].expand(-1, self.num_heads, -1, stored.keys.shape[-1])
         return stored._replace(
@@ -243,5 +244,6 @@ class CausalAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """PyTorch's default initial values."""
-        self.qkv.reset_parameters()
-        self.out.reset_parameters()
+        for layer in (self.qkv, self.conv, self.out):
+            if layer is not None:
+                layer.reset_parameters()
