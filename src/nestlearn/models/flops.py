@@ -25,7 +25,7 @@ def flops(config: HopeConfig, context_length: int = 2048) -> int:
 
     Example:
         >>> flops(HopeConfig(mixer="attention", num_hidden_layers=1, conv_size=0), context_length=1)
-        460032
+        462080
     """
     if context_length < 1:
         raise ValueError(f"{context_length=} must be at least 1 token.")

@@ -12,16 +12,18 @@ Activation = Literal["swiglu", "gelu"]
 
 
 def hidden_size(d_model: int, expansion: float, activation: Activation = "swiglu") -> int:
-    """Hidden units of an FFN whose parameter count is ``2 expansion d_model^2``.
+    """Hidden units of an FFN whose parameter count is about ``2 expansion d_model^2``.
 
-    SwiGLU has three matrices where GELU has two, so its hidden layer is 2/3 as wide.
+    SwiGLU has three matrices where GELU has two, so its hidden layer is 2/3 as wide. Widths above 64 are rounded to
+    multiples of 8, which matrix units of GPUs need to run at full speed.
 
     Raises:
         ValueError: the activation is unknown, or the result would be below 1.
     """
     if activation not in ("swiglu", "gelu"):
         raise ValueError(f"unknown ffn activation {activation!r}; use 'swiglu' or 'gelu'.")
-    hidden = round(expansion * d_model * (2 / 3 if activation == "swiglu" else 1))
+    wanted = expansion * d_model * (2 / 3 if activation == "swiglu" else 1)
+    hidden = 8 * round(wanted / 8) if wanted > 64 else round(wanted)
     if hidden < 1:
         raise ValueError(f"{expansion=} gives {hidden} hidden units at {d_model=}; it must give at least 1.")
     return hidden
