@@ -3,12 +3,17 @@
 from nestlearn.nn.attention import AttentionState, CausalAttention
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
+from nestlearn.nn.mixer import GATE_RULES, GateRule, MemoryMixer, MixerState
 from nestlearn.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
 
 __all__ = [
+    "GATE_RULES",
     "AttentionState",
     "CausalAttention",
     "FeedForward",
+    "GateRule",
+    "MemoryMixer",
+    "MixerState",
     "SelfModifyingState",
     "SelfModifyingTitans",
     "ShortConv",

@@ -1,0 +1,124 @@
+"""What layers with fast weights share: their streaming state, per-token gates, and the precision they run in."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory import AssociativeMemory, State
+from nestlearn.memory.types import Weights
+
+NORM_EPSILON = 1e-6
+
+
+class FastState(NamedTuple):
+    """The fast weights of a layer between two calls, every tensor ``[B, ...]``.
+
+    A `nestlearn.memory.State` without the initial weights, which are parameters of the layer and are attached again
+    when it runs: a cache holds only what was learned. ``position`` counts the tokens read in the current chunk;
+    ``aligned`` is static, True where every row is known to stand at the start of a chunk.
+    """
+
+    params: Weights
+    momentum: Weights | None
+    anchor: Weights
+    position: Int[Tensor, "b"]
+    aligned: bool
+
+
+def pack(state: State) -> FastState:
+    """The part of a memory's state that a cache keeps; heads (further dimensions of ``position``) run in step."""
+    position = state.position.flatten(1)[:, 0] if state.position.dim() > 1 else state.position
+    return FastState(state.params, state.momentum, state.anchor, position, state.aligned)
+
+
+def unpack(fast: FastState, initial: Weights, batch_shape: tuple[int, ...]) -> State:
+    """A memory's state again, with the layer's ``initial`` weights broadcast to ``batch_shape``."""
+    full = {name: w.expand(*batch_shape, *w.shape[-2:]) for name, w in initial.items()}
+    position = fast.position.view(-1, *(1,) * (len(batch_shape) - 1)).expand(batch_shape)
+    return State(fast.params, fast.momentum, fast.anchor, full, position, {}, fast.aligned)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of gates and fast weights: at least float32, since bfloat16 rounds a retention of 0.9997 to 1."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast, which would run the recurrence's matrix products in half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """L2 normalization, smooth at zero; the norm of the result is below 1.
+
+    The scale is taken out first: the square of a large finite number is not finite.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True).clamp(min=1)
+    scaled = x / largest
+    return scaled * torch.rsqrt(scaled.square().sum(-1, keepdim=True) + NORM_EPSILON / largest.square())
+
+
+def check_tokens(x: Tensor, d_model: int) -> None:
+    """Raise unless ``x`` is a floating-point ``[batch, tokens >= 1, d_model]``."""
+    if x.dim() != 3 or x.shape[-1] != d_model or x.shape[1] == 0:
+        raise ValueError(f"expected x of shape [batch, tokens >= 1, {d_model}], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; pass embeddings, not token ids")
+
+
+class InitialWeights(nn.ParameterDict):
+    """Meta-learned initial fast weights, ``self[map]: [*rows, out, in]``; the outer loop trains them."""
+
+    def __init__(self, memory: AssociativeMemory, rows: tuple[int, ...], d_key: int, d_value: int) -> None:
+        self.memory = memory
+        shapes = memory.architecture.shapes(d_key, d_value)
+        super().__init__({name: nn.Parameter(torch.empty(*rows, *shape)) for name, shape in shapes.items()})
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The architecture's own initial values: random for an MLP, zero for a matrix."""
+        for name, weight in self.items():
+            weight.copy_(self.memory.architecture.init(name, tuple(weight.shape), None))
+
+
+class GateProjection(nn.Module):
+    """One logit per token, gate and head, ``z = W x + b``, computed in float32 or wider.
+
+    Args:
+        d_model: width of the input.
+        biases: initial bias of every gate and head, ``{gate: (value per head, ...)}``.
+        std: standard deviation of the initial weights.
+    """
+
+    def __init__(self, d_model: int, biases: dict[str, tuple[float, ...]], std: float = 0.02) -> None:
+        super().__init__()
+        self.biases, self.std = dict(biases), std
+        count = sum(len(values) for values in biases.values())
+        self.weight = nn.Parameter(torch.empty(count, d_model))
+        self.bias = nn.Parameter(torch.empty(count))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Nearly constant gates at the given biases."""
+        self.weight.normal_(0, self.std)
+        self.bias.copy_(torch.tensor([b for values in self.biases.values() for b in values]))
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> dict[str, Float[Tensor, "b h t"]]:
+        """``{gate: logits}``."""
+        wide = wide_dtype(x)
+        logits = F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)).mT
+        return dict(zip(self.biases, logits.split([len(v) for v in self.biases.values()], 1), strict=True))
+
+
+def horizon_bias(first: float, last: float, heads: int) -> tuple[float, ...]:
+    """Logits whose sigmoid keeps for ``1 / (1 - retain)`` tokens, spread geometrically over the heads."""
+    steps = [i / (heads - 1) for i in range(heads)] if heads > 1 else [0.5]
+    return tuple(math.log(first * (last / first) ** s - 1) for s in steps)

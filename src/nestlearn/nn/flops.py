@@ -1,0 +1,37 @@
+"""What one token costs a memory."""
+
+from __future__ import annotations
+
+from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Matrix, Momentum
+from nestlearn.memory.layout import span_length
+
+
+def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_length: int, writes: bool = True) -> int:
+    """Forward FLOPs per token of `nestlearn.memory.scan` for one row, a multiply-add counting 2.
+
+    Counted as the chunked engine computes: matrix products over whole spans (both triangles), one triangular solve
+    per map under delta retention. Pointwise work is left out. ``writes=False`` counts reads at fixed weights only.
+    """
+    shapes = memory.architecture.shapes(d_key, d_value)
+    dense = {name: 2 * out * width for name, (out, width) in shapes.items()}
+    if not writes:
+        return sum(dense.values())
+    span = span_length(memory.chunk_size, context_length)
+    delta, momentum = isinstance(memory.retention, Delta), isinstance(memory.algorithm, Momentum)
+    total = 0
+    last = list(shapes)[-1]
+    for name, (out, width) in shapes.items():
+        # Errors at the anchor: all maps but the last run forward, and are reached by an adjoint from behind.
+        if not isinstance(memory.architecture, Matrix):
+            total += dense[name]
+        if name == last and not isinstance(memory.objective, DotProduct):
+            total += dense[name]
+        # Entering weights: read by the query, carried on by the span's writes.
+        total += 2 * dense[name]
+        if memory.read == "token":
+            total += 2 * span * (width + out) + (dense[name] if memory.retain_to == "initial" else 0)
+        if delta:
+            total += dense[name] + 2 * span * width + span * out
+        if momentum:
+            total += 2 * dense[name] + 2 * span * out * (2 if delta else 1) + 2 * span * span
+    return total

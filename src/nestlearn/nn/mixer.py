@@ -1,0 +1,301 @@
+"""Any associative memory as a sequence layer: projections, local convolution, gates, normalized read."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Gates, Momentum, State, catalog, scan
+from nestlearn.memory.types import Weights
+
+from .conv import ShortConv
+from .fast import (
+    FastState,
+    GateProjection,
+    InitialWeights,
+    check_tokens,
+    full_precision,
+    horizon_bias,
+    pack,
+    unit,
+    unpack,
+    wide_dtype,
+)
+from .flops import scan_flops
+from .stability import MAX_MOMENTUM, bounded_step, check_step, is_deep
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """Which gates of a memory depend on the token.
+
+    Args:
+        lr: ``learned`` from the input, or fixed at ``one``.
+        retain: ``learned`` from the input, ``one`` (nothing is forgotten), or ``retnet``, the constant
+            ``1 - 2^(-5-h)`` of head h (arXiv 2307.08621).
+
+    Momentum, where the memory has it, is always learned from the input.
+    """
+
+    lr: Literal["learned", "one"] = "learned"
+    retain: Literal["learned", "one", "retnet"] = "learned"
+
+    def __post_init__(self) -> None:
+        if self.lr not in ("learned", "one") or self.retain not in ("learned", "one", "retnet"):
+            raise ValueError(f"unknown gate in {self!r}: lr is 'learned' or 'one'; retain 'learned', 'one' or 'retnet'")
+
+
+# Catalog entries whose papers fix a gate; every other memory has both gates learned.
+GATE_RULES: dict[str, GateRule] = {
+    "linear_attention": GateRule(lr="one", retain="one"),
+    "retnet": GateRule(lr="one", retain="retnet"),
+    "deltanet": GateRule(retain="one"),
+    "ttt_linear": GateRule(retain="one"),
+    "ttt_mlp": GateRule(retain="one"),
+}
+
+
+class MixerState(NamedTuple):
+    """Streaming state of a `MemoryMixer`: fast weights and the tail of the convolution (None without one)."""
+
+    memory: FastState
+    conv: Float[Tensor, "b w ch"] | None
+
+
+class MemoryMixer(nn.Module):
+    r"""A sequence layer around one associative memory per head.
+
+        q_t, k_t, v_t = silu(conv(W_qkv x_t)),  q and k of unit norm (v too if the memory is an MLP)
+        M_t = M_{t-1} after writing (k_t, v_t) with gates (eta_t, alpha_t, beta_t),   y_t = W_o norm(M_t(q_t))
+
+    The memory and its update are those of `nestlearn.memory.scan` (NL Eq. 57, 88; Titans Eq. 9-14). Values are
+    normalized for an MLP memory because its maps multiply each other: unbounded targets overflow within one sequence.
+
+    **Bounds** (no gate the layer can emit makes the recurrence expand): retain in [0, 1], momentum in [0, 0.9], and a
+    step size bounded jointly with them, by a rule that depends on the memory: see `nestlearn.nn.stability`.
+
+    Args:
+        d_model: width of input and output.
+        num_heads: heads; must divide ``d_model``. Each has its own memory.
+        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`.
+        conv_size: width of the depthwise causal convolution on q, k and v; 0 for none.
+        chunk_size: replaces the memory's own chunk size.
+        max_step: scale of the step size; at most 1, for delta retention 2, for proximal steps any. None is 1.
+        gates: which gates are learned. By default as in the paper of a catalog name, else all.
+        output_gate: multiply what is read by ``silu(W_g x)``.
+        learn_initial: train the initial weights of a matrix memory as well (they start at zero). Those of an MLP
+            are always trained.
+        norm_eps: epsilon of the output norm.
+
+    Raises:
+        ValueError: for sizes, names or steps that do not fit, with the fix.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.nn import MemoryMixer
+        >>> layer = MemoryMixer(16, num_heads=2, memory="gated_deltanet", chunk_size=8)
+        >>> x = torch.randn(1, 20, 16)
+        >>> y, state = layer(x[:, :13])
+        >>> rest, state = layer(x[:, 13:], state)
+        >>> torch.allclose(torch.cat([y, rest], 1), layer(x)[0], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        memory: AssociativeMemory | str,
+        conv_size: int = 4,
+        chunk_size: int | None = None,
+        max_step: float | None = None,
+        gates: GateRule | None = None,
+        output_gate: bool = False,
+        learn_initial: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if d_model < 1 or num_heads < 1 or d_model % num_heads:
+            raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
+        if conv_size < 0:
+            raise ValueError(f"conv_size must be 0 (no convolution) or a positive width, got {conv_size}")
+        self.memory, self.rule = _resolve(memory, chunk_size, gates)
+        self.max_step = check_step(self.memory, max_step)
+        self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.conv = ShortConv(3 * d_model, conv_size) if conv_size else None
+        biases = _gate_biases(self.memory, self.rule, num_heads)
+        self.gates = GateProjection(d_model, biases) if biases else None
+        self.initial: InitialWeights | None = None
+        if is_deep(self.memory) or learn_initial:
+            self.initial = InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head)
+        self.norm = nn.RMSNorm(self.d_head, eps=norm_eps)
+        self.output_gate = nn.Linear(d_model, d_model, bias=False) if output_gate else None
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: MixerState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], MixerState | None]:
+        """Read tokens, answer each, and learn from them.
+
+        Args:
+            x: inputs; masked tokens may hold anything.
+            state: from an earlier call; None starts fresh.
+            mask: False marks padding: it changes nothing and its output is 0.
+            reset: True forgets everything of the row before that token.
+            writes: False computes the same with step size 0.
+            return_state: False skips the work only the next call would need.
+
+        Returns:
+            Outputs and the state after the last token (None if not asked for). A non-finite token makes the outputs
+            of its row NaN from there to the next reset.
+        """
+        check_tokens(x, self.d_model)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), x, 0)
+        q, k, v, tail = self._heads(x, None if state is None else state.conv, mask, reset)
+        with full_precision(x):
+            gates = self._gates(x, writes)
+            heads = (-1, self.num_heads, -1)
+            y, end = scan(
+                self.memory,
+                self._start(state, q),
+                q,
+                k,
+                v,
+                gates,
+                mask=None if mask is None else mask.unsqueeze(1).expand(heads),
+                reset=None if reset is None else reset.unsqueeze(1).expand(heads),
+                return_state=return_state,
+            )
+            y = F.rms_norm(y, (self.d_head,), self.norm.weight.to(y.dtype), self.norm.eps)
+        y = y.transpose(1, 2).flatten(2).to(x.dtype)
+        if self.output_gate is not None:
+            y = y * F.silu(self.output_gate(x))
+        # A copy: the tail is a view that would keep all tokens of this call alive.
+        tail = tail.clone() if tail is not None and return_state else tail
+        return self.out(y), MixerState(pack(end), tail) if return_state else None
+
+    def _heads(
+        self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys, values ``[b, h, t, d_head]`` in the dtype of the fast weights, and the new tail."""
+        mixed = self.qkv(x)
+        if self.conv is not None:
+            mixed, tail = self.conv(mixed, tail, mask, reset)
+        mixed = F.silu(mixed).to(wide_dtype(x))
+        q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.d_head)).permute(2, 0, 3, 1, 4)
+        return unit(q), unit(k), unit(v) if is_deep(self.memory) else v, tail
+
+    def _gates(self, x: Tensor, writes: bool) -> Gates:
+        """Bounded gates ``[b, h, t]``; see `nestlearn.nn.stability`."""
+        logits = {} if self.gates is None else self.gates(x)
+        ones = x.new_ones(x.shape[0], self.num_heads, x.shape[1], dtype=wide_dtype(x))
+        retain = ones
+        if self.rule.retain == "learned":
+            retain = torch.sigmoid(logits["retain"])
+        elif self.rule.retain == "retnet":
+            head = torch.arange(self.num_heads, device=x.device, dtype=ones.dtype)
+            retain = ones * (1 - 2.0 ** (-5 - head)).unsqueeze(-1)
+        lr = ones
+        if self.rule.lr == "learned":
+            lr = bounded_step(self.memory, self.max_step, torch.sigmoid(logits["lr"]), retain)
+        momentum = MAX_MOMENTUM * torch.sigmoid(logits["momentum"]) if "momentum" in logits else None
+        return Gates(lr if writes else torch.zeros_like(lr), retain, momentum)
+
+    def _start(self, state: MixerState | None, like: Tensor) -> State:
+        """The memory's state before the first token of this call."""
+        rows = (like.shape[0], self.num_heads)
+        initial = self._initial(like)
+        if state is None:
+            return self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=like.dtype, device=like.device)
+        return unpack(state.memory, initial, rows)
+
+    def _initial(self, like: Tensor) -> Weights:
+        """Initial weights ``[h, out, in]`` in the dtype of the fast weights."""
+        if self.initial is None:
+            shapes = self.memory.architecture.shapes(self.d_head, self.d_head)
+            return {name: like.new_zeros(self.num_heads, *shape) for name, shape in shapes.items()}
+        return {name: weight.to(like.dtype) for name, weight in self.initial.items()}
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
+        linears = [self.qkv, self.out, *([self.output_gate] if self.output_gate is not None else [])]
+        slow = sum(2 * linear.weight.numel() for linear in linears)
+        slow += 0 if self.conv is None else self.conv.flops_per_token(context_length)
+        slow += 0 if self.gates is None else 2 * self.gates.weight.numel()
+        return slow + self.num_heads * scan_flops(self.memory, self.d_head, self.d_head, context_length)
+
+    def reset_parameters(self) -> None:
+        """Initial values: torch's own for linear maps, nearly constant gates, random MLP or zero matrix memories."""
+        for module in (self.qkv, self.conv, self.gates, self.initial, self.norm, self.output_gate, self.out):
+            if module is not None:
+                module.reset_parameters()
+
+
+def _resolve(
+    memory: AssociativeMemory | str, chunk_size: int | None, gates: GateRule | None
+) -> tuple[AssociativeMemory, GateRule]:
+    """The memory and its gates from a catalog name or a memory."""
+    rule = GateRule()
+    if isinstance(memory, str):
+        if memory not in catalog:
+            close = difflib.get_close_matches(memory, catalog, n=3)
+            hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(catalog)}."
+            raise ValueError(f"unknown memory {memory!r}. {hint}")
+        rule = GATE_RULES.get(memory, rule)
+        memory = catalog[memory]
+    elif not isinstance(memory, AssociativeMemory):
+        raise TypeError(f"memory must be a catalog name or an AssociativeMemory, got {type(memory).__name__}")
+    if chunk_size is not None:
+        memory = replace(memory, chunk_size=chunk_size)
+    rule = rule if gates is None else gates
+    free = isinstance(memory.objective, DotProduct) and not isinstance(memory.algorithm, Momentum)
+    if rule.lr == "one" and (is_deep(memory) or not free):
+        raise ValueError(
+            "GateRule(lr='one') writes with step size 1, which is stable only for a matrix memory with the "
+            f"dot-product objective and no momentum; got {memory!r}. Use lr='learned'."
+        )
+    if rule.retain == "one" and _tied(memory):
+        raise ValueError(
+            f"{memory!r} has its step tied to its decay, step <= 1 - retain, so it would never write with "
+            "GateRule(retain='one'). Use retain='learned', or delta retention."
+        )
+    return memory, rule
+
+
+def _tied(memory: AssociativeMemory) -> bool:
+    """Whether only decay bounds the memory, so that its step must stay below it; see `nestlearn.nn.stability`."""
+    return is_deep(memory) and isinstance(memory.objective, DotProduct) and not isinstance(memory.retention, Delta)
+
+
+def _gate_biases(memory: AssociativeMemory, rule: GateRule, heads: int) -> dict[str, tuple[float, ...]]:
+    """The learned gates and the logit each starts at.
+
+    Matrices begin with horizons of 16 to 1,024 tokens over the heads. A deep memory that decays takes its meta-learned
+    weights along, so it begins at 0.9997; where its step is tied to the decay, at 64 to 4,096 tokens.
+    """
+    biases: dict[str, tuple[float, ...]] = {}
+    if rule.lr == "learned":
+        biases["lr"] = (0.0,) * heads
+    if rule.retain == "learned":
+        if not is_deep(memory):
+            biases["retain"] = horizon_bias(16, 1024, heads)
+        else:
+            biases["retain"] = horizon_bias(64, 4096, heads) if _tied(memory) else (8.0,) * heads
+    if isinstance(memory.algorithm, Momentum):
+        biases["momentum"] = (0.0,) * heads
+    return biases

@@ -1,0 +1,90 @@
+"""Bounds of the gates: which step sizes keep a memory from expanding, whatever a layer's gates emit.
+
+A memory is a recurrence whose matrix depends on its gates, and gates depend on data. A layer whose gates could make
+that recurrence expand at one token will meet a sequence where it does so at every token. So layers emit only gates
+for which no sequence of tokens expands; ``sigma`` below is a sigmoid of the input, ``C`` the chunk size, ``b`` the
+largest momentum (0 without momentum), and keys have norm at most 1.
+
+==============================  ==========================================================  ====================
+objective and retention         emitted step size                                           largest ``max_step``
+==============================  ==========================================================  ====================
+dot product, delta              ``max_step sigma``                                          2; proximal: any
+dot product, decay, matrix      ``max_step sigma``                                          any
+dot product, decay, MLP         ``max_step sigma (1 - retain) (1 - b)^2 / 2``               1
+any other, matrix               ``max_step sigma (1 - b) / max(C, 4 / (1 - b))``            1
+any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / 4``        1
+==============================  ==========================================================  ====================
+
+- *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
+  the map they change, so writes add up at most linearly. The hidden activations of an MLP have no bounded norm: there
+  only proximal and normalized steps, which divide by it, are stable, and a raw step is refused.
+- *Dot product with decay on a matrix* has no feedback at all: a sum of bounded writes.
+- *Dot product with decay on an MLP*: each map's error grows with the other map. With ``r`` the larger of the two
+  norms, and ``|act'| <= 1.13``, a chunk gives ``r <- A r + 1.13 r sum_s A_s eta_s``, where A are products of retain.
+  As ``sum_s A_s (1 - retain_s) = 1 - A``, a step below ``(1 - retain) / 1.13`` cannot make ``r`` grow.
+- *Other objectives* feed back the error at the chunk's first weights: a chunk multiplies the error by
+  ``I - sum_t eta_t k_t k_t^T``, whose eigenvalues lie in [0, 1] if C steps add up to 1. Momentum multiplies the effect
+  of a step by ``1 / (1 - b)`` and, over chunks shorter than ``1 / (1 - b)``, needs the critical damping of a heavy
+  ball, ``eta <= (1 - b)^2 / 4``. In an MLP the hidden activations and the second map multiply the curvature; the
+  quarter was found by experiment (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Matrix, Momentum
+
+MAX_MOMENTUM = 0.9
+
+
+def is_deep(memory: AssociativeMemory) -> bool:
+    """Whether the memory has more than one map (an MLP): then values are normalized, and bounds are tighter."""
+    return not isinstance(memory.architecture, Matrix)
+
+
+def largest_step(memory: AssociativeMemory) -> float:
+    """The largest ``max_step`` that is stable for this memory; see the module documentation."""
+    if not isinstance(memory.objective, DotProduct):
+        return 1.0
+    if isinstance(memory.retention, Delta):
+        kinds = {memory.step_size_of(name) for name in memory.architecture.shapes(1, 1)}
+        return math.inf if kinds == {"proximal"} else 2.0
+    return 1.0 if is_deep(memory) else math.inf
+
+
+def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
+    """``max_step`` if it is stable for this memory; None means 1, which always is.
+
+    Raises:
+        ValueError: the value is not stable for this memory, or none is.
+    """
+    largest = largest_step(memory)
+    if is_deep(memory) and isinstance(memory.retention, Delta):
+        raw = [name for name in memory.architecture.shapes(1, 1) if memory.step_size_of(name) == "raw"]
+        if raw:
+            raise ValueError(
+                f"no bound keeps raw delta steps on an MLP stable (maps {raw}): its hidden activations have no "
+                "bounded norm. Use step_size='proximal' or 'normalized'."
+            )
+    if max_step is None:
+        return 1.0
+    if not 0 < max_step <= largest:
+        raise ValueError(
+            f"max_step={max_step!r} must be above 0 and at most {largest:g} for this memory; a larger step lets some "
+            "sequence of gates make the fast weights grow without bound."
+        )
+    return float(max_step)
+
+
+def bounded_step(memory: AssociativeMemory, max_step: float, sigma: Tensor, retain: Tensor) -> Tensor:
+    """The step size a layer emits for ``sigma`` in [0, 1]; see the module documentation."""
+    damping = 1 - (MAX_MOMENTUM if isinstance(memory.algorithm, Momentum) else 0.0)
+    if not isinstance(memory.objective, DotProduct):
+        tokens = max(memory.chunk_size, 4 / damping if damping < 1 else 1)
+        return sigma * (max_step * damping / tokens / (4 if is_deep(memory) else 1))
+    if isinstance(memory.retention, Delta) or not is_deep(memory):
+        return sigma * max_step
+    return sigma * (1 - retain) * (max_step * damping**2 / 2)

@@ -1,0 +1,478 @@
+"""MemoryMixer: equal to a per-token computation, streaming in any split, and finite whatever its gates emit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.memory.oracle import Rule, scan_row
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Matrix, Momentum, catalog, scan
+from nestlearn.nn import GateRule, MemoryMixer, MixerState
+from nestlearn.nn import mixer as mixer_module
+from nestlearn.nn.fast import unit
+from nestlearn.nn.state import index_rows, map_tensors, reset_rows
+
+NAMES = sorted(catalog)
+DEEP = [name for name in NAMES if isinstance(catalog[name].architecture, MLP)]
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def make(name: str | AssociativeMemory, d: int = 8, heads: int = 2, **options) -> MemoryMixer:
+    """A small float64 layer whose gates differ from token to token."""
+    memory = catalog[name] if isinstance(name, str) else name
+    if isinstance(memory.architecture, MLP):
+        options.setdefault("gates", mixer_module.GATE_RULES.get(name) if isinstance(name, str) else None)
+        name = replace(memory, architecture=MLP(2))
+    layer = MemoryMixer(d, heads, name, chunk_size=options.pop("chunk_size", 4), **options).double()
+    if layer.gates is not None:
+        with torch.no_grad():
+            layer.gates.weight.normal_(0, 1)
+    return layer
+
+
+def run(layer: MemoryMixer, *pieces: Tensor, state: MixerState | None = None, **flags) -> tuple[Tensor, MixerState]:
+    outputs = []
+    for piece in pieces:
+        y, state = layer(piece, state, **flags)
+        outputs.append(y)
+    assert state is not None
+    return torch.cat(outputs, 1), state
+
+
+# ---------------------------------------------------------------------------------------------------- the oracle
+
+
+def naive_gates(layer: MemoryMixer, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gates of one token and head from the tables of `nestlearn.nn.stability`, written out again."""
+    memory, rule, heads = layer.memory, layer.rule, layer.num_heads
+    logits = None if layer.gates is None else layer.gates.weight @ x + layer.gates.bias
+    names = [] if layer.gates is None else list(layer.gates.biases)
+
+    def sigma(name: str) -> Tensor:
+        assert logits is not None
+        return torch.sigmoid(logits[names.index(name) * heads + head])
+
+    one = torch.ones((), dtype=x.dtype)
+    retain = {"one": one, "retnet": one * (1 - 2.0 ** (-5 - head))}.get(rule.retain)
+    retain = sigma("retain") if retain is None else retain
+    beta = 0.9 * sigma("momentum") if "momentum" in names else None
+    left = 1.0 if beta is None else 0.1
+    deep = isinstance(memory.architecture, MLP)
+    if rule.lr == "one":
+        return one, retain, beta
+    lr = layer.max_step * sigma("lr")
+    if isinstance(memory.objective, L2):
+        lr = lr * left / max(memory.chunk_size, 1 if beta is None else 4 / left) / (4 if deep else 1)
+    elif deep and isinstance(memory.retention, Decay):
+        lr = lr * (1 - retain) * left**2 / 2
+    return lr, retain, beta
+
+
+def naive(layer: MemoryMixer, x: Tensor) -> Tensor:
+    """The layer for one row ``[t, d]`` in plain loops, its memory by `tests.memory.oracle`."""
+    memory, width, heads, time = layer.memory, layer.d_head, layer.num_heads, len(x)
+    deep = isinstance(memory.architecture, MLP)
+    projected = x @ layer.qkv.weight.mT
+    assert layer.conv is not None
+    mixed = torch.stack(
+        [
+            sum(
+                (layer.conv.weight[3 - j] * projected[t - j] for j in range(4) if t >= j),
+                torch.zeros_like(projected[0]),
+            )
+            for t in range(time)
+        ]
+    )
+    q, k, v = F.silu(mixed).view(time, 3, heads, width).unbind(1)
+    retention = memory.retention
+    kind = "decay" if isinstance(retention, Decay) else "gated" if retention.gated else "delta"
+    names = list(memory.architecture.shapes(width, width))
+    rule = Rule(
+        deep=deep,
+        activation="gelu",
+        objective="l2" if isinstance(memory.objective, L2) else "dot",
+        retention=kind,
+        step={name: memory.step_size_of(name) for name in names},
+        momentum=isinstance(memory.algorithm, Momentum),
+        to_initial=memory.retain_to == "initial",
+        chunk_size=memory.chunk_size,
+        read=memory.read,
+    )
+    outputs = []
+    for head in range(heads):
+        gates = [naive_gates(layer, token, head) for token in x]
+        lr, retain = (torch.stack([g[i] for g in gates]) for i in (0, 1))
+        beta = torch.stack([g[2] for g in gates]) if rule.momentum else None
+        if layer.initial is not None:
+            initial = {name: weight[head] for name, weight in layer.initial.items()}
+        else:
+            initial = {"W": torch.zeros(width, width, dtype=x.dtype, requires_grad=True)}
+        keys, queries, values = unit(k[:, head]), unit(q[:, head]), v[:, head]
+        values = unit(values) if deep else values
+        y, _ = scan_row(rule, initial, queries, keys, values, lr, retain, beta, None, None)
+        outputs.append(y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.norm.weight)
+    return torch.cat(outputs, -1) @ layer.out.weight.mT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_token_loop_with_all_outer_gradients(name):
+    layer = make(name)
+    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(2, 9, 8, dtype=torch.float64)
+    wanted = [x, *layer.parameters()]
+    expected = torch.stack([naive(layer, row) for row in x])
+    gradients = torch.autograd.grad((expected * target).sum(), wanted)
+    y, _ = layer(x)
+    torch.testing.assert_close(y, expected, **TOLERANCE)
+    for got, want in zip(torch.autograd.grad((y * target).sum(), wanted), gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_gets_an_outer_gradient(name):
+    layer = make(name, output_gate=True, learn_initial=True)
+    layer(torch.randn(2, 9, 8, dtype=torch.float64))[0].square().sum().backward()
+    still = {n for n, p in layer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert not still
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_gradient_of_each_initial_state_matches_finite_differences(name):
+    layer = make(name, heads=1)
+    x, target = torch.randn(2, 1, 9, 8, dtype=torch.float64)
+    assert layer.initial is not None
+    for weight in layer.initial.values():
+        direction = torch.randn_like(weight)
+        layer.zero_grad()
+        (layer(x)[0] * target).sum().backward()
+        slope = (weight.grad * direction).sum()
+        losses = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight.add_(direction, alpha=step)
+                losses.append((layer(x)[0] * target).sum())
+                weight.sub_(direction, alpha=step)
+        torch.testing.assert_close(slope, (losses[0] - losses[1]) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------- streams of rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_split_equals_one_call(name):
+    layer = make(name)
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    whole, end = run(layer, x)
+    for sizes in ([4, 4, 5], [3, 1, 6, 3], [1] * 13):
+        y, state = run(layer, *x.split(sizes, 1))
+        torch.testing.assert_close(y, whole, **TOLERANCE)
+        for map_name, weight in end.memory.params.items():
+            torch.testing.assert_close(state.memory.params[map_name], weight, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_phases_and_resets_equal_separate_runs(name):
+    layer = make(name)
+    x = torch.randn(3, 11, 8, dtype=torch.float64)
+    lengths = (11, 6, 8)
+    padded = torch.full_like(x, float("nan"))
+    mask = torch.zeros(3, 11, dtype=torch.bool)
+    reset = torch.zeros(3, 11, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        padded[row, 11 - length :] = x[row, :length]
+        mask[row, 11 - length :] = True
+    reset[2, 3 + 5] = True  # the third row starts anew at its sixth token
+    y, state = layer(padded, mask=mask, reset=reset)
+    assert (y[~mask] == 0).all()
+    for row, length in enumerate(lengths):
+        pieces = [x[row : row + 1, :length]] if row < 2 else [x[2:, :5], x[2:, 5:8]]
+        alone = torch.cat([layer(piece)[0] for piece in pieces], 1)
+        torch.testing.assert_close(y[row : row + 1, 11 - length :], alone, **TOLERANCE)
+    # Rows now stand at different phases: going on equals each row alone.
+    more = torch.randn(3, 5, 8, dtype=torch.float64)
+    y, _ = layer(more, state)
+    for row, length in enumerate(lengths):
+        history = x[row : row + 1, :length] if row < 2 else x[2:, 5:8]
+        alone, _ = layer(torch.cat([history, more[row : row + 1]], 1))
+        torch.testing.assert_close(y[row : row + 1], alone[:, -5:], **TOLERANCE)
+
+
+def test_gradients_do_not_come_from_padding():
+    layer = make("titans")
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :4] = False
+    results = []
+    for filler in (0.0, float("nan")):
+        layer.zero_grad()
+        filled = torch.where(mask[..., None], x, filler).requires_grad_()
+        layer(filled, mask=mask)[0].square().sum().backward()
+        results.append([filled.grad, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert (results[0][0][~mask] == 0).all()
+
+
+def test_state_is_rows_first_and_can_be_reordered_and_reset():
+    layer = make("titans")
+    x, more = torch.randn(3, 6, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
+    _, state = layer(x)
+    shapes: list[torch.Size] = []
+    map_tensors(lambda t: shapes.append(t.shape) or t, state)
+    assert shapes and all(shape[0] == 3 for shape in shapes)
+    order = torch.tensor([2, 0, 0])
+    y, _ = layer(more, index_rows(state, order))
+    torch.testing.assert_close(y, run(layer, x[order], more)[0][:, 6:], **TOLERANCE)
+    _, fresh = layer(x, writes=False, mask=torch.zeros(3, 6, dtype=torch.bool))
+    y, _ = layer(more, reset_rows(state, fresh, torch.tensor([False, True, False])))
+    torch.testing.assert_close(y[1:2], layer(more[1:2])[0], **TOLERANCE)
+    torch.testing.assert_close(y[:1], run(layer, x, more)[0][:1, 6:], **TOLERANCE)
+
+
+def test_the_state_holds_no_initial_weights_and_no_past_tokens():
+    layer = make("hope")
+    _, state = layer(torch.randn(1, 40, 8, dtype=torch.float64))
+    assert state.conv is not None
+    assert state.conv.untyped_storage().nbytes() == state.conv.numel() * 8
+    assert set(state.memory._fields) == {"params", "momentum", "anchor", "position", "aligned"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_future_tokens_and_other_rows_change_no_bit(name):
+    layer = make(name).float()
+    x = torch.randn(3, 11, 8)
+    before, _ = layer(x)
+    for value in (3.0, 1e30, float("nan"), float("inf")):
+        changed = x.clone()
+        changed[:, 7:] = value
+        assert torch.equal(layer(changed)[0][:, :7], before[:, :7])
+        changed = x.clone()
+        changed[1] = value
+        assert torch.equal(layer(changed)[0][::2], before[::2])
+
+
+def test_a_reset_cures_a_poisoned_row():
+    layer = make("gated_deltanet").float()
+    x = torch.randn(1, 12, 8)
+    poisoned = x.clone()
+    poisoned[:, 3] = float("nan")
+    reset = torch.zeros(1, 12, dtype=torch.bool)
+    reset[:, 6] = True
+    y, _ = layer(poisoned, reset=reset)
+    assert y[:, 3:6].isnan().all()
+    torch.testing.assert_close(y[:, 6:], layer(x[:, 6:])[0])
+
+
+# ------------------------------------------------------------------------------------------------- modes and types
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_mode_equals_training(name):
+    layer = make(name)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    expected, _ = layer(x)
+    with torch.inference_mode():
+        y, state = run(layer.eval(), x[:, :5], x[:, 5:])
+    torch.testing.assert_close(y, expected, **TOLERANCE)
+    assert state.memory.position.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", [name for name in DEEP if name != "dla"])
+def test_writes_off_reads_the_initial_memory(name):
+    layer = make(name, gates=GateRule(retain="one"))
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    y, state = layer(x, writes=False)
+    assert layer.initial is not None
+    for map_name, weight in layer.initial.items():
+        torch.testing.assert_close(state.memory.params[map_name], weight.expand(2, -1, -1, -1), **TOLERANCE)
+    assert not torch.allclose(y, layer(x)[0])
+
+
+def test_no_state_is_returned_when_none_is_asked_for():
+    layer = make("titans")
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    y, state = layer(x, return_state=False)
+    assert state is None
+    assert torch.equal(y, layer(x)[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_keeps_gates_and_fast_weights_in_float32(autocast, monkeypatch):
+    seen = {}
+
+    def spy(memory, state, q, k, v, gates, **options):
+        seen.update(q=q.dtype, lr=gates.lr.dtype, retain=gates.retain.dtype)
+        y, end = scan(memory, state, q, k, v, gates, **options)
+        seen.update(weights={w.dtype for w in end.params.values()})
+        return y, end
+
+    monkeypatch.setattr(mixer_module, "scan", spy)
+    layer = MemoryMixer(8, 2, "hope", chunk_size=4, output_gate=True)
+    x = torch.randn(2, 9, 8)
+    if not autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, _ = layer(x)
+    assert seen == {"q": torch.float32, "lr": torch.float32, "retain": torch.float32, "weights": {torch.float32}}
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_state_dict_round_trip():
+    layer, other = make("titans", output_gate=True), make("titans", output_gate=True)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    assert {"initial.in", "initial.out", "gates.weight", "gates.bias"} <= set(layer.state_dict())
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x)[0], other(x)[0])
+
+
+def test_reset_parameters_restores_the_special_starts():
+    layer = MemoryMixer(16, 4, "gated_deltanet", learn_initial=True)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(7.0)
+    layer.reset_parameters()
+    assert layer.initial is not None and layer.gates is not None
+    assert (layer.initial["W"] == 0).all()
+    retain = torch.sigmoid(layer.gates.bias[4:])
+    torch.testing.assert_close(1 / (1 - retain), torch.tensor([16.0, 64.0, 256.0, 1024.0]), rtol=1e-3, atol=0)
+
+
+def test_retnet_decays_by_a_constant_per_head():
+    layer = make("retnet", heads=2, conv_size=0)
+    assert layer.gates is None
+    gates = layer._gates(torch.zeros(1, 3, 8), True)
+    assert gates.retain.tolist() == [[[1 - 2**-5] * 3, [1 - 2**-6] * 3]]
+    assert (gates.lr == 1).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_grow_with_the_chunk_but_not_beyond(name):
+    short, long, longer = (MemoryMixer(32, 2, name).flops_per_token(n) for n in (8, 64, 4096))
+    assert 0 < short < long == longer
+    weights = sum(p.numel() for p in MemoryMixer(32, 2, name).qkv.parameters())
+    assert long > 2 * weights
+
+
+# ------------------------------------------------------------------------------------------------------- stability
+
+
+def saturated(layer: MemoryMixer, mode: str) -> MemoryMixer:
+    """Gates driven to their ends: everything open, or each token's gate at one end or the other."""
+    with torch.no_grad():
+        if layer.gates is not None:
+            layer.gates.weight.normal_(0, 0 if mode == "open" else 30)
+            layer.gates.bias.fill_(30 if mode == "open" else 0)
+    return layer
+
+
+def inputs(kind: str, tokens: int, scale: float) -> Tensor:
+    x = torch.randn(1, tokens, 8)
+    if kind != "random":
+        x = x[:, :1].expand(1, tokens, 8)
+    if kind == "alternating":
+        x = x * torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0)[None, :, None]
+    return (scale * x).to(torch.bfloat16).float()
+
+
+def assert_finite(layer: MemoryMixer, x: Tensor) -> None:
+    x = x.requires_grad_()
+    y, state = layer(x)
+    y.square().mean().backward()
+    assert y.isfinite().all()
+    assert all(w.isfinite().all() for w in state.memory.params.values())
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_at_saturated_gates(name, kind):
+    for mode, scale in (("open", 1.0), ("mixed", 1e2), ("mixed", 1e4)):
+        assert_finite(saturated(MemoryMixer(8, 1, name), mode), inputs(kind, 2048, scale))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_at_saturated_gates_over_a_long_sequence(name, kind):
+    for mode, scale in (("open", 1.0), ("open", 1e2), ("mixed", 1e2), ("mixed", 1e4)):
+        assert_finite(saturated(MemoryMixer(8, 1, name), mode), inputs(kind, 32768, scale))
+
+
+OWN = {
+    "titans_linear": AssociativeMemory(Matrix(), L2(), algorithm=Momentum()),
+    "titans_linear_small_chunk": AssociativeMemory(Matrix(), L2(), algorithm=Momentum(), chunk_size=4),
+    "titans_to_initial": AssociativeMemory(MLP(2), L2(), algorithm=Momentum(), retain_to="initial"),
+    "dla_momentum": AssociativeMemory(MLP(2), algorithm=Momentum(), retain_to="initial"),
+    "deep_delta_l2": AssociativeMemory(MLP(2), L2(), Delta(), step_size="proximal", retain_to="initial"),
+    "deep_delta_momentum": AssociativeMemory(MLP(2), retention=Delta(), algorithm=Momentum(), step_size="proximal"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_finite_for_memories_outside_the_catalog(name):
+    for mode, kind in (("open", "constant"), ("open", "alternating"), ("mixed", "random")):
+        assert_finite(saturated(MemoryMixer(8, 1, OWN[name]), mode), inputs(kind, 1024, 1.0))
+
+
+def test_a_deep_hebbian_memory_never_outgrows_its_start():
+    """The bound of the tied step: neither map's norm passes the larger initial norm."""
+    layer = saturated(MemoryMixer(8, 1, "dla"), "mixed")
+    assert layer.initial is not None
+    start = max(torch.linalg.matrix_norm(w.detach(), 2).max() for w in layer.initial.values())
+    for _ in range(8):
+        with torch.no_grad():
+            _, state = layer(inputs("constant", 512, 1.0))
+        assert max(torch.linalg.matrix_norm(w, 2).max() for w in state.memory.params.values()) <= start * 1.0001
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 9}, "divisible"),
+        ({"num_heads": 0}, "divisible"),
+        ({"memory": "deltanets"}, "Did you mean 'deltanet'"),
+        ({"memory": "zzz"}, "Known: "),
+        ({"conv_size": -1}, "conv_size"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"max_step": 0.0}, "max_step"),
+        ({"max_step": 2.5}, "at most 2"),
+        ({"memory": "titans", "max_step": 1.5}, "at most 1"),
+        ({"memory": "titans", "gates": GateRule(lr="one")}, "Use lr='learned'"),
+        ({"memory": "dla", "gates": GateRule(retain="one")}, "would never write"),
+        ({"memory": AssociativeMemory(MLP(2), retention=Delta())}, "hidden activations have no bounded norm"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryMixer(**({"d_model": 8, "num_heads": 2, "memory": "deltanet"} | options))
+
+
+def test_bad_arguments_are_refused():
+    layer = MemoryMixer(8, 2, "deltanet")
+    with pytest.raises(ValueError, match="tokens >= 1"):
+        layer(torch.zeros(1, 0, 8))
+    with pytest.raises(ValueError, match="expected x of shape"):
+        layer(torch.zeros(1, 3, 9))
+    with pytest.raises(TypeError, match="not token ids"):
+        layer(torch.zeros(1, 3, 8, dtype=torch.long))
+    with pytest.raises(TypeError, match="catalog name"):
+        MemoryMixer(8, 2, 3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="unknown gate"):
+        GateRule(lr="two")  # pyright: ignore[reportArgumentType]
+
+
+def test_proximal_steps_have_no_largest_value():
+    assert MemoryMixer(8, 2, "hope", max_step=50.0).max_step == 50.0
+    assert MemoryMixer(8, 2, "hope").max_step == 1.0
+    assert math.isclose(MemoryMixer(8, 2, "deltanet", max_step=2).max_step, 2.0)
