@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nestlearn import HopeCache, HopeConfig, HopeForCausalLM
 from nestlearn.models.config import mixer_names
+from nestlearn.nn.state import tensors_of
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -151,6 +152,28 @@ def test_sharded_files(build, ids, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     with torch.no_grad():
         assert torch.equal(HopeForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_half_precision_weights_and_autocast(build, ids, mixer, tmp_path):
+    """Fast weights stay in fp32, whatever the slow weights or the context are."""
+    build(mixer).float().save_pretrained(tmp_path)
+    half = HopeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    output = half(ids, labels=ids, use_cache=True)
+    output.loss.backward()
+    assert (output.logits.dtype, output.loss.dtype) == (torch.bfloat16, torch.float32)
+    full = HopeForCausalLM.from_pretrained(tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = full(ids, labels=ids, use_cache=True)
+    cast.loss.backward()
+    expected = full(ids, labels=ids).loss
+    torch.testing.assert_close(cast.loss, expected, rtol=0.05, atol=0)
+    torch.testing.assert_close(output.loss, expected, rtol=0.05, atol=0)
+    for model in (half, full):
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+    if "attention" not in (mixer, mixer.removeprefix("sliding_")):
+        for cache in (output.past_key_values, cast.past_key_values):
+            fast = [x for x in tensors_of(cache.layers[0].mixer) if x.is_floating_point() and x.dim() > 3]
+            assert {x.dtype for x in fast} == {torch.float32}
 
 
 def test_tied_embeddings_are_one_parameter(build, tmp_path):

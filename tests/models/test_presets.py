@@ -1,0 +1,68 @@
+"""The sizes of the presets: exact parameter counts on the meta device."""
+
+import math
+
+import pytest
+import torch
+
+from nestlearn import HopeConfig, HopeForCausalLM, flops, presets
+from nestlearn.models.flops import meta_model
+
+PARAMETERS = {
+    "transformer-tiny": 1_220_480,
+    "transformer-small": 54_194_688,
+    "transformer-340m": 334_611_456,
+    "transformer-760m": 777_856_512,
+    "transformer-1.3b": 1_339_525_120,
+}
+NOMINAL = {"340m": 340e6, "760m": 760e6, "1.3b": 1.3e9}
+
+
+def test_every_preset_is_counted():
+    assert set(PARAMETERS) == set(presets())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_parameter_count(name):
+    count = meta_model(HopeConfig.from_preset(name)).num_parameters()
+    assert count == PARAMETERS[name]
+    size = name.rpartition("-")[2]
+    if size in NOMINAL:
+        assert abs(count / NOMINAL[size] - 1) < 0.05
+
+
+def test_tiny_presets_are_comparable():
+    counts = [PARAMETERS[f"{family}-tiny"] for family in ("hope", "hope-attention", "titans", "transformer")]
+    assert max(counts) < 1.05 * min(counts)
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name.endswith("tiny")])
+def test_initial_loss_of_tiny_presets(name):
+    torch.manual_seed(0)
+    model = HopeForCausalLM(HopeConfig.from_preset(name))
+    ids = torch.randint(0, 256, (2, 64))
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert abs(loss - math.log(259)) < 0.05 * math.log(259)
+
+
+def test_flops_of_a_transformer():
+    """24 d^2 + 2 (T + 1) d per layer with an FFN of expansion 4, and the output layer."""
+    config = HopeConfig.from_preset("transformer-small")
+    d, ffn, context = config.hidden_size, 1368, 1024
+    layer = 8 * d * d + 2 * d * (context + 1) + 6 * d * ffn
+    assert flops(config, context) == config.num_hidden_layers * layer + 2 * d * config.vocab_size
+
+
+@pytest.mark.parametrize("name", presets())
+def test_only_attention_costs_more_in_a_longer_context(name):
+    config = HopeConfig.from_preset(name)
+    short, long = flops(config, 4096), flops(config, 8192)
+    assert (long > 1.05 * short) == ("attention" in config.mixers)
+    # Every slow weight but the embedding is used once per token.
+    assert short > 2 * (PARAMETERS[name] - config.vocab_size * config.hidden_size)
+
+
+def test_flops_need_a_context():
+    with pytest.raises(ValueError, match="context_length=0"):
+        flops(HopeConfig(), 0)
