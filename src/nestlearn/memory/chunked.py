@@ -80,15 +80,19 @@ def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor |
 
 
 def absorb_span(
-    memory: AssociativeMemory, state: State, factors: dict[str, Factor], tokens: Tokens
+    memory: AssociativeMemory, state: State, factors: dict[str, Factor], tokens: Tokens, *, guard: bool = True
 ) -> tuple[Kernels, dict[str, Entering], dict[str, Writes]]:
-    """Kernels, entering weights and writes of every map for one span."""
+    """Kernels, entering weights and writes of every map for one span.
+
+    ``guard=False``: the caller's bounds rule out a write that overflows, which need not be looked for.
+    """
     kernels = span_kernels(memory, tokens.gates, tokens.valid, tokens.reset)
     starts = {name: entering(memory, state, name, tokens.reset) for name in factors}
     writes = {}
     for name, (x, error) in factors.items():
         eta = step_size(memory.step_size_of(name), tokens.gates.lr, tokens.gates.retain, x)
-        writes[name] = contain(write(kernels, x, error, eta, starts[name]))
+        written = write(kernels, x, error, eta, starts[name])
+        writes[name] = contain(written) if guard else written
     return kernels, starts, writes
 
 
@@ -144,20 +148,20 @@ def revive(state: State, reset: Tensor) -> tuple[State, Tensor]:
 
 
 def run_span(
-    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, *, update: bool = True
+    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, *, update: bool = True, guard: bool = True
 ) -> tuple[Tensor | None, State]:
     """Outputs of one span and the state after it. ``update=False`` skips the new state where nobody needs it."""
     if tokens.reset is not None:
         state, lost = revive(state, tokens.reset)
-        y, state = _run_span(memory, state, tokens, how, update)
+        y, state = _run_span(memory, state, tokens, how, update, guard)
         if y is not None and not nobody(lost):
             y = torch.where((lost[..., None] & ~tokens.reset.cummax(-1).values)[..., None], torch.nan, y)
         return y, state
-    return _run_span(memory, state, tokens, how, update)
+    return _run_span(memory, state, tokens, how, update, guard)
 
 
 def _run_span(
-    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, update: bool
+    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, update: bool, guard: bool
 ) -> tuple[Tensor | None, State]:
     linear, adjoint = anchored(state.anchor, state.initial, tokens.reset)
     y = None
@@ -166,7 +170,7 @@ def _run_span(
         if not update:
             return y, state
     factors = memory.architecture.factors(linear, adjoint, tokens.k, tokens.v, memory.objective)
-    kernels, starts, writes = absorb_span(memory, state, factors, tokens)
+    kernels, starts, writes = absorb_span(memory, state, factors, tokens, guard=guard)
     if how == "token" and tokens.q is not None:
 
         def token_linear(name: str, x: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from .layout import nobody
 from .retention import Delta
 from .types import Factor, Gates, State, Weights
 
+LARGEST_KEPT = 1.25
+"""Products of 128 larger kept fractions leave the range of float32."""
+
 Engine = Literal["auto", "reference", "chunked", "triton"]
 
 
@@ -51,7 +54,8 @@ def scan(
 
     Returns:
         Outputs in the dtype of q, and the state after the last token. A token whose key, value or gate is not
-        finite makes the outputs of its row NaN from there to the next reset, and never touches an earlier one.
+        finite (or absurd: beyond the cube root of the dtype's largest number; retain or momentum beyond 1.25) makes
+        the outputs of its row NaN from there to the next reset, and never touches an earlier one.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or gates that do not fit.
@@ -137,7 +141,8 @@ def absorb(memory: AssociativeMemory, state: State, factors: dict[str, Factor], 
     position = (state.position + tokens) % memory.chunk_size
     finished = (position == 0)[..., None, None]
     anchor = {n: torch.where(finished, w, state.anchor[n]) for n, w in end.params.items()}
-    return end._replace(anchor=anchor, position=position, extra={}, aligned=state.aligned and tokens % memory.chunk_size == 0)
+    aligned = state.aligned and tokens % memory.chunk_size == 0
+    return end._replace(anchor=anchor, position=position, extra={}, aligned=aligned)
 
 
 @dataclass(frozen=True)
@@ -235,12 +240,13 @@ def _quarantine(
     """Replace tokens that matrix products cannot hold by zeros, and say which outputs they poison.
 
     In a product over tokens a future NaN meets a zero coefficient and gives NaN in the past, which a loop would not.
-    Values beyond the cube root of the largest number count as well: their products overflow.
+    Values whose products over a span would overflow count as well.
     """
-    bad = ~_in_range(k) | ~_in_range(v)
-    for gate in gates:
+    # NaN compares False.
+    bad = ~(k.abs() <= _limit(k)).all(-1) | ~(v.abs() <= _limit(v)).all(-1)
+    for gate, limit in ((gates.lr, _limit(k)), (gates.retain, LARGEST_KEPT), (gates.momentum, LARGEST_KEPT)):
         if gate is not None:
-            bad = bad | ~_in_range(gate.unsqueeze(-1))
+            bad = bad | ~(gate.abs() <= limit)
     if mask is not None:
         bad = bad & mask
     slots = torch.arange(bad.shape[-1], device=bad.device)
@@ -253,10 +259,8 @@ def _quarantine(
     return torch.where(bad[..., None], 0, k), torch.where(bad[..., None], 0, v), clean, poisoned
 
 
-def _in_range(x: Tensor) -> Tensor:
-    limit = torch.finfo(x.dtype).max ** (1 / 3)
-    # NaN compares False.
-    return (x.abs() <= limit).all(-1)
+def _limit(x: Tensor) -> float:
+    return torch.finfo(x.dtype).max ** (1 / 3)
 
 
 def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:

@@ -14,7 +14,7 @@ Activation = Literal["gelu", "silu"]
 
 
 class SegmentProducts(torch.autograd.Function):
-    """``D[t, s] = a_{s+1} ... a_t`` for s <= t, else 0. Products, not exponentials of log differences: ``a = 0`` is legal.
+    """``D[t, s] = a_{s+1} ... a_t`` for s <= t, else 0. Products, not exponentials of logs: ``a = 0`` is legal.
 
     Gradient: ``d a_u = sum_{s < u <= t} g[t, s] D[t, u] D[u-1, s]``, exact at zeros as well.
     """
@@ -87,9 +87,14 @@ class GeluSlopeProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         a, z = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            square = z * z
+            curvature = torch.exp(square * -0.5) * (2 - square) * _INV_SQRT_2PI
+            return GeluSlopeProduct.apply(grad, z), grad * a * curvature  # type: ignore[return-value]
+        # Without a second derivative to follow, the same in place: on a CPU each new temporary costs more than its sum.
         square = z * z
-        curvature = torch.exp(square * -0.5) * (2 - square)
-        return GeluSlopeProduct.apply(grad, z), grad * a * curvature * _INV_SQRT_2PI  # type: ignore[return-value]
+        curvature = torch.exp(square * -0.5).mul_(square.sub_(2)).mul_(a).mul_(grad).mul_(-_INV_SQRT_2PI)
+        return torch.ops.aten.gelu_backward(grad, z), curvature
 
 
 def slope_product(name: Activation, a: Tensor, z: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ class Decay:
 
 @dataclass(frozen=True)
 class Delta:
-    """``W_t = W_{t-1} (alpha_t I - eta'_t x_t x_t^T) + S_t``: what was stored under the key is erased first (NL Eq. 57, 88).
+    """``W_t = W_{t-1} (alpha_t I - eta'_t x_t x_t^T) + S_t``: what the key holds is erased first (NL Eq. 57, 88).
 
     ``gated=True`` is Gated DeltaNet's form, alpha on both terms:
     ``W_t = alpha_t W_{t-1} (I - eta'_t x_t x_t^T) + S_t`` (arXiv 2412.06464).

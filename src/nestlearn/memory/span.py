@@ -76,8 +76,7 @@ def make_kernels(
         back = (decay @ torch.where(reset, retain, 0).unsqueeze(-1)).squeeze(-1)
     impulse = impulse_entry = momentum_exit = momentum_through = None
     if beta is not None:
-        # An infinite product would meet zeros of `decay`, and reach tokens before it as NaN.
-        carry = torch.nan_to_num(segment_products(beta))
+        carry = segment_products(beta)
         carry_entry = carry[..., 0] * beta[..., :1]
         momentum_exit, momentum_through = carry[..., -1, :], carry_entry[..., -1]
         if valid is not None:
@@ -165,7 +164,11 @@ def write(kernels: Kernels, x: Tensor, error: Tensor, eta: Tensor, start: Enteri
         assert kernels.impulse_before is not None
         change = (solved @ (kernels.impulse_before * gram * gain.unsqueeze(-2))) @ error
     for coefficient, weights in _sources(kernels, start, before=True):
-        change = _add_product(change, (solved * coefficient.unsqueeze(-2)) @ x, weights)
+        scaled = solved * coefficient.unsqueeze(-2)
+        if x.shape[-1] > error.shape[-1]:
+            change = _add_product(change, scaled, (x @ weights.mT).mT)
+        else:
+            change = _add_product(change, scaled @ x, weights)
     return Writes(x, change, None if kernels.impulse is None else error, gain)
 
 
@@ -206,7 +209,10 @@ def read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Ten
     """``W_t q_t`` for every token of the span; ``base`` are the initial weights if entering weights are distances."""
     y = None if base is None else q @ base.mT
     for coefficient, weights in _sources(kernels, start, before=False):
-        y = _add_product(y, coefficient.unsqueeze(-1) * q, weights)
+        if y is not None and q.shape[-1] > y.shape[-1]:
+            y = torch.addcmul(y, coefficient.unsqueeze(-1), q @ weights.mT)
+        else:
+            y = _add_product(y, coefficient.unsqueeze(-1) * q, weights)
     scores = q @ writes.inputs.mT
     for kernel, change, scaled in _changes(kernels, writes):
         if change is not None:
