@@ -161,6 +161,7 @@ class SelfModifyingTitans(nn.Module):
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.projection_chunk_size = projection_chunk_size
         self.adaptive = tuple(name for name in STREAMS if name in adaptive)
+        self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
         self.retention = retention
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
         self.conv = ShortConv(len(STREAMS) * d_model, conv_size)
@@ -304,14 +305,14 @@ class SelfModifyingTitans(nn.Module):
         self, group: State | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
     ) -> Projected:
         """Keys, values, queries and gates of a span at the projection anchor; ``streams: [r, streams, c, d]``."""
-        made = list(streams.unbind(1))
         if group is not None:
-            places = [STREAMS.index(name) for name in self.adaptive]
+            adaptive, static = streams.split((len(self.adaptive), len(STREAMS) - len(self.adaptive)), 1)
             linear, _ = anchored(group.anchor, group.initial, None if reset is None else reset.unsqueeze(1))
-            adapted = self.memory.architecture(linear, streams[:, places])
-            for i, at in enumerate(places):
-                made[at] = adapted[:, i]
-        q, k, v, eta, alpha = made
+            made = (*self.memory.architecture(linear, adaptive).unbind(1), *static.unbind(1))
+        else:
+            made = streams.unbind(1)
+        named = dict(zip(self.streams_order, made, strict=True))
+        q, k, v, eta, alpha = (named[name] for name in STREAMS)
         heads = (-1, self.num_heads)
         alpha_logit = torch.einsum("bhcd,hd->bhc", alpha.unflatten(0, heads), self.alpha_vector.to(alpha.dtype))
         eta_logit = torch.einsum("bhcd,hd->bhc", eta.unflatten(0, heads), self.eta_vector.to(eta.dtype))
@@ -356,7 +357,7 @@ class SelfModifyingTitans(nn.Module):
             here = {m: Factor(inputs[m][i], errors[m][i]) for m in factors}
             gates = Gates(*(None if g is None else g.unsqueeze(1) for g in gates))
             span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag)
-            kernels, starts, writes = absorb_span(self.memory, group, here, span)
+            kernels, starts, writes = absorb_span(self.memory, group, here, span, guard=False)
             group = advance_span(self.memory, group, kernels, starts, writes, span.valid)
         return group._replace(extra={})
 
@@ -367,7 +368,7 @@ class SelfModifyingTitans(nn.Module):
         linear, _ = anchored(group.anchor, group.initial, reset)
         target = unit_norm(self.memory.architecture(linear, made.v))
         span = Tokens(made.q, made.k, target, made.gates, valid, reset)
-        y, group = run_span(self.memory, group, span, "token", update=update)
+        y, group = run_span(self.memory, group, span, "token", update=update, guard=False)
         assert y is not None
         return y, group
 

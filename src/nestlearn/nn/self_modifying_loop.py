@@ -37,11 +37,7 @@ def token_loop(
         window = history[:, -layer.conv.width :]
         history = history[:, 1:]
         mixed = F.silu((window * layer.conv.weight).sum(1))
-        stream = dict(zip(("q", "k", "v", "eta", "alpha"), mixed.view(x.shape[0], 5, layer.num_heads, -1).unbind(1)))
-        for name in names:
-            chunk = layer.memory.chunk_size if name == "memory" else layer.projection_chunk_size
-            if position % chunk == 0:
-                memories[name] = memories[name]._replace(anchor=memories[name].params)
+        stream = dict(zip(layer.streams_order, mixed.view(x.shape[0], 5, layer.num_heads, -1).unbind(1)))
         for name in layer.adaptive:
             stream[name] = read_weights(layer.memory, memories[name].anchor, stream[name])
         q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
@@ -54,6 +50,10 @@ def token_loop(
         y = y / (y.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight
         outputs.append(y.flatten(1) @ layer.out.weight.mT)
         position = (position + 1) % layer.projection_chunk_size
+        for name in names:
+            chunk = layer.memory.chunk_size if name == "memory" else layer.projection_chunk_size
+            if position % chunk == 0:
+                memories[name] = memories[name]._replace(anchor=memories[name].params)
 
     def fast(group: tuple[str, ...]) -> FastWeights | None:
         if not group:

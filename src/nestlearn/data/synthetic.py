@@ -1,0 +1,67 @@
+"""Synthetic sequence tasks: deterministic batches from a generator, nothing stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+class Batch(NamedTuple):
+    """``inputs`` Long[b, t]; ``targets`` Long[b, t], the answer at each position (not shifted), -100 where none is asked."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def multi_query_recall(
+    batch: int,
+    generator: torch.Generator,
+    *,
+    vocabulary: int = 64,
+    length: int = 64,
+    pairs: int = 16,
+    power: float = 0.01,
+) -> Batch:
+    """Multi-query associative recall, Zoology's layout (Arora et al. 2023, arXiv 2312.04927).
+
+    ``pairs`` key-value pairs fill the first ``2 * pairs`` positions; afterwards every key is asked once, at even
+    positions drawn with weight ``gap ** (power - 1)``; other positions hold random tokens. Keys are
+    ``1 .. vocabulary/2 - 1``, values the upper half, both without repetition. The target, at the query's own position,
+    is its value.
+
+    Raises:
+        ValueError: if the pairs do not fit the vocabulary or the length.
+    """
+    half = vocabulary // 2
+    if pairs > half - 1:
+        raise ValueError(f"{pairs} pairs need more than {half - 1} keys; raise vocabulary above {2 * pairs + 2}")
+    if length < 4 * pairs:
+        raise ValueError(f"{pairs} pairs and their queries need length >= {4 * pairs}, got {length}")
+    keys = torch.rand(batch, half - 1, generator=generator).argsort(1)[:, :pairs] + 1
+    values = torch.rand(batch, vocabulary - half, generator=generator).argsort(1)[:, :pairs] + half
+    inputs = torch.randint(vocabulary, (batch, length), generator=generator)
+    targets = torch.full((batch, length), IGNORE)
+    inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
+    slots = (length - 2 * pairs) // 2
+    weights = torch.arange(1, slots + 1, dtype=torch.float).pow(power - 1).expand(batch, slots)
+    gaps = torch.multinomial(weights, pairs, generator=generator)
+    places = 2 * pairs + 2 * gaps
+    inputs.scatter_(1, places, keys)
+    targets.scatter_(1, places, values)
+    return Batch(inputs, targets)
+
+
+def parity(batch: int, generator: torch.Generator, *, shortest: int = 2, longest: int = 50) -> Batch:
+    """Running parity of random bits (Irie et al. 2023): the target at every position is the parity of the prefix.
+
+    All strings of a batch have one length, drawn from ``shortest .. longest``.
+    """
+    if not 1 <= shortest <= longest:
+        raise ValueError(f"lengths must satisfy 1 <= shortest <= longest, got {shortest} and {longest}")
+    length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+    bits = torch.randint(2, (batch, length), generator=generator)
+    return Batch(bits, bits.cumsum(1) % 2)
