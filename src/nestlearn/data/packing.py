@@ -53,8 +53,8 @@ class PackedDataset(Dataset[Window]):
 
     Example:
         >>> data = PackedDataset(load_corpus("python-docs"), byte_tokenizer(), sequence_length=256, seed=0)
-        >>> data[0]["input_ids"].shape
-        torch.Size([256])
+        >>> {name: tuple(tokens.shape) for name, tokens in data[0].items()}
+        {'input_ids': (256,), 'labels': (256,)}
     """
 
     def __init__(
