@@ -54,17 +54,16 @@ def interpolate(x: Sequence[float], y: Sequence[float], at: float) -> float:
 
 
 def eval_curve(log: list[dict[str, Any]], label: str) -> Curve:
-    """The held-out points of a train.jsonl, each with the totals of the last training line before it.
+    """The held-out points of a train.jsonl.
 
     Raises:
-        ValueError: if the log has no held-out point.
+        ValueError: if the log has none.
     """
-    points, last = [], None
-    for line in log:
-        if "loss" in line:
-            last = line
-        if "eval_bits_per_byte" in line and last is not None:
-            points.append((last["tokens"], last["flops"], last["seconds"], line["eval_bits_per_byte"]))
+    points = [
+        (line["tokens"], line["flops"], line["seconds"], line["eval_bits_per_byte"])
+        for line in log
+        if "eval_bits_per_byte" in line
+    ]
     if not points:
         raise ValueError(f"The log of {label} has no held-out points; train it with --eval-interval.")
     tokens, flops, seconds, bits = (list(column) for column in zip(*points, strict=True))

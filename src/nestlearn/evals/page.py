@@ -21,14 +21,14 @@ p { max-width: 46rem; }
 .note { font-size: .9rem; color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .9rem; margin: 1.5rem 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem 1rem; }
-.tile .value { font-size: 1.7rem; font-weight: 650; line-height: 1.2; }
+.tile .value { font-size: 1.35rem; font-weight: 650; line-height: 1.2; }
 .tile .label { font-size: .88rem; color: var(--soft); margin-top: .2rem; }
 figure { margin: 1.25rem 0; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .9rem; color: var(--soft); max-width: 46rem; margin-top: .4rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: 1rem 0; }
-th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th, td { padding: .45rem .6rem; white-space: nowrap; border-bottom: 1px solid var(--line); text-align: right; }
 th { font-weight: 600; font-size: .88rem; color: var(--soft); }
 th:first-child, td:first-child { text-align: left; }
 .best { font-weight: 650; }

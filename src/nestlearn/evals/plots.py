@@ -97,7 +97,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     if panel.x_log:
         axes.set_xscale("log", base=2)
     if panel.y_log:
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     for axis, formatter in ((axes.xaxis, panel.x_format), (axes.yaxis, panel.y_format)):

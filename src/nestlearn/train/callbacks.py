@@ -17,7 +17,7 @@ SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
 class StepTimer(TrainerCallback):
-    """Adds the wall time of each training step to the meter."""
+    """Adds the wall time of each training step to the meter, and logs the last step."""
 
     def __init__(self, meter: Meter):
         self.meter, self.began = meter, 0.0
@@ -25,8 +25,12 @@ class StepTimer(TrainerCallback):
     def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
         self.began = time.perf_counter()
 
-    def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
         self.meter.seconds += time.perf_counter() - self.began
+        # The last interval is logged even where it is a short one.
+        control.should_log |= state.global_step >= state.max_steps
 
 
 class ProgressBar(TrainerCallback):

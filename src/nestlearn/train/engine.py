@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, default_data_collator
-from transformers.utils import logging as engine_logging
 
 from nestlearn import flops
 from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_corpus, pack
@@ -25,6 +23,7 @@ from nestlearn.train.config import CONFIG_FILE, SCHEDULES, TrainConfig, check_re
 from nestlearn.train.errors import CheckpointError, TrainingInterrupted
 from nestlearn.train.load import load_tokenizer, prepare_model, prepare_model_config, prepare_tokenizer
 from nestlearn.train.meter import Meter, count_targets, cut_log, read_log
+from nestlearn.train.quiet import quiet_engine
 from nestlearn.train.stream import RecordedStream
 from nestlearn.train.trainer import HopeTrainer
 
@@ -95,7 +94,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     checkpoint.write_text(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1))
     title = Path(config.preset).name
     bar, stop = ProgressBar(progress, console, title), StopOnSignal(console)
-    with stop, _quiet_engine():
+    with stop, quiet_engine():
         trainer = build_trainer(config, model, tokenizer, data, progress)
         for callback in (StepTimer(progress), bar, stop):
             trainer.add_callback(callback)
@@ -245,7 +244,9 @@ def build_trainer(
 ) -> HopeTrainer:
     """The engine of a run, without progress bar or signal handling."""
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in transformers 5.23; the old name warns there, the new one is missing before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     trainer = HopeTrainer(
         model=model,
         args=training_arguments(config),
@@ -295,17 +296,3 @@ def _result(trainer: HopeTrainer, out: Path) -> TrainResult:
         eval_loss=held_out.get("eval_loss", nan),
         eval_bits_per_byte=held_out.get("eval_bits_per_byte", nan),
     )
-
-
-class _quiet_engine:
-    """Silences the engine's informational logging and progress bars for the time of a run; errors still show."""
-
-    def __enter__(self) -> None:
-        self.level, self.bars = engine_logging.get_verbosity(), engine_logging.is_progress_bar_enabled()
-        engine_logging.set_verbosity(logging.ERROR)
-        engine_logging.disable_progress_bar()
-
-    def __exit__(self, *_error: object) -> None:
-        engine_logging.set_verbosity(self.level)
-        if self.bars:
-            engine_logging.enable_progress_bar()

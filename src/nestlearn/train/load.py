@@ -15,6 +15,7 @@ from nestlearn.data import byte_tokenizer, load_corpus, train_bpe
 from nestlearn.models import HopeConfig, HopeForCausalLM, presets
 from nestlearn.train.config import TrainConfig, check_tokenizer_spec, suggestion
 from nestlearn.train.errors import CheckpointError
+from nestlearn.train.quiet import quiet_engine
 
 if TYPE_CHECKING:
     from nestlearn.data import Corpus
@@ -55,7 +56,8 @@ def load_model(folder: str | Path) -> HopeForCausalLM:
             f"{suggestion(str(folder), presets())}"
         )
     try:
-        loaded: Any = HopeForCausalLM.from_pretrained(str(path), output_loading_info=True, local_files_only=True)
+        with quiet_engine():
+            loaded: Any = HopeForCausalLM.from_pretrained(str(path), output_loading_info=True, local_files_only=True)
     except (SafetensorError, OSError, json.JSONDecodeError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"Cannot load the model in {path}: {_short(error)}. The folder is incomplete or damaged; "

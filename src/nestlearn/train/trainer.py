@@ -59,6 +59,14 @@ class HopeTrainer(Trainer):
         """Weight decay acts on matrices and higher; norms, biases and gate biases are left alone."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The held-out batches; unlike in training, a last batch that is not full counts too."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Neither training nor the held-out loss reads the final state, and building it costs a write per layer.
         return {**super()._prepare_inputs(inputs), "use_cache": False}
@@ -115,6 +123,7 @@ class HopeTrainer(Trainer):
             logs |= {**self.meter.take_interval(), **self.meter.totals()}
         elif "eval_loss" in logs and self.eval_bytes_per_target:
             logs["eval_bits_per_byte"] = meter.bits_per_byte(logs["eval_loss"], self.eval_bytes_per_target)
+            logs |= self.meter.totals()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
             wanted = ("loss", "bits_per_byte", "tokens", "seconds", "flops", "learning_rate", "grad_norm",
