@@ -223,10 +223,12 @@ def _scan_aligned(
     span = span_length(chunk, tokens)
     outputs = []
     pieces = split_tokens((q, k, v, *gates), span)
+    # Writes from this token on are read by nobody: a chunk read sees only the chunks before it.
+    needed = (tokens - 1) // chunk * chunk if how == "chunk" else (len(pieces) - 1) * span
     for i, (q_i, k_i, v_i, *here) in enumerate(pieces):
         if i * span % chunk == 0:
             state = state._replace(anchor=state.params)
-        update = return_state or i + 1 < len(pieces)
+        update = return_state or i * span < needed
         y, state = run_span(memory, state, Tokens(q_i, k_i, v_i, Gates(*here)), how, update=update)
         outputs.append(y)
     if tokens % chunk == 0:
