@@ -113,6 +113,7 @@ class TestTextFiles:
             path.write_text(f"text {number}")
         (tmp_path / ".hidden").write_text("hidden")
         (tmp_path / "copy.txt").write_text("text  0\n")
+        (tmp_path / "blank.txt").write_text(" \n")
 
         def names(spec: str) -> list[str]:
             return sorted(d.name for split in ("train", "validation") for d in load_corpus(spec, split))
@@ -136,6 +137,21 @@ class TestTextFiles:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_corpus(f"text:{path}")
+
+    def test_a_file_that_cannot_be_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path) -> bytes:
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / "file").write_text("text")
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(ValueError, match="file cannot be read: Permission denied"):
+            load_corpus(f"text:{tmp_path}/file")
+
+    def test_a_binary_file_in_a_folder_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("text")
+        (tmp_path / "b.png").write_bytes(b"PNG\0")
+        with pytest.raises(ValueError, match=r"b.png is a binary file.*leave it out of the pattern"):
+            load_corpus(f"text:{tmp_path}")
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="does not exist"):

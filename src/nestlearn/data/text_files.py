@@ -15,8 +15,8 @@ _FIX = "Give a file, a folder or a quoted glob pattern of UTF-8 text, e.g. 'text
 def text_corpus(path: str, split: Split, seed: int = 0) -> LocalCorpus:
     """Reads `text:PATH`.
 
-    Several files are documents and are split by the hash of their path below the folder (or pattern) given; files of
-    equal text, layout aside, are read once. A single file is cut at line ends into blocks of at most 65,536
+    Several files are documents and are split by the hash of their path below the folder (or pattern) given; blank
+    files are left out, and files of equal text, layout aside, are read once. A single file is cut at line ends into blocks of at most 65,536
     characters, at least twenty of them; every twentieth goes to validation, and the runs of blocks between them are
     the documents of the training split, so that a book keeps its long range.
 
@@ -26,7 +26,10 @@ def text_corpus(path: str, split: Split, seed: int = 0) -> LocalCorpus:
     files = find_files(path)
     name = f"text:{path}"
     if len(files) == 1:
-        return LocalCorpus(name, split, split_blocks(read_text(files[0]), files[0].name, split, seed))
+        text = read_text(files[0])
+        if not text.strip():
+            raise ValueError(f"{files[0]} is empty ({len(text)} characters): there is nothing to learn from. {_FIX}")
+        return LocalCorpus(name, split, split_blocks(text, files[0].name, split, seed))
     root = Path(path) if Path(path).is_dir() else _common_folder(files)
     documents = [Document(read_text(file), file.relative_to(root).as_posix()) for file in files]
     documents = drop_copies([document for document in documents if document.text.strip()])
@@ -55,11 +58,12 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file exactly as it is, line ends included; a byte order mark is dropped.
 
     Raises:
-        ValueError: the file is empty, contains a NUL byte or is not UTF-8.
+        ValueError: the file cannot be opened, contains a NUL byte or is not UTF-8.
     """
-    content = path.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{path} is empty ({len(content)} bytes): there is nothing to learn from. {_FIX}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. {_FIX}") from error
     if b"\0" in content:
         position = content.index(b"\0")
         raise ValueError(f"{path} is a binary file: byte {position} is NUL. {_FIX} Or leave it out of the pattern.")
