@@ -11,7 +11,7 @@ IGNORE = -100
 
 
 class Batch(NamedTuple):
-    """``inputs`` Long[b, t]; ``targets`` Long[b, t], the answer at each position (not shifted), -100 where none is asked."""
+    """``inputs`` Long[b, t]; ``targets`` Long[b, t], the answer at each position (not shifted), -100 where none is."""
 
     inputs: Tensor
     targets: Tensor

@@ -16,9 +16,9 @@ def text_corpus(path: str, split: Split, seed: int = 0) -> LocalCorpus:
     """Reads `text:PATH`.
 
     Several files are documents and are split by the hash of their path below the folder (or pattern) given; blank
-    files are left out, and files of equal text, layout aside, are read once. A single file is cut at line ends into blocks of at most 65,536
-    characters, at least twenty of them; every twentieth goes to validation, and the runs of blocks between them are
-    the documents of the training split, so that a book keeps its long range.
+    files are left out, and files of equal text, layout aside, are read once. A single file is cut at line ends into
+    blocks of at most 65,536 characters, at least twenty of them; every twentieth goes to validation, and the runs of
+    blocks between them are the documents of the training split, so that a book keeps its long range.
 
     Raises:
         ValueError: nothing found, nothing but blanks, binary content, or a file too short to be split.
