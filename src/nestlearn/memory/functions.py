@@ -106,22 +106,32 @@ def slope_product(name: Activation, a: Tensor, z: Tensor) -> Tensor:
 
 
 class UnitNorm(torch.autograd.Function):
-    """``y = x / sqrt(||x||^2 + eps)`` over the last dimension; gradient ``(g - y <y, g>) / sqrt(||x||^2 + eps)``."""
+    """``y = x / sqrt(||x||^2 + eps)`` over the last dimension; gradient ``(g - y <y, g>) / sqrt(||x||^2 + eps)``.
+
+    The scale is an output too: the gradient of the gradient has to see that it depends on x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + eps)
         y = x * scale
         ctx.save_for_backward(y, scale)
-        return y
+        ctx.set_materialize_grads(False)
+        return y, scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         y, scale = ctx.saved_tensors
-        along = (y * grad).sum(-1, keepdim=True)
-        return torch.addcmul(grad, y, along, value=-1) * scale, None
+        total = None
+        if grad is not None:
+            along = (y * grad).sum(-1, keepdim=True)
+            total = torch.addcmul(grad, y, along, value=-1) * scale
+        if grad_scale is not None:
+            part = -grad_scale * scale.square() * y
+            total = part if total is None else total + part
+        return total, None
 
 
 def unit_norm(x: Float[Tensor, "... d"], eps: float = 1e-6) -> Float[Tensor, "... d"]:
     """``x / sqrt(||x||^2 + eps)``: L2-normalized, smooth at 0."""
-    return UnitNorm.apply(x, eps)  # type: ignore[return-value]
+    return UnitNorm.apply(x, eps)[0]  # type: ignore[index]

@@ -1,0 +1,84 @@
+"""Functions with hand-written gradients: values, first and second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from nestlearn.memory import MLP, functions
+from nestlearn.memory.functions import segment_products, slope_product, unit_lower_inverse, unit_norm
+
+from .cases import Case, make_inputs, run
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.requires_grad_()
+
+
+GATES = torch.tensor([[0.5, 0.9, 0.0, 1.0, 0.3], [1.0, 0.0, 0.7, 0.0, 1.0]], dtype=torch.float64)
+
+FUNCTIONS = {
+    "segment_products": (segment_products, (GATES.clone().requires_grad_(),)),
+    "unit_lower_inverse": (lambda x: unit_lower_inverse(x.tril(-1)), (normal(2, 4, 4),)),
+    "gelu_slope": (lambda a, z: slope_product("gelu", a, z), (normal(7), normal(7, seed=1))),
+    "silu_slope": (lambda a, z: slope_product("silu", a, z), (normal(7), normal(7, seed=1))),
+    "unit_norm": (unit_norm, (normal(3, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_first_and_second_derivatives(name: str):
+    function, arguments = FUNCTIONS[name]
+    assert gradcheck(function, arguments)
+    assert gradgradcheck(function, arguments)
+
+
+def test_every_hand_written_gradient_is_checked():
+    """A new autograd function must be added to the table above."""
+    classes = {n for n, x in vars(functions).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
+    assert classes == {"SegmentProducts", "UnitLowerInverse", "GeluSlopeProduct", "UnitNorm"}
+
+
+def test_segment_products_are_the_written_products():
+    products = segment_products(GATES)
+    for row, gates in enumerate(GATES):
+        for t in range(5):
+            for s in range(5):
+                expected = gates[s + 1 : t + 1].prod() if s <= t else torch.zeros(())
+                assert products[row, t, s] == expected, (row, t, s)
+
+
+def test_slopes_are_the_derivatives_of_the_activations():
+    for name, act in (("gelu", F.gelu), ("silu", F.silu)):
+        a, z = normal(50), 3 * normal(50, seed=1).detach()
+        z.requires_grad_()
+        (expected,) = torch.autograd.grad(act(z), z, a)
+        torch.testing.assert_close(slope_product(name, a, z), expected, rtol=1e-12, atol=1e-14)  # type: ignore[arg-type]
+
+
+def test_unit_lower_inverse_and_unit_norm():
+    strict = normal(3, 6, 6).detach().tril(-1)
+    eye = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(unit_lower_inverse(strict) @ (strict + eye), eye.expand(3, 6, 6), atol=1e-12, rtol=0)
+    x = normal(3, 4).detach()
+    torch.testing.assert_close(unit_norm(x), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt())
+    assert not unit_norm(torch.zeros(4)).any()
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_the_outer_gradient_of_an_outer_gradient(momentum: bool):
+    """A gradient penalty through the chunked engine equals the one through the token loop."""
+    case = Case(MLP(2), step_size="proximal", retain_to="initial", momentum=momentum, flags="both", tokens=9)
+    inputs, penalties = make_inputs(case), {}
+    for engine in ("reference", "chunked"):
+        y, _ = run(case, inputs, engine)
+        first = torch.autograd.grad(y.square().sum(), [inputs.k, inputs.initial["in"]], create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        assert isinstance(penalty, Tensor)
+        penalties[engine] = torch.autograd.grad(penalty, [inputs.k, inputs.v, *inputs.initial.values()])
+    for chunked, reference in zip(penalties["chunked"], penalties["reference"], strict=True):
+        torch.testing.assert_close(chunked, reference, rtol=1e-9, atol=1e-12)
