@@ -48,7 +48,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts").mkdir()
     for number in range(80):
         draw = random.Random(number)
-        words = " ".join(draw.choice(["a", "few", "words", "<b>", "&", "more", "of", "them", "here"]) for _ in range(60))
+        words = " ".join(
+            draw.choice(["a", "few", "words", "<b>", "&", "more", "of", "them", "here"]) for _ in range(60)
+        )
         (folder / "texts" / f"{number}.txt").write_text(words)
     run_demo(folder / "out", f"text:{folder / 'texts'}", PLAN, Console(quiet=True), "a note")
     return folder

@@ -104,7 +104,7 @@ def test_loss_by_position_in_all_conditions():
 
 
 def test_without_writes_a_models_state_does_not_matter():
-    """Exchanging states changes nothing where nothing was written and nothing else is carried (convolutions of width 1)."""
+    """Exchanging states changes nothing where nothing was written and convolutions of width 1 carry nothing."""
     model = make_model(conv_size=1)
     tokens = torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

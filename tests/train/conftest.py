@@ -9,7 +9,7 @@ import torch
 
 from nestlearn.train import TrainConfig
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "one", "dog", "ran", "far", "away", "from", "its", "house", "while", "some", "bird", "sang", "loud", "by", "the", "river"]
+WORDS = "the cat sat on a mat and one dog ran far from its house while some bird sang loud by the river".split()
 
 
 def write_corpus(folder: Path, files: int = 12, words: int = 250) -> Path:

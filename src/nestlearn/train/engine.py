@@ -81,8 +81,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(out) if resume else prepare_tokenizer(config)
-    data = load_data(config, tokenizer)
+    # The model first: a wrong setting is found at once, reading a corpus may take a while.
     model = prepare_model(config, prepare_model_config(config, tokenizer))
+    data = load_data(config, tokenizer)
     progress = Meter.load(last) if last else Meter()
     if last and isinstance(data.train, RecordedStream):
         data.train.load(last)

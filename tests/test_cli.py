@@ -1,0 +1,168 @@
+"""The command line as a person uses it: help, errors without tracebacks, exit codes, and the main path."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nestlearn import cli
+
+TINY = ("--hidden-size 16 --num-attention-heads=2 --num-hidden-layers 1 --sequence-length 32 --batch-size 2 "
+        "--threads 1 --eval-windows 4 --log-interval 2").split()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(60):
+        draw = random.Random(number)
+        (folder / f"{number}.txt").write_text(" ".join(draw.choice("so many words to read".split()) for _ in range(80)))
+    return f"text:{folder}"
+
+
+@pytest.fixture(autouse=True)
+def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide and without colours, the same wherever the tests run; the allocator of the test process is left alone."""
+    for name, value in (
+        ("COLUMNS", "200"),
+        ("NO_COLOR", "1"),
+        ("TERM", "dumb"),
+        ("_TYPER_FORCE_DISABLE_TERMINAL", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("nestlearn.train.allocator.tune_allocator", lambda: None)
+    monkeypatch.setattr("warnings.filterwarnings", lambda *_args, **_kwargs: None)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    output = capsys.readouterr()
+    code = stop.value.code
+    return int(code or 0), output.out, output.err
+
+
+@pytest.mark.parametrize("command", ["", "train", "generate", "eval", "info", "demo"])
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str):
+    code, out, _ = run(capsys, *([command] if command else []), "--help")
+    assert code == 0 and "Usage" in out
+    assert not command or f"nestlearn {command}" in out
+
+
+def test_train_generate_eval_info(capsys: pytest.CaptureFixture[str], corpus: str, tmp_path: Path):
+    out = tmp_path / "run"
+    code, text, err = run(capsys, "train", "--preset", "hope-tiny", "--corpus", corpus, "--out", out, *TINY,
+                          "--steps", "4")  # fmt: skip
+    assert code == 0 and f"Saved {out}: 4 steps" in text, err
+    assert "step 4/4" in err and "held-out loss" in err
+
+    code, text, _ = run(capsys, "train", "--out", out)
+    assert code == 1
+    code, text, err = run(capsys, "train", "--resume", "--out", out, "--steps", "6")
+    assert code == 0 and "6 steps" in text, err
+
+    code, text, err = run(capsys, "generate", out, "so many", "--max-new-tokens", "5", "--seed", "1")
+    assert code == 0 and text.startswith("so many"), err
+    assert run(capsys, "generate", out, "so many", "--max-new-tokens", "5", "--seed", "1")[1] == text
+
+    code, text, err = run(
+        capsys, "eval", out, "--corpus", corpus, "--length", "64", "--documents", "2", "--context", "32"
+    )
+    assert code == 0, err
+    assert "bits per byte: " in text and "memories exchanged" in text and "32-36" in text
+    saved = json.loads((out / "evals" / "bits_per_byte.json").read_text())
+    assert saved["command"] == f"nestlearn eval {out} --corpus {corpus} --task bits_per_byte --context 32"
+
+    code, text, err = run(capsys, "info", out, "--json", "--context-length", "64")
+    facts = json.loads(text)
+    assert code == 0 and facts["mixers"] == ["self_modifying_titans"], err
+    assert facts["training_flops_per_token"] == 3 * facts["forward_flops_per_token"] > 0
+    assert facts["weight_bytes"] == 4 * facts["parameters"]
+    assert facts["state_bytes_per_row"] > 0 and facts["activation_bytes"] > 0
+
+
+def test_info_of_a_preset_allocates_no_weights(capsys: pytest.CaptureFixture[str]):
+    code, text, err = run(capsys, "info", "transformer-760m", "--context-length", "256", "--mixer", "attention")
+    assert code == 0 and "24 × attention" in text and "GiB" in text, err
+
+
+def test_dry_run_prints_every_setting_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], corpus: str, tmp_path: Path
+):
+    (tmp_path / "run.yaml").write_text("preset: transformer-tiny\nsteps: 9\nhidden_size: 64\nnum_attention_heads: 4\n")
+    code, text, err = run(capsys, "train", "--config", tmp_path / "run.yaml", "--corpus", corpus, "--steps", "11",
+                          "--out", tmp_path / "run", "--trainer.report_to", "tensorboard", "--dry-run")  # fmt: skip
+    settings = json.loads(text)
+    assert code == 0, err
+    assert settings["train"]["steps"] == 11 and settings["train"]["preset"] == "transformer-tiny"
+    assert settings["model"]["hidden_size"] == 64 and settings["model"]["mixer"] == "attention"
+    assert settings["trainer"] == {"report_to": "tensorboard"}
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--preset", "hope-tinny"], "hope-tiny"),
+        (["train", "--hiden-size", "3"], "Did you mean hidden_size"),
+        (["train", "--mixer", "atention"], "attention"),
+        (["train", "--hidden-size", "30"], "not divisible"),
+        (["train", "--memory-chunk-size", "0"], "memory_chunk_size"),
+        (["train", "--sequence-length", "0"], "sequence_length must be at least 2"),
+        (["train", "--corpus", "text:/nonexistent"], "does not exist"),
+        (["train", "--corpus", "pythondocs"], "python-docs"),
+        (["train", "--vocab-size", "100", "--reset-token-id", "none"], "Vocabulary mismatch"),
+        (["train", "word"], "Unexpected argument 'word'"),
+        (["train", "--config", "/nonexistent.yaml"], "Cannot read the configuration file"),
+        (["train", "--resume"], "holds no run to resume"),
+        (["generate", "nowhere", "a"], "no model folder"),
+        (["eval", "nowhere"], "no model folder"),
+        (["eval", "nowhere", "--task", "other"], "Unknown task 'other'"),
+        (["info", "hope-tinny"], "hope-tiny"),
+    ],
+)
+def test_errors_are_one_message_and_exit_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *words)
+    assert code == 1 and err.startswith("Error: ") and message in err, err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str]):
+    for words in (["nothing"], ["generate"], ["info", "hope-tiny", "--context-length", "0"]):
+        code, _, err = run(capsys, *words)
+        assert code == 2 and "Usage" in err and "Traceback" not in err
+
+
+def test_verbose_shows_the_traceback(capsys: pytest.CaptureFixture[str]):
+    code, _, err = run(capsys, "train", "--preset", "nothing", "--verbose")
+    assert code == 1 and "Traceback" in err and "Error: " in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_saves_and_exits_130(corpus: str, tmp_path: Path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "nestlearn", "train", "--preset", "transformer-tiny", "--corpus", corpus, "--out",
+               str(out), *TINY, "--steps", "100000", "--log-interval", "1"]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        log = out / "train.jsonl"
+        for _ in range(600):
+            if log.exists() and log.read_text().count("\n") > 3:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"nestlearn train --resume --out {out}" in err and "Traceback" not in err
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert (checkpoint / "manifest.json").exists()
