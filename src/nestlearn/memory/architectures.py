@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .types import Factor
 Linear = Callable[[str, Tensor], Tensor]
 
 
+@runtime_checkable
 class Architecture(Protocol):
     """A memory M(x) made of named linear maps."""
 

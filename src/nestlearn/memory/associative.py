@@ -63,6 +63,11 @@ class AssociativeMemory:
     def __post_init__(self) -> None:
         if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be a positive number of tokens, got {self.chunk_size!r}")
+        # A class would pass for its instance: it has the same methods.
+        if isinstance(self.architecture, type) or not isinstance(self.architecture, Architecture):
+            raise ValueError(f"architecture must be Matrix() or MLP(), got {self.architecture!r}")
+        if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
+            raise ValueError(f"objective must be DotProduct() or L2(), got {self.objective!r}")
         if not isinstance(self.retention, Decay | Delta):
             raise ValueError(f"retention must be Decay() or Delta(), got {self.retention!r}")
         if not isinstance(self.algorithm, Descent | Momentum):

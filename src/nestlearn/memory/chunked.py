@@ -55,14 +55,16 @@ def anchored(anchor: Weights, initial: Weights, reset: Tensor | None):
 
 def span_kernels(memory: AssociativeMemory, gates: Gates, valid: Tensor | None, reset: Tensor | None) -> Kernels:
     """The kernels of a span for this memory's retention and algorithm."""
-    delta = isinstance(memory.retention, Delta)
+    delta, gated = isinstance(memory.retention, Delta), False
+    if isinstance(memory.retention, Delta):
+        gated = memory.retention.gated
     return make_kernels(
         gates.retain,
         gates.momentum,
         valid,
         reset,
         delta=delta,
-        gated=delta and memory.retention.gated,
+        gated=gated,
         restart=memory.retain_to == "zero",
     )
 
@@ -201,7 +203,7 @@ def scan(
         return _scan_aligned(memory, state, q, k, v, gates, how, return_state)
     tokens = k.shape[1]
     span = span_length(memory.chunk_size, tokens)
-    grid = place(state.position % memory.chunk_size, tokens, memory.chunk_size, span, mask, reset)
+    grid = place(state.position, tokens, memory.chunk_size, span, mask, reset)
     return _scan_placed(memory, state, q, k, v, gates, how, grid)
 
 

@@ -76,23 +76,19 @@ def scan(
         raise ValueError("engine='triton' cannot run: this build has no Triton kernels. Use engine='auto'.")
     if engine not in ("auto", "reference", "chunked"):
         raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference', 'chunked' or 'triton'")
+    # A state may come from a variant with larger chunks.
+    state = state._replace(position=state.position % memory.chunk_size)
     compute = next(iter(state.params.values())).dtype
     out_dtype = q.dtype
     q, k, v = (x.to(compute) for x in (q, k, v))
-    gates = Gates(*(None if g is None else g.to(compute) for g in gates))
+    gates = gates.map(lambda g: g.to(compute))
     k, v, gates, poisoned = _quarantine(k, v, gates, mask, reset)
     if engine == "reference":
         y, end = reference.scan(memory, state, q, k, v, gates, mask, reset, how)
         aligned = state.aligned and mask is None and reset is None and q.shape[-2] % memory.chunk_size == 0
         end = end._replace(aligned=aligned)
     else:
-        batch = gates.lr.shape[:-1]
-        rows = _flatten_state(state, len(batch))
-        flat = [x.reshape(-1, *x.shape[len(batch) :]) for x in (q, k, v)]
-        flat_gates = Gates(*(None if g is None else g.reshape(-1, g.shape[-1]) for g in gates))
-        flags = [None if f is None else f.reshape(-1, f.shape[-1]) for f in (mask, reset)]
-        y, end = chunked.scan(memory, rows, *flat, flat_gates, *flags, how, return_state=return_state)
-        y, end = y.reshape(*batch, *y.shape[1:]), _unflatten_state(end, batch)
+        y, end = _scan_rows(memory, state, q, k, v, gates, mask, reset, how, return_state)
     if not nobody(poisoned):
         y, end = _spread(y, end, poisoned, mask)
     return y.to(out_dtype), end
@@ -112,6 +108,7 @@ def surprise(memory: AssociativeMemory, params: Weights, k: Tensor, v: Tensor) -
         >>> factors["W"].error.tolist() == (-torch.ones(3, 4)).tolist()
         True
     """
+    _check_maps(memory, params, k, v, k.shape[:-2])
     linear, adjoint = chunked.anchored(params, params, None)
     return memory.architecture.factors(linear, adjoint, k, v, memory.objective)
 
@@ -123,16 +120,23 @@ def absorb(memory: AssociativeMemory, state: State, factors: dict[str, Factor], 
     chunk by chunk, with reads.
 
     Raises:
-        ValueError: if t exceeds the chunk, or the factors do not name the memory's maps.
+        ValueError: if t exceeds the chunk, or the factors do not fit the memory's maps.
     """
     if set(factors) != set(state.params):
         raise ValueError(f"factors name the maps {sorted(factors)}, this memory has {sorted(state.params)}")
     tokens = gates.lr.shape[-1]
-    if tokens > memory.chunk_size:
+    if not 0 < tokens <= memory.chunk_size:
         raise ValueError(
             f"{tokens} tokens cannot be absorbed at one anchor with chunk_size={memory.chunk_size}. "
             "Call surprise and absorb once per chunk."
         )
+    for name, (x, error) in factors.items():
+        rows, columns = state.params[name].shape[-2:]
+        if x.shape != (*gates.lr.shape, columns) or error.shape != (*gates.lr.shape, rows):
+            raise ValueError(
+                f"factor {name!r} has input {tuple(x.shape)} and error {tuple(error.shape)}, "
+                f"expected {(*gates.lr.shape, columns)} and {(*gates.lr.shape, rows)}"
+            )
     _check_momentum(memory, gates)
     empty = next(iter(factors.values())).input
     span = chunked.Tokens(None, empty, empty, gates)
@@ -197,16 +201,9 @@ def _check(
         raise ValueError(f"scan needs at least one token: q has shape {tuple(q.shape)}, expected [*b, t >= 1, d]")
     batch, tokens = q.shape[:-2], q.shape[-2]
     weights = next(iter(state.params.values()))
-    shapes = memory.architecture.shapes(k.shape[-1], v.shape[-1])
     if q.shape != k.shape or v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree but for v's width")
-    for name, shape in shapes.items():
-        if name not in state.params or state.params[name].shape != (*batch, *shape):
-            have = {n: tuple(w.shape) for n, w in state.params.items()}
-            raise ValueError(
-                f"the state does not fit: map {name!r} must be {(*batch, *shape)}, the state has {have}. "
-                "Make it with memory.init_state(batch_shape, d_key, d_value)."
-            )
+    _check_maps(memory, state.params, k, v, batch)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
@@ -224,6 +221,16 @@ def _check(
     for name, x in (("mask", mask), ("reset", reset)):
         if x is not None and x.dtype != torch.bool:
             raise TypeError(f"{name} must be a bool tensor, got {x.dtype}")
+
+
+def _check_maps(memory: AssociativeMemory, weights: Weights, k: Tensor, v: Tensor, batch: tuple[int, ...]) -> None:
+    have = {name: tuple(w.shape) for name, w in weights.items()}
+    for name, shape in memory.architecture.shapes(k.shape[-1], v.shape[-1]).items():
+        if have.get(name) != (*batch, *shape):
+            raise ValueError(
+                f"the state does not fit: map {name!r} must be {(*batch, *shape)}, the state has {have}. "
+                "Make it with memory.init_state(batch_shape, d_key, d_value)."
+            )
 
 
 def _check_momentum(memory: AssociativeMemory, gates: Gates) -> None:
@@ -255,7 +262,7 @@ def _quarantine(
     if reset is not None:
         restart = reset if mask is None else reset & mask
         poisoned = poisoned & (last_bad >= torch.where(restart, slots, -1).cummax(-1).values)
-    clean = Gates(*(None if g is None else torch.where(bad, 0, g) for g in gates))
+    clean = gates.map(lambda g: torch.where(bad, 0, g))
     return torch.where(bad[..., None], 0, k), torch.where(bad[..., None], 0, v), clean, poisoned
 
 
@@ -274,6 +281,32 @@ def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tup
     momentum = None if end.momentum is None else spoil(end.momentum)
     end = end._replace(params=spoil(end.params), anchor=spoil(end.anchor), momentum=momentum)
     return torch.where(here[..., None], torch.nan, y), end
+
+
+def _scan_rows(
+    memory: AssociativeMemory,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    how: str,
+    return_state: bool,
+) -> tuple[Tensor, State]:
+    """The chunked engine on any leading dimensions: it sees them as one."""
+    batch = gates.lr.shape[:-1]
+
+    def rows(x: Tensor) -> Tensor:
+        return x.reshape(-1, *x.shape[len(batch) :])
+
+    flat_mask, flat_reset = (None if flag is None else rows(flag) for flag in (mask, reset))
+    flat_state, flat_gates = _flatten_state(state, len(batch)), gates.map(rows)
+    y, end = chunked.scan(
+        memory, flat_state, rows(q), rows(k), rows(v), flat_gates, flat_mask, flat_reset, how, return_state=return_state
+    )
+    return y.reshape(*batch, *y.shape[1:]), _unflatten_state(end, batch)
 
 
 def _map_rows(state: State, change) -> State:

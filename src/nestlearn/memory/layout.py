@@ -40,7 +40,7 @@ class Grid(NamedTuple):
     the last token. Valid slots of a span come first.
     """
 
-    index: Int[Tensor, "b n c"]
+    index: Int[Tensor, "b n c"]  # type: ignore[assignment]  # hides tuple.index, which no grid needs
     valid: Bool[Tensor, "b n c"]
     reset: Bool[Tensor, "b n c"] | None
     phase: Int[Tensor, "b n"]

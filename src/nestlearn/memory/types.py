@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
@@ -32,6 +33,10 @@ class Gates(NamedTuple):
     lr: Float[Tensor, "*b t"]
     retain: Float[Tensor, "*b t"]
     momentum: Float[Tensor, "*b t"] | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Gates:
+        """``change`` applied to every gate that is there."""
+        return Gates(change(self.lr), change(self.retain), None if self.momentum is None else change(self.momentum))
 
 
 class State(NamedTuple):
