@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -306,25 +307,25 @@ def _scan_rows(
     y, end = chunked.scan(
         memory, flat_state, rows(q), rows(k), rows(v), flat_gates, flat_mask, flat_reset, how, return_state=return_state
     )
-    return y.reshape(*batch, *y.shape[1:]), _unflatten_state(end, batch)
+    return y.reshape((*batch, *y.shape[1:])), _unflatten_state(end, batch)
 
 
-def _map_rows(state: State, change) -> State:
+def _map_rows(state: State, change: Callable[[Tensor], Tensor]) -> State:
     def weights(group: Weights) -> Weights:
-        return {n: change(w, 2) for n, w in group.items()}
+        return {n: change(w) for n, w in group.items()}
 
     return state._replace(
         params=weights(state.params),
         momentum=None if state.momentum is None else weights(state.momentum),
         anchor=weights(state.anchor),
         initial=weights(state.initial),
-        position=change(state.position, 0),
+        position=change(state.position),
     )
 
 
 def _flatten_state(state: State, leading: int) -> State:
-    return _map_rows(state, lambda x, trailing: x.reshape(-1, *x.shape[leading:]))
+    return _map_rows(state, lambda x: x.reshape(-1, *x.shape[leading:]))
 
 
 def _unflatten_state(state: State, batch: tuple[int, ...]) -> State:
-    return _map_rows(state, lambda x, trailing: x.reshape(*batch, *x.shape[1:]))
+    return _map_rows(state, lambda x: x.reshape((*batch, *x.shape[1:])))
