@@ -1,0 +1,273 @@
+"""Training speed of Hope, Titans, DeltaNet and a Transformer in one run.
+
+    python benchmarks/train_throughput.py                # all models, a few minutes
+    python benchmarks/train_throughput.py --models hope transformer --repetitions 3
+
+Each model lives in a process of its own (so that its peak memory is its own) and takes one training step (forward,
+loss, backward, clipping, AdamW) at a time; the processes take turns, so that a slow phase of the machine hits all of
+them. Nothing is reported for a model that fails its correctness gate: chunked logits equal the token loop where the
+model has one, a changed future token leaves earlier logits bit-identical, and the loss is finite and falls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+FROZEN = [{"period": None, "expansion": 4}]
+SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 256,
+         "tie_word_embeddings": False, "reset_token_id": None, "bos_token_id": None, "eos_token_id": None,
+         "pad_token_id": None}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "hope": {"preset": "hope-tiny", "memory_expansion": 2, "cms": FROZEN},
+    "hope, preset CMS and expansion": {"preset": "hope-tiny"},
+    "titans": {"preset": "titans-tiny", "memory_expansion": 2, "cms": FROZEN},
+    "deltanet": {"preset": "transformer-tiny", "mixer": "deltanet", "conv_size": 4, "cms": FROZEN},
+    "transformer": {"preset": "transformer-tiny", "cms": FROZEN},
+}
+BASELINE = "transformer"
+
+
+def build(name: str, overrides: dict[str, Any]) -> Any:
+    """The benchmark's model of that name."""
+    import torch
+
+    from nestlearn import HopeConfig, HopeForCausalLM
+
+    fields = {**SHAPE, **{k: v for k, v in MODELS[name].items() if k != "preset"}, **overrides}
+    torch.manual_seed(0)
+    return HopeForCausalLM(HopeConfig.from_preset(MODELS[name]["preset"], **fields))
+
+
+def gate(model: Any, batch: int, length: int) -> dict[str, Any]:
+    """Correctness before speed; raises RuntimeError with the reason if the model fails."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, model.config.vocab_size, (2, min(length, 160)), generator=generator)
+    cut = tokens.shape[1] * 2 // 3
+    changed = tokens.clone()
+    changed[:, cut:] = (changed[:, cut:] + 1) % model.config.vocab_size
+    model.eval()
+    with torch.no_grad():
+        before, after = (model(x, use_cache=False).logits[:, :cut] for x in (tokens, changed))
+        whole = model(tokens[:, :24], use_cache=False).logits
+        cache, steps = None, []
+        for position in range(24):
+            output = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+    error = (torch.cat(steps, 1) - whole).abs().max().item()
+    if not torch.equal(before, after):
+        raise RuntimeError("a changed future token changed earlier logits")
+    if error > 1e-3:
+        raise RuntimeError(f"token by token, the logits differ by {error:.1e}")
+    return {"causal": True, "token_by_token_error": error}
+
+
+class Worker:
+    """One model in this process: trains when told to."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        import torch
+
+        from nestlearn import flops
+
+        torch.set_num_threads(options.threads)
+        self.model = build(name, json.loads(options.overrides))
+        self.tokens = options.batch * options.length
+        self.flops_per_token = 3 * flops(self.model.config, options.length)
+        self.gate = gate(self.model, options.batch, options.length)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        generator = torch.Generator().manual_seed(2)
+        # Text-like data: a repeated random sentence with noise, so that the loss can fall within a few steps.
+        sentence = torch.randint(0, 256, (options.length // 4,), generator=generator).repeat(4)
+        noise = torch.randint(0, 256, (options.batch, options.length), generator=generator)
+        keep = torch.rand(options.batch, options.length, generator=generator) < 0.95
+        self.data = torch.where(keep, sentence[: options.length].expand(options.batch, -1), noise)
+        self.losses: list[float] = []
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        import torch
+
+        began = time.perf_counter()
+        loss = self.model(self.data, labels=self.data, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        return time.perf_counter() - began
+
+    def summary(self) -> dict[str, Any]:
+        """What does not change between steps; raises RuntimeError if the loss did not fall."""
+        first, last = self.losses[0], self.losses[-1]
+        if not all(abs(loss) < 1e9 for loss in self.losses) or last >= first:
+            raise RuntimeError(f"the loss went from {first:.3f} to {last:.3f}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "training_flops_per_token": self.flops_per_token,
+            "peak_bytes": peak,
+            "gate": {**self.gate, "first_loss": first, "last_loss": last},
+        }
+
+
+def serve(name: str, options: argparse.Namespace, pipe: Any) -> None:
+    """Body of a worker process: answers "step" with seconds and "end" with the summary, errors as text."""
+    from nestlearn.train.allocator import tune_allocator
+
+    note = tune_allocator()
+    try:
+        worker = Worker(name, options)
+        pipe.send({"ready": note})
+        while pipe.recv() == "step":
+            pipe.send({"seconds": worker.step()})
+        pipe.send({"summary": worker.summary()})
+    except (RuntimeError, ValueError) as error:
+        pipe.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All models, step by step in turn."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, results = {}, {}, {}
+    for name in options.models:
+        pipes[name], other = context.Pipe()
+        processes[name] = context.Process(target=serve, args=(name, options, other), daemon=True)
+        processes[name].start()
+        answer = pipes[name].recv()
+        results[name] = {"seconds": [], **({"error": answer["error"]} if "error" in answer else {})}
+        print(f"{name}: {answer.get('error') or 'ready'}", flush=True)
+    alive = [name for name in options.models if "error" not in results[name]]
+    for repetition in range(options.warmup + options.repetitions):
+        for name in list(alive):
+            pipes[name].send("step")
+            answer = pipes[name].recv()
+            if "error" in answer:
+                results[name]["error"] = answer["error"]
+                alive.remove(name)
+            elif repetition >= options.warmup:
+                results[name]["seconds"].append(answer["seconds"])
+    for name in alive:
+        pipes[name].send("end")
+        answer = pipes[name].recv()
+        results[name].update(answer.get("summary") or {"error": answer["error"]})
+    for process in processes.values():
+        process.join(timeout=10)
+    return results
+
+
+def rates(results: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Adds tokens/s, achieved FLOP/s and ratios to each model that passed."""
+    for result in results.values():
+        if "error" in result:
+            continue
+        best, median = min(result["seconds"]), statistics.median(result["seconds"])
+        result["tokens_per_second"] = {"best": tokens / best, "median": tokens / median}
+        result["flops_per_second"] = {
+            key: rate * result["training_flops_per_token"] for key, rate in result["tokens_per_second"].items()
+        }
+    base = results.get(BASELINE, {})
+    if "tokens_per_second" in base:
+        for result in results.values():
+            if "tokens_per_second" in result:
+                result["ratio_to_transformer"] = {
+                    key: rate / base["tokens_per_second"][key] for key, rate in result["tokens_per_second"].items()
+                }
+                result["flop_ratio_to_transformer"] = (
+                    result["training_flops_per_token"] / base["training_flops_per_token"]
+                )
+    return results
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    lines = [
+        f"# Training throughput, {report['date']}",
+        "",
+        f"{report['machine']}; {report['setting']}.",
+        f"Command: `{report['command']}`. Steps of the models alternate; best and median of "
+        f"{report['options']['repetitions']}.",
+        "",
+        "| model | parameters | tokens/s best | median | of Transformer (median) | FLOPs/token vs Transformer | "
+        "GFLOP/s (median) | peak memory |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, result in report["models"].items():
+        if "error" in result:
+            lines.append(f"| {name} | failed: {result['error']} | | | | | | |")
+            continue
+        rate, flop = result["tokens_per_second"], result["flops_per_second"]
+        ratio, cost = result.get("ratio_to_transformer"), result.get("flop_ratio_to_transformer")
+        compared = f"{ratio['median']:.3f} | {cost:.2f}" if ratio and cost else " | "
+        lines.append(
+            f"| {name} | {result['parameters']:,} | {rate['best']:,.0f} | {rate['median']:,.0f} | {compared} | "
+            f"{flop['median'] / 1e9:.1f} | {result['peak_bytes'] / 2**20:,.0f} MiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Training speed of Hope, Titans, DeltaNet and a Transformer.")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--overrides", default="{}", help="JSON with HopeConfig fields set for every model")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and write benchmarks/results/train_throughput_*.json and .md."""
+    options = parse(arguments)
+    import torch
+
+    models = rates(measure(options), options.batch * options.length)
+    report = {
+        "version": 1,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {options.threads} of {os.cpu_count()} threads, torch {torch.__version__}",
+        "setting": f"d 256, 4 layers, 4 heads, T {options.length}, batch {options.batch}, vocabulary 256, float32, "
+        "one step = forward, backward, clipping, AdamW",
+        "command": "python benchmarks/train_throughput.py" + "".join(f" {a}" for a in (arguments or sys.argv[1:])),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "models": models,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = "train_throughput_" + "".join(c if c.isalnum() else "-" for c in processor().lower()).strip("-")
+    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1))
+    (options.out / f"{name}.md").write_text(markdown(report))
+    print("\n" + markdown(report))
+    if any("error" in result for result in models.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
