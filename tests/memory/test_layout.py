@@ -18,8 +18,8 @@ def grids(draw: st.DrawFn) -> dict:
     rows, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 20))
     boundary = draw(st.integers(1, 8))
     chunk = boundary * draw(st.integers(1, 3))
-    # A span never crosses a boundary, so it need not be longer than one.
-    span = draw(st.integers(1, boundary))
+    # As `span_length` makes it: an equal part of what lies between two boundaries, or the whole call.
+    span = draw(st.sampled_from([n for n in range(1, boundary + 1) if boundary % n == 0]))
 
     def flags(chance: float) -> Tensor | None:
         if draw(st.booleans()):

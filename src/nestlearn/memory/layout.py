@@ -70,6 +70,7 @@ def place(
 ) -> Grid:
     """Assign the tokens of every row to spans that end where a chunk ends or after ``span`` tokens.
 
+    ``span`` must divide the chunk, or hold all tokens (`span_length` sees to it).
     ``boundary`` also ends spans at its multiples inside a chunk (memories of two chunk sizes share a grid).
 
     A reset inside a span needs no new span: after it the anchor is the initial weights, known beforehand. So a row
@@ -132,3 +133,15 @@ def scatter_outputs(y: Tensor, grid: Grid, tokens: int) -> Tensor:
     target = torch.where(grid.valid, grid.index, tokens).flatten(1)
     out = y.new_zeros(rows, tokens + 1, width)
     return out.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), y.flatten(1, 2))[:, :tokens]
+
+
+def poisoned_from(
+    bad: Bool[Tensor, "*b t"], mask: Bool[Tensor, "*b t"] | None, reset: Bool[Tensor, "*b t"] | None
+) -> Bool[Tensor, "*b t"]:
+    """Tokens at or after a ``bad`` one of their row, up to the next reset."""
+    slots = torch.arange(bad.shape[-1], device=bad.device)
+    last_bad = torch.where(bad, slots, -1).cummax(-1).values
+    if reset is None:
+        return last_bad >= 0
+    restart = reset if mask is None else reset & mask
+    return (last_bad >= 0) & (last_bad >= torch.where(restart, slots, -1).cummax(-1).values)
