@@ -13,7 +13,7 @@ from torch import Tensor
 from . import chunked, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
-from .layout import nobody
+from .layout import nobody, poisoned_from
 from .retention import Delta
 from .types import Factor, Gates, State, Weights
 
@@ -257,14 +257,9 @@ def _quarantine(
             bad = bad | ~(gate.abs() <= limit)
     if mask is not None:
         bad = bad & mask
-    slots = torch.arange(bad.shape[-1], device=bad.device)
-    last_bad = torch.where(bad, slots, -1).cummax(-1).values
-    poisoned = last_bad >= 0
-    if reset is not None:
-        restart = reset if mask is None else reset & mask
-        poisoned = poisoned & (last_bad >= torch.where(restart, slots, -1).cummax(-1).values)
     clean = gates.map(lambda g: torch.where(bad, 0, g))
-    return torch.where(bad[..., None], 0, k), torch.where(bad[..., None], 0, v), clean, poisoned
+    k, v = (torch.where(bad[..., None], 0, x) for x in (k, v))
+    return k, v, clean, poisoned_from(bad, mask, reset)
 
 
 def _limit(x: Tensor) -> float:

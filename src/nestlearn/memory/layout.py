@@ -46,6 +46,15 @@ class Grid(NamedTuple):
     phase: Int[Tensor, "b n"]
     end: Int[Tensor, "b"]
 
+    def repeat(self, heads: int) -> Grid:
+        """The grid of ``heads`` rows for every row."""
+
+        def each(x: Tensor) -> Tensor:
+            return x.repeat_interleave(heads, 0)
+
+        reset = None if self.reset is None else each(self.reset)
+        return Grid(each(self.index), each(self.valid), reset, each(self.phase), each(self.end))
+
 
 def compaction(mask: Bool[Tensor, "b t"]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
     """Indices that move the True tokens of every row to its front, in order, and how many there are.

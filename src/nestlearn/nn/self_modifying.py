@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,32 +26,24 @@ from nestlearn.memory import (
 from nestlearn.memory.associative import StepSize
 from nestlearn.memory.chunked import Tokens, absorb_span, advance_span, anchored, run_span, split_tokens
 from nestlearn.memory.functions import unit_norm
-from nestlearn.memory.layout import Grid, place, scatter_outputs, span_length
+from nestlearn.memory.layout import place, scatter_outputs, span_length
 from nestlearn.memory.types import Weights
 
 from .conv import ShortConv
+from .fast import InitialWeights, check_tokens, full_precision, wide_dtype
+from .self_modifying_state import (
+    FastWeights,
+    SelfModifyingState,
+    back_to_initial,
+    poison_state,
+    quarantine,
+    refresh,
+    single,
+    stacked,
+)
+from .stability import MAX_MOMENTUM
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
-MAX_MOMENTUM = 0.9
-
-
-class FastWeights(NamedTuple):
-    """Current weights, anchor and momentum of a group of memories, every tensor ``[B, heads, memories, out, in]``."""
-
-    params: Weights
-    anchor: Weights
-    momentum: Weights | None
-
-
-class SelfModifyingState(NamedTuple):
-    """Fast state of the layer. ``position`` counts tokens in the current projection chunk; ``conv`` is the last
-    tokens before the convolution. ``aligned`` is static: every row is known to stand at the start of a chunk."""
-
-    projections: FastWeights | None
-    memory: FastWeights
-    conv: Float[Tensor, "b w ch"]
-    position: Int[Tensor, "b"]
-    aligned: bool
 
 
 class Projected(NamedTuple):
@@ -89,7 +81,7 @@ class SelfModifyingTitans(nn.Module):
         memory_chunk_size: tokens between two anchors of the main memory.
         projection_chunk_size: the same for the projection memories; a multiple of memory_chunk_size.
         adaptive: which of ``q k v eta alpha`` are memories; the others are static projections (NL Table 6).
-        step_size: ``proximal`` or ``normalized``, for all maps or per map (``{"in": "normalized", "out": "proximal"}``).
+        step_size: ``proximal`` or ``normalized``, for all maps or per map ``{map: mode}``.
         max_step: upper bound of eta.
         objective: ``dot`` or ``l2`` (paper-literal).
         momentum: add momentum to the inner rule (NL Table 6).
@@ -165,30 +157,27 @@ class SelfModifyingTitans(nn.Module):
         self.retention = retention
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
         self.conv = ShortConv(len(STREAMS) * d_model, conv_size)
-        shapes = self.memory.architecture.shapes(self.d_head, self.d_head)
-        self.initial = nn.ModuleDict(
-            {
-                name: nn.ParameterDict({n: nn.Parameter(torch.empty(num_heads, *s)) for n, s in shapes.items()})
-                for name in (*self.adaptive, "memory")
-            }
-        )
+        names = (*self.adaptive, "memory")
+        initial = {name: InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head) for name in names}
+        self.initial = nn.ModuleDict(initial)
         self.eta_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.eta_bias = nn.Parameter(torch.empty(num_heads))
         self.alpha_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.alpha_bias = nn.Parameter(torch.empty(num_heads))
         self.beta_gate = nn.Linear(d_model, num_heads) if momentum else None
         self.norm = nn.RMSNorm(self.d_head, eps=norm_eps)
+        self.norm_eps = norm_eps
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initial values: random memories (both maps non-zero), gates that read a little and keep nearly everything."""
-        for group in self.initial.values():
-            for name, weight in group.items():  # type: ignore[operator]
-                with torch.no_grad():
-                    weight.copy_(self.memory.architecture.init(name, tuple(weight.shape), None))
-        for linear in (self.streams, self.out):
-            nn.init.normal_(linear.weight, std=self.d_model**-0.5)
+        for weights in self.initial.values():
+            weights.reset_parameters()  # type: ignore[operator]
+        # Small streams keep SiLU in its linear range: keys then have mean zero and do not erase each other
+        # (docs/log.md: recall is learned in a third of the steps).
+        nn.init.normal_(self.streams.weight, std=0.02)
+        nn.init.normal_(self.out.weight, std=self.d_model**-0.5)
         self.conv.reset_parameters()
         for vector in (self.eta_vector, self.alpha_vector):
             nn.init.normal_(vector, std=0.02)
@@ -226,13 +215,14 @@ class SelfModifyingTitans(nn.Module):
             Outputs and the state after the last token (None if not asked for). A non-finite token makes the outputs of
             its row NaN from there to the next reset.
         """
-        self._check(x)
+        check_tokens(x, self.d_model)
         x, poisoned = quarantine(x, mask, reset)
-        streams, gates, tail = self._streams(x, None if state is None else state.conv, mask, reset)
-        if mask is None and reset is None and (state is None or state.aligned):
-            y, new = self._aligned(streams, gates, state, writes, return_state)
-        else:
-            y, new = self._placed(streams, gates, state, mask, reset, writes)
+        streams, beta, tail = self._streams(x, None if state is None else state.conv, mask, reset)
+        with full_precision(x):
+            if mask is None and reset is None and (state is None or state.aligned):
+                y, new = self._aligned(streams, beta, state, writes, return_state)
+            else:
+                y, new = self._placed(streams, beta, state, mask, reset, writes)
         y = self._merge(y.to(x.dtype), x.shape[0])
         visible = poisoned if mask is None else poisoned & mask
         y = torch.where(visible.unsqueeze(-1), float("nan"), y)
@@ -243,24 +233,18 @@ class SelfModifyingTitans(nn.Module):
         new = poison_state(new._replace(conv=tail), poisoned[:, -1])
         return y, new
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
-            raise ValueError(f"expected x of shape [batch, tokens >= 1, {self.d_model}], got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-
     def _streams(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Streams ``[b, heads, streams, t, d]`` and momentum gate ``[b, heads, t]`` in the dtype of the fast weights."""
-        mixed, tail = self.conv(self.streams(x), tail, mask, reset)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        """Streams ``[b, heads, streams, t, d]``, momentum gate ``[b, heads, t]``, both wide, and the new tail."""
+        mixed, end = self.conv(self.streams(x), tail, mask, reset)
+        wide = wide_dtype(x)
         mixed = F.silu(mixed).to(wide)
         split = mixed.unflatten(-1, (len(STREAMS), self.num_heads, self.d_head)).permute(0, 3, 2, 1, 4)
         beta = None
         if self.beta_gate is not None:
             beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide)).mT
-        return split, beta, tail
+        return split, beta, end
 
     def _merge(self, y: Tensor, batch: int) -> Tensor:
         """Heads back together: ``[b * heads, t, d] -> [b, t, d_model]``."""
@@ -338,9 +322,7 @@ class SelfModifyingTitans(nn.Module):
             eta = torch.zeros_like(eta)
         return Gates(eta, alpha, beta)
 
-    def _learn_projections(
-        self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None
-    ) -> State:
+    def _learn_projections(self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None) -> State:
         """Write a span into the projection memories; errors at their anchor."""
         memories = self.memory.architecture
         flag = None if reset is None else reset.unsqueeze(1)
@@ -355,7 +337,7 @@ class SelfModifyingTitans(nn.Module):
         pieces = split_tokens(made.gates, size)
         for i, gates in enumerate(pieces):
             here = {m: Factor(inputs[m][i], errors[m][i]) for m in factors}
-            gates = Gates(*(None if g is None else g.unsqueeze(1) for g in gates))
+            gates = Gates(*gates).map(lambda g: g.unsqueeze(1))
             span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag)
             kernels, starts, writes = absorb_span(self.memory, group, here, span, guard=False)
             group = advance_span(self.memory, group, kernels, starts, writes, span.valid)
@@ -382,7 +364,7 @@ class SelfModifyingTitans(nn.Module):
         projections = None
         if self.adaptive:
             projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
-        memory = _single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
+        memory = single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
         streams = streams.flatten(0, 1)
         beta = None if beta is None else beta.flatten(0, 1)
         chunk, outputs = self.projection_chunk_size, []
@@ -410,7 +392,7 @@ class SelfModifyingTitans(nn.Module):
 
     def _pack(self, projections: State | None, memory: State, batch: int, end: int, like: Tensor) -> SelfModifyingState:
         position = torch.full((batch,), end, dtype=torch.long, device=like.device)
-        fast = self._fast(_stacked(memory), batch)
+        fast = self._fast(stacked(memory), batch)
         assert fast is not None
         return SelfModifyingState(self._fast(projections, batch), fast, like, position, aligned=end == 0)
 
@@ -428,11 +410,11 @@ class SelfModifyingTitans(nn.Module):
         projections = None
         if self.adaptive:
             projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
-        memory = _single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
+        memory = single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
         position = torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.position
         size = span_length(self.memory.chunk_size, tokens)
         grid = place(position, tokens, self.projection_chunk_size, size, mask, reset, boundary=self.memory.chunk_size)
-        grid = Grid(*(None if g is None else g.repeat_interleave(self.num_heads, 0) for g in grid))
+        grid = grid.repeat(self.num_heads)
         row = torch.arange(batch * self.num_heads, device=device)[:, None, None]
         streams = streams.flatten(0, 1).transpose(1, 2)
         beta = None if beta is None else torch.where(grid.valid, beta.flatten(0, 1)[row, grid.index], 1)
@@ -441,8 +423,8 @@ class SelfModifyingTitans(nn.Module):
             valid, flag = grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
             here = torch.where(valid[..., None, None], streams[row[:, 0], grid.index[:, i]], 0).transpose(1, 2)
             begins = grid.phase[:, i]
-            projections = None if projections is None else _refresh(projections, begins == 0)
-            memory = _refresh(memory, begins % self.memory.chunk_size == 0)
+            projections = None if projections is None else refresh(projections, begins == 0)
+            memory = refresh(memory, begins % self.memory.chunk_size == 0)
             made = self._project(projections, here, None if beta is None else beta[:, i], flag, writes)
             gates = Gates(
                 torch.where(valid, made.gates.lr, 0), torch.where(valid, made.gates.retain, 1), made.gates.momentum
@@ -454,10 +436,10 @@ class SelfModifyingTitans(nn.Module):
                 projections = self._learn_projections(projections, made, valid, flag)
             if flag is not None:
                 restarted = flag.any(-1)
-                memory = _to_initial(memory, restarted)
-                projections = None if projections is None else _to_initial(projections, restarted)
-        memory = _refresh(memory, grid.end % self.memory.chunk_size == 0)
-        projections = None if projections is None else _refresh(projections, grid.end == 0)
+                memory = back_to_initial(memory, restarted)
+                projections = None if projections is None else back_to_initial(projections, restarted)
+        memory = refresh(memory, grid.end % self.memory.chunk_size == 0)
+        projections = None if projections is None else refresh(projections, grid.end == 0)
         new = self._pack(projections, memory, batch, 1, streams)
         end = grid.end.view(batch, self.num_heads)[:, 0]
         return scatter_outputs(torch.stack(outputs, 1), grid, tokens), new._replace(position=end, aligned=False)
@@ -493,31 +475,6 @@ class SelfModifyingTitans(nn.Module):
         )
 
 
-def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Zero the tokens that are masked or not finite, and say which outputs non-finite tokens poison.
-
-    Matrix products over tokens would carry a NaN into the past (0 * NaN); a token loop would not.
-    """
-    bad = ~torch.isfinite(x).all(-1)
-    if mask is not None:
-        bad = bad & mask
-    slots = torch.arange(x.shape[1], device=x.device)
-    last_bad = torch.where(bad, slots, -1).cummax(-1).values
-    poisoned = last_bad >= 0
-    if reset is not None:
-        restart = reset if mask is None else reset & mask
-        poisoned = poisoned & (last_bad >= torch.where(restart, slots, -1).cummax(-1).values)
-    drop = bad if mask is None else bad | ~mask
-    return torch.where(drop.unsqueeze(-1), 0, x), poisoned
-
-
-def poison_state(state: SelfModifyingState, rows: Tensor) -> SelfModifyingState:
-    """NaN in the main memory of the rows that ended poisoned."""
-    lost = rows.view(-1, 1, 1, 1, 1)
-    params = {m: torch.where(lost, float("nan"), w) for m, w in state.memory.params.items()}
-    return state._replace(memory=state.memory._replace(params=params))
-
-
 def _bounded_step(max_step: float | None, memory: AssociativeMemory) -> float:
     """The bound of eta, refused where the recurrence could expand."""
     kinds = {memory.step_size_of(m) for m in ("in", "out")}
@@ -538,46 +495,6 @@ def _bounded_step(max_step: float | None, memory: AssociativeMemory) -> float:
     if not 0 < step <= limit:
         raise ValueError(f"max_step must be in (0, {limit}] here ({why or 'positive'}), got {max_step}")
     return step
-
-
-def _single(group: State) -> State:
-    """Drop the memories dimension of a group of one."""
-    return _each(group, lambda w: w.squeeze(1))
-
-
-def _stacked(group: State) -> State:
-    return _each(group, lambda w: w.unsqueeze(1))
-
-
-def _each(group: State, fn) -> State:
-    done: dict[int, Weights] = {}
-
-    def change(weights: Weights) -> Weights:
-        # Keep "these are the same weights" visible: a fresh memory is recognized by identity.
-        if id(weights) not in done:
-            done[id(weights)] = {m: fn(w) for m, w in weights.items()}
-        return done[id(weights)]
-
-    momentum = None if group.momentum is None else change(group.momentum)
-    return group._replace(
-        params=change(group.params), anchor=change(group.anchor), initial=change(group.initial), momentum=momentum
-    )
-
-
-def _rows_like(rows: Tensor, w: Tensor) -> Tensor:
-    return rows.view(-1, *[1] * (w.dim() - 1))
-
-
-def _refresh(group: State, begins: Tensor) -> State:
-    """Rows where ``begins``: a new chunk takes its errors at the current weights."""
-    anchor = {m: torch.where(_rows_like(begins, w), w, group.anchor[m]) for m, w in group.params.items()}
-    return group._replace(anchor=anchor)
-
-
-def _to_initial(group: State, rows: Tensor) -> State:
-    """Rows that were reset inside the span: what follows in that chunk takes its errors at the initial weights."""
-    anchor = {m: torch.where(_rows_like(rows, w), group.initial[m], w) for m, w in group.anchor.items()}
-    return group._replace(anchor=anchor)
 
 
 def _pieces(made: Projected, size: int) -> list[Projected]:

@@ -12,8 +12,10 @@ from nestlearn.memory import DotProduct, Momentum, State
 from nestlearn.memory.reference import read_weights, token_step
 from nestlearn.memory.types import Weights
 
+from .self_modifying_state import FastWeights, SelfModifyingState
+
 if TYPE_CHECKING:
-    from .self_modifying import SelfModifyingState, SelfModifyingTitans
+    from .self_modifying import SelfModifyingTitans
 
 
 def unit(x: Tensor) -> Tensor:
@@ -25,8 +27,6 @@ def token_loop(
     layer: SelfModifyingTitans, x: Tensor, state: SelfModifyingState | None
 ) -> tuple[Tensor, SelfModifyingState]:
     """Run the layer token by token, ``x: [b, t, d]``; a continued ``state`` may come from here or from `forward`."""
-    from .self_modifying import FastWeights, SelfModifyingState
-
     names = (*layer.adaptive, "memory")
     memories = {name: _start(layer, name, x.shape[0], state) for name in names}
     history = x.new_zeros(x.shape[0], layer.conv.width - 1, layer.conv.channels) if state is None else state.conv
@@ -37,7 +37,7 @@ def token_loop(
         window = history[:, -layer.conv.width :]
         history = history[:, 1:]
         mixed = F.silu((window * layer.conv.weight).sum(1))
-        stream = dict(zip(layer.streams_order, mixed.view(x.shape[0], 5, layer.num_heads, -1).unbind(1)))
+        stream = dict(zip(layer.streams_order, mixed.view(x.shape[0], 5, layer.num_heads, -1).unbind(1), strict=True))
         for name in layer.adaptive:
             stream[name] = read_weights(layer.memory, memories[name].anchor, stream[name])
         q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
@@ -47,7 +47,7 @@ def token_loop(
             params, momentum = token_step(layer.memory, memories[name], k, target, lr, retain, beta)
             memories[name] = memories[name]._replace(params=params, momentum=momentum)
         y = read_weights(layer.memory, memories["memory"].params, q)
-        y = y / (y.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight
+        y = y / (y.square().mean(-1, keepdim=True) + layer.norm_eps).sqrt() * layer.norm.weight
         outputs.append(y.flatten(1) @ layer.out.weight.mT)
         position = (position + 1) % layer.projection_chunk_size
         for name in names:
@@ -64,7 +64,9 @@ def token_loop(
 
         momenta = [memories[n].momentum for n in group]
         momentum = None if momenta[0] is None else stack([m for m in momenta if m is not None])
-        return FastWeights(stack([memories[n].params for n in group]), stack([memories[n].anchor for n in group]), momentum)
+        return FastWeights(
+            stack([memories[n].params for n in group]), stack([memories[n].anchor for n in group]), momentum
+        )
 
     place = torch.full((x.shape[0],), position, dtype=torch.long)
     memory = fast(("memory",))

@@ -1,0 +1,94 @@
+"""The fast state of self-modifying Titans, and what happens to groups of memories between chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nestlearn.memory import State
+from nestlearn.memory.layout import poisoned_from
+from nestlearn.memory.types import Weights
+
+
+class FastWeights(NamedTuple):
+    """Current weights, anchor and momentum of a group of memories, every tensor ``[B, heads, memories, out, in]``."""
+
+    params: Weights
+    anchor: Weights
+    momentum: Weights | None
+
+
+class SelfModifyingState(NamedTuple):
+    """Fast state of the layer. ``position`` counts tokens in the current projection chunk; ``conv`` is the last
+    tokens before the convolution. ``aligned`` is static: every row is known to stand at the start of a chunk."""
+
+    projections: FastWeights | None
+    memory: FastWeights
+    conv: Float[Tensor, "b w ch"]
+    position: Int[Tensor, "b"]
+    aligned: bool
+
+
+def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zero the tokens that are masked or not finite, and say which outputs non-finite tokens poison.
+
+    Matrix products over tokens would carry a NaN into the past (0 * NaN); a token loop would not.
+    """
+    bad = ~torch.isfinite(x).all(-1)
+    if mask is not None:
+        bad = bad & mask
+    drop = bad if mask is None else bad | ~mask
+    return torch.where(drop.unsqueeze(-1), 0, x), poisoned_from(bad, mask, reset)
+
+
+def poison_state(state: SelfModifyingState, rows: Tensor) -> SelfModifyingState:
+    """NaN in the main memory of the rows that ended poisoned."""
+    lost = rows.view(-1, 1, 1, 1, 1)
+    params = {m: torch.where(lost, float("nan"), w) for m, w in state.memory.params.items()}
+    return state._replace(memory=state.memory._replace(params=params))
+
+
+def single(group: State) -> State:
+    """Drop the memories dimension of a group of one."""
+    return each_weight(group, lambda w: w.squeeze(1))
+
+
+def stacked(group: State) -> State:
+    """One memory as a group of one."""
+    return each_weight(group, lambda w: w.unsqueeze(1))
+
+
+def each_weight(group: State, fn: Callable[[Tensor], Tensor]) -> State:
+    """The group with ``fn`` applied to every weight."""
+    done: dict[int, Weights] = {}
+
+    def change(weights: Weights) -> Weights:
+        # Keep "these are the same weights" visible: a fresh memory is recognized by identity.
+        if id(weights) not in done:
+            done[id(weights)] = {m: fn(w) for m, w in weights.items()}
+        return done[id(weights)]
+
+    momentum = None if group.momentum is None else change(group.momentum)
+    return group._replace(
+        params=change(group.params), anchor=change(group.anchor), initial=change(group.initial), momentum=momentum
+    )
+
+
+def _rows_like(rows: Tensor, w: Tensor) -> Tensor:
+    return rows.view(-1, *[1] * (w.dim() - 1))
+
+
+def refresh(group: State, begins: Tensor) -> State:
+    """Rows where ``begins``: a new chunk takes its errors at the current weights."""
+    anchor = {m: torch.where(_rows_like(begins, w), w, group.anchor[m]) for m, w in group.params.items()}
+    return group._replace(anchor=anchor)
+
+
+def back_to_initial(group: State, rows: Tensor) -> State:
+    """Rows that were reset inside the span: what follows in that chunk takes its errors at the initial weights."""
+    anchor = {m: torch.where(_rows_like(rows, w), group.initial[m], w) for m, w in group.anchor.items()}
+    return group._replace(anchor=anchor)
