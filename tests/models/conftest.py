@@ -9,7 +9,13 @@ from nestlearn.models.config import mixer_names
 VOCABULARY = 50
 
 
+# Not a mixer's name: attention with a continuum memory of three levels.
+LEVELS = [{"period": 3, "expansion": 1}, {"period": 5, "expansion": 0.5, "rule": "descent"}, {"expansion": 2}]
+
+
 def small_config(mixer="attention", **fields):
+    if mixer == "levels":
+        mixer, fields = "attention", {"cms": LEVELS} | fields
     defaults = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -34,7 +40,12 @@ def build():
 
     def make(mixer="attention", **fields):
         torch.manual_seed(0)
-        return HopeForCausalLM(small_config(mixer, **fields)).double().eval()
+        model = HopeForCausalLM(small_config(mixer, **fields)).double().eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".value"):
+                # The levels of a continuum memory learn nothing at first: this map starts at zero.
+                torch.nn.init.normal_(parameter)
+        return model
 
     return make
 
@@ -45,6 +56,6 @@ def ids():
     return torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(params=mixer_names())
+@pytest.fixture(params=[*mixer_names(), "levels"])
 def mixer(request):
     return request.param

@@ -24,6 +24,7 @@ from nestlearn import HopeConfig, presets
         ({"adaptive": ["key"]}, "adaptive stream 'key'"),
         ({"cms": []}, "at least one"),
         ({"cms": [4]}, "mapping"),
+        ({"cms": [{"perod": 4}]}, "'perod'. Did you mean 'period'"),
     ],
 )
 def test_refused(fields, message):
@@ -48,8 +49,9 @@ def test_every_preset_survives_a_file(name, tmp_path):
 
 
 def test_presets_are_copies():
-    HopeConfig.from_preset("hope-tiny").cms.append({"expansion": 1})
-    assert len(HopeConfig.from_preset("hope-tiny").cms) == len(HopeConfig.from_preset("hope-small").cms)
+    before = HopeConfig.from_preset("hope-tiny").cms
+    HopeConfig.from_preset("hope-tiny").cms[0]["expansion"] = 99
+    assert HopeConfig.from_preset("hope-tiny").cms == before
 
 
 def test_overrides_and_layers():

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nestlearn import HopeCache, HopeConfig, HopeForCausalLM
-from nestlearn.models.config import mixer_names
-from nestlearn.nn.state import tensors_of
+from nestlearn.models.config import ATTENTION_MIXERS, mixer_names
+from nestlearn.nn.state import flatten_state
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -170,10 +170,9 @@ def test_half_precision_weights_and_autocast(build, ids, mixer, tmp_path):
     torch.testing.assert_close(output.loss, expected, rtol=0.05, atol=0)
     for model in (half, full):
         assert all(p.grad.isfinite().all() for p in model.parameters())
-    if "attention" not in (mixer, mixer.removeprefix("sliding_")):
-        for cache in (output.past_key_values, cast.past_key_values):
-            fast = [x for x in tensors_of(cache.layers[0].mixer) if x.is_floating_point() and x.dim() > 3]
-            assert {x.dtype for x in fast} == {torch.float32}
+    for cache in (output.past_key_values, cast.past_key_values):
+        weights = [x for name, x in flatten_state(cache.layers[0])[0].items() if ".params." in name]
+        assert {x.dtype for x in weights} == ({torch.float32} if mixer not in ATTENTION_MIXERS else set())
 
 
 def test_tied_embeddings_are_one_parameter(build, tmp_path):
@@ -208,7 +207,11 @@ def test_missing_weights_get_their_own_initial_values(build, mixer, tmp_path):
 # torch's tracer itself instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
-    "mixer", [name if name == "attention" else pytest.param(name, marks=pytest.mark.slow) for name in mixer_names()]
+    "mixer",
+    [
+        name if name == "attention" else pytest.param(name, marks=pytest.mark.slow)
+        for name in [*mixer_names(), "levels"]
+    ],
 )
 def test_compiled_model_has_no_graph_break(build, ids, mixer):
     torch._dynamo.reset()

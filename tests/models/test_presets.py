@@ -5,15 +5,32 @@ import math
 import pytest
 import torch
 
-from nestlearn import HopeConfig, HopeForCausalLM, flops, presets
+from nestlearn import HopeCache, HopeConfig, HopeForCausalLM, flops, presets
 from nestlearn.models.flops import meta_model
+from nestlearn.nn.state import state_bytes
 
 PARAMETERS = {
+    "hope-tiny": 1_223_806,
+    "hope-small": 55_977_548,
+    "hope-340m": 352_143_936,
+    "hope-760m": 771_375_036,
+    "hope-1.3b": 1_327_098_268,
+    "hope-attention-tiny": 1_223_048,
+    "hope-attention-small": 54_482_472,
+    "hope-attention-340m": 337_163_344,
+    "hope-attention-760m": 748_495_948,
+    "hope-attention-1.3b": 1_347_381_328,
+    "titans-tiny": 1_202_140,
+    "titans-small": 54_131_144,
+    "titans-340m": 348_671_616,
+    "titans-760m": 749_210_208,
+    "titans-1.3b": 1_287_665_440,
     "transformer-tiny": 1_220_480,
     "transformer-small": 54_194_688,
     "transformer-340m": 334_611_456,
     "transformer-760m": 777_856_512,
     "transformer-1.3b": 1_339_525_120,
+    "hope-paper": 341_740_176,
 }
 NOMINAL = {"340m": 340e6, "760m": 760e6, "1.3b": 1.3e9}
 
@@ -29,6 +46,8 @@ def test_parameter_count(name):
     size = name.rpartition("-")[2]
     if size in NOMINAL:
         assert abs(count / NOMINAL[size] - 1) < 0.05
+    if name == "hope-paper":
+        assert abs(count / NOMINAL["340m"] - 1) < 0.05
 
 
 def test_tiny_presets_are_comparable():
@@ -52,6 +71,15 @@ def test_flops_of_a_transformer():
     d, ffn, context = config.hidden_size, 1368, 1024
     layer = 8 * d * d + 2 * d * (context + 1) + 6 * d * ffn
     assert flops(config, context) == config.num_hidden_layers * layer + 2 * d * config.vocab_size
+
+
+@pytest.mark.parametrize("name", sorted(set(presets()) - {"hope-paper"}))
+def test_fast_levels_are_small_per_sequence(name):
+    """hope-paper has the paper's four full levels: their state is 69 % of its weights per sequence."""
+    model, cache = meta_model(HopeConfig.from_preset(name)).eval(), HopeCache()
+    with torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.long, device="meta"), past_key_values=cache)
+    assert state_bytes([layer.cms for layer in cache.layers]) <= 0.1 * 4 * PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", presets())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import field, fields
@@ -12,10 +10,13 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from nestlearn.memory import catalog
 from nestlearn.memory.associative import StepSize
+from nestlearn.nn.cms import Level
 from nestlearn.nn.ffn import Activation
 
 ATTENTION_MIXERS = ("attention", "sliding_attention")
+_LEVEL_FIELDS = tuple(f.name for f in fields(Level))
 
 # Keys that the Hugging Face libraries themselves write into a saved configuration or pass when loading one.
 _LIBRARY_FIELDS = frozenset(
@@ -41,15 +42,9 @@ _LIBRARY_FIELDS = frozenset(
 )
 
 
-@functools.cache
 def mixer_names() -> tuple[str, ...]:
     """All values a layer's ``mixer`` may have: the self-modifying memory, two attentions, every catalog memory."""
-    names = ["self_modifying_titans", *ATTENTION_MIXERS]
-    if importlib.util.find_spec("nestlearn.memory.catalog") is not None:
-        from nestlearn.memory.catalog import catalog
-
-        names += [name for name in catalog if name not in names]
-    return tuple(names)
+    return tuple(dict.fromkeys(("self_modifying_titans", *ATTENTION_MIXERS, *catalog)))
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -203,6 +198,10 @@ class HopeConfig(PreTrainedConfig):
                     raise unknown_name(kind, value, known)
         if not self.cms or not all(isinstance(level, dict) for level in self.cms):
             raise ValueError(f"cms={self.cms!r} must be a list of at least one mapping, such as {{'expansion': 4}}.")
+        for level in self.cms:
+            for name in level:
+                if name not in _LEVEL_FIELDS:
+                    raise unknown_name("field of a cms level", name, _LEVEL_FIELDS)
 
     def state_signature(self) -> dict[str, Any]:
         """The fields that determine the shape and the meaning of a `HopeCache` of this model, as JSON values."""

@@ -13,6 +13,7 @@ from nestlearn.memory import MLP, catalog
 from nestlearn.models.cache import LayerState
 from nestlearn.models.config import HopeConfig
 from nestlearn.nn.attention import CausalAttention
+from nestlearn.nn.cms import ContinuumMemory, Level
 from nestlearn.nn.mixer import GATE_RULES, MemoryMixer
 from nestlearn.nn.self_modifying import SelfModifyingTitans
 
@@ -56,11 +57,13 @@ def _self_modifying(config: HopeConfig) -> nn.Module:
 
 
 def build_cms(config: HopeConfig) -> nn.Module:
-    """The continuum memory of a layer: its levels in a chain."""
-    levels: list[dict[str, Any]] = config.cms
-    from nestlearn.nn.ffn import FeedForward
+    """The continuum memory of a layer: its levels in a chain.
 
-    return FeedForward(config.hidden_size, levels[0].get("expansion", 4), config.ffn_activation)
+    Raises:
+        ValueError: levels out of order, or a level that cannot work.
+    """
+    levels = [Level(**level) for level in config.cms]
+    return ContinuumMemory(config.hidden_size, levels, config.ffn_activation, norm_eps=config.rms_norm_eps)
 
 
 class HopeBlock(GradientCheckpointingLayer):

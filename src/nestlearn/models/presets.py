@@ -7,58 +7,95 @@ from typing import Any
 
 from nestlearn.models.config import unknown_name
 
-_FROZEN = [{"period": None, "expansion": 4}]
-
-# The byte vocabulary of `nestlearn.data.byte_tokenizer`: 256 bytes, <s>, </s>, <pad>.
 _BYTES = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, "reset_token_id": 256}
-_BPE = {"vocab_size": 32000}
+"""The byte vocabulary of `nestlearn.data.byte_tokenizer`: 256 bytes, <s>, </s>, <pad>."""
 
-_VOCABULARY: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, dict[str, Any]] = {
     "tiny": _BYTES | {"tie_word_embeddings": True},
-    "small": _BPE | {"tie_word_embeddings": True},
-    "340m": _BPE | {"tie_word_embeddings": True},
-    "760m": _BPE | {"tie_word_embeddings": False},
-    "1.3b": _BPE | {"tie_word_embeddings": False},
+    "small": {"vocab_size": 32000, "tie_word_embeddings": True},
+    "340m": {"vocab_size": 32000, "tie_word_embeddings": True},
+    "760m": {"vocab_size": 32000, "tie_word_embeddings": False},
+    "1.3b": {"vocab_size": 32000, "tie_word_embeddings": False},
 }
 
 
-def _shape(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
-    return {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads}
+def _frozen(expansion: float = 4) -> dict[str, Any]:
+    return {"period": None, "expansion": expansion}
 
 
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "hope": {"mixer": "self_modifying_titans", "cms": _FROZEN},
-    "hope-attention": {"mixer": "attention", "conv_size": 0, "cms": _FROZEN},
-    "titans": {"mixer": "titans", "cms": _FROZEN},
-    "transformer": {"mixer": "attention", "conv_size": 0, "cms": _FROZEN},
+def _fast(period: int, expansion: float) -> dict[str, Any]:
+    return {"period": period, "expansion": expansion}
+
+
+# Every batch row has its own copy of a fast level, so fast levels are narrow: a level of expansion e holds 4 e d^2
+# numbers per row and layer. Periods stay below the usual training lengths, 256 for tiny and 2,048 for the others.
+_TINY_LEVELS = [_fast(64, 0.5), _frozen(3)]
+_LEVELS = [_fast(256, 0.125), _fast(1024, 0.125), _frozen(4)]
+
+
+def _shape(hidden_size: int, layers: int, heads: int, cms: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads, "cms": cms}
+
+
+# The tiny presets have equal numbers of parameters: layers with a larger mixer are fewer.
+_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "hope": (
+        {"mixer": "self_modifying_titans"},
+        {
+            "tiny": _shape(128, 3, 4, _TINY_LEVELS),
+            "small": _shape(512, 7, 8, _LEVELS),
+            "340m": _shape(1024, 16, 16, _LEVELS),
+            "760m": _shape(1536, 15, 16, _LEVELS),
+            "1.3b": _shape(2048, 15, 16, _LEVELS),
+        },
+    ),
+    "hope-attention": (
+        {"mixer": "attention", "conv_size": 0},
+        {
+            "tiny": _shape(160, 4, 5, [_fast(64, 0.25), _frozen(3)]),
+            "small": _shape(512, 10, 8, _LEVELS),
+            "340m": _shape(1024, 20, 16, _LEVELS),
+            "760m": _shape(1536, 19, 16, _LEVELS),
+            "1.3b": _shape(2048, 20, 16, _LEVELS),
+        },
+    ),
+    "titans": (
+        {"mixer": "titans"},
+        {
+            "tiny": _shape(128, 5, 4, [_frozen()]),
+            "small": _shape(512, 11, 8, [_frozen()]),
+            "340m": _shape(1024, 24, 16, [_frozen()]),
+            "760m": _shape(1536, 22, 16, [_frozen()]),
+            "1.3b": _shape(2048, 22, 16, [_frozen()]),
+        },
+    ),
+    "transformer": (
+        {"mixer": "attention", "conv_size": 0},
+        {
+            "tiny": _shape(160, 4, 5, [_frozen(3.75)]),
+            "small": _shape(512, 12, 8, [_frozen()]),
+            "340m": _shape(1024, 24, 16, [_frozen()]),
+            "760m": _shape(1536, 24, 16, [_frozen()]),
+            "1.3b": _shape(2048, 24, 16, [_frozen()]),
+        },
+    ),
 }
-
-_SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "hope": {
-        "tiny": _shape(128, 3, 4),
-        "small": _shape(512, 8, 8),
-        "340m": _shape(1024, 18, 16),
-        "760m": _shape(1536, 17, 16),
-        "1.3b": _shape(2048, 17, 16),
-    },
-    "transformer": {
-        # As many parameters as hope-tiny (whose mixer is larger), spread over depth and width.
-        "tiny": _shape(160, 4, 5) | {"cms": [{"period": None, "expansion": 3.75}]},
-        "small": _shape(512, 12, 8),
-        "340m": _shape(1024, 24, 16),
-        "760m": _shape(1536, 24, 16),
-        "1.3b": _shape(2048, 24, 16),
-    },
-}
-_SHAPES["hope-attention"] = _SHAPES["transformer"]
-_SHAPES["titans"] = _SHAPES["hope"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    f"{family}-{size}": base | _VOCABULARY[size] | _SHAPES[family][size]
-    for family, base in _FAMILIES.items()
-    for size in _VOCABULARY
+    f"{family}-{size}": base | _SIZES[size] | shape
+    for family, (base, shapes) in _FAMILIES.items()
+    for size, shape in shapes.items()
 }
-_PRESETS["hope-paper"] = _PRESETS["hope-340m"] | {"memory_objective": "l2", "memory_momentum": True}
+# As printed: L2 objective, momentum, an adaptive query, four levels at the long-context periods and GELU networks.
+# Full levels for every sequence: the state of one row is as large as the weights.
+_PRESETS["hope-paper"] = _PRESETS["hope-340m"] | {
+    "num_hidden_layers": 14,
+    "memory_objective": "l2",
+    "memory_momentum": True,
+    "adaptive": ["q", "k", "v", "eta", "alpha"],
+    "ffn_activation": "gelu",
+    "cms": [_fast(512, 1), _fast(2048, 1), _fast(8192, 1), _fast(32768, 1)],
+}
 
 
 def presets() -> list[str]:
