@@ -411,7 +411,7 @@ OWN = {
     "titans_to_initial": AssociativeMemory(MLP(2), L2(), algorithm=Momentum(), retain_to="initial"),
     "dla_momentum": AssociativeMemory(MLP(2), algorithm=Momentum(), retain_to="initial"),
     "deep_delta_l2": AssociativeMemory(MLP(2), L2(), Delta(), step_size="proximal", retain_to="initial"),
-    "deep_delta_momentum": AssociativeMemory(MLP(2), retention=Delta(), algorithm=Momentum(), step_size="proximal"),
+    "delta_momentum": AssociativeMemory(Matrix(), retention=Delta(), algorithm=Momentum()),
 }
 
 
@@ -449,6 +449,7 @@ def test_a_deep_hebbian_memory_never_outgrows_its_start():
         ({"memory": "titans", "max_step": 1.5}, "at most 1"),
         ({"memory": "titans", "gates": GateRule(lr="one")}, "Use lr='learned'"),
         ({"memory": "dla", "gates": GateRule(retain="one")}, "would never write"),
+        ({"memory": replace(catalog["hope"], algorithm=Momentum())}, "momentum together with delta"),
         ({"memory": AssociativeMemory(MLP(2), retention=Delta())}, "hidden activations have no bounded norm"),
     ],
     ids=str,

@@ -17,7 +17,8 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
 
 - *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
   the map they change, so writes add up at most linearly. The hidden activations of an MLP have no bounded norm: there
-  only proximal and normalized steps, which divide by it, are stable, and a raw step is refused.
+  only proximal and normalized steps, which divide by it, are stable, and a raw step is refused. So is momentum on an
+  MLP: it pushes on after the target is reached, each map through the other, and gradients overflow within 1,024 tokens.
 - *Dot product with decay on a matrix* has no feedback at all: a sum of bounded writes.
 - *Dot product with decay on an MLP*: each map's error grows with the other map. With ``r`` the larger of the two
   norms, and ``|act'| <= 1.13``, a chunk gives ``r <- A r + 1.13 r sum_s A_s eta_s``, where A are products of retain.
@@ -68,6 +69,11 @@ def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
             raise ValueError(
                 f"no bound keeps raw delta steps on an MLP stable (maps {raw}): its hidden activations have no "
                 "bounded norm. Use step_size='proximal' or 'normalized'."
+            )
+        if isinstance(memory.algorithm, Momentum):
+            raise ValueError(
+                "no useful bound keeps momentum together with delta retention on an MLP stable: momentum pushes on "
+                "after the target is reached, each map through the other. Use Descent(), or Decay() with Momentum()."
             )
     if max_step is None:
         return 1.0
