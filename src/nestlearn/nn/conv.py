@@ -66,7 +66,11 @@ class ShortConv(nn.Module):
             order, count = compaction(mask)
             x = x[row, order]
             # Slots after the last real token repeat token 0; they are never read back.
-            reset = None if reset is None else reset.gather(1, order) & (torch.arange(tokens, device=x.device) < count[:, None])
+            reset = (
+                None
+                if reset is None
+                else reset.gather(1, order) & (torch.arange(tokens, device=x.device) < count[:, None])
+            )
         padded = torch.cat([tail, x], 1)
         document = None
         if reset is not None:
@@ -120,6 +124,8 @@ class CausalTaps(torch.autograd.Function):
         wide = torch.nn.functional.pad(grad, (0, 0, width - 1, width - 1))
         grad_padded = wide[:, width - 1 : width - 1 + padded.shape[1]] * weight[0]
         for j in range(1, width):
-            grad_padded = torch.addcmul(grad_padded, wide[:, width - 1 - j : width - 1 - j + padded.shape[1]], weight[j])
+            grad_padded = torch.addcmul(
+                grad_padded, wide[:, width - 1 - j : width - 1 - j + padded.shape[1]], weight[j]
+            )
         taps = [(grad * padded[:, j : j + tokens]).sum((0, 1)) for j in range(width)]
         return grad_padded, torch.stack(taps)
