@@ -411,6 +411,10 @@ OWN = {
     "titans_to_initial": AssociativeMemory(MLP(2), L2(), algorithm=Momentum(), retain_to="initial"),
     "dla_momentum": AssociativeMemory(MLP(2), algorithm=Momentum(), retain_to="initial"),
     "deep_delta_l2": AssociativeMemory(MLP(2), L2(), Delta(), step_size="proximal", retain_to="initial"),
+    "deep_delta_normalized": replace(catalog["hope"], architecture=MLP(2), step_size="normalized"),
+    "deep_delta_l2_momentum": AssociativeMemory(
+        MLP(2), L2(), Delta(), Momentum(), step_size="proximal", retain_to="initial", chunk_size=8
+    ),
     "delta_momentum": AssociativeMemory(Matrix(), retention=Delta(), algorithm=Momentum()),
 }
 
@@ -449,7 +453,8 @@ def test_a_deep_hebbian_memory_never_outgrows_its_start():
         ({"memory": "titans", "max_step": 1.5}, "at most 1"),
         ({"memory": "titans", "gates": GateRule(lr="one")}, "Use lr='learned'"),
         ({"memory": "dla", "gates": GateRule(retain="one")}, "would never write"),
-        ({"memory": replace(catalog["hope"], algorithm=Momentum())}, "momentum together with delta"),
+        ({"memory": replace(catalog["hope"], algorithm=Momentum())}, "delta retention and momentum together"),
+        ({"memory": replace(catalog["hope"], step_size="normalized", retain_to="zero")}, "activations that vanish"),
         ({"memory": AssociativeMemory(MLP(2), retention=Delta())}, "hidden activations have no bounded norm"),
     ],
     ids=str,

@@ -16,9 +16,10 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
 ==============================  ==========================================================  ====================
 
 - *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
-  the map they change, so writes add up at most linearly. The hidden activations of an MLP have no bounded norm: there
-  only proximal and normalized steps, which divide by it, are stable, and a raw step is refused. So is momentum on an
-  MLP: it pushes on after the target is reached, each map through the other, and gradients overflow within 1,024 tokens.
+  the map they change, so writes add up at most linearly. Three forms on an MLP are refused: raw steps, since its hidden
+  activations have no bounded norm; momentum, which pushes on after the target is reached, each map through the other
+  (gradients overflow within 1,024 tokens of chunks of 8); and normalized steps with retention to zero, which divide by
+  activations that vanish.
 - *Dot product with decay on a matrix* has no feedback at all: a sum of bounded writes.
 - *Dot product with decay on an MLP*: each map's error grows with the other map. With ``r`` the larger of the two
   norms, and ``|act'| <= 1.13``, a chunk gives ``r <- A r + 1.13 r sum_s A_s eta_s``, where A are products of retain.
@@ -64,17 +65,7 @@ def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
     """
     largest = largest_step(memory)
     if is_deep(memory) and isinstance(memory.retention, Delta):
-        raw = [name for name in memory.architecture.shapes(1, 1) if memory.step_size_of(name) == "raw"]
-        if raw:
-            raise ValueError(
-                f"no bound keeps raw delta steps on an MLP stable (maps {raw}): its hidden activations have no "
-                "bounded norm. Use step_size='proximal' or 'normalized'."
-            )
-        if isinstance(memory.algorithm, Momentum):
-            raise ValueError(
-                "no useful bound keeps momentum together with delta retention on an MLP stable: momentum pushes on "
-                "after the target is reached, each map through the other. Use Descent(), or Decay() with Momentum()."
-            )
+        _refuse_unstable(memory)
     if max_step is None:
         return 1.0
     if not 0 < max_step <= largest:
@@ -83,6 +74,29 @@ def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
             "sequence of gates make the fast weights grow without bound."
         )
     return float(max_step)
+
+
+def _refuse_unstable(memory: AssociativeMemory) -> None:
+    """Raise for delta retention on an MLP in a form that no useful bound keeps stable."""
+    kinds = {name: memory.step_size_of(name) for name in memory.architecture.shapes(1, 1)}
+    if "raw" in kinds.values():
+        raise ValueError(
+            f"no bound keeps raw delta steps on an MLP stable (step_size {kinds}): its hidden activations have no "
+            "bounded norm. Use step_size='proximal' or 'normalized'."
+        )
+    if not isinstance(memory.objective, DotProduct):
+        return
+    if isinstance(memory.algorithm, Momentum):
+        raise ValueError(
+            "no useful bound keeps the dot-product objective, delta retention and momentum together stable on an MLP: "
+            "momentum pushes on after the target is reached, each map through the other. "
+            "Use Descent(), Decay() or L2()."
+        )
+    if "normalized" in kinds.values() and memory.retain_to == "zero":
+        raise ValueError(
+            f"normalized steps (step_size {kinds}) on an MLP that decays to zero divide by hidden activations that "
+            "vanish. Use retain_to='initial', or step_size='proximal'."
+        )
 
 
 def bounded_step(memory: AssociativeMemory, max_step: float, sigma: Tensor, retain: Tensor) -> Tensor:
