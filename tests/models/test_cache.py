@@ -90,6 +90,18 @@ def test_size_and_device(read):
     assert not tensors_of(cache.layers)[0].is_meta
 
 
+def test_size_does_not_depend_on_the_context(build, mixer):
+    """The states after 8 and after 64 tokens, both at a chunk's start; only full attention grows."""
+    model, sizes = build(mixer), []
+    for tokens in (8, 64):
+        cache = HopeCache()
+        with torch.no_grad():
+            model(torch.full((1, tokens), 7), past_key_values=cache)
+        sizes.append(cache.nbytes())
+    grows = mixer in ("attention", "levels")
+    assert (sizes[1] > sizes[0]) == grows
+
+
 def test_detached_state_carries_no_gradient(build, ids):
     model, cache = build(), HopeCache()
     model(ids, past_key_values=cache)

@@ -158,9 +158,7 @@ class CausalAttention(nn.Module):
         """Queries, keys and values ``[b, h, t, d]`` and the convolution's new tail."""
         mixed = self.qkv(x)
         if self.conv is not None:
-            mixed, view = self.conv(mixed, tail, mask, reset)
-            # As a view it would keep all tokens of this call alive.
-            tail = view.clone()
+            mixed, tail = self.conv(mixed, tail, mask, reset)
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v, tail
 

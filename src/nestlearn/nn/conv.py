@@ -52,7 +52,9 @@ class ShortConv(nn.Module):
         weight = self.weight.to(x.dtype)
         if mask is None and reset is None:
             padded = torch.cat([tail.to(x.dtype), x], 1)
-            return CausalTaps.apply(padded, weight), padded[:, padded.shape[1] - past :]  # type: ignore[return-value]
+            # A copy: as a view the tail would keep all tokens of this call alive.
+            tail = padded[:, padded.shape[1] - past :].clone()
+            return CausalTaps.apply(padded, weight), tail  # type: ignore[return-value]
         return self._placed(x, tail.to(x.dtype), weight, mask, reset)
 
     def _placed(
