@@ -122,6 +122,16 @@ def absorb(memory: AssociativeMemory, state: State, factors: dict[str, Factor], 
 
     Raises:
         ValueError: if t exceeds the chunk, or the factors do not fit the memory's maps.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.memory import Gates, absorb, catalog, surprise
+        >>> memory = catalog["ttt_linear"]
+        >>> state = memory.init_state((), 4, 4)
+        >>> factors = surprise(memory, state.anchor, torch.eye(4)[:3], torch.ones(3, 4))
+        >>> state = absorb(memory, state, factors, Gates(lr=torch.ones(3), retain=torch.ones(3)))
+        >>> state.params["W"].sum(0).tolist(), state.position.item()
+        ([4.0, 4.0, 4.0, 0.0], 3)
     """
     if set(factors) != set(state.params):
         raise ValueError(f"factors name the maps {sorted(factors)}, this memory has {sorted(state.params)}")
