@@ -86,7 +86,7 @@ def test_curves_are_compared_where_both_have_values():
     other = Curve("b", [10.0, 20.0], [50.0, 100.0], [0.5, 1.0], [4.0, 3.0])
     assert (compare("x", "tokens", hope, other).hope, compare("x", "tokens", hope, other).transformer) == (2.0, 3.0)
     row = compare("x", "flops", hope, other)
-    assert (row.hope, row.transformer, row.amount) == (3.0, 3.0, "1.00e+02 FLOPs")
+    assert (row.hope, row.transformer, row.amount) == (3.0, 3.0, "100 FLOPs (Hope at 50% of its schedule)")
     assert interpolate([1.0, 3.0], [0.0, 4.0], 2.5) == 3.0
     assert (interpolate([1.0, 3.0], [0.0, 4.0], 0.0), interpolate([1.0, 3.0], [0.0, 4.0], 9.0)) == (0.0, 4.0)
     with pytest.raises(ValueError, match="no held-out points"):

@@ -73,8 +73,9 @@ def eval_curve(log: list[dict[str, Any]], label: str) -> Curve:
 def compare(label: str, axis: str, hope: Curve, transformer: Curve) -> Row:
     """Both curves at the largest amount of `axis` that both runs reached."""
     amount = min(hope.total(axis), transformer.total(axis))
-    return Row(label, _amount(axis, amount), hope.at(axis, amount), transformer.at(axis, amount))
-
-
-def _amount(axis: str, value: float) -> str:
-    return {"tokens": f"{value:,.0f} tokens", "flops": f"{value:.2e} FLOPs", "seconds": f"{value:.0f} s"}[axis]
+    text = {"tokens": f"{amount:,.0f} tokens", "flops": f"{amount:.3g} FLOPs", "seconds": f"{amount:,.0f} s"}[axis]
+    # A schedule that is not over yet has not reached its best: say where a run is read before its end.
+    for name, curve in (("Hope", hope), ("Transformer", transformer)):
+        if amount < 0.995 * curve.total(axis):
+            text += f" ({name} at {amount / curve.total(axis):.0%} of its schedule)"
+    return Row(label, text, hope.at(axis, amount), transformer.at(axis, amount))

@@ -49,7 +49,7 @@ class DemoPlan:
     eval_length: int = 1024
     eval_documents: int = 32
     eval_bytes: int = 200_000
-    state_lengths: tuple[int, ...] = (64, 256, 1024, 4096)
+    state_lengths: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
     sample_tokens: int = 300
     seed: int = 0
     overrides: tuple[tuple[str, Any], ...] = ()

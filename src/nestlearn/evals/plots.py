@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Distinguishable with the common colour-vision deficiencies and on both backgrounds.
-BLUE, ORANGE, GREEN, GREY = "#2f7de1", "#e0762a", "#1f9d74", "#8a8f98"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f7de1", "#e0762a", "#1f9d74", "#a463d6", "#8a8f98"
 # A colour no line uses: matplotlib writes it for text and axes, then it becomes the colour of the page's text.
 _INK = "#010203"
 
@@ -117,7 +117,7 @@ def _legend(figure: Any, all_axes: Sequence[Axes]) -> None:
             handles.setdefault(label, handle)
     shown = {label: handle for label, handle in handles.items() if not label.startswith("_")}
     if shown:
-        columns = min(len(shown), 4)
+        columns = min(len(shown), 3)
         figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nestlearn.evals import page
 from nestlearn.evals.compare import Curve, Row
-from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, Line, Panel, chart
+from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
 from nestlearn.evals.result import EvalResult
 from nestlearn.train.checkpoint import write_text
 
@@ -170,7 +170,7 @@ def _positions(results: DemoResults) -> list[str]:
     middle = [(low + high) / 2 for low, high in pairwise(edges)]
     lines = [
         Line("Hope", middle, _curve(results, "hope", "on"), BLUE, band=result.details["stderr"]["on"]),
-        Line("Hope, writes off", middle, _curve(results, "hope", "off"), BLUE, style="--"),
+        Line("Hope, writes off", middle, _curve(results, "hope", "off"), PURPLE, style="--"),
         Line("Hope, memories exchanged", middle, _curve(results, "hope", "shuffled"), GREEN, style=":", width=2.4),
         Line("Transformer", middle, _curve(results, "transformer", "on"), ORANGE),
         Line("Transformer, caches exchanged", middle, _curve(results, "transformer", "shuffled"), GREY, style=":"),
@@ -202,7 +202,7 @@ def _state(results: DemoResults) -> list[str]:
         for name, sizes in results.state_bytes.items()
     ]
     panel = Panel(lines, "context length (bytes read)", "state of one sequence", x_log=True, y_log=True,
-                  x_format=_short, y_format=lambda value: _size(value))  # fmt: skip
+                  x_format=lambda value: f"{value:,.0f}", y_format=lambda value: _size(value))  # fmt: skip
     return [
         page.heading("What has to be kept"),
         page.figure(
@@ -225,40 +225,21 @@ def _numbers(results: DemoResults) -> list[str]:
     rows = [[row.label, row.amount, f"{row.hope:.3f}", f"{row.transformer:.3f}"] for row in results.rows]
     best = [2 if row.hope < row.transformer else 3 for row in results.rows]
     runs = [
-        [
-            run.label,
-            run.preset,
-            f"{run.parameters:,}",
-            f"{run.learning_rate:g}",
-            f"{run.steps:,}",
-            f"{run.last('tokens'):,.0f}",
-            f"{run.last('flops'):.2e}",
-            f"{run.last('seconds'):.0f}",
-            f"{run.last('tokens') / run.last('seconds'):,.0f}",
-            f"{results.evaluations[name]['bits_per_byte'].value:.3f} ± "
-            f"{results.evaluations[name]['bits_per_byte'].stderr or 0:.3f}",
-        ]
-        for name, run in results.runs.items()
+        ["preset", *(run.preset for run in results.runs.values())],
+        ["parameters", *(f"{run.parameters:,}" for run in results.runs.values())],
+        ["learning rate", *(f"{run.learning_rate:g}" for run in results.runs.values())],
+        ["steps", *(f"{run.steps:,}" for run in results.runs.values())],
+        ["bytes read", *(f"{run.last('tokens'):,.0f}" for run in results.runs.values())],
+        ["FLOPs", *(f"{run.last('flops'):.3g}" for run in results.runs.values())],
+        ["seconds", *(f"{run.last('seconds'):,.0f}" for run in results.runs.values())],
+        ["bytes per second", *(f"{run.last('tokens') / run.last('seconds'):,.0f}" for run in results.runs.values())],
+        ["bits per byte, held-out documents", *(_with_error(results.evaluations[name]) for name in results.runs)],
     ]
     return [
         page.heading("The numbers"),
         page.paragraph("Held-out bits per byte; the better one in bold."),
         page.table(["compared at", "amount", "Hope", "Transformer"], rows, best),
-        page.table(
-            [
-                "run",
-                "preset",
-                "parameters",
-                "learning rate",
-                "steps",
-                "bytes",
-                "FLOPs",
-                "seconds",
-                "bytes/s",
-                "held-out",
-            ],
-            runs,
-        ),
+        page.table(["run", *(run.label for run in results.runs.values())], runs),
         page.definitions(
             [
                 (
@@ -275,6 +256,11 @@ def _numbers(results: DemoResults) -> list[str]:
             ]
         ),
     ]
+
+
+def _with_error(evaluations: dict[str, EvalResult]) -> str:
+    result = evaluations["bits_per_byte"]
+    return f"{result.value:.3f} ± {result.stderr or 0:.3f}"
 
 
 def _repeat(results: DemoResults) -> list[str]:
