@@ -9,7 +9,7 @@ from torch import Tensor
 from nestlearn.models.cache import HopeCache
 
 
-def _may_look(x: Tensor) -> bool:
+def may_look(x: Tensor) -> bool:
     """Whether a value may decide in Python: on the CPU, outside compiled code (elsewhere it would stall the device)."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -22,7 +22,7 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
         )
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids has dtype {input_ids.dtype}; token ids are torch.long. Pass ids, not embeddings.")
-    if _may_look(input_ids):
+    if may_look(input_ids):
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
@@ -60,7 +60,7 @@ def token_mask(
             "the new tokens), 1 for a real token and 0 for padding."
         )
     mask = attention_mask[:, -time:].to(device=device, dtype=torch.bool)
-    return None if _may_look(mask) and bool(mask.all()) else mask
+    return None if may_look(mask) and bool(mask.all()) else mask
 
 
 def _pending(rows: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -112,4 +112,4 @@ def merge_resets(
     fresh = cache is None or not cache.layers
     # At the first token of a fresh state there is nothing to forget.
     seen = starts[:, 1:] if fresh and mask is None else starts
-    return (None if _may_look(starts) and not bool(seen.any()) else starts), remaining
+    return (None if may_look(starts) and not bool(seen.any()) else starts), remaining

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from nestlearn.models.cache import HopeCache, LayerState
 from nestlearn.models.config import HopeConfig
-from nestlearn.models.inputs import check_embeds, check_ids, merge_resets, token_mask
+from nestlearn.models.documents import find_documents, put_back, take
+from nestlearn.models.inputs import check_embeds, check_ids, may_look, merge_resets, token_mask
 from nestlearn.models.layers import HopeBlock
 
 
@@ -100,14 +101,14 @@ class HopeModel(HopePreTrainedModel):
         mask = token_mask(attention_mask, batch, time, x.device)
         position_ids = kwargs.get("position_ids")
         reset, pending = merge_resets(self.config.reset_token_id, ids, reset, position_ids, mask, cache, (batch, time))
-        states: list[LayerState | None] = list(cache.layers) if cache and cache.layers else [None] * len(self.layers)
-        after: list[LayerState] = []
-        visited = [x] if output_hidden_states or self.config.output_hidden_states else None
-        for block, state in zip(self.layers, states, strict=True):
-            x, state = block(x, state, mask, reset, writes, keep)
-            after.append(cast(LayerState, state))
-            if visited is not None:
-                visited.append(x)
+        wanted = output_hidden_states or self.config.output_hidden_states
+        visited: list[Tensor] | None = [x] if wanted else None
+        if reset is not None and mask is None and cache is None and not wanted and may_look(reset):
+            documents = find_documents(reset)
+            parts = [self._blocks(part, [], None, None, writes, False)[0] for part in take(x, documents)]
+            x, after = put_back(parts, documents, x), []
+        else:
+            x, after = self._blocks(x, cache.layers if cache else [], mask, reset, writes, keep, visited)
         x = self.norm(x)
         if visited is not None:
             visited[-1] = x
@@ -120,6 +121,27 @@ class HopeModel(HopePreTrainedModel):
             hidden_states=cast(Any, None if visited is None else tuple(visited)),
         )
         return output if return_dict is not False and self.config.return_dict else output.to_tuple()
+
+    def _blocks(
+        self,
+        x: Tensor,
+        before: list[LayerState],
+        mask: Tensor | None,
+        reset: Tensor | None,
+        writes: bool,
+        keep: bool,
+        visited: list[Tensor] | None = None,
+    ) -> tuple[Tensor, list[LayerState]]:
+        """The output of the last block and the states of all (of none without ``keep``)."""
+        states: list[LayerState | None] = [*before] or [None] * len(self.layers)
+        after: list[LayerState] = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, state = block(x, state, mask, reset, writes, keep)
+            if state is not None:
+                after.append(state)
+            if visited is not None:
+                visited.append(x)
+        return x, after
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The first hidden states, and the ids where they were given."""
