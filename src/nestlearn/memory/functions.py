@@ -135,3 +135,25 @@ class UnitNorm(torch.autograd.Function):
 def unit_norm(x: Float[Tensor, "... d"], eps: float = 1e-6) -> Float[Tensor, "... d"]:
     """``x / sqrt(||x||^2 + eps)``: L2-normalized, smooth at 0."""
     return UnitNorm.apply(x, eps)[0]  # type: ignore[index]
+
+
+class LimitGradient(torch.autograd.Function):
+    """The identity; its gradient is scaled down to norm ``limit`` per matrix if larger, and 0 if not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        norm = torch.linalg.matrix_norm(grad, keepdim=True)
+        return torch.where(torch.isfinite(norm), grad * (ctx.limit / norm).clamp(max=1), 0), None
+
+
+def limit_gradient(x: Float[Tensor, "*b out in"], limit: float) -> Float[Tensor, "*b out in"]:
+    """``x`` itself, cut off from gradients beyond ``limit``.
+
+    Where a recurrence is chaotic, gradients through it grow without bound and mean nothing; here they stay finite.
+    """
+    return LimitGradient.apply(x, limit)  # type: ignore[return-value]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,7 +24,7 @@ from nestlearn.memory import (
 )
 from nestlearn.memory.associative import StepSize
 from nestlearn.memory.chunked import Tokens, absorb_span, advance_span, anchored, run_span, split_tokens
-from nestlearn.memory.functions import unit_norm
+from nestlearn.memory.functions import limit_gradient, unit_norm
 from nestlearn.memory.layout import place, scatter_outputs, span_length
 from nestlearn.memory.types import Weights
 
@@ -33,26 +32,21 @@ from .conv import ShortConv
 from .fast import InitialWeights, check_tokens, full_precision, wide_dtype
 from .self_modifying_state import (
     FastWeights,
+    Projected,
     SelfModifyingState,
     back_to_initial,
     poison_state,
     quarantine,
     refresh,
     single,
+    split_projected,
     stacked,
 )
 from .stability import MAX_MOMENTUM
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
-
-
-class Projected(NamedTuple):
-    """What the projection memories make of a span of tokens; rows are ``batch * heads``."""
-
-    q: Tensor  # [r, c, d]
-    k: Tensor
-    v: Tensor
-    gates: Gates  # [r, c]
+GRADIENT_LIMIT = 1e6
+"""Norm beyond which the gradient of carried weights is scaled down, in the modes that are not contractive."""
 
 
 class SelfModifyingTitans(nn.Module):
@@ -68,11 +62,13 @@ class SelfModifyingTitans(nn.Module):
     Each stream ``x^m`` is a linear map of the input, a causal convolution of width 4 and SiLU, split in heads.
     q, k, v and the targets are L2-normalized per head. All initial states are meta-learned parameters.
 
-    **Bounds** (no gate the layer can emit makes the recurrence expand): alpha in (0, 1]; eta in (0, max_step);
-    momentum in (0, 0.9). ``normalized`` steps have max_step <= 2, so eigenvalues stay in [-1, 1]. The L2 objective is
-    anchored, so it has max_step <= 1, and with momentum ``eta <= (1 - beta) / projection_chunk_size``.
-    Without delta retention ``eta <= max_step (1 - alpha) (1 - beta)`` with max_step <= 1/2: what is written in steady
-    state stays smaller than the initial weights.
+    **Bounds** (no gate the layer can emit makes the recurrence expand): alpha in (0, 1], momentum beta in (0, 0.9), and
+    ``eta < max_step (1 - beta)``. Proximal steps contract at any max_step. ``normalized`` steps have max_step <= 2,
+    eigenvalues in [-1, 1]. The L2 objective feeds back the error at the anchor, so eta is also divided by
+    projection_chunk_size. Without delta retention ``eta < max_step (1 - alpha)`` with max_step <= 1/2: what is written
+    stays smaller than the initial weights. With eigenvalues near -1 a memory that writes its own targets is bounded but
+    chaotic: gradients through it grow exponentially. In every mode but the proximal one, the gradient of the weights
+    that pass from one span to the next is therefore scaled down to norm 1e6 where it is larger; below it is exact.
 
     Args:
         d_model: width of input and output.
@@ -150,6 +146,8 @@ class SelfModifyingTitans(nn.Module):
                 f"got {projection_chunk_size} and {memory_chunk_size}"
             )
         self.max_step = _bounded_step(max_step, self.memory)
+        proximal = all(self.memory.step_size_of(m) == "proximal" for m in ("in", "out"))
+        self.contractive = delta and proximal and objective == "dot" and not momentum
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.projection_chunk_size = projection_chunk_size
         self.adaptive = tuple(name for name in STREAMS if name in adaptive)
@@ -310,12 +308,10 @@ class SelfModifyingTitans(nn.Module):
         alpha, eta = alpha.flatten(0, 1), eta.flatten(0, 1)
         if not isinstance(self.memory.retention, Delta):
             eta = eta * (1 - alpha)
-        if beta is not None and not (
-            isinstance(self.memory.retention, Delta) and self.memory.objective == DotProduct()
-        ):
+        if beta is not None:
             eta = eta * (1 - beta)
-            if self.memory.objective == L2():
-                eta = eta / self.projection_chunk_size
+        if self.memory.objective == L2():
+            eta = eta / self.projection_chunk_size
         if not self.retention:
             alpha = torch.ones_like(alpha)
         if not writes:
@@ -341,7 +337,7 @@ class SelfModifyingTitans(nn.Module):
             span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag)
             kernels, starts, writes = absorb_span(self.memory, group, here, span, guard=False)
             group = advance_span(self.memory, group, kernels, starts, writes, span.valid)
-        return group._replace(extra={})
+        return self._carry(group._replace(extra={}))
 
     def _run_memory(
         self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None, update: bool
@@ -352,7 +348,14 @@ class SelfModifyingTitans(nn.Module):
         span = Tokens(made.q, made.k, target, made.gates, valid, reset)
         y, group = run_span(self.memory, group, span, "token", update=update, guard=False)
         assert y is not None
-        return y, group
+        return y, self._carry(group) if update else group
+
+    def _carry(self, group: State) -> State:
+        """The group as it goes on to the next span, its gradients finite whatever the gates were."""
+        if self.contractive:
+            return group
+        params = {m: limit_gradient(w, GRADIENT_LIMIT) for m, w in group.params.items()}
+        return group._replace(params=params, extra={})
 
     # --------------------------------------------------------------------------------------------- two schedules
 
@@ -375,7 +378,7 @@ class SelfModifyingTitans(nn.Module):
             if projections is not None:
                 projections = projections._replace(anchor=projections.params)
             made = self._project(projections, here, None if beta_cut is None else beta_cut[j], None, writes)
-            for i, part in enumerate(_pieces(made, size)):
+            for i, part in enumerate(split_projected(made, size)):
                 if i * size % self.memory.chunk_size == 0:
                     memory = memory._replace(anchor=memory.params)
                 update = return_state or begin + (i + 1) * size < tokens
@@ -495,8 +498,3 @@ def _bounded_step(max_step: float | None, memory: AssociativeMemory) -> float:
     if not 0 < step <= limit:
         raise ValueError(f"max_step must be in (0, {limit}] here ({why or 'positive'}), got {max_step}")
     return step
-
-
-def _pieces(made: Projected, size: int) -> list[Projected]:
-    cut = split_tokens((made.q, made.k, made.v, *made.gates), size)
-    return [Projected(q, k, v, Gates(*gates)) for q, k, v, *gates in cut]

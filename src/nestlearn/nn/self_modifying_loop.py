@@ -99,8 +99,8 @@ def _gates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor, x: Tensor) ->
     decays = not hasattr(layer.memory.retention, "gated")
     if decays:
         lr = lr * (1 - retain)
-    if beta is not None and (decays or not isinstance(layer.memory.objective, DotProduct)):
+    if beta is not None:
         lr = lr * (1 - beta)
-        if not isinstance(layer.memory.objective, DotProduct):
-            lr = lr / layer.projection_chunk_size
+    if not isinstance(layer.memory.objective, DotProduct):
+        lr = lr / layer.projection_chunk_size
     return lr, retain if layer.retention else torch.ones_like(retain), beta

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nestlearn.memory import State
+from nestlearn.memory import Gates, State
+from nestlearn.memory.chunked import split_tokens
 from nestlearn.memory.layout import poisoned_from
 from nestlearn.memory.types import Weights
 
@@ -31,6 +32,15 @@ class SelfModifyingState(NamedTuple):
     conv: Float[Tensor, "b w ch"]
     position: Int[Tensor, "b"]
     aligned: bool
+
+
+class Projected(NamedTuple):
+    """What the projection memories make of a span of tokens; rows are ``batch * heads``."""
+
+    q: Tensor  # [r, c, d]
+    k: Tensor
+    v: Tensor
+    gates: Gates  # [r, c]
 
 
 def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,3 +102,9 @@ def back_to_initial(group: State, rows: Tensor) -> State:
     """Rows that were reset inside the span: what follows in that chunk takes its errors at the initial weights."""
     anchor = {m: torch.where(_rows_like(rows, w), group.initial[m], w) for m, w in group.anchor.items()}
     return group._replace(anchor=anchor)
+
+
+def split_projected(made: Projected, size: int) -> list[Projected]:
+    """Pieces of ``size`` tokens."""
+    cut = split_tokens((made.q, made.k, made.v, *made.gates), size)
+    return [Projected(q, k, v, Gates(*gates)) for q, k, v, *gates in cut]
