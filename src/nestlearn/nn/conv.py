@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nestlearn.memory.layout import compaction
 
@@ -20,16 +21,17 @@ class ShortConv(nn.Module):
     Args:
         channels: number of channels.
         width: tokens seen, the current one included.
+        silu: apply SiLU to the outputs.
 
     Raises:
         ValueError: if ``width`` or ``channels`` is not positive.
     """
 
-    def __init__(self, channels: int, width: int = 4):
+    def __init__(self, channels: int, width: int = 4, silu: bool = False):
         super().__init__()
         if width < 1 or channels < 1:
             raise ValueError(f"ShortConv needs positive channels and width, got channels={channels}, width={width}")
-        self.channels, self.width = channels, width
+        self.channels, self.width, self.silu = channels, width, silu
         self.weight = nn.Parameter(torch.empty(width, channels))
         self.reset_parameters()
 
@@ -54,7 +56,7 @@ class ShortConv(nn.Module):
             padded = torch.cat([tail.to(x.dtype), x], 1)
             # A copy: as a view the tail would keep all tokens of this call alive.
             tail = padded[:, padded.shape[1] - past :].clone()
-            return CausalTaps.apply(padded, weight), tail  # type: ignore[return-value]
+            return CausalTaps.apply(padded, weight, self.silu), tail  # type: ignore[return-value]
         return self._placed(x, tail.to(x.dtype), weight, mask, reset)
 
     def _placed(
@@ -76,7 +78,7 @@ class ShortConv(nn.Module):
         padded = torch.cat([tail, x], 1)
         document = None
         if reset is not None:
-            document = torch.nn.functional.pad(reset.long().cumsum(1), (past, 0))
+            document = F.pad(reset.long().cumsum(1), (past, 0))
         y = torch.zeros_like(x)
         for j in range(self.width):
             tap = padded[:, past - j : past - j + tokens]
@@ -84,6 +86,7 @@ class ShortConv(nn.Module):
                 same = document[:, past - j : past - j + tokens] == document[:, past:]
                 tap = torch.where(same.unsqueeze(-1), tap, 0)
             y = torch.addcmul(y, tap, weight[past - j])
+        y = F.silu(y) if self.silu else y
         end = torch.full((rows,), tokens, device=x.device) if count is None else count
         last = end[:, None] + torch.arange(past, device=x.device)
         new_tail = padded[row, last]
@@ -100,34 +103,74 @@ class ShortConv(nn.Module):
         return 2 * self.width * self.channels
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, width={self.width}"
+        return f"{self.channels}, width={self.width}, silu={self.silu}"
+
+
+BLOCK = 32
+"""Tokens whose channels are worked on at once: a few hundred kilobytes stay in a core's cache, a whole batch does not."""
 
 
 class CausalTaps(torch.autograd.Function):
-    """``y_t = sum_j w_j * padded_{t+j}`` with a gradient that keeps only its inputs.
+    """``y_t = sum_j w_j * padded_{t+j}``, then SiLU if asked; the gradient keeps only its inputs.
 
-    Channels last throughout: no transposes, which is where a grouped ``conv1d`` spends its time on a CPU.
+    Channels last throughout: no transposes, which is where a grouped ``conv1d`` spends its time on a CPU. The value
+    before SiLU is computed again in the backward pass, block by block: cheaper than reading it back from memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
-        width = weight.shape[0]
-        tokens = padded.shape[1] - width + 1
-        y = padded[:, :tokens] * weight[0]
-        for j in range(1, width):
-            y.addcmul_(padded[:, j : j + tokens], weight[j])
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, silu: bool) -> Tensor:
         ctx.save_for_backward(padded, weight)
+        ctx.silu = silu
+        tokens = padded.shape[1] - weight.shape[0] + 1
+        y = padded.new_empty(padded.shape[0], tokens, padded.shape[2])
+        for first in range(0, tokens, _block(padded)):
+            block = y[:, first : first + _block(padded)]
+            _taps(padded[:, first:], weight, block)
+            if silu:
+                F.silu(block, inplace=True)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         padded, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable_gradient(padded, weight, grad, ctx.silu), None)
         width, tokens = weight.shape[0], grad.shape[1]
-        wide = torch.nn.functional.pad(grad, (0, 0, width - 1, width - 1))
-        grad_padded = wide[:, width - 1 : width - 1 + padded.shape[1]] * weight[0]
-        for j in range(1, width):
-            grad_padded = torch.addcmul(
-                grad_padded, wide[:, width - 1 - j : width - 1 - j + padded.shape[1]], weight[j]
-            )
-        taps = [(grad * padded[:, j : j + tokens]).sum((0, 1)) for j in range(width)]
-        return grad_padded, torch.stack(taps)
+        grad_padded, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
+        for first in range(0, tokens, _block(padded)):
+            here = grad[:, first : first + _block(padded)]
+            if ctx.silu:
+                before = torch.empty_like(here)
+                _taps(padded[:, first:], weight, before)
+                here = torch.ops.aten.silu_backward(here, before)
+            for j in range(width):
+                cut = slice(first + j, first + j + here.shape[1])
+                grad_padded[:, cut].addcmul_(here, weight[j])
+                grad_weight[j] += (here * padded[:, cut]).sum((0, 1))
+        return grad_padded, grad_weight, None
+
+
+def _block(padded: Tensor) -> int:
+    # On an accelerator one large kernel beats many small ones.
+    return BLOCK if padded.device.type == "cpu" else padded.shape[1]
+
+
+def _taps(padded: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write ``sum_j w_j * padded_{t+j}`` for the first tokens into ``out``."""
+    tokens = out.shape[1]
+    torch.mul(padded[:, :tokens], weight[0], out=out)
+    for j in range(1, weight.shape[0]):
+        out.addcmul_(padded[:, j : j + tokens], weight[j])
+
+
+def _differentiable_gradient(padded: Tensor, weight: Tensor, grad: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """The same gradient out of place, for a second derivative."""
+    width, tokens = weight.shape[0], grad.shape[1]
+    if silu:
+        before = torch.stack([padded[:, j : j + tokens] * weight[j] for j in range(width)]).sum(0)
+        gate = torch.sigmoid(before)
+        grad = grad * (gate + before * gate * (1 - gate))
+    wide = F.pad(grad, (0, 0, width - 1, width - 1))
+    shifted = [wide[:, width - 1 - j : width - 1 - j + padded.shape[1]] * weight[j] for j in range(width)]
+    taps = [(grad * padded[:, j : j + tokens]).sum((0, 1)) for j in range(width)]
+    return torch.stack(shifted).sum(0), torch.stack(taps)

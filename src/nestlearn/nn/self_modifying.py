@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nestlearn.memory import (
     L2,
@@ -154,7 +153,7 @@ class SelfModifyingTitans(nn.Module):
         self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
         self.retention = retention
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
-        self.conv = ShortConv(len(STREAMS) * d_model, conv_size)
+        self.conv = ShortConv(len(STREAMS) * d_model, conv_size, silu=True)
         names = (*self.adaptive, "memory")
         initial = {name: InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head) for name in names}
         self.initial = nn.ModuleDict(initial)
@@ -237,7 +236,7 @@ class SelfModifyingTitans(nn.Module):
         """Streams ``[b, heads, streams, t, d]``, momentum gate ``[b, heads, t]``, both wide, and the new tail."""
         mixed, end = self.conv(self.streams(x), tail, mask, reset)
         wide = wide_dtype(x)
-        mixed = F.silu(mixed).to(wide)
+        mixed = mixed.to(wide)
         split = mixed.unflatten(-1, (len(STREAMS), self.num_heads, self.d_head)).permute(0, 3, 2, 1, 4)
         beta = None
         if self.beta_gate is not None:
