@@ -62,6 +62,17 @@ def objective(level: FastLevel, weights: dict[str, Tensor], x: Tensor, u: Tensor
     return -(prediction @ u) if level.level.rule == "delta" else 0.5 * ((prediction - target) ** 2).sum()
 
 
+def growth(start: dict[str, Tensor]) -> Tensor:
+    """The squared norms of a curvature, all maps but one, over their expectation at a random start."""
+    now, expected = torch.zeros((), dtype=torch.float64), 0.0
+    for weight in start.values():
+        now = now + (torch.linalg.svdvals(weight) ** 8).sum() ** 0.25
+        out, width = weight.shape
+        y = out / width
+        expected += (out * (1 + 6 * y + 6 * y * y + y**3)) ** 0.25 / 3
+    return torch.clamp(now / expected, min=1) ** (len(start) - 1)
+
+
 def learn(level: FastLevel, weights: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     """The weights after one period: errors of all tokens at the weights before it, by autograd of the objective."""
     start, new = dict(level.initial.items()), dict(weights)
@@ -80,7 +91,7 @@ def learn(level: FastLevel, weights: dict[str, Tensor], tokens: Tensor) -> dict[
                 step = eta / (1 + eta * (z @ z))
                 kept = retain * distance - step * torch.outer(distance @ z, z)
             else:
-                step = eta / (4 * level.period)
+                step = eta / (4 * level.period * growth(start))
                 kept = retain * distance
             new[name] = start[name] + kept - step * gradients[name]
     return new
@@ -353,8 +364,11 @@ def saturated(cms: ContinuumMemory, keep: float) -> ContinuumMemory:
 def test_finite_at_extreme_inputs(rule, activation, kind):
     """A long stream of noise, of one token and of two opposite ones, with the gate fully open."""
     levels = [Level(16, 2, rule=rule), Level(64, 2, rule=rule)]
-    for keep, scale in ((30.0, 1.0), (30.0, 1e4), (-30.0, 1.0)):
+    for keep, scale, grown in ((30.0, 1.0, 1.0), (30.0, 1e4, 1.0), (-30.0, 1.0, 1.0), (30.0, 1.0, 3.0)):
         cms = saturated(make(levels, 8, activation), keep)
+        for level in cms.networks:
+            for weight in level.initial.values():
+                torch.nn.init.normal_(weight, 0, grown * float(weight.detach().std()))
         x = torch.randn(1, 1024, 8)
         x = x if kind == "random" else x[:, :1].expand(1, 1024, 8)
         if kind == "alternating":

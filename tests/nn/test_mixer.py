@@ -15,6 +15,7 @@ from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Matrix, M
 from nestlearn.nn import GateRule, MemoryMixer, MixerState
 from nestlearn.nn import mixer as mixer_module
 from nestlearn.nn.fast import unit
+from nestlearn.nn.stability import outgrown
 from nestlearn.nn.state import index_rows, map_tensors, reset_rows
 
 NAMES = sorted(catalog)
@@ -67,10 +68,23 @@ def naive_gates(layer: MemoryMixer, x: Tensor, head: int) -> tuple[Tensor, Tenso
         return one, retain, beta
     lr = layer.max_step * sigma("lr")
     if isinstance(memory.objective, L2):
-        lr = lr * left / max(memory.chunk_size, 1 if beta is None else 4 / left) / (4 if deep else 1)
+        lr = lr * left / max(memory.chunk_size, 1 if beta is None else 4 / left)
+        lr = lr / (2 * growth(layer, head)) if deep else lr
     elif deep and isinstance(memory.retention, Decay):
         lr = lr * (1 - retain) * left**2 / 2
     return lr, retain, beta
+
+
+def growth(layer: MemoryMixer, head: int) -> Tensor:
+    """`outgrown` from singular values, against its expectation over random starts."""
+    assert layer.initial is not None
+    now, start = torch.zeros((), dtype=torch.float64), 0.0
+    for weight in layer.initial.values():
+        now = now + (torch.linalg.svdvals(weight[head]) ** 8).sum() ** 0.25
+        out, width = weight.shape[1:]
+        y = out / width
+        start += (out * (1 + 6 * y + 6 * y * y + y**3)) ** 0.25
+    return torch.clamp(now / start, min=1)
 
 
 def naive(layer: MemoryMixer, x: Tensor) -> Tensor:
@@ -346,7 +360,7 @@ def test_reset_parameters_restores_the_special_starts():
 def test_retnet_decays_by_a_constant_per_head():
     layer = make("retnet", heads=2, conv_size=0)
     assert layer.gates is None
-    gates = layer._gates(torch.zeros(1, 3, 8), True)
+    gates = layer._gates(torch.zeros(1, 3, 8), {}, True)
     assert gates.retain.tolist() == [[[1 - 2**-5] * 3, [1 - 2**-6] * 3]]
     assert (gates.lr == 1).all()
 
@@ -423,6 +437,30 @@ OWN = {
 def test_finite_for_memories_outside_the_catalog(name):
     for mode, kind in (("open", "constant"), ("open", "alternating"), ("mixed", "random")):
         assert_finite(saturated(MemoryMixer(8, 1, OWN[name]), mode), inputs(kind, 1024, 1.0))
+
+
+@pytest.mark.parametrize("name", ["ttt_mlp", "titans"])
+def test_finite_when_the_initial_weights_have_grown(name):
+    """Outer training may enlarge the initial weights: the bound follows them, also in a single direction."""
+    for growing in (lambda w: 3 * w, lambda w: w + 4 * torch.ones_like(w) / math.sqrt(w[0].numel())):
+        layer = saturated(MemoryMixer(8, 1, name), "open")
+        assert layer.initial is not None
+        with torch.no_grad():
+            for weight in layer.initial.values():
+                weight.copy_(growing(weight))
+        for kind in ("random", "constant", "alternating"):
+            assert_finite(layer, inputs(kind, 1024, 1.0))
+
+
+def test_growth_is_one_at_the_start_and_bounds_the_spectral_norm():
+    start = {"in": torch.randn(5, 256, 64) / 8, "out": torch.randn(5, 64, 256) / 16}
+    torch.testing.assert_close(outgrown(start), torch.ones(5), rtol=0.03, atol=0)
+    torch.testing.assert_close(outgrown({n: 2 * w for n, w in start.items()}), torch.full((5,), 4.0), rtol=0.03, atol=0)
+    assert (outgrown({n: w / 2 for n, w in start.items()}) == 1).all()
+    one_direction = {n: w + 100 * torch.ones_like(w) / 128 for n, w in start.items()}
+    spectral = sum(torch.linalg.matrix_norm(w, 2).square() for w in one_direction.values())
+    at_start = sum(torch.linalg.matrix_norm(w, 2).square() for w in start.values())
+    assert (outgrown(one_direction) > 0.5 * spectral / at_start).all()
 
 
 def test_a_deep_hebbian_memory_never_outgrows_its_start():

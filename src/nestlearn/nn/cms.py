@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import L2, AssociativeMemory, Decay, Delta, DotProduct, Gates, State, scan
+from nestlearn.memory.types import Weights
 
 from .fast import (
     FastState,
@@ -27,6 +28,7 @@ from .fast import (
 from .ffn import Activation, FeedForward, hidden_size
 from .flops import scan_flops
 from .network import Network
+from .stability import outgrown
 
 KEPT_PER_PERIOD = 4.0
 """Initial logit of what a level keeps over one period: sigmoid(4) = 0.98."""
@@ -87,8 +89,8 @@ class FastLevel(nn.Module):
     - ``delta``: objective ``-<M(x), u>`` with delta retention and the proximal step of each map.
 
     **Bounds** (no gate the level can emit makes it expand), with sigma_t a sigmoid of x_t: over a period a level keeps
-    a learned fraction of what it has written. ``descent``: ``eta_t = lr sigma_t / (4 C max(d, ||x_t||^2))``: a period
-    of one repeated token takes a quarter of the step that would reach the target of a linear map. ``delta``:
+    a learned fraction of what it has written. ``descent``: ``eta_t = lr sigma_t / (4 g C max(d, ||x_t||^2))``: a
+    period of one repeated token takes a quarter of the step that would reach the target of a linear map. ``delta``:
     ``eta_t = lr sigma_t / max(d, ||x_t||^2)`` before the proximal step, whose eigenvalue along each map's input is in
     [-1, 1]. The dot product has no minimum, and the three maps of SwiGLU push each other beyond any step: refused.
     """
@@ -144,29 +146,31 @@ class FastLevel(nn.Module):
             initial = {name: weight.to(x.dtype) for name, weight in self.initial.items()}
             start = self._start(state, initial, x)
             value = self._value(x, initial)
-            gates = self._gates(x, writes)
+            gates = self._gates(x, initial, writes)
             y, end = scan(self.memory, start, x, x, value, gates, mask=mask, reset=reset, return_state=return_state)
         return y.to(dtype), pack(end) if return_state else None
 
-    def _start(self, state: FastState | None, initial: dict[str, Tensor], x: Tensor) -> State:
+    def _start(self, state: FastState | None, initial: Weights, x: Tensor) -> State:
         rows, width = (x.shape[0],), self.d_model
         if state is None:
             return self.memory.init_state(rows, width, width, initial, dtype=x.dtype, device=x.device)
         return unpack(state, initial, rows)
 
-    def _value(self, x: Tensor, initial: dict[str, Tensor]) -> Tensor:
+    def _value(self, x: Tensor, initial: Weights) -> Tensor:
         value = F.linear(x, self.value.to(x.dtype))
         value = value * torch.rsqrt(1 + value.square().mean(-1, keepdim=True))
         if self.level.rule == "delta":
             return value
         return value + self.memory.architecture(lambda name, u: F.linear(u, initial[name]), x)
 
-    def _gates(self, x: Tensor, writes: bool) -> Gates:
+    def _gates(self, x: Tensor, initial: Weights, writes: bool) -> Gates:
         """Step size and kept fraction of every token; see the class docstring for their bounds."""
         step = self.level.lr * torch.sigmoid(self.gate(x)["lr"].squeeze(1))
         step = step / x.square().sum(-1).clamp(min=self.d_model)
         if self.level.rule == "descent":
-            step = step / (4 * self.period)
+            # A curvature is a product of the squared norms of all maps but one.
+            growth = outgrown(initial, Network.gain) ** (len(initial) - 1)
+            step = step / (4 * self.period * growth)
         retain = torch.exp(F.logsigmoid(self.keep.to(x.dtype)) / self.period).expand_as(step)
         return Gates(step if writes else torch.zeros_like(step), retain)
 

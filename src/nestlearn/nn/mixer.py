@@ -168,11 +168,12 @@ class MemoryMixer(nn.Module):
             x = torch.where(mask.unsqueeze(-1), x, 0)
         q, k, v, tail = self._heads(x, None if state is None else state.conv, mask, reset)
         with full_precision(x):
-            gates = self._gates(x, writes)
+            initial = self._initial(q)
+            gates = self._gates(x, initial, writes)
             heads = (-1, self.num_heads, -1)
             y, end = scan(
                 self.memory,
-                self._start(state, q),
+                self._start(state, initial, q),
                 q,
                 k,
                 v,
@@ -200,7 +201,7 @@ class MemoryMixer(nn.Module):
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.d_head)).permute(2, 0, 3, 1, 4)
         return unit(q), unit(k), unit(v) if is_deep(self.memory) else v, tail
 
-    def _gates(self, x: Tensor, writes: bool) -> Gates:
+    def _gates(self, x: Tensor, initial: Weights, writes: bool) -> Gates:
         """Bounded gates ``[b, h, t]``; see `nestlearn.nn.stability`."""
         logits = {} if self.gates is None else self.gates(x)
         ones = x.new_ones(x.shape[0], self.num_heads, x.shape[1], dtype=wide_dtype(x))
@@ -212,14 +213,13 @@ class MemoryMixer(nn.Module):
             retain = ones * (1 - 2.0 ** (-5 - head)).unsqueeze(-1)
         lr = ones
         if self.rule.lr == "learned":
-            lr = bounded_step(self.memory, self.max_step, torch.sigmoid(logits["lr"]), retain)
+            lr = bounded_step(self.memory, self.max_step, torch.sigmoid(logits["lr"]), retain, initial)
         momentum = MAX_MOMENTUM * torch.sigmoid(logits["momentum"]) if "momentum" in logits else None
         return Gates(lr if writes else torch.zeros_like(lr), retain, momentum)
 
-    def _start(self, state: MixerState | None, like: Tensor) -> State:
+    def _start(self, state: MixerState | None, initial: Weights, like: Tensor) -> State:
         """The memory's state before the first token of this call."""
         rows = (like.shape[0], self.num_heads)
-        initial = self._initial(like)
         if state is None:
             return self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=like.dtype, device=like.device)
         return unpack(state.memory, initial, rows)

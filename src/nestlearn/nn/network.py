@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ class Network:
 
     hidden: int
     activation: Activation = "swiglu"
+
+    gain: ClassVar[float] = 1 / 3
+    """Variance of an initial weight times its fan-in."""
 
     @property
     def query_map(self) -> str:

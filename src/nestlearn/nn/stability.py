@@ -12,7 +12,7 @@ dot product, delta              ``max_step sigma``                              
 dot product, decay, matrix      ``max_step sigma``                                          any
 dot product, decay, MLP         ``max_step sigma (1 - retain) (1 - b)^2 / 2``               1
 any other, matrix               ``max_step sigma (1 - b) / max(C, 4 / (1 - b))``            1
-any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / 4``        1
+any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / 2g``       1
 ==============================  ==========================================================  ====================
 
 - *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
@@ -27,17 +27,21 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
 - *Other objectives* feed back the error at the chunk's first weights: a chunk multiplies the error by
   ``I - sum_t eta_t k_t k_t^T``, whose eigenvalues lie in [0, 1] if C steps add up to 1. Momentum multiplies the effect
   of a step by ``1 / (1 - b)`` and, over chunks shorter than ``1 / (1 - b)``, needs the critical damping of a heavy
-  ball, ``eta <= (1 - b)^2 / 4``. In an MLP the hidden activations and the second map multiply the curvature; the
-  quarter was found by experiment (docs/decisions.md).
+  ball, ``eta <= (1 - b)^2 / 4``. In an MLP the hidden activations and the second map multiply the curvature: the half
+  was found by experiment for initial weights at their random start (docs/decisions.md), and ``g >= 1`` is how far
+  training has let the initial weights outgrow that start (`outgrown`).
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Matrix, Momentum
+from nestlearn.memory.types import Weights
 
 MAX_MOMENTUM = 0.9
 
@@ -99,12 +103,45 @@ def _refuse_unstable(memory: AssociativeMemory) -> None:
         )
 
 
-def bounded_step(memory: AssociativeMemory, max_step: float, sigma: Tensor, retain: Tensor) -> Tensor:
-    """The step size a layer emits for ``sigma`` in [0, 1]; see the module documentation."""
+def outgrown(initial: Weights, gain: float = 1.0) -> Float[Tensor, "*b"]:
+    """How far initial weights have outgrown a random start with entries of variance ``gain / in``; at least 1.
+
+    The ratio of ``sum_maps s(W)^2`` to what it is at the start, where ``s(W)^8 = tr (W W^T)^4`` bounds the spectral
+    norm from above, by no more than a factor ``rank^(1/8)``. At the start, by the fourth moment of the
+    Marchenko-Pastur law, ``s^8 = gain^4 out (1 + 6 y + 6 y^2 + y^3)`` with ``y = out / in``.
+
+    Args:
+        initial: ``{map: [*b, out, in]}``.
+        gain: variance of a random start times its fan-in.
+    """
+    now: Tensor | float = 0.0
+    start = 0.0
+    for weight in initial.values():
+        out, width = weight.shape[-2:]
+        gram = weight.mT @ weight if width < out else weight @ weight.mT
+        # The small number keeps the gradient of the root finite for a map of zeros.
+        now = now + ((gram @ gram).square().sum((-2, -1)) + 1e-24) ** 0.25
+        y = out / width
+        start += gain * (out * (1 + 6 * y + 6 * y**2 + y**3)) ** 0.25
+    return torch.clamp(torch.as_tensor(now) / start, min=1)
+
+
+def bounded_step(
+    memory: AssociativeMemory,
+    max_step: float,
+    sigma: Float[Tensor, "b h t"],
+    retain: Float[Tensor, "b h t"],
+    initial: Weights,
+) -> Float[Tensor, "b h t"]:
+    """The step size a layer emits for ``sigma`` in [0, 1]; see the module documentation.
+
+    ``initial: {map: [h, out, in]}`` are the weights that each head starts from.
+    """
     damping = 1 - (MAX_MOMENTUM if isinstance(memory.algorithm, Momentum) else 0.0)
     if not isinstance(memory.objective, DotProduct):
         tokens = max(memory.chunk_size, 4 / damping if damping < 1 else 1)
-        return sigma * (max_step * damping / tokens / (4 if is_deep(memory) else 1))
+        step = sigma * (max_step * damping / tokens)
+        return step / (2 * outgrown(initial).unsqueeze(-1)) if is_deep(memory) else step
     if isinstance(memory.retention, Delta) or not is_deep(memory):
         return sigma * max_step
     return sigma * (1 - retain) * (max_step * damping**2 / 2)
