@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -90,6 +91,8 @@ def train(
         return
     _tune(verbose)
     result = run(settings, resume=resume)
+    if os.environ.get("RANK", "0") != "0":
+        return
     Console().print(
         f"Saved {result.out}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s; "
         f"held-out {result.eval_bits_per_byte:.3f} bits per byte."

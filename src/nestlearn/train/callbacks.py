@@ -55,7 +55,8 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
-        self.bar.start()
+        if state.is_world_process_zero:
+            self.bar.start()
         self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, status="")
         self.tokens_before, self.seconds_before = self.meter.tokens, self.meter.seconds
         self.began, self.started_at = time.perf_counter(), state.global_step
@@ -73,7 +74,7 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_kwargs: Any,
     ) -> None:
-        if not logs:
+        if not logs or not state.is_world_process_zero:
             return
         if "eval_bits_per_byte" in logs:
             self.console.print(

@@ -87,16 +87,13 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     progress = Meter.load(last) if last else Meter()
     if last and isinstance(data.train, RecordedStream):
         data.train.load(last)
-    if resume:
-        cut_log(out, checkpoint.step_of(last) if last else 0)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(out))
-    checkpoint.write_text(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1))
-    title = Path(config.preset).name
-    bar, stop = ProgressBar(progress, console, title), StopOnSignal(console)
+    bar, stop = ProgressBar(progress, console, Path(config.preset).name), StopOnSignal(console)
     with stop, quiet_engine():
         trainer = build_trainer(config, model, tokenizer, data, progress)
+        # Every process has seen the folder as it was; only then may the first one write into it.
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            _begin_folder(config, tokenizer, last)
         for callback in (StepTimer(progress), bar, stop):
             trainer.add_callback(callback)
         try:
@@ -107,6 +104,17 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             raise _interrupted(trainer, stop.received, out)
         export(trainer, out)
     return _result(trainer, out)
+
+
+def _begin_folder(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, last: Path | None) -> None:
+    """Write what a run starts with, or cut the log of a resumed one back to its checkpoint."""
+    out = Path(config.out)
+    if last is not None:
+        cut_log(out, checkpoint.step_of(last))
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(out))
+    checkpoint.write_text(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1))
 
 
 def _starting_point(config: TrainConfig, out: Path, resume: bool) -> Path | None:
@@ -219,6 +227,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "eval_strategy": "steps",
         "eval_steps": config.eval_interval or config.steps,
         "prediction_loss_only": True,
+        "log_level": "error",
+        "log_level_replica": "error",
         "save_strategy": "steps",
         "save_steps": config.save_interval,
         "save_total_limit": config.keep_checkpoints,
