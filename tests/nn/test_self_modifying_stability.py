@@ -1,0 +1,99 @@
+"""No gate the layer can emit makes it expand: saturated gates, long texts, low precision; long training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestlearn.nn import SelfModifyingTitans
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "any-step": {"max_step": 50.0},
+    "momentum": {"momentum": True},
+    "l2": {"objective": "l2"},
+    "l2-momentum-normalized": {"objective": "l2", "momentum": True, "step_size": "normalized"},
+    "gradient-descent": {"delta": False},
+    "gradient-descent-momentum": {"delta": False, "momentum": True},
+    "no-retention-momentum": {"retention": False, "momentum": True},
+    "normalized": {"step_size": "normalized", "max_step": 2.0},
+    "normalized-momentum": {"step_size": "normalized", "max_step": 2.0, "momentum": True},
+    "per-map": {"step_size": {"in": "normalized", "out": "proximal"}, "max_step": 2.0},
+}
+LENGTHS = [1024, pytest.param(32768, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+
+
+def saturated(variant: str, by: str) -> SelfModifyingTitans:
+    """A layer whose gates are driven to their ends by its inputs, or stand fully open."""
+    layer = SelfModifyingTitans(
+        8, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=256, **VARIANTS[variant]
+    )
+    with torch.no_grad():
+        layer.streams.weight.normal_(std=0.35)
+        if by == "inputs":
+            layer.eta_vector.normal_(std=3)
+            layer.alpha_vector.normal_(std=3)
+        else:
+            layer.eta_bias.fill_(50)
+            layer.alpha_bias.fill_(50 if VARIANTS[variant].get("delta", True) else 3)
+        if layer.beta_gate is not None:
+            layer.beta_gate.bias.fill_(20)
+    return layer.bfloat16()
+
+
+def stream(kind: str, length: int) -> Tensor:
+    if kind == "random":
+        x = torch.randn(1, length, 8)
+    elif kind == "constant":
+        x = torch.randn(1, 1, 8).expand(1, length, 8)
+    else:
+        x = torch.randn(1, 2, 8).repeat(1, length // 2, 1)
+    return (100 * x).bfloat16().clone()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saturated_gates_stay_finite_forward_and_backward(variant: str, kind: str, length: int) -> None:
+    for by in ("inputs", "open gates"):
+        layer, x = saturated(variant, by), stream(kind, length).requires_grad_()
+        y, state = layer(x)
+        assert torch.isfinite(y).all()
+        for group in (state.memory, state.projections):
+            assert all(w.abs().max() < 1e4 for w in group.params.values())
+        gradients = torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()], allow_unused=True)
+        assert all(torch.isfinite(g).all() for g in gradients if g is not None)
+
+
+def train(steps: int, length: int) -> tuple[float, float]:
+    """First and last loss of one layer that learns to repeat what it read 16 tokens before."""
+    layer = SelfModifyingTitans(32, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=256)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(1, length, 32)
+        y = layer(x, return_state=False)[0]
+        loss = (y[:, 16:] - x[:, :-16]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+def test_a_little_training_lowers_the_loss() -> None:
+    first, last = train(30, 128)
+    assert last < first
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_thousand_steps_stay_finite() -> None:
+    first, last = train(2000, 2048)
+    assert last < first
