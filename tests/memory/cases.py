@@ -38,7 +38,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "chunk_size": (1, 4, 16, 64, 128, 192),
     "read": ("token", "chunk"),
     "flags": ("none", "mask", "reset", "both"),
-    "tokens": (1, 63, 100, 200),
+    "tokens": (1, 63, 100),
     "batch": (1, 3),
 }
 
@@ -81,14 +81,11 @@ class Case:
 
 
 def legal(setting: dict[str, Any]) -> bool:
-    """Whether a (possibly partial) setting can be part of a memory. Also keeps the token loop affordable."""
+    """Whether a (possibly partial) setting can be part of a memory."""
     step, retention, arch = (setting.get(axis) for axis in ("step_size", "retention", "architecture"))
     if step not in (None, "raw") and isinstance(retention, Decay):
         return False
-    if step == "mixed" and isinstance(arch, Matrix):
-        return False
-    # 200 tokens are there to split a chunk of 192 in spans and to go past it.
-    return setting.get("tokens") != 200 or setting.get("chunk_size") in (None, 192)
+    return not (step == "mixed" and isinstance(arch, Matrix))
 
 
 def product(axes: dict[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool] = legal) -> Iterator[dict]:

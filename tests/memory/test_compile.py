@@ -12,14 +12,16 @@ from nestlearn.memory import L2, MLP, Delta, Matrix, State, scan
 
 from .cases import Case, Inputs, make_inputs, start, state_tensors
 
-DEEP = Case(MLP(2), L2(), Delta(), "proximal", momentum=False, retain_to="initial", chunk_size=4, tokens=5)
+DEEP = Case(MLP(2), L2(), Delta(), "proximal", momentum=False, retain_to="initial", chunk_size=8, tokens=5)
+LARGE = replace(DEEP, momentum=True, chunk_size=4, tokens=11)
 LINEAR = Case(Matrix(), step_size="raw", momentum=False, read="chunk", flags="mask", tokens=5)
 CASES = [
-    pytest.param(replace(DEEP, momentum=True), "eager", id="aligned"),
+    pytest.param(replace(DEEP, momentum=True, chunk_size=4), "eager", id="aligned"),
     pytest.param(DEEP, "aot_eager", id="aligned-aot"),
     pytest.param(replace(DEEP, flags="both"), "eager", id="grid"),
     pytest.param(LINEAR, "aot_eager", id="grid-aot"),
-    pytest.param(replace(DEEP, momentum=True, flags="both"), "aot_eager", id="all-aot", marks=pytest.mark.slow),
+    pytest.param(LARGE, "aot_eager", id="aligned-large", marks=pytest.mark.slow),
+    pytest.param(replace(LARGE, flags="both"), "aot_eager", id="grid-large", marks=pytest.mark.slow),
 ]
 
 # The tracer itself looks at .grad of every input, and makes an instance of every autograd function.

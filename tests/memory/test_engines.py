@@ -37,11 +37,11 @@ def test_engines_agree_on_every_three_settings(case: Case):
     check(case)
 
 
-@pytest.mark.parametrize("flags", ["none", "both"])
+@pytest.mark.parametrize(("flags", "read"), [("none", "token"), ("both", "token"), ("reset", "chunk")])
 @pytest.mark.parametrize("architecture", [Matrix(), MLP(2)], ids=["matrix", "mlp"])
-def test_engines_agree_where_a_chunk_is_split_in_spans(architecture, flags):
+def test_engines_agree_where_a_chunk_is_split_in_spans(architecture, flags, read):
     """A chunk of 192 runs as two spans of 96 that share its anchor; the rest of 200 starts a new chunk."""
-    check(Case(architecture, L2(), Delta(), momentum=True, chunk_size=192, flags=flags, tokens=200))
+    check(Case(architecture, L2(), Delta(), momentum=True, chunk_size=192, read=read, flags=flags, tokens=200))
 
 
 @pytest.mark.slow

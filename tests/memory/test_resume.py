@@ -130,6 +130,18 @@ def test_absorb_in_parts_of_a_chunk(retention):
     assert_equal_runs((y, state), (y, expected), case)
 
 
+@pytest.mark.parametrize("chunk", [131, 192, 256])
+@pytest.mark.parametrize("flags", ["none", "both"])
+@torch.no_grad()
+def test_resume_inside_a_chunk_that_is_split_in_spans(chunk: int, flags: str):
+    """Two spans of a long chunk share its anchor, wherever a call begins; 131 has no equal parts and stays whole."""
+    case = Case(MLP(2), L2(), chunk_size=chunk, flags=flags, tokens=300)
+    inputs = make_inputs(case)
+    whole = run(case, inputs)
+    for splits in ((50,), (100, 150), (96, 192), (130, 290)):
+        assert_equal_runs(run(case, inputs, splits=splits), whole, splits)
+
+
 @torch.no_grad()
 def test_detached_states_continue_the_same_numbers():
     case = Case(Matrix(), momentum=True, step_size="normalized", tokens=TOKENS)
