@@ -436,7 +436,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_finite_for_memories_outside_the_catalog(name):
     for mode, kind in (("open", "constant"), ("open", "alternating"), ("mixed", "random")):
-        assert_finite(saturated(MemoryMixer(8, 1, OWN[name]), mode), inputs(kind, 1024, 1.0))
+        assert_finite(saturated(MemoryMixer(8, 1, OWN[name]), mode), inputs(kind, 512, 1.0))
 
 
 @pytest.mark.parametrize("name", ["ttt_mlp", "titans"])
@@ -449,7 +449,7 @@ def test_finite_when_the_initial_weights_have_grown(name):
             for weight in layer.initial.values():
                 weight.copy_(growing(weight))
         for kind in ("random", "constant", "alternating"):
-            assert_finite(layer, inputs(kind, 1024, 1.0))
+            assert_finite(layer, inputs(kind, 512, 1.0))
 
 
 def test_growth_is_one_at_the_start_and_bounds_the_spectral_norm():
