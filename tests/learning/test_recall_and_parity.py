@@ -26,7 +26,7 @@ def benchmark(repository: Path) -> ModuleType:
 
 def medians(benchmark: ModuleType, task: str) -> dict[str, float]:
     result = benchmark.median([benchmark.learn(task, "hope", seed) for seed in range(3)])
-    print(f"{task}, hope, median of three seeds: {result}")
+    print(f"{task}, hope, median of three seeds: {result}")  # noqa: T201 - the figures are the point
     return result
 
 
@@ -50,7 +50,7 @@ def test_parity_is_learned_and_extends_to_twice_the_length(benchmark: ModuleType
 @pytest.mark.parametrize("mixer", ["static", "deltanet", "attention"])
 def test_the_other_mixers_are_shown_beside_it(benchmark: ModuleType, task: str, mixer: str) -> None:
     outcome = benchmark.learn(task, mixer, 0, 400)
-    print(f"{task}, {mixer}: {outcome.scores} after {outcome.steps} steps")
+    print(f"{task}, {mixer}: {outcome.scores} after {outcome.steps} steps")  # noqa: T201
     assert all(0 <= score <= 1 for score in outcome.scores.values())
 
 

@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "normalized": {"step_size": "normalized", "max_step": 2.0},
     "per-map": {"step_size": {"in": "normalized", "out": "proximal"}, "max_step": 2.0},
     "silu": {"activation": "silu"},
+    "no-convolution": {"conv_size": 0},
 }
 
 

@@ -28,9 +28,7 @@ LENGTHS = [1024, pytest.param(32768, marks=[pytest.mark.slow, pytest.mark.timeou
 
 def saturated(variant: str, by: str) -> SelfModifyingTitans:
     """A layer whose gates are driven to their ends by its inputs, or stand fully open."""
-    layer = SelfModifyingTitans(
-        8, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=256, **VARIANTS[variant]
-    )
+    layer = SelfModifyingTitans(8, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=256, **VARIANTS[variant])
     with torch.no_grad():
         layer.streams.weight.normal_(std=0.35)
         if by == "inputs":

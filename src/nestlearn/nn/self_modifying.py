@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nestlearn.memory import (
     L2,
@@ -23,7 +24,7 @@ from nestlearn.memory import (
 )
 from nestlearn.memory.associative import StepSize
 from nestlearn.memory.chunked import Tokens, absorb_span, advance_span, anchored, run_span, split_tokens
-from nestlearn.memory.functions import limit_gradient, unit_norm
+from nestlearn.memory.functions import Activation, limit_gradient, unit_norm
 from nestlearn.memory.layout import place, scatter_outputs, span_length
 from nestlearn.memory.types import Weights
 
@@ -41,7 +42,7 @@ from .self_modifying_state import (
     split_projected,
     stacked,
 )
-from .stability import MAX_MOMENTUM
+from .stability import MAX_MOMENTUM, check_self_modifying_step
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
 GRADIENT_LIMIT = 1e6
@@ -82,7 +83,7 @@ class SelfModifyingTitans(nn.Module):
         momentum: add momentum to the inner rule (NL Table 6).
         delta: DGD's erasing term; False is plain gradient descent (NL Table 6).
         retention: learned alpha; False keeps alpha = 1 (NL Table 6).
-        conv_size: width of the convolution.
+        conv_size: width of the convolution; 0 for none.
         activation: of the memories.
 
     Raises:
@@ -106,7 +107,7 @@ class SelfModifyingTitans(nn.Module):
         expansion: int = 4,
         memory_chunk_size: int = 64,
         projection_chunk_size: int = 256,
-        adaptive: tuple[str, ...] | list[str] = ("k", "v", "eta", "alpha"),
+        adaptive: Sequence[str] = ("k", "v", "eta", "alpha"),
         step_size: StepSize | Mapping[str, StepSize] = "proximal",
         max_step: float | None = None,
         objective: str = "dot",
@@ -114,24 +115,13 @@ class SelfModifyingTitans(nn.Module):
         delta: bool = True,
         retention: bool = True,
         conv_size: int = 4,
-        activation: str = "gelu",
+        activation: Activation = "gelu",
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        if d_model < 1 or num_heads < 1 or d_model % num_heads:
-            raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
-        unknown = sorted(set(adaptive) - set(STREAMS))
-        if unknown or len(set(adaptive)) != len(adaptive):
-            raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
-        if objective not in ("dot", "l2"):
-            raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
-        if not retention and not delta:
-            raise ValueError(
-                "delta=False with retention=False leaves nothing that bounds the memory. "
-                "Ablate one at a time: delta=False needs the retention gate."
-            )
+        _check_settings(d_model, num_heads, adaptive, objective, delta, retention)
         self.memory = AssociativeMemory(
-            MLP(expansion, activation),  # type: ignore[arg-type]
+            MLP(expansion, activation),
             objective=DotProduct() if objective == "dot" else L2(),
             retention=Delta() if delta else Decay(),
             algorithm=Momentum() if momentum else Descent(),
@@ -144,7 +134,7 @@ class SelfModifyingTitans(nn.Module):
                 f"projection_chunk_size must be a multiple of memory_chunk_size, "
                 f"got {projection_chunk_size} and {memory_chunk_size}"
             )
-        self.max_step = _bounded_step(max_step, self.memory)
+        self.max_step = check_self_modifying_step(self.memory, max_step)
         proximal = all(self.memory.step_size_of(m) == "proximal" for m in ("in", "out"))
         self.contractive = delta and proximal and objective == "dot" and not momentum
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
@@ -153,7 +143,7 @@ class SelfModifyingTitans(nn.Module):
         self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
         self.retention = retention
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
-        self.conv = ShortConv(len(STREAMS) * d_model, conv_size, silu=True)
+        self.conv = ShortConv(len(STREAMS) * d_model, conv_size, silu=True) if conv_size else None
         names = (*self.adaptive, "memory")
         initial = {name: InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head) for name in names}
         self.initial = nn.ModuleDict(initial)
@@ -175,7 +165,8 @@ class SelfModifyingTitans(nn.Module):
         # (docs/log.md: recall is learned in a third of the steps).
         nn.init.normal_(self.streams.weight, std=0.02)
         nn.init.normal_(self.out.weight, std=self.d_model**-0.5)
-        self.conv.reset_parameters()
+        if self.conv is not None:
+            self.conv.reset_parameters()
         for vector in (self.eta_vector, self.alpha_vector):
             nn.init.normal_(vector, std=0.02)
         nn.init.zeros_(self.eta_bias)
@@ -185,8 +176,6 @@ class SelfModifyingTitans(nn.Module):
             nn.init.normal_(self.beta_gate.weight, std=0.02)
             nn.init.zeros_(self.beta_gate.bias)
         nn.init.ones_(self.norm.weight)
-
-    # ------------------------------------------------------------------------------------------------ forward
 
     def forward(
         self,
@@ -232,9 +221,13 @@ class SelfModifyingTitans(nn.Module):
 
     def _streams(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Streams ``[b, heads, streams, t, d]``, momentum gate ``[b, heads, t]``, both wide, and the new tail."""
-        mixed, end = self.conv(self.streams(x), tail, mask, reset)
+        mixed, end = self.streams(x), None
+        if self.conv is None:
+            mixed = F.silu(mixed)
+        else:
+            mixed, end = self.conv(mixed, tail, mask, reset)
         wide = wide_dtype(x)
         mixed = mixed.to(wide)
         split = mixed.unflatten(-1, (len(STREAMS), self.num_heads, self.d_head)).permute(0, 3, 2, 1, 4)
@@ -279,8 +272,6 @@ class SelfModifyingTitans(nn.Module):
 
         momentum = None if group.momentum is None else heads(group.momentum)
         return FastWeights(heads(group.params), heads(group.anchor), momentum)
-
-    # ------------------------------------------------------------------------------------------- the two halves
 
     def _project(
         self, group: State | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
@@ -356,8 +347,6 @@ class SelfModifyingTitans(nn.Module):
         params = {m: limit_gradient(w, GRADIENT_LIMIT) for m, w in group.params.items()}
         return group._replace(params=params, extra={})
 
-    # --------------------------------------------------------------------------------------------- two schedules
-
     def _aligned(
         self, streams: Tensor, beta: Tensor | None, state: SelfModifyingState | None, writes: bool, return_state: bool
     ) -> tuple[Tensor, SelfModifyingState]:
@@ -389,14 +378,15 @@ class SelfModifyingTitans(nn.Module):
             memory = memory._replace(anchor=memory.params)
         if tokens % chunk == 0 and projections is not None:
             projections = projections._replace(anchor=projections.params)
-        new = self._pack(projections, memory, batch, tokens % chunk, streams)
+        new = self._pack(projections, memory, batch, tokens % chunk)
         return torch.cat(outputs, 1), new
 
-    def _pack(self, projections: State | None, memory: State, batch: int, end: int, like: Tensor) -> SelfModifyingState:
-        position = torch.full((batch,), end, dtype=torch.long, device=like.device)
+    def _pack(self, projections: State | None, memory: State, batch: int, end: int) -> SelfModifyingState:
+        place = memory.params["in"].device
+        position = torch.full((batch,), end, dtype=torch.long, device=place)
         fast = self._fast(stacked(memory), batch)
         assert fast is not None
-        return SelfModifyingState(self._fast(projections, batch), fast, like, position, aligned=end == 0)
+        return SelfModifyingState(self._fast(projections, batch), fast, None, position, aligned=end == 0)
 
     def _placed(
         self,
@@ -442,7 +432,7 @@ class SelfModifyingTitans(nn.Module):
                 projections = None if projections is None else back_to_initial(projections, restarted)
         memory = refresh(memory, grid.end % self.memory.chunk_size == 0)
         projections = None if projections is None else refresh(projections, grid.end == 0)
-        new = self._pack(projections, memory, batch, 1, streams)
+        new = self._pack(projections, memory, batch, 1)
         end = grid.end.view(batch, self.num_heads)[:, 0]
         return scatter_outputs(torch.stack(outputs, 1), grid, tokens), new._replace(position=end, aligned=False)
 
@@ -467,7 +457,8 @@ class SelfModifyingTitans(nn.Module):
         memory = write + 2 * unit + solve(chunk) + 4 * unit + 4 * pairs * (width + hidden)
         learning = max(0, 1 - self.projection_chunk_size / context_length)
         projections = len(self.adaptive) * (2 * unit + learning * (write + 2 * unit + solve(span)))
-        linear = 2 * d * (len(STREAMS) + 1) * d + self.conv.flops_per_token(context_length)
+        linear = 2 * d * (len(STREAMS) + 1) * d
+        linear += 0 if self.conv is None else self.conv.flops_per_token(context_length)
         return round(linear + memory + projections)
 
     def extra_repr(self) -> str:
@@ -477,23 +468,17 @@ class SelfModifyingTitans(nn.Module):
         )
 
 
-def _bounded_step(max_step: float | None, memory: AssociativeMemory) -> float:
-    """The bound of eta, refused where the recurrence could expand."""
-    kinds = {memory.step_size_of(m) for m in ("in", "out")}
-    delta = isinstance(memory.retention, Delta)
-    if delta and "raw" in kinds:
+def _check_settings(
+    d_model: int, num_heads: int, adaptive: Sequence[str], objective: str, delta: bool, retention: bool
+) -> None:
+    if d_model < 1 or num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
+    if not set(adaptive) <= set(STREAMS) or len(set(adaptive)) != len(adaptive):
+        raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
+    if objective not in ("dot", "l2"):
+        raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
+    if not retention and not delta:
         raise ValueError(
-            "step_size='raw' overflows on the second map of a deep memory within 100 tokens; "
-            "use 'proximal' or 'normalized'"
+            "delta=False with retention=False leaves nothing that bounds the memory. "
+            "Ablate one at a time: delta=False needs the retention gate."
         )
-    limit, why = float("inf"), ""
-    if "normalized" in kinds:
-        limit, why = 2.0, "normalized steps above 2 expand"
-    if memory.objective == L2():
-        limit, why = 1.0, "the L2 objective erases at the anchor as well as in place"
-    if not delta:
-        limit, why = 0.5, "without delta retention only decay bounds the memory"
-    step = min(1.0, limit) if max_step is None else float(max_step)
-    if not 0 < step <= limit:
-        raise ValueError(f"max_step must be in (0, {limit}] here ({why or 'positive'}), got {max_step}")
-    return step

@@ -29,14 +29,17 @@ def token_loop(
     """Run the layer token by token, ``x: [b, t, d]``; a continued ``state`` may come from here or from `forward`."""
     names = (*layer.adaptive, "memory")
     memories = {name: _start(layer, name, x.shape[0], state) for name in names}
-    history = x.new_zeros(x.shape[0], layer.conv.width - 1, layer.conv.channels) if state is None else state.conv
+    taps = torch.ones(1, 1, dtype=x.dtype) if layer.conv is None else layer.conv.weight
+    history = x.new_zeros(x.shape[0], len(taps) - 1, layer.streams.out_features)
+    if state is not None and state.conv is not None:
+        history = state.conv
     position = 0 if state is None else int(state.position[0])
     outputs = []
     for t in range(x.shape[1]):
         history = torch.cat([history, (x[:, t] @ layer.streams.weight.mT)[:, None]], 1)
-        window = history[:, -layer.conv.width :]
+        window = history[:, -len(taps) :]
         history = history[:, 1:]
-        mixed = F.silu((window * layer.conv.weight).sum(1))
+        mixed = F.silu((window * taps).sum(1))
         stream = dict(zip(layer.streams_order, mixed.view(x.shape[0], 5, layer.num_heads, -1).unbind(1), strict=True))
         for name in layer.adaptive:
             stream[name] = read_weights(layer.memory, memories[name].anchor, stream[name])
@@ -71,7 +74,9 @@ def token_loop(
     place = torch.full((x.shape[0],), position, dtype=torch.long)
     memory = fast(("memory",))
     assert memory is not None
-    return torch.stack(outputs, 1), SelfModifyingState(fast(layer.adaptive), memory, history, place, False)
+    return torch.stack(outputs, 1), SelfModifyingState(
+        fast(layer.adaptive), memory, None if layer.conv is None else history, place, False
+    )
 
 
 def _start(layer: SelfModifyingTitans, name: str, batch: int, state: SelfModifyingState | None) -> State:

@@ -24,12 +24,15 @@ class FastWeights(NamedTuple):
 
 
 class SelfModifyingState(NamedTuple):
-    """Fast state of the layer. ``position`` counts tokens in the current projection chunk; ``conv`` is the last
-    tokens before the convolution. ``aligned`` is static: every row is known to stand at the start of a chunk."""
+    """Fast state of the layer.
+
+    ``position`` counts tokens in the current projection chunk; ``conv`` is the last tokens before the convolution
+    (None without one). ``aligned`` is static: every row is known to stand at the start of a chunk.
+    """
 
     projections: FastWeights | None
     memory: FastWeights
-    conv: Float[Tensor, "b w ch"]
+    conv: Float[Tensor, "b w ch"] | None
     position: Int[Tensor, "b"]
     aligned: bool
 

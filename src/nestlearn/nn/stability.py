@@ -145,3 +145,29 @@ def bounded_step(
     if isinstance(memory.retention, Delta) or not is_deep(memory):
         return sigma * max_step
     return sigma * (1 - retain) * (max_step * damping**2 / 2)
+
+
+def check_self_modifying_step(memory: AssociativeMemory, max_step: float | None) -> float:
+    """The bound of eta for memories that write their own targets (`SelfModifyingTitans`); None means the usual one.
+
+    Raises:
+        ValueError: for a bound with which the recurrence could expand.
+    """
+    kinds = {memory.step_size_of(m) for m in ("in", "out")}
+    delta = isinstance(memory.retention, Delta)
+    if delta and "raw" in kinds:
+        raise ValueError(
+            "step_size='raw' overflows on the second map of a deep memory within 100 tokens; "
+            "use 'proximal' or 'normalized'"
+        )
+    limit, why = float("inf"), ""
+    if "normalized" in kinds:
+        limit, why = 2.0, "normalized steps above 2 expand"
+    if not isinstance(memory.objective, DotProduct):
+        limit, why = 1.0, "the L2 objective erases at the anchor as well as in place"
+    if not delta:
+        limit, why = 0.5, "without delta retention only decay bounds the memory"
+    step = min(1.0, limit) if max_step is None else float(max_step)
+    if not 0 < step <= limit:
+        raise ValueError(f"max_step must be in (0, {limit}] here ({why or 'positive'}), got {max_step}")
+    return step
