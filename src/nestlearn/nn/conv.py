@@ -107,7 +107,7 @@ class ShortConv(nn.Module):
 
 
 BLOCK = 32
-"""Tokens whose channels are worked on at once: a few hundred kilobytes stay in a core's cache, a whole batch does not."""
+"""Tokens worked on at once: a few hundred kilobytes stay in a core's cache, a whole batch does not."""
 
 
 class CausalTaps(torch.autograd.Function):
