@@ -149,6 +149,13 @@ def revive(state: State, reset: Tensor) -> tuple[State, Tensor]:
     return state._replace(params=back(state.params), anchor=back(state.anchor), momentum=momentum), lost
 
 
+def spoil_before_reset(y: Tensor, lost: Tensor, reset: Tensor) -> Tensor:
+    """Outputs ``[*b, c, d]`` of a span, NaN where a row that `revive` named had not been reset yet."""
+    if nobody(lost):
+        return y
+    return torch.where((lost[..., None] & ~reset.cummax(-1).values)[..., None], torch.nan, y)
+
+
 def run_span(
     memory: AssociativeMemory, state: State, tokens: Tokens, how: str, *, update: bool = True, guard: bool = True
 ) -> tuple[Tensor | None, State]:
@@ -156,9 +163,7 @@ def run_span(
     if tokens.reset is not None:
         state, lost = revive(state, tokens.reset)
         y, state = _run_span(memory, state, tokens, how, update, guard)
-        if y is not None and not nobody(lost):
-            y = torch.where((lost[..., None] & ~tokens.reset.cummax(-1).values)[..., None], torch.nan, y)
-        return y, state
+        return None if y is None else spoil_before_reset(y, lost, tokens.reset), state
     return _run_span(memory, state, tokens, how, update, guard)
 
 

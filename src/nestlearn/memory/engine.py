@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,14 +12,13 @@ from torch import Tensor
 from . import chunked, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
+from .checks import Engine, check_engine, check_factors, check_maps, check_scan
 from .layout import nobody, poisoned_from
 from .retention import Delta
 from .types import Factor, Gates, State, Weights
 
 LARGEST_KEPT = 1.25
 """Products of 128 larger kept fractions leave the range of float32."""
-
-Engine = Literal["auto", "reference", "chunked", "triton"]
 
 
 def scan(
@@ -72,24 +70,16 @@ def scan(
         True
     """
     how = memory.read if read is None else read
-    _check(memory, state, q, k, v, gates, mask, reset, how)
-    if engine == "triton":
-        raise ValueError("engine='triton' cannot run: this build has no Triton kernels. Use engine='auto'.")
-    if engine not in ("auto", "reference", "chunked"):
-        raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference', 'chunked' or 'triton'")
+    check_scan(memory, state, q, k, v, gates, mask, reset, how)
+    check_engine(engine)
     # A state may come from a variant with larger chunks.
     state = state._replace(position=state.position % memory.chunk_size)
-    compute = next(iter(state.params.values())).dtype
-    out_dtype = q.dtype
+    compute, out_dtype = next(iter(state.params.values())).dtype, q.dtype
     q, k, v = (x.to(compute) for x in (q, k, v))
     gates = gates.map(lambda g: g.to(compute))
     k, v, gates, poisoned = _quarantine(k, v, gates, mask, reset)
-    if engine == "reference":
-        y, end = reference.scan(memory, state, q, k, v, gates, mask, reset, how)
-        aligned = state.aligned and mask is None and reset is None and q.shape[-2] % memory.chunk_size == 0
-        end = end._replace(aligned=aligned)
-    else:
-        y, end = _scan_rows(memory, state, q, k, v, gates, mask, reset, how, return_state)
+    run = _scan_loop if engine == "reference" else _scan_rows
+    y, end = run(memory, state, q, k, v, gates, mask, reset, how, return_state)
     if not nobody(poisoned):
         y, end = _spread(y, end, poisoned, mask)
     return y.to(out_dtype), end
@@ -109,7 +99,7 @@ def surprise(memory: AssociativeMemory, params: Weights, k: Tensor, v: Tensor) -
         >>> factors["W"].error.tolist() == (-torch.ones(3, 4)).tolist()
         True
     """
-    _check_maps(memory, params, k, v, k.shape[:-2])
+    check_maps(memory, params, k, v, k.shape[:-2])
     linear, adjoint = chunked.anchored(params, params, None)
     return memory.architecture.factors(linear, adjoint, k, v, memory.objective)
 
@@ -133,22 +123,8 @@ def absorb(memory: AssociativeMemory, state: State, factors: dict[str, Factor], 
         >>> state.params["W"].sum(0).tolist(), state.position.item()
         ([4.0, 4.0, 4.0, 0.0], 3)
     """
-    if set(factors) != set(state.params):
-        raise ValueError(f"factors name the maps {sorted(factors)}, this memory has {sorted(state.params)}")
+    check_factors(memory, state, factors, gates)
     tokens = gates.lr.shape[-1]
-    if not 0 < tokens <= memory.chunk_size:
-        raise ValueError(
-            f"{tokens} tokens cannot be absorbed at one anchor with chunk_size={memory.chunk_size}. "
-            "Call surprise and absorb once per chunk."
-        )
-    for name, (x, error) in factors.items():
-        rows, columns = state.params[name].shape[-2:]
-        if x.shape != (*gates.lr.shape, columns) or error.shape != (*gates.lr.shape, rows):
-            raise ValueError(
-                f"factor {name!r} has input {tuple(x.shape)} and error {tuple(error.shape)}, "
-                f"expected {(*gates.lr.shape, columns)} and {(*gates.lr.shape, rows)}"
-            )
-    _check_momentum(memory, gates)
     empty = next(iter(factors.values())).input
     span = chunked.Tokens(None, empty, empty, gates)
     kernels, starts, writes = chunked.absorb_span(memory, state, factors, span)
@@ -195,63 +171,6 @@ def explain(memory: AssociativeMemory) -> Explanation:
     return Explanation("chunked", tuple(reasons))
 
 
-def _check(
-    memory: AssociativeMemory,
-    state: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    how: str,
-) -> None:
-    if how not in ("token", "chunk"):
-        raise ValueError(f"read must be 'token' or 'chunk', got {how!r}")
-    if q.dim() < 2 or q.shape[-2] == 0:
-        raise ValueError(f"scan needs at least one token: q has shape {tuple(q.shape)}, expected [*b, t >= 1, d]")
-    batch, tokens = q.shape[:-2], q.shape[-2]
-    weights = next(iter(state.params.values()))
-    if q.shape != k.shape or v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree but for v's width")
-    _check_maps(memory, state.params, k, v, batch)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
-        if x.dtype == torch.float64 and weights.dtype != torch.float64:
-            raise TypeError(
-                f"{name} is float64 but the state is {weights.dtype}. "
-                "Make the state with init_state(..., dtype=torch.float64), or pass float32 inputs."
-            )
-    _check_momentum(memory, gates)
-    if isinstance(memory.algorithm, Momentum) and state.momentum is None:
-        raise ValueError("this state was made without momentum; make it with this memory's init_state")
-    for name, x in (*gates._asdict().items(), ("mask", mask), ("reset", reset)):
-        if x is not None and x.shape != (*batch, tokens):
-            raise ValueError(f"{name} must have shape {(*batch, tokens)}, got {tuple(x.shape)}")
-    for name, x in (("mask", mask), ("reset", reset)):
-        if x is not None and x.dtype != torch.bool:
-            raise TypeError(f"{name} must be a bool tensor, got {x.dtype}")
-
-
-def _check_maps(memory: AssociativeMemory, weights: Weights, k: Tensor, v: Tensor, batch: tuple[int, ...]) -> None:
-    have = {name: tuple(w.shape) for name, w in weights.items()}
-    for name, shape in memory.architecture.shapes(k.shape[-1], v.shape[-1]).items():
-        if have.get(name) != (*batch, *shape):
-            raise ValueError(
-                f"the state does not fit: map {name!r} must be {(*batch, *shape)}, the state has {have}. "
-                "Make it with memory.init_state(batch_shape, d_key, d_value)."
-            )
-
-
-def _check_momentum(memory: AssociativeMemory, gates: Gates) -> None:
-    needed = isinstance(memory.algorithm, Momentum)
-    if needed and gates.momentum is None:
-        raise ValueError("algorithm=Momentum() needs gates.momentum; pass it, or use Descent()")
-    if not needed and gates.momentum is not None:
-        raise ValueError("gates.momentum was given but algorithm=Descent() has no momentum; drop it, or use Momentum()")
-
-
 def _quarantine(
     k: Tensor, v: Tensor, gates: Gates, mask: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Gates, Tensor]:
@@ -287,6 +206,24 @@ def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tup
     momentum = None if end.momentum is None else spoil(end.momentum)
     end = end._replace(params=spoil(end.params), anchor=spoil(end.anchor), momentum=momentum)
     return torch.where(here[..., None], torch.nan, y), end
+
+
+def _scan_loop(
+    memory: AssociativeMemory,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    how: str,
+    return_state: bool,
+) -> tuple[Tensor, State]:
+    """The reference engine; it has the state at hand whether anybody asks for it or not."""
+    y, end = reference.scan(memory, state, q, k, v, gates, mask, reset, how)
+    aligned = state.aligned and mask is None and reset is None and q.shape[-2] % memory.chunk_size == 0
+    return y, end._replace(aligned=aligned)
 
 
 def _scan_rows(

@@ -1,0 +1,102 @@
+"""Arguments that cannot work are refused by name: what was received, why, and the usual fix."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .algorithms import Momentum
+from .associative import AssociativeMemory
+from .types import Factor, Gates, State, Weights
+
+Engine = Literal["auto", "reference", "chunked", "triton"]
+
+
+def check_engine(engine: str) -> None:
+    """Known, and able to run here."""
+    if engine == "triton":
+        raise ValueError("engine='triton' cannot run: this build has no Triton kernels. Use engine='auto'.")
+    if engine not in get_args(Engine):
+        raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference', 'chunked' or 'triton'")
+
+
+def check_scan(
+    memory: AssociativeMemory,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    how: str,
+) -> None:
+    """Shapes, dtypes and gates of one call fit each other, the memory and the state."""
+    if how not in ("token", "chunk"):
+        raise ValueError(f"read must be 'token' or 'chunk', got {how!r}")
+    if q.dim() < 2 or q.shape[-2] == 0:
+        raise ValueError(f"scan needs at least one token: q has shape {tuple(q.shape)}, expected [*b, t >= 1, d]")
+    batch, tokens = q.shape[:-2], q.shape[-2]
+    weights = next(iter(state.params.values()))
+    if q.shape != k.shape or v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree but for v's width")
+    check_maps(memory, state.params, k, v, batch)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.dtype == torch.float64 and weights.dtype != torch.float64:
+            raise TypeError(
+                f"{name} is float64 but the state is {weights.dtype}. "
+                "Make the state with init_state(..., dtype=torch.float64), or pass float32 inputs."
+            )
+    check_momentum(memory, gates)
+    if isinstance(memory.algorithm, Momentum) and state.momentum is None:
+        raise ValueError("this state was made without momentum; make it with this memory's init_state")
+    for name, x in (*gates._asdict().items(), ("mask", mask), ("reset", reset)):
+        if x is not None and x.shape != (*batch, tokens):
+            raise ValueError(f"{name} must have shape {(*batch, tokens)}, got {tuple(x.shape)}")
+    for name, x in (("mask", mask), ("reset", reset)):
+        if x is not None and x.dtype != torch.bool:
+            raise TypeError(f"{name} must be a bool tensor, got {x.dtype}")
+
+
+def check_maps(memory: AssociativeMemory, weights: Weights, k: Tensor, v: Tensor, batch: tuple[int, ...]) -> None:
+    """Weights are those of this memory for keys and values of these widths."""
+    have = {name: tuple(w.shape) for name, w in weights.items()}
+    for name, shape in memory.architecture.shapes(k.shape[-1], v.shape[-1]).items():
+        if have.get(name) != (*batch, *shape):
+            raise ValueError(
+                f"the state does not fit: map {name!r} must be {(*batch, *shape)}, the state has {have}. "
+                "Make it with memory.init_state(batch_shape, d_key, d_value)."
+            )
+
+
+def check_momentum(memory: AssociativeMemory, gates: Gates) -> None:
+    """The momentum gate is there exactly if the algorithm has momentum."""
+    needed = isinstance(memory.algorithm, Momentum)
+    if needed and gates.momentum is None:
+        raise ValueError("algorithm=Momentum() needs gates.momentum; pass it, or use Descent()")
+    if not needed and gates.momentum is not None:
+        raise ValueError("gates.momentum was given but algorithm=Descent() has no momentum; drop it, or use Momentum()")
+
+
+def check_factors(memory: AssociativeMemory, state: State, factors: dict[str, Factor], gates: Gates) -> None:
+    """Factors of one chunk, of this memory's maps."""
+    if set(factors) != set(state.params):
+        raise ValueError(f"factors name the maps {sorted(factors)}, this memory has {sorted(state.params)}")
+    tokens = gates.lr.shape[-1]
+    if not 0 < tokens <= memory.chunk_size:
+        raise ValueError(
+            f"{tokens} tokens cannot be absorbed at one anchor with chunk_size={memory.chunk_size}. "
+            "Call surprise and absorb once per chunk."
+        )
+    for name, (x, error) in factors.items():
+        rows, columns = state.params[name].shape[-2:]
+        if x.shape != (*gates.lr.shape, columns) or error.shape != (*gates.lr.shape, rows):
+            raise ValueError(
+                f"factor {name!r} has input {tuple(x.shape)} and error {tuple(error.shape)}, "
+                f"expected {(*gates.lr.shape, columns)} and {(*gates.lr.shape, rows)}"
+            )
+    check_momentum(memory, gates)
