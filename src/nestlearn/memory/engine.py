@@ -46,8 +46,7 @@ def scan(
         gates: step size, retention and momentum of every token, ``[*b, t]``.
         mask: False marks a token that changes nothing (padding); its output is 0.
         reset: True puts the row back to its initial state before that token.
-        engine: ``reference`` (token loop), ``chunked``, ``triton`` (GPU kernels; raises where it cannot run),
-            ``auto`` the fastest that can run.
+        engine: ``reference`` (token loop), ``chunked``, ``triton`` (raises where it cannot run), ``auto`` the fastest.
         read: overrides the memory's own ``token`` or ``chunk`` read.
         return_state: False lets an engine skip the state after the last token; the returned one is then unspecified.
 
@@ -75,8 +74,7 @@ def scan(
     # A state may come from a variant with larger chunks.
     state = state._replace(position=state.position % memory.chunk_size)
     compute, out_dtype = next(iter(state.params.values())).dtype, q.dtype
-    q, k, v = (x.to(compute) for x in (q, k, v))
-    gates = gates.map(lambda g: g.to(compute))
+    q, k, v, gates = q.to(compute), k.to(compute), v.to(compute), gates.map(lambda g: g.to(compute))
     k, v, gates, poisoned = _quarantine(k, v, gates, mask, reset)
     run = _scan_loop if engine == "reference" else _scan_rows
     y, end = run(memory, state, q, k, v, gates, mask, reset, how, return_state)
