@@ -78,6 +78,7 @@ def build(task: str, mixer: str) -> HopeForCausalLM:
         num_attention_heads=1,
         cms=[{"period": None, "expansion": 4}],
         ffn_activation="gelu",
+        initializer_range=0.2,
         **settings,
     )
     return HopeForCausalLM(config)

@@ -40,10 +40,10 @@ class DemoPlan:
         eval_length: positions of the loss by position: four times the training length.
     """
 
-    steps: int = 300
-    long_steps: int = 1200
+    steps: int = 360
+    long_steps: int = 1100
     sequence_length: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     eval_interval: int = 25
     eval_windows: int = 64
     eval_length: int = 1024
