@@ -43,13 +43,15 @@ class Recipe:
     steps: int
     learning_rate: float
     batch: int
+    initializer_range: float
     draw: Callable[[int, torch.Generator], Batch]
     enough: Callable[[dict[str, float]], bool]
 
 
+# Widths of 32 want large embeddings where tokens must be told apart, small ones where a bit must be tracked.
 RECIPES = {
-    "recall": Recipe(64, 600, 6e-3, 64, multi_query_recall, lambda score: score["queries"] > 0.99),
-    "parity": Recipe(2, 600, 4e-3, 64, parity, lambda score: score["2-50"] == 1 and score["51-100"] > 0.97),
+    "recall": Recipe(64, 600, 6e-3, 64, 0.2, multi_query_recall, lambda score: score["queries"] > 0.99),
+    "parity": Recipe(2, 600, 4e-3, 64, 0.02, parity, lambda score: score["2-50"] == 1 and score["51-100"] > 0.97),
 }
 
 
@@ -78,7 +80,7 @@ def build(task: str, mixer: str) -> HopeForCausalLM:
         num_attention_heads=1,
         cms=[{"period": None, "expansion": 4}],
         ffn_activation="gelu",
-        initializer_range=0.2,
+        initializer_range=RECIPES[task].initializer_range,
         **settings,
     )
     return HopeForCausalLM(config)

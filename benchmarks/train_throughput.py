@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
         "setting": f"d 256, 4 layers, 4 heads, T {options.length}, batch {options.batch}, vocabulary 256, float32, "
         "one step = forward, backward, clipping, AdamW",
         "command": "python benchmarks/train_throughput.py" + "".join(f" {a}" for a in (arguments or sys.argv[1:])),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "options": {key: value for key, value in vars(options).items() if key != "out"},
         "models": models,
     }
     options.out.mkdir(parents=True, exist_ok=True)
