@@ -217,20 +217,11 @@ def loss_by_position(
     if unknown:
         raise ValueError(f"Unknown condition {unknown[0]!r}. Choose from {', '.join(CONDITIONS)}.")
     rows = _long_documents(corpus, tokenizer, length, documents)
-    byte_counts = bytes_per_token(tokenizer).to(model.device)
-    nats: dict[str, list[Tensor]] = {name: [] for name in conditions}
-    sizes: list[Tensor] = []
-    with _evaluating(model):
-        for tokens in _row_batches(rows, batch_size):
-            tokens = tokens.to(model.device)
-            sizes.append(byte_counts[tokens[:, 1:]])
-            for name, loss in _read_conditions(model, tokens, conditions, segment).items():
-                nats[name].append(loss)
+    nats, sizes = _losses(model, tokenizer, rows, conditions, batch_size, segment)
     edges = bucket_edges(length)
-    all_sizes = torch.cat(sizes)
-    curves = {name: _bucketed(torch.cat(parts), all_sizes, edges, name, length) for name, parts in nats.items()}
-    first = torch.cat(nats[conditions[0]]).double().sum(1) / math.log(2)
-    value, stderr = ratio_with_stderr(first.tolist(), all_sizes.sum(1).tolist())
+    curves = {name: _bucketed(losses, sizes, edges, name, length) for name, losses in nats.items()}
+    first = nats[conditions[0]].double().sum(1) / math.log(2)
+    value, stderr = ratio_with_stderr(first.tolist(), sizes.sum(1).tolist())
     return EvalResult(
         task="loss_by_position",
         version=1,
@@ -248,6 +239,23 @@ def loss_by_position(
             "stderr": {name: [error for _, error in curve] for name, curve in curves.items()},
         },
     )
+
+
+def _losses(
+    model: Any, tokenizer: Any, rows: list[list[int]], conditions: Sequence[str], batch_size: int, segment: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Loss in nats for each condition, and the bytes of each target, both [documents, length]."""
+    byte_counts = bytes_per_token(tokenizer).to(model.device)
+    nats: dict[str, list[Tensor]] = {name: [] for name in conditions}
+    sizes: list[Tensor] = []
+    with _evaluating(model):
+        for batch in _row_batches(rows, batch_size):
+            tokens = batch.to(model.device)
+            sizes.append(byte_counts[tokens[:, 1:]])
+            losses = _read_conditions(model, tokens, conditions, segment)
+            for name in conditions:
+                nats[name].append(losses[name])
+    return {name: torch.cat(parts) for name, parts in nats.items()}, torch.cat(sizes)
 
 
 def _long_documents(corpus: Iterable[Any], tokenizer: Any, length: int, documents: int) -> list[list[int]]:

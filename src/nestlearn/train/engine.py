@@ -71,9 +71,14 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         TrainingInterrupted: after Ctrl-C, once the state is saved.
 
     Example:
-        >>> result = train(TrainConfig(preset="hope-tiny", corpus="text:notes/*.md", steps=100, out="runs/notes"))
-        >>> result.eval_bits_per_byte < 8
-        True
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = [(folder / f"{n}.txt").write_text(f"text number {n} " * 50) for n in range(20)]
+        >>> config = TrainConfig(preset="transformer-tiny", corpus=f"text:{folder}", out=str(folder / "run"), steps=2,
+        ...                      batch_size=2, sequence_length=32, model={"hidden_size": 20, "num_hidden_layers": 1})
+        >>> result = train(config, console=Console(quiet=True))
+        >>> result.tokens, (folder / "run" / "model.safetensors").exists()
+        (128, True)
     """
     console = console or Console(stderr=True)
     out = Path(config.out)

@@ -94,18 +94,18 @@ def _state_bytes(model: HopeForCausalLM, context_length: int) -> int:
 
 
 def _activation_bytes(model: HopeForCausalLM, context_length: int, batch_size: int) -> int:
-    """Bytes of the distinct tensors saved for backward by one forward pass of one row, times the rows."""
-    parameters = {id(p) for p in model.parameters()}
-    saved: dict[int, int] = {}
-    keep: list[torch.Tensor] = []
+    """Bytes of the storages kept for backward by one forward pass of one row, times the rows."""
+    # Identity of storages: on the meta device all addresses are 0, and views of one storage must count once.
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in parameters and id(tensor) not in saved:
-            saved[id(tensor)] = tensor.numel() * tensor.element_size()
-            keep.append(tensor)  # an id is only unique while its tensor lives
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage  # held, so that its identity stays its own
         return tensor
 
     tokens = torch.zeros(1, context_length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(tokens, labels=tokens, use_cache=False)
-    return batch_size * sum(saved.values())
+    return batch_size * sum(storage.nbytes() for storage in saved.values())
