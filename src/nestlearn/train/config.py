@@ -15,12 +15,13 @@ from typing import Any
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 DTYPES = ("float32", "bfloat16", "float64")
-# Found per preset family by benchmarks/learning_rate_grid.py on one common grid (docs/log.md has the table).
+# hope and transformer: found by benchmarks/learning_rate_grid.py on one common grid (docs/log.md has the table).
+# The other two take the rate of their nearest relative, memory or attention; no grid was run for them.
 PRESET_LEARNING_RATES = {
-    "hope-tiny": 3e-3,
-    "transformer-tiny": 3e-3,
-    "titans-tiny": 3e-3,
-    "hope-attention-tiny": 3e-3,
+    "hope-tiny": 4e-3,
+    "transformer-tiny": 2e-3,
+    "titans-tiny": 4e-3,
+    "hope-attention-tiny": 2e-3,
 }
 FALLBACK_LEARNING_RATE = 1e-3
 CONFIG_FILE = "train_config.json"
