@@ -43,7 +43,8 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "hope": (
         {"mixer": "self_modifying_titans"},
         {
-            "tiny": _shape(128, 3, 4, _TINY_LEVELS),
+            # Projection chunks shorter than its usual 256 tokens: the projections write, and so learn to, in training.
+            "tiny": _shape(128, 3, 4, _TINY_LEVELS) | {"projection_chunk_size": 128},
             "small": _shape(512, 7, 8, _LEVELS),
             "340m": _shape(1024, 16, 16, _LEVELS),
             "760m": _shape(1536, 15, 16, _LEVELS),
