@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nestlearn import flops
 from nestlearn.models import HopeConfig, HopeForCausalLM
+from nestlearn.models.config import ATTENTION_MIXERS
 from nestlearn.models.flops import meta_model
+from nestlearn.models.modeling import next_token_loss
 
 # Float32 weights, gradients and the two moments of AdamW.
 BYTES_PER_TRAINED_PARAMETER = 16
@@ -64,7 +68,7 @@ def _size(count: int) -> str:
 def model_facts(config: HopeConfig, context_length: int, batch_size: int) -> ModelFacts:
     """Count parameters, FLOPs, state and activations of a model on the meta device.
 
-    Activations are those the forward pass keeps for the backward pass of one batch, without gradient
+    Activations are those a forward pass keeps for the backward pass of one batch, without gradient
     checkpointing and without an allocator's overhead.
     """
     model = meta_model(config)
@@ -79,33 +83,62 @@ def model_facts(config: HopeConfig, context_length: int, batch_size: int) -> Mod
         context_length=context_length,
         forward_flops_per_token=forward,
         training_flops_per_token=3 * forward,
-        state_bytes_per_row=_state_bytes(model, context_length),
+        state_bytes_per_row=_state_bytes(config, context_length),
         weight_bytes=4 * parameters,
         training_bytes_without_activations=BYTES_PER_TRAINED_PARAMETER * parameters,
         batch_size=batch_size,
-        activation_bytes=_activation_bytes(model, context_length, batch_size),
+        activation_bytes=_activation_bytes(config, context_length, batch_size),
     )
 
 
-def _state_bytes(model: HopeForCausalLM, context_length: int) -> int:
-    tokens = torch.zeros(1, context_length, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        return int(model.eval()(tokens, use_cache=True, logits_to_keep=1).past_key_values.nbytes())
+def _state_bytes(config: HopeConfig, context_length: int) -> int:
+    """State of one row, layer by layer; only attention has to read the whole context to know."""
+    total = 0
+    for mixer, model in _single_layers(config):
+        length = context_length if mixer in ATTENTION_MIXERS else min(context_length, 1)
+        tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            cache = model.eval()(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        total += config.mixers.count(mixer) * cache.nbytes()
+    return total
 
 
-def _activation_bytes(model: HopeForCausalLM, context_length: int, batch_size: int) -> int:
-    """Bytes of the storages kept for backward by one forward pass of one row, times the rows."""
+def _activation_bytes(config: HopeConfig, context_length: int, batch_size: int) -> int:
+    """Bytes kept for backward by every block and by the output layer, times the rows."""
+    total = 0
+    for mixer, model in _single_layers(config):
+        model.train()
+        # What a memory keeps per token is the same in every chunk; attention is read at its full context.
+        chunk = max(config.memory_chunk_size, config.projection_chunk_size)
+        length = context_length if mixer in ATTENTION_MIXERS else min(context_length, chunk)
+        block = model.model.layers[0]
+        saved = _saved_bytes(model, length, lambda x, block=block: block(x, None, None, None, True, False)[0])
+        total += config.mixers.count(mixer) * saved * context_length // length
+    labels = torch.zeros(1, context_length, dtype=torch.long, device="meta")
+    total += _saved_bytes(model, context_length, lambda x: next_token_loss(model.lm_head(x), labels))
+    return batch_size * total
+
+
+def _single_layers(config: HopeConfig) -> Iterator[tuple[str, HopeForCausalLM]]:
+    """One model of one layer, on the meta device, for each different mixer."""
+    for mixer in dict.fromkeys(config.mixers):
+        fields = {**config.to_dict(), "mixer": mixer, "num_hidden_layers": 1, "reset_token_id": None}
+        yield mixer, meta_model(HopeConfig(**{name: fields[name] for name in HopeConfig.field_names()}))
+
+
+def _saved_bytes(model: HopeForCausalLM, length: int, run: Callable[[Tensor], Tensor]) -> int:
+    """Bytes of the storages, weights aside, that `run` keeps for backward on hidden states of `length` tokens."""
     # Identity of storages: on the meta device all addresses are 0, and views of one storage must count once.
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             saved[storage._cdata] = storage  # held, so that its identity stays its own
         return tensor
 
-    tokens = torch.zeros(1, context_length, dtype=torch.long, device="meta")
+    x = torch.zeros(1, length, model.config.hidden_size, device="meta", requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(tokens, labels=tokens, use_cache=False)
-    return batch_size * sum(storage.nbytes() for storage in saved.values())
+        run(x)
+    return sum(storage.nbytes() for storage in saved.values())
