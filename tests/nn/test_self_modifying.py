@@ -182,6 +182,23 @@ def test_a_reset_clears_what_a_nan_destroyed() -> None:
     assert torch.equal(lost[0, 12:], clean[0, 12:])
 
 
+@pytest.mark.parametrize("split", [9, 12, 16])
+@pytest.mark.parametrize("start", [17, 19])
+def test_a_reset_clears_a_nan_that_an_earlier_call_left(split: int, start: int) -> None:
+    layer, x = make(chunk=8, outer=16), tokens(2, 30)
+    reset = torch.zeros(2, 30, dtype=torch.bool)
+    reset[0, start] = True
+    broken = x.clone()
+    broken[0, 5] = float("nan")
+    clean = layer(x, reset=reset)[0]
+    first, state = layer(broken[:, :split], reset=reset[:, :split])
+    second, _ = layer(broken[:, split:], state, reset=reset[:, split:])
+    lost = torch.cat([first, second], 1)
+    assert lost[0, 5:start].isnan().all()
+    assert torch.allclose(lost[0, start:], clean[0, start:])
+    assert torch.allclose(lost[1], clean[1])
+
+
 def test_without_writes_nothing_is_learned() -> None:
     layer, x = make(), tokens(2, 21)
     y, state = layer(x, writes=False)

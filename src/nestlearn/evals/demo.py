@@ -40,8 +40,8 @@ class DemoPlan:
         eval_length: positions of the loss by position: four times the training length.
     """
 
-    steps: int = 360
-    long_steps: int = 1100
+    steps: int = 300
+    long_steps: int = 900
     sequence_length: int = 256
     batch_size: int = 8
     eval_interval: int = 25

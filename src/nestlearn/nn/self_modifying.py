@@ -23,9 +23,18 @@ from nestlearn.memory import (
     State,
 )
 from nestlearn.memory.associative import StepSize
-from nestlearn.memory.chunked import Tokens, absorb_span, advance_span, anchored, run_span, split_tokens
+from nestlearn.memory.chunked import (
+    Tokens,
+    absorb_span,
+    advance_span,
+    anchored,
+    revive,
+    run_span,
+    split_tokens,
+    spoil_before_reset,
+)
 from nestlearn.memory.functions import Activation, limit_gradient, unit_norm
-from nestlearn.memory.layout import place, scatter_outputs, span_length
+from nestlearn.memory.layout import nobody, place, scatter_outputs, span_length
 from nestlearn.memory.types import Weights
 
 from .conv import ShortConv
@@ -209,9 +218,10 @@ class SelfModifyingTitans(nn.Module):
                 y, new = self._aligned(streams, beta, state, writes, return_state)
             else:
                 y, new = self._placed(streams, beta, state, mask, reset, writes)
-        y = self._merge(y.to(x.dtype), x.shape[0])
-        visible = poisoned if mask is None else poisoned & mask
-        y = torch.where(visible.unsqueeze(-1), float("nan"), y)
+        y = self._merge(y, x.shape[0])
+        if not nobody(poisoned):
+            visible = poisoned if mask is None else poisoned & mask
+            y = torch.where(visible.unsqueeze(-1), float("nan"), y)
         if mask is not None:
             y = torch.where(mask.unsqueeze(-1), y, 0)
         if not return_state:
@@ -238,8 +248,10 @@ class SelfModifyingTitans(nn.Module):
 
     def _merge(self, y: Tensor, batch: int) -> Tensor:
         """Heads back together: ``[b * heads, t, d] -> [b, t, d_model]``."""
-        y = self.norm(y.unflatten(0, (batch, self.num_heads)))
-        return self.out(y.transpose(1, 2).flatten(2))
+        # The RMS norm as a unit norm: one pass instead of six where torch has no fused kernel.
+        scale = self.norm.weight.to(y.dtype) * self.d_head**0.5
+        y = unit_norm(y, self.norm_eps * self.d_head) * scale
+        return self.out(y.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2).to(self.out.weight.dtype))
 
     def _initial(self, names: tuple[str, ...], batch: int, dtype: torch.dtype) -> Weights:
         """Initial weights of a group of memories, ``[batch * heads, memories, out, in]``."""
@@ -285,9 +297,10 @@ class SelfModifyingTitans(nn.Module):
             made = streams.unbind(1)
         named = dict(zip(self.streams_order, made, strict=True))
         q, k, v, eta, alpha = (named[name] for name in STREAMS)
-        heads = (-1, self.num_heads)
-        alpha_logit = torch.einsum("bhcd,hd->bhc", alpha.unflatten(0, heads), self.alpha_vector.to(alpha.dtype))
-        eta_logit = torch.einsum("bhcd,hd->bhc", eta.unflatten(0, heads), self.eta_vector.to(eta.dtype))
+        eta_logit, alpha_logit = (
+            torch.einsum("bhcd,hd->bhc", x.unflatten(0, (-1, self.num_heads)), vector.to(x.dtype))
+            for x, vector in ((eta, self.eta_vector), (alpha, self.alpha_vector))
+        )
         gates = self._gates(eta_logit, alpha_logit, beta, writes)
         return Projected(unit_norm(q), unit_norm(k), unit_norm(v), gates)
 
@@ -310,8 +323,7 @@ class SelfModifyingTitans(nn.Module):
 
     def _learn_projections(self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None) -> State:
         """Write a span into the projection memories; errors at their anchor."""
-        memories = self.memory.architecture
-        flag = None if reset is None else reset.unsqueeze(1)
+        memories, flag = self.memory.architecture, None if reset is None else reset.unsqueeze(1)
         linear, adjoint = anchored(group.anchor, group.initial, flag)
         k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
         target = unit_norm(memories(linear, v))
@@ -333,11 +345,14 @@ class SelfModifyingTitans(nn.Module):
         self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None, update: bool
     ) -> tuple[Tensor, State]:
         """Outputs of a span and the main memory after it."""
+        group, lost = (group, None) if reset is None else revive(group, reset)
         linear, _ = anchored(group.anchor, group.initial, reset)
         target = unit_norm(self.memory.architecture(linear, made.v))
         span = Tokens(made.q, made.k, target, made.gates, valid, reset)
         y, group = run_span(self.memory, group, span, "token", update=update, guard=False)
         assert y is not None
+        if lost is not None and reset is not None:
+            y = spoil_before_reset(y, lost, reset)
         return y, self._carry(group) if update else group
 
     def _carry(self, group: State) -> State:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestlearn.memory import Gates, State
 from nestlearn.memory.chunked import split_tokens
-from nestlearn.memory.layout import poisoned_from
+from nestlearn.memory.layout import nobody, poisoned_from
 from nestlearn.memory.types import Weights
 
 
@@ -55,7 +55,9 @@ def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Te
     if mask is not None:
         bad = bad & mask
     drop = bad if mask is None else bad | ~mask
-    return torch.where(drop.unsqueeze(-1), 0, x), poisoned_from(bad, mask, reset)
+    if not nobody(drop):
+        x = torch.where(drop.unsqueeze(-1), 0, x)
+    return x, poisoned_from(bad, mask, reset)
 
 
 def poison_state(state: SelfModifyingState, rows: Tensor) -> SelfModifyingState:
