@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,15 +106,16 @@ def _state_bytes(config: HopeConfig, context_length: int) -> int:
 
 def _activation_bytes(config: HopeConfig, context_length: int, batch_size: int) -> int:
     """Bytes kept for backward by every block and by the output layer, times the rows."""
+    layers = dict(_single_layers(config))
     total = 0
-    for mixer, model in _single_layers(config):
-        model.train()
-        # What a memory keeps per token is the same in every chunk; attention is read at its full context.
-        chunk = max(config.memory_chunk_size, config.projection_chunk_size)
-        length = context_length if mixer in ATTENTION_MIXERS else min(context_length, chunk)
-        block = model.model.layers[0]
-        saved = _saved_bytes(model, length, lambda x, block=block: block(x, None, None, None, True, False)[0])
-        total += config.mixers.count(mixer) * saved * context_length // length
+    for mixer, model in layers.items():
+        # Per token, every chunk after the first keeps the same; for attention short texts leave out the square
+        # of scores, which fused kernels never store.
+        chunk = 32 if mixer in ATTENTION_MIXERS else max(config.memory_chunk_size, config.projection_chunk_size)
+        block = partial(model.train().model.layers[0], return_state=False)
+        one, two = (_saved_bytes(model, length, block) for length in (chunk, 2 * chunk))
+        total += config.mixers.count(mixer) * max(0, one + (two - one) * (context_length - chunk) // chunk)
+    model = next(iter(layers.values()))
     labels = torch.zeros(1, context_length, dtype=torch.long, device="meta")
     total += _saved_bytes(model, context_length, lambda x: next_token_loss(model.lm_head(x), labels))
     return batch_size * total
@@ -126,7 +128,7 @@ def _single_layers(config: HopeConfig) -> Iterator[tuple[str, HopeForCausalLM]]:
         yield mixer, meta_model(HopeConfig(**{name: fields[name] for name in HopeConfig.field_names()}))
 
 
-def _saved_bytes(model: HopeForCausalLM, length: int, run: Callable[[Tensor], Tensor]) -> int:
+def _saved_bytes(model: HopeForCausalLM, length: int, run: Callable[[Tensor], Any]) -> int:
     """Bytes of the storages, weights aside, that `run` keeps for backward on hidden states of `length` tokens."""
     # Identity of storages: on the meta device all addresses are 0, and views of one storage must count once.
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
