@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, default_data_collator
 
 from nestlearn import flops
 from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_corpus, pack
+from nestlearn.nn import ContinuumMemory, SelfModifyingTitans
 from nestlearn.train import checkpoint
 from nestlearn.train.callbacks import ProgressBar, StepTimer, StopOnSignal
 from nestlearn.train.config import CONFIG_FILE, SCHEDULES, TrainConfig, check_resume
@@ -88,6 +90,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     tokenizer = load_tokenizer(out) if resume else prepare_tokenizer(config)
     # The model first: a wrong setting is found at once, reading a corpus may take a while.
     model = prepare_model(config, prepare_model_config(config, tokenizer))
+    _warn_of_idle_memories(model, config.sequence_length, console)
     data = load_data(config, tokenizer)
     progress = Meter.load(last) if last else Meter()
     if last and isinstance(data.train, RecordedStream):
@@ -109,6 +112,22 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             raise _interrupted(trainer, stop.received, out)
         export(trainer, out)
     return _result(trainer, out)
+
+
+def _warn_of_idle_memories(model: nn.Module, sequence_length: int, console: Console) -> None:
+    """Say which memories cannot learn to learn: their period is not shorter than a training sequence."""
+    periods = set()
+    for module in model.modules():
+        if isinstance(module, ContinuumMemory):
+            periods |= {f"level of period {module.periods[i]}" for i in module.levels_that_never_write(sequence_length)}
+        elif isinstance(module, SelfModifyingTitans) and module.projection_chunk_size >= sequence_length:
+            periods.add(f"projections of chunk {module.projection_chunk_size}")
+    if periods:
+        console.print(
+            f"[yellow]Warning:[/] {', '.join(sorted(periods))}: nothing written in a sequence of {sequence_length} "
+            "tokens is read again in training. Use a longer --sequence-length or shorter periods.",
+            soft_wrap=True,
+        )
 
 
 def _begin_folder(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, last: Path | None) -> None:
