@@ -40,8 +40,8 @@ class DemoPlan:
         eval_length: positions of the loss by position: four times the training length.
     """
 
-    steps: int = 300
-    long_steps: int = 900
+    steps: int = 200
+    long_steps: int = 600
     sequence_length: int = 256
     batch_size: int = 8
     eval_interval: int = 25
