@@ -25,13 +25,13 @@ from nestlearn.train.checkpoint import write_text
 PROMPT = "The for statement is used to"
 # Held-out bits per byte that DemoPlan() reaches, and how far another machine, Python or thread count may be off:
 # the corpus is the documentation of the running Python, so its version changes the text.
-EXPECTED = {"hope": 1.9, "transformer": 2.1}
-TOLERANCE = 0.1
+EXPECTED = {"hope": 2.63, "transformer": 3.34}
+TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """Sizes of the demonstration; the defaults take about eight minutes on two cores.
+    """Sizes of the demonstration; the defaults take seven to ten minutes on two cores.
 
     Attributes:
         steps: updates of both models in the comparison at equal tokens.
