@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from nestlearn.memory import MLP, functions
-from nestlearn.memory.functions import segment_products, slope_product, unit_lower_inverse, unit_norm
+from nestlearn.memory.functions import limit_gradient, segment_products, slope_product, unit_lower_inverse, unit_norm
 
 from .cases import Case, make_inputs, run
 
@@ -83,3 +83,17 @@ def test_the_outer_gradient_of_an_outer_gradient(momentum: bool):
         penalties[engine] = torch.autograd.grad(penalty, [inputs.k, inputs.v, *inputs.initial.values()])
     for chunked, reference in zip(penalties["chunked"], penalties["reference"], strict=True):
         torch.testing.assert_close(chunked, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_a_limited_gradient_is_exact_below_the_limit_short_above_it_and_never_nan() -> None:
+    x = torch.ones(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    incoming = torch.ones(4, 2, 3, dtype=torch.float64)
+    incoming[1] *= 1e8
+    incoming[2, 0, 0] = float("inf")
+    incoming[3, 1, 2] = float("nan")
+    y = limit_gradient(x, 10.0)
+    assert torch.equal(y, x)
+    (gradient,) = torch.autograd.grad(y, x, incoming)
+    assert torch.equal(gradient[0], incoming[0])
+    assert torch.allclose(gradient[1].norm(), torch.tensor(10.0, dtype=torch.float64))
+    assert torch.equal(gradient[2:], torch.zeros_like(gradient[2:]))
