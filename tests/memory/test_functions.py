@@ -9,7 +9,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from nestlearn.memory import MLP, functions
-from nestlearn.memory.functions import limit_gradient, segment_products, slope_product, unit_lower_inverse, unit_norm
+from nestlearn.memory.functions import (
+    activate_with_slope,
+    gram,
+    limit_gradient,
+    segment_products,
+    unit_lower_inverse,
+    unit_norm,
+)
 
 from .cases import Case, make_inputs, run
 
@@ -24,8 +31,9 @@ GATES = torch.tensor([[0.5, 0.9, 0.0, 1.0, 0.3], [1.0, 0.0, 0.7, 0.0, 1.0]], dty
 FUNCTIONS = {
     "segment_products": (segment_products, (GATES.clone().requires_grad_(),)),
     "unit_lower_inverse": (lambda x: unit_lower_inverse(x.tril(-1)), (normal(2, 4, 4),)),
-    "gelu_slope": (lambda a, z: slope_product("gelu", a, z), (normal(7), normal(7, seed=1))),
-    "silu_slope": (lambda a, z: slope_product("silu", a, z), (normal(7), normal(7, seed=1))),
+    "gram": (gram, (normal(2, 4, 3),)),
+    "gelu_with_slope": (lambda z: activate_with_slope("gelu", z), (normal(7),)),
+    "silu_with_slope": (lambda z: activate_with_slope("silu", z), (normal(7),)),
     "unit_norm": (unit_norm, (normal(3, 4),)),
 }
 
@@ -41,7 +49,7 @@ def test_every_hand_written_gradient_is_checked():
     """A new autograd function must be added to the table above."""
     classes = {n for n, x in vars(functions).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
     # LimitGradient is no derivative: it bounds one on purpose.
-    assert classes - {"LimitGradient"} == {"SegmentProducts", "UnitLowerInverse", "GeluSlopeProduct", "UnitNorm"}
+    assert classes - {"LimitGradient"} == {"SegmentProducts", "Gram", "UnitLowerInverse", "GeluWithSlope", "UnitNorm"}
 
 
 def test_segment_products_are_the_written_products():
@@ -55,10 +63,12 @@ def test_segment_products_are_the_written_products():
 
 def test_slopes_are_the_derivatives_of_the_activations():
     for name, act in (("gelu", F.gelu), ("silu", F.silu)):
-        a, z = normal(50), 3 * normal(50, seed=1).detach()
+        z = 3 * normal(50).detach()
         z.requires_grad_()
-        (expected,) = torch.autograd.grad(act(z), z, a)
-        torch.testing.assert_close(slope_product(name, a, z), expected, rtol=1e-12, atol=1e-14)  # type: ignore[arg-type]
+        (expected,) = torch.autograd.grad(act(z).sum(), z)
+        h, slope = activate_with_slope(name, z)  # type: ignore[arg-type]
+        torch.testing.assert_close(h, act(z), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_unit_lower_inverse_and_unit_norm():

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .functions import Activation, activate, slope_product
+from .functions import Activation, activate, activate_with_slope
 from .objectives import Objective
 from .types import Factor
 
@@ -105,7 +105,6 @@ class MLP:
         return x + linear("out", activate(self.activation, linear("in", x)))
 
     def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
-        z = linear("in", k)
-        h = activate(self.activation, z)
+        h, slope = activate_with_slope(self.activation, linear("in", k))
         e = objective.error(lambda: k + linear("out", h), v)
-        return {"in": Factor(k, slope_product(self.activation, adjoint("out", e), z)), "out": Factor(h, e)}
+        return {"in": Factor(k, adjoint("out", e) * slope), "out": Factor(h, e)}

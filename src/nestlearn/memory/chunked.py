@@ -14,7 +14,7 @@ from torch import Tensor
 from .associative import AssociativeMemory
 from .layout import Grid, nobody, place, scatter_outputs, span_length
 from .retention import Delta
-from .span import Entering, Kernels, Writes, advance, contain, make_kernels, read, step_size, write
+from .span import Entering, Kernels, Writes, advance, contain, erase, make_kernels, read, write, write_kept
 from .types import Factor, Gates, State, Weights
 
 
@@ -92,8 +92,12 @@ def absorb_span(
     starts = {name: entering(memory, state, name, tokens.reset) for name in factors}
     writes = {}
     for name, (x, error) in factors.items():
-        eta = step_size(memory.step_size_of(name), tokens.gates.lr, tokens.gates.retain, x)
-        written = write(kernels, x, error, eta, starts[name])
+        lr, retain = tokens.gates.lr, tokens.gates.retain
+        if isinstance(memory.retention, Delta):
+            erasure = erase(kernels, x, memory.step_size_of(name), lr, retain)
+            written = write(kernels, x, error, erasure, starts[name])
+        else:
+            written = write_kept(kernels, x, error, lr)
         writes[name] = contain(written) if guard else written
     return kernels, starts, writes
 

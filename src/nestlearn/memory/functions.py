@@ -41,6 +41,25 @@ def segment_products(a: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
     return SegmentProducts.apply(a)  # type: ignore[return-value]
 
 
+class Gram(torch.autograd.Function):
+    """``x x^T``; gradient ``(g + g^T) x``, one product where two would be taken without the symmetry."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return (grad + grad.mT) @ x
+
+
+def gram(x: Float[Tensor, "*b c d"]) -> Float[Tensor, "*b c c"]:
+    """All inner products of the rows of x."""
+    return Gram.apply(x)  # type: ignore[return-value]
+
+
 class UnitLowerInverse(torch.autograd.Function):
     """``(I + L)^-1`` for a strictly lower-triangular L; gradient ``-T^T g T^T``, strictly lower.
 
@@ -73,36 +92,43 @@ def activate(name: Activation, z: Tensor) -> Tensor:
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
-class GeluSlopeProduct(torch.autograd.Function):
-    """``a gelu'(z)`` with ``gelu' = Phi + z phi``; its own derivative is ``gelu''(z) = phi (2 - z^2)``.
+class GeluWithSlope(torch.autograd.Function):
+    """``gelu(z)`` and its slope ``gelu'(z) = Phi + z phi``; the slope's own derivative is ``phi (2 - z^2)``.
 
-    torch's kernel for the first derivative is one fused pass; its second derivative is not, so that is written here.
+    A deep memory needs both, the slope to carry its error back. With the slope at hand the gradient of the first
+    output is a product, and the error function is evaluated once each way.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, z: Tensor) -> Tensor:
-        ctx.save_for_backward(a, z)
-        return torch.ops.aten.gelu_backward(a, z)
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(z), z)
+        ctx.save_for_backward(z, slope)
+        ctx.set_materialize_grads(False)
+        return F.gelu(z), slope
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        a, z = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            square = z * z
-            curvature = torch.exp(square * -0.5) * (2 - square) * _INV_SQRT_2PI
-            return GeluSlopeProduct.apply(grad, z), grad * a * curvature  # type: ignore[return-value]
-        # Without a second derivative to follow, the same in place: on a CPU each new temporary costs more than its sum.
+    def backward(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        z, slope = ctx.saved_tensors
+        total = None if grad is None else grad * slope
+        if grad_slope is None:
+            return total
         square = z * z
-        curvature = torch.exp(square * -0.5).mul_(square.sub_(2)).mul_(a).mul_(grad).mul_(-_INV_SQRT_2PI)
-        return torch.ops.aten.gelu_backward(grad, z), curvature
+        if torch.is_grad_enabled():
+            part = grad_slope * (torch.exp(square * -0.5) * (2 - square) * _INV_SQRT_2PI)
+            return part if total is None else total + part
+        # Without a second derivative to follow, the same in place: on a CPU each new temporary costs more than its sum.
+        density = torch.mul(square, -0.5).exp_().mul_(grad_slope)
+        curvature = square.neg_().add_(2).mul_(_INV_SQRT_2PI)
+        return density.mul_(curvature) if total is None else total.addcmul_(density, curvature)
 
 
-def slope_product(name: Activation, a: Tensor, z: Tensor) -> Tensor:
-    """``a act'(z)``: an error carried back through the activation."""
+def activate_with_slope(name: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
+    """``act(z)`` and ``act'(z)``, which carries an error back through the activation."""
     if name == "gelu":
-        return GeluSlopeProduct.apply(a, z)  # type: ignore[return-value]
+        return GeluWithSlope.apply(z)  # type: ignore[return-value]
     gate = torch.sigmoid(z)
-    return a * (gate + z * gate * (1 - gate))
+    h = z * gate
+    return h, gate + h * (1 - gate)
 
 
 class UnitNorm(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .functions import segment_products, unit_lower_inverse
+from .functions import gram, segment_products, unit_lower_inverse
 from .layout import nobody
 
 
@@ -136,40 +136,50 @@ class Writes(NamedTuple):
     lost: Bool[Tensor, "*b c"] | None = None  # tokens from which on the map is NaN: a write overflowed
 
 
-def step_size(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Float[Tensor, "*b c"]:
-    """eta' of every token of one map with inputs x: ``raw``, ``proximal`` or ``normalized`` (see AssociativeMemory)."""
+def step_size(kind: str, lr: Tensor, retain: Tensor, square: Tensor) -> Float[Tensor, "*b c"]:
+    """eta' of every token of one map with inputs of squared norm ``square`` (see AssociativeMemory)."""
     if kind == "raw":
         return lr
-    square = torch.linalg.vecdot(x, x)
     if kind == "proximal":
         return lr / (1 + lr * square)
     return torch.minimum(lr, 1 + retain) / (square + 1e-6)
 
 
-def write(kernels: Kernels, x: Tensor, error: Tensor, eta: Tensor, start: Entering) -> Writes:
-    """Solve for the writes of one map; ``x: [*b, c, in]``, ``error: [*b, c, out]``, ``eta: [*b, c]`` (eta').
+class Erasure(NamedTuple):
+    """What the delta rule needs of one map's inputs: ``solved = (I + diag(eta') [sh(A) * X X^T])^-1 diag(gain)``."""
 
-    All scalings act on c x c matrices or on the map's inputs, never on the wider errors.
-    """
-    gain = -eta
-    if kernels.decay_before is None:
-        return Writes(x, None, error, gain) if kernels.impulse is not None else Writes(x, error, None, gain)
-    gram = x @ x.mT
-    inverse = unit_lower_inverse(eta.unsqueeze(-1) * kernels.decay_before * gram)
-    solved = inverse * gain.unsqueeze(-2)
-    change = None
-    if kernels.impulse is None:
-        change = solved @ error
-    else:
-        assert kernels.impulse_before is not None
-        change = (solved @ (kernels.impulse_before * gram * gain.unsqueeze(-2))) @ error
+    gram: Float[Tensor, "*b c c"]
+    solved: Float[Tensor, "*b c c"]
+    gain: Float[Tensor, "*b c"]  # -eta'
+
+
+def erase(kernels: Kernels, x: Tensor, kind: str, lr: Tensor, retain: Tensor) -> Erasure:
+    """The triangular system of one map with inputs ``x: [*b, c, in]``, solved for all right-hand sides."""
+    assert kernels.decay_before is not None
+    products = gram(x)
+    eta = step_size(kind, lr, retain, products.diagonal(dim1=-2, dim2=-1))
+    inverse = unit_lower_inverse(eta.unsqueeze(-1) * kernels.decay_before * products)
+    return Erasure(products, inverse * -eta.unsqueeze(-2), -eta)
+
+
+def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: Entering) -> Writes:
+    """The writes of one map under delta retention; ``x: [*b, c, in]``, ``error: [*b, c, out]``."""
+    gram, solved, gain = erasure
+    change = None if kernels.impulse is not None else error
     for coefficient, weights in _sources(kernels, start, before=True):
-        scaled = solved * coefficient.unsqueeze(-2)
-        if x.shape[-1] > error.shape[-1]:
-            change = _add_product(change, scaled, (x @ weights.mT).mT)
-        else:
-            change = _add_product(change, scaled @ x, weights)
-    return Writes(x, change, None if kernels.impulse is None else error, gain)
+        held = coefficient.unsqueeze(-1) * (x @ weights.mT)
+        change = held if change is None else change + held
+    change = None if change is None else solved @ change
+    if kernels.impulse is None:
+        return Writes(x, change, None, gain)
+    assert kernels.impulse_before is not None
+    pushed = solved @ (kernels.impulse_before * gram * gain.unsqueeze(-2))
+    return Writes(x, _add_product(change, pushed, error.mT), error, gain)
+
+
+def write_kept(kernels: Kernels, x: Tensor, error: Tensor, lr: Tensor) -> Writes:
+    """The writes of one map under decay, where nothing has to be solved: the errors themselves."""
+    return Writes(x, None, error, -lr) if kernels.impulse is not None else Writes(x, error, None, -lr)
 
 
 def contain(writes: Writes) -> Writes:

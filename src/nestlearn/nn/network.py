@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestlearn.memory import Factor
 from nestlearn.memory.architectures import Linear
-from nestlearn.memory.functions import activate, slope_product
+from nestlearn.memory.functions import activate, activate_with_slope
 from nestlearn.memory.objectives import Objective
 
 from .ffn import Activation
@@ -56,16 +56,15 @@ class Network:
         """Input and error of every map for the loss of ``(k, v)``, in closed form."""
         up = linear("up", k)
         if self.activation == "gelu":
-            hidden = activate("gelu", up)
+            hidden, slope = activate_with_slope("gelu", up)
             error = objective.error(lambda: linear("down", hidden), v)
-            return {"up": Factor(k, slope_product("gelu", adjoint("down", error), up)), "down": Factor(hidden, error)}
-        gate = linear("gate", k)
-        opened = activate("silu", gate)
+            return {"up": Factor(k, adjoint("down", error) * slope), "down": Factor(hidden, error)}
+        opened, slope = activate_with_slope("silu", linear("gate", k))
         hidden = opened * up
         error = objective.error(lambda: linear("down", hidden), v)
         back = adjoint("down", error)
         return {
-            "gate": Factor(k, slope_product("silu", back * up, gate)),
+            "gate": Factor(k, back * up * slope),
             "up": Factor(k, back * opened),
             "down": Factor(hidden, error),
         }
