@@ -6,6 +6,7 @@ Equal to `reference.scan` in outputs, final state and outer gradients. No inner 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,20 @@ from torch import Tensor
 from .associative import AssociativeMemory
 from .layout import Grid, nobody, place, scatter_outputs, span_length
 from .retention import Delta
-from .span import Entering, Kernels, Writes, advance, contain, erase, make_kernels, read, write, write_kept
+from .span import Entering, Erasure, Kernels, Writes, advance, contain, erase, make_kernels, read, write, write_kept
 from .types import Factor, Gates, State, Weights
+
+
+class Prepared(NamedTuple):
+    """What a span needs that depends on gates and keys alone; memories that share those share this too."""
+
+    kernels: Kernels
+    erasures: dict[str, Erasure]  # of the map that sees the keys; empty without delta retention
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Prepared:
+        """``change`` applied to every tensor."""
+        kernels = Kernels(*(None if x is None else change(x) for x in self.kernels))  # type: ignore[arg-type]
+        return Prepared(kernels, {n: Erasure(*map(change, e)) for n, e in self.erasures.items()})
 
 
 class Tokens(NamedTuple):
@@ -27,6 +40,11 @@ class Tokens(NamedTuple):
     gates: Gates
     valid: Tensor | None = None
     reset: Tensor | None = None
+    prepared: Prepared | None = None
+
+
+PREPARED_TOKENS = 1024
+"""Tokens prepared at once: enough to fill a machine, few beside the spans' own tensors."""
 
 
 DISTANCE = "distance"
@@ -69,6 +87,30 @@ def span_kernels(memory: AssociativeMemory, gates: Gates, valid: Tensor | None, 
     )
 
 
+def prepare(memory: AssociativeMemory, keys: Sequence[Tensor], gates: Sequence[Gates]) -> list[Prepared]:
+    """Kernels and erasures of several spans without masks or resets, computed together where lengths agree.
+
+    ``keys[i]: [b, c, d]``, ``gates[i]``: each ``[b, c]``. One large operation costs less than many small ones.
+    """
+    if len({k.shape[1] for k in keys}) > 1:
+        return prepare(memory, keys[:-1], gates[:-1]) + prepare(memory, keys[-1:], gates[-1:])
+    together = Gates(*(None if g[0] is None else torch.stack(g, 1) for g in zip(*gates, strict=True)))  # type: ignore[arg-type]
+    kernels = span_kernels(memory, together, None, None)
+    erasures = {}
+    if isinstance(memory.retention, Delta):
+        name = memory.architecture.query_map
+        kind = memory.step_size_of(name)
+        erasures[name] = erase(kernels, torch.stack(list(keys), 1), kind, together.lr, together.retain)
+    # One unbind a tensor: the gradient of a slice would be a full-size tensor of zeros.
+    per_span = [Kernels(*x) for x in zip(*(_spans(x, len(keys)) for x in kernels), strict=True)]
+    solved = {n: [Erasure(*x) for x in zip(*(y.unbind(1) for y in e), strict=True)] for n, e in erasures.items()}
+    return [Prepared(here, {n: e[i] for n, e in solved.items()}) for i, here in enumerate(per_span)]
+
+
+def _spans(x: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    return [None] * count if x is None else x.unbind(1)
+
+
 def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor | None) -> Entering:
     """The entering weights of one map, as the distance to initial if retention pulls there."""
     momentum = None if state.momentum is None else state.momentum[name]
@@ -88,13 +130,13 @@ def absorb_span(
 
     ``guard=False``: the caller's bounds rule out a write that overflows, which need not be looked for.
     """
-    kernels = span_kernels(memory, tokens.gates, tokens.valid, tokens.reset)
+    kernels, erasures = tokens.prepared or (span_kernels(memory, tokens.gates, tokens.valid, tokens.reset), {})
     starts = {name: entering(memory, state, name, tokens.reset) for name in factors}
     writes = {}
     for name, (x, error) in factors.items():
         lr, retain = tokens.gates.lr, tokens.gates.retain
         if isinstance(memory.retention, Delta):
-            erasure = erase(kernels, x, memory.step_size_of(name), lr, retain)
+            erasure = erasures.get(name) or erase(kernels, x, memory.step_size_of(name), lr, retain)
             written = write(kernels, x, error, erasure, starts[name])
         else:
             written = write_kept(kernels, x, error, lr)
@@ -236,11 +278,17 @@ def _scan_aligned(
     pieces = split_tokens((q, k, v, *gates), span)
     # Writes from this token on are read by nobody: a chunk read sees only the chunks before it.
     needed = (tokens - 1) // chunk * chunk if how == "chunk" else (len(pieces) - 1) * span
+    group = max(1, PREPARED_TOKENS // span)
+    prepared: list[Prepared] = []
     for i, (q_i, k_i, v_i, *here) in enumerate(pieces):
         if i * span % chunk == 0:
             state = state._replace(anchor=state.params)
+        if i % group == 0:
+            ahead = pieces[i : i + group]
+            prepared = prepare(memory, [k for _, k, *_ in ahead], [Gates(*gates) for _, _, _, *gates in ahead])
         update = return_state or i * span < needed
-        y, state = run_span(memory, state, Tokens(q_i, k_i, v_i, Gates(*here)), how, update=update)
+        tokens_i = Tokens(q_i, k_i, v_i, Gates(*here), prepared=prepared[i % group])
+        y, state = run_span(memory, state, tokens_i, how, update=update)
         outputs.append(y)
     if tokens % chunk == 0:
         state = state._replace(anchor=state.params)

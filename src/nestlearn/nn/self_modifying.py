@@ -24,10 +24,12 @@ from nestlearn.memory import (
 )
 from nestlearn.memory.associative import StepSize
 from nestlearn.memory.chunked import (
+    Prepared,
     Tokens,
     absorb_span,
     advance_span,
     anchored,
+    prepare,
     revive,
     run_span,
     split_tokens,
@@ -321,8 +323,15 @@ class SelfModifyingTitans(nn.Module):
             eta = torch.zeros_like(eta)
         return Gates(eta, alpha, beta)
 
-    def _learn_projections(self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None) -> State:
-        """Write a span into the projection memories; errors at their anchor."""
+    def _learn_projections(
+        self,
+        group: State,
+        made: Projected,
+        valid: Tensor | None,
+        reset: Tensor | None,
+        prepared: Sequence[Prepared] | None = None,
+    ) -> State:
+        """Write a span into the projection memories; errors at their anchor. ``prepared``: of its pieces, if at hand."""
         memories, flag = self.memory.architecture, None if reset is None else reset.unsqueeze(1)
         linear, adjoint = anchored(group.anchor, group.initial, flag)
         k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
@@ -336,19 +345,26 @@ class SelfModifyingTitans(nn.Module):
         for i, gates in enumerate(pieces):
             here = {m: Factor(inputs[m][i], errors[m][i]) for m in factors}
             gates = Gates(*gates).map(lambda g: g.unsqueeze(1))
-            span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag)
+            shared = None if prepared is None else prepared[i].map(lambda x: x.unsqueeze(1))
+            span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag, shared)
             kernels, starts, writes = absorb_span(self.memory, group, here, span, guard=False)
             group = advance_span(self.memory, group, kernels, starts, writes, span.valid)
         return self._carry(group._replace(extra={}))
 
     def _run_memory(
-        self, group: State, made: Projected, valid: Tensor | None, reset: Tensor | None, update: bool
+        self,
+        group: State,
+        made: Projected,
+        valid: Tensor | None,
+        reset: Tensor | None,
+        update: bool,
+        prepared: Prepared | None = None,
     ) -> tuple[Tensor, State]:
         """Outputs of a span and the main memory after it."""
         group, lost = (group, None) if reset is None else revive(group, reset)
         linear, _ = anchored(group.anchor, group.initial, reset)
         target = unit_norm(self.memory.architecture(linear, made.v))
-        span = Tokens(made.q, made.k, target, made.gates, valid, reset)
+        span = Tokens(made.q, made.k, target, made.gates, valid, reset, prepared)
         y, group = run_span(self.memory, group, span, "token", update=update, guard=False)
         assert y is not None
         if lost is not None and reset is not None:
@@ -381,14 +397,17 @@ class SelfModifyingTitans(nn.Module):
             if projections is not None:
                 projections = projections._replace(anchor=projections.params)
             made = self._project(projections, here, None if beta_cut is None else beta_cut[j], None, writes)
-            for i, part in enumerate(split_projected(made, size)):
+            parts = split_projected(made, size)
+            prepared = prepare(self.memory, [part.k for part in parts], [part.gates for part in parts])
+            for i, part in enumerate(parts):
                 if i * size % self.memory.chunk_size == 0:
                     memory = memory._replace(anchor=memory.params)
                 update = return_state or begin + (i + 1) * size < tokens
-                y, memory = self._run_memory(memory, part, None, None, update=update)
+                y, memory = self._run_memory(memory, part, None, None, update, prepared[i])
                 outputs.append(y)
             if projections is not None and (return_state or end < tokens):
-                projections = self._learn_projections(projections, made, None, None)
+                same = span_length(chunk, end - begin, longest=64) == size
+                projections = self._learn_projections(projections, made, None, None, prepared if same else None)
         if tokens % self.memory.chunk_size == 0:
             memory = memory._replace(anchor=memory.params)
         if tokens % chunk == 0 and projections is not None:
