@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from nestlearn.memory import MLP, functions
 from nestlearn.memory.functions import (
-    activate_with_slope,
-    gram,
+    BLOCK_ELEMENTS,
+    activate_with_error,
     limit_gradient,
     segment_products,
+    solved_erasure,
     unit_lower_inverse,
     unit_norm,
 )
@@ -31,9 +32,12 @@ GATES = torch.tensor([[0.5, 0.9, 0.0, 1.0, 0.3], [1.0, 0.0, 0.7, 0.0, 1.0]], dty
 FUNCTIONS = {
     "segment_products": (segment_products, (GATES.clone().requires_grad_(),)),
     "unit_lower_inverse": (lambda x: unit_lower_inverse(x.tril(-1)), (normal(2, 4, 4),)),
-    "gram": (gram, (normal(2, 4, 3),)),
-    "gelu_with_slope": (lambda z: activate_with_slope("gelu", z), (normal(7),)),
-    "silu_with_slope": (lambda z: activate_with_slope("silu", z), (normal(7),)),
+    "solved_erasure": (
+        lambda x, before, eta: solved_erasure(x, before.tril(-1), eta),
+        (normal(2, 3, 4, 5), normal(2, 1, 4, 4), normal(2, 1, 4)),
+    ),
+    "gelu_and_error": (lambda z, b: activate_with_error("gelu", z, b), (normal(7), normal(7, seed=1))),
+    "silu_and_error": (lambda z, b: activate_with_error("silu", z, b), (normal(7), normal(7, seed=1))),
     "unit_norm": (unit_norm, (normal(3, 4),)),
 }
 
@@ -49,7 +53,13 @@ def test_every_hand_written_gradient_is_checked():
     """A new autograd function must be added to the table above."""
     classes = {n for n, x in vars(functions).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
     # LimitGradient is no derivative: it bounds one on purpose.
-    assert classes - {"LimitGradient"} == {"SegmentProducts", "Gram", "UnitLowerInverse", "GeluWithSlope", "UnitNorm"}
+    assert classes - {"LimitGradient"} == {
+        "SegmentProducts",
+        "UnitLowerInverse",
+        "SolvedErasure",
+        "GeluAndError",
+        "UnitNorm",
+    }
 
 
 def test_segment_products_are_the_written_products():
@@ -63,12 +73,16 @@ def test_segment_products_are_the_written_products():
 
 def test_slopes_are_the_derivatives_of_the_activations():
     for name, act in (("gelu", F.gelu), ("silu", F.silu)):
-        z = 3 * normal(50).detach()
+        # More than one block of the CPU path, the last one short.
+        z = 3 * normal(BLOCK_ELEMENTS + 50).detach()
+        back = normal(BLOCK_ELEMENTS + 50, seed=1).detach()
         z.requires_grad_()
-        (expected,) = torch.autograd.grad(act(z).sum(), z)
-        h, slope = activate_with_slope(name, z)  # type: ignore[arg-type]
+        (expected,) = torch.autograd.grad(act(z), z, back, create_graph=True)
+        h, error = activate_with_error(name, z, back)  # type: ignore[arg-type]
         torch.testing.assert_close(h, act(z), rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(error, expected, rtol=1e-12, atol=1e-14)
+        found, wanted = (torch.autograd.grad((act(z) + e).square().sum(), z)[0] for e in (error, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_unit_lower_inverse_and_unit_norm():

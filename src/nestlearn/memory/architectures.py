@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .functions import Activation, activate, activate_with_slope
+from .functions import Activation, activate, activate_with_error
 from .objectives import Objective
 from .types import Factor
 
@@ -105,6 +105,13 @@ class MLP:
         return x + linear("out", activate(self.activation, linear("in", x)))
 
     def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
-        h, slope = activate_with_slope(self.activation, linear("in", k))
-        e = objective.error(lambda: k + linear("out", h), v)
-        return {"in": Factor(k, adjoint("out", e) * slope), "out": Factor(h, e)}
+        z = linear("in", k)
+        held: list[Tensor] = []  # the activation, if the objective looks at the prediction
+
+        def predict() -> Tensor:
+            held.append(activate(self.activation, z))
+            return k + linear("out", held[0])
+
+        e = objective.error(predict, v)
+        h, back = activate_with_error(self.activation, z, adjoint("out", e), *held)
+        return {"in": Factor(k, back), "out": Factor(h, e)}

@@ -41,25 +41,6 @@ def segment_products(a: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
     return SegmentProducts.apply(a)  # type: ignore[return-value]
 
 
-class Gram(torch.autograd.Function):
-    """``x x^T``; gradient ``(g + g^T) x``, one product where two would be taken without the symmetry."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x @ x.mT
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return (grad + grad.mT) @ x
-
-
-def gram(x: Float[Tensor, "*b c d"]) -> Float[Tensor, "*b c c"]:
-    """All inner products of the rows of x."""
-    return Gram.apply(x)  # type: ignore[return-value]
-
-
 class UnitLowerInverse(torch.autograd.Function):
     """``(I + L)^-1`` for a strictly lower-triangular L; gradient ``-T^T g T^T``, strictly lower.
 
@@ -68,8 +49,7 @@ class UnitLowerInverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, strict: Tensor) -> Tensor:
-        eye = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
-        inverse = torch.linalg.solve_triangular(strict, eye.expand_as(strict), upper=False, unitriangular=True)
+        inverse = _inverse(strict)
         ctx.save_for_backward(inverse)
         return inverse
 
@@ -79,9 +59,51 @@ class UnitLowerInverse(torch.autograd.Function):
         return -(inverse.mT @ grad @ inverse.mT).tril(-1)
 
 
+def _inverse(strict: Tensor) -> Tensor:
+    eye = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
+    return torch.linalg.solve_triangular(strict, eye.expand_as(strict), upper=False, unitriangular=True)
+
+
 def unit_lower_inverse(strict: Float[Tensor, "*b c c"]) -> Float[Tensor, "*b c c"]:
     """``(I + strict)^-1``."""
     return UnitLowerInverse.apply(strict)  # type: ignore[return-value]
+
+
+class SolvedErasure(torch.autograd.Function):
+    """``-(I + L)^-1 diag(eta)`` with ``L = diag(eta) [before * X X^T]``: the triangular system of the delta rule, solved.
+
+    ``before`` is strictly lower-triangular. One gradient for the chain saves half of its passes over c x c matrices,
+    and ``d X = (g + g^T) X`` one product of two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, before: Tensor, eta: Tensor) -> Tensor:
+        gram = x @ x.mT
+        strict = (before * gram).mul_(eta.unsqueeze(-1))
+        inverse = _inverse(strict)
+        ctx.save_for_backward(x, before, eta, gram, inverse)
+        return inverse * -eta.unsqueeze(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        x, before, eta, gram, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # Both again, as functions of the inputs.
+            gram = x @ x.mT
+            inverse = unit_lower_inverse(before * gram * eta.unsqueeze(-1))
+        through = inverse.mT @ (grad * eta.unsqueeze(-2)) @ inverse.mT  # minus and minus
+        through = through.tril(-1)
+        held = through * before
+        grad_eta = (held * gram).sum(-1) - (grad * inverse).sum(-2)
+        held = held * eta.unsqueeze(-1)
+        grad_before = through * gram * eta.unsqueeze(-1)
+        return (held + held.mT) @ x, grad_before.sum_to_size(before.shape), grad_eta.sum_to_size(eta.shape)
+
+
+def solved_erasure(
+    x: Float[Tensor, "*b c d"], before: Float[Tensor, "*b c c"], eta: Float[Tensor, "*b c"]
+) -> Float[Tensor, "*b c c"]:
+    """``-(I + diag(eta) [before * X X^T])^-1 diag(eta)``; leading dimensions broadcast to those of x."""
+    return SolvedErasure.apply(x, before, eta)  # type: ignore[return-value]
 
 
 def activate(name: Activation, z: Tensor) -> Tensor:
@@ -92,43 +114,90 @@ def activate(name: Activation, z: Tensor) -> Tensor:
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
-class GeluWithSlope(torch.autograd.Function):
-    """``gelu(z)`` and its slope ``gelu'(z) = Phi + z phi``; the slope's own derivative is ``phi (2 - z^2)``.
+class GeluAndError(torch.autograd.Function):
+    """``h = gelu(z)`` and ``b = back * gelu'(z)``, an error carried back; ``gelu' = Phi + z phi``.
 
-    A deep memory needs both, the slope to carry its error back. With the slope at hand the gradient of the first
-    output is a product, and the error function is evaluated once each way.
+    With the slope kept, the gradient needs no error function: ``d back = g_b gelu'`` and
+    ``d z = g_h gelu' + g_b back gelu''``, ``gelu'' = phi (2 - z^2)``. On a CPU the passes run over blocks that stay in
+    a core's cache, where a temporary costs less than its arithmetic.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        slope = torch.ops.aten.gelu_backward(torch.ones_like(z), z)
-        ctx.save_for_backward(z, slope)
+    def forward(ctx: Any, z: Tensor, back: Tensor, need_h: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        return F.gelu(z), slope
+        z, back = z.contiguous(), back.contiguous()
+        one = torch.ones((), dtype=z.dtype, device=z.device)
+        h, error, slope = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
+        for z_i, back_i, h_i, error_i, slope_i in _blocks(z, back, h, error, slope):
+            if need_h:
+                h_i.copy_(F.gelu(z_i))
+            torch.ops.aten.gelu_backward(one.expand_as(z_i), z_i, grad_input=slope_i)
+            torch.mul(back_i, slope_i, out=error_i)
+        ctx.save_for_backward(z, back, slope)
+        return h, error
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None) -> Tensor | None:  # type: ignore[override]
-        z, slope = ctx.saved_tensors
-        total = None if grad is None else grad * slope
-        if grad_slope is None:
-            return total
-        square = z * z
+    def backward(ctx: Any, grad: Tensor | None, grad_error: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        z, back, slope = ctx.saved_tensors
         if torch.is_grad_enabled():
-            part = grad_slope * (torch.exp(square * -0.5) * (2 - square) * _INV_SQRT_2PI)
-            return part if total is None else total + part
-        # Without a second derivative to follow, the same in place: on a CPU each new temporary costs more than its sum.
-        density = torch.mul(square, -0.5).exp_().mul_(grad_slope)
-        curvature = square.neg_().add_(2).mul_(_INV_SQRT_2PI)
-        return density.mul_(curvature) if total is None else total.addcmul_(density, curvature)
+            grad_z, grad_back = _gelu_and_error_gradient(z, back, grad, grad_error)
+            return grad_z, grad_back, None
+        if grad_error is None:
+            return None if grad is None else grad * slope, None, None
+        grad_error = grad_error.contiguous()
+        grad = None if grad is None else grad.contiguous()
+        grad_z, grad_back = torch.empty_like(z), torch.empty_like(z)
+        tensors = (z, back, slope, grad_error, grad_z, grad_back)
+        for i, (z_i, back_i, slope_i, error_i, grad_z_i, grad_back_i) in enumerate(_blocks(*tensors)):
+            torch.mul(error_i, slope_i, out=grad_back_i)
+            square = torch.mul(z_i, z_i, out=grad_z_i)
+            density = torch.mul(square, -0.5).exp_().mul_(error_i).mul_(back_i)
+            square.neg_().add_(2).mul_(density).mul_(_INV_SQRT_2PI)
+            if grad is not None:
+                grad_z_i.addcmul_(_block(grad, i), slope_i)
+        return grad_z, grad_back, None
 
 
-def activate_with_slope(name: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
-    """``act(z)`` and ``act'(z)``, which carries an error back through the activation."""
+def _gelu_and_error_gradient(
+    z: Tensor, back: Tensor, grad: Tensor | None, grad_error: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same gradient in operations that can be differentiated again."""
+    density = torch.exp(z * z * -0.5) * _INV_SQRT_2PI
+    slope = 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density
+    through = None if grad is None else grad * slope
+    if grad_error is None:
+        return through, None
+    curved = grad_error * back * density * (2 - z * z)
+    return curved if through is None else through + curved, grad_error * slope
+
+
+def activate_with_error(name: Activation, z: Tensor, back: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``act(z)`` and ``back * act'(z)``: the way forward and an error's way back. ``h``: act(z), if at hand."""
     if name == "gelu":
-        return GeluWithSlope.apply(z)  # type: ignore[return-value]
+        joint, error = GeluAndError.apply(z, back, h is None)  # type: ignore[misc]
+        return joint if h is None else h, error
     gate = torch.sigmoid(z)
-    h = z * gate
-    return h, gate + h * (1 - gate)
+    h = z * gate if h is None else h
+    return h, back * (gate + h * (1 - gate))
+
+
+BLOCK_ELEMENTS = 1 << 17
+"""Elements worked on at once on a CPU: a few such blocks of float32 fit the second-level cache of a core."""
+
+
+def _block(x: Tensor, i: int) -> Tensor:
+    """The i-th block of a contiguous tensor, flat; all of it on an accelerator or while compiling."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x
+    return x.view(-1)[i * BLOCK_ELEMENTS : (i + 1) * BLOCK_ELEMENTS]
+
+
+def _blocks(*tensors: Tensor):
+    """Corresponding blocks of contiguous tensors of one shape."""
+    first = tensors[0]
+    whole = first.device.type != "cpu" or torch.compiler.is_compiling()
+    count = 1 if whole else -(-first.numel() // BLOCK_ELEMENTS)
+    return (tuple(_block(x, i) for x in tensors) for i in range(count))
 
 
 class UnitNorm(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .functions import gram, segment_products, unit_lower_inverse
+from .functions import segment_products, solved_erasure
 from .layout import nobody
 
 
@@ -136,10 +136,11 @@ class Writes(NamedTuple):
     lost: Bool[Tensor, "*b c"] | None = None  # tokens from which on the map is NaN: a write overflowed
 
 
-def step_size(kind: str, lr: Tensor, retain: Tensor, square: Tensor) -> Float[Tensor, "*b c"]:
-    """eta' of every token of one map with inputs of squared norm ``square`` (see AssociativeMemory)."""
+def step_size(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Float[Tensor, "*b c"]:
+    """eta' of every token of one map with inputs x: ``raw``, ``proximal`` or ``normalized`` (see AssociativeMemory)."""
     if kind == "raw":
         return lr
+    square = torch.linalg.vecdot(x, x)
     if kind == "proximal":
         return lr / (1 + lr * square)
     return torch.minimum(lr, 1 + retain) / (square + 1e-6)
@@ -148,7 +149,6 @@ def step_size(kind: str, lr: Tensor, retain: Tensor, square: Tensor) -> Float[Te
 class Erasure(NamedTuple):
     """What the delta rule needs of one map's inputs: ``solved = (I + diag(eta') [sh(A) * X X^T])^-1 diag(gain)``."""
 
-    gram: Float[Tensor, "*b c c"]
     solved: Float[Tensor, "*b c c"]
     gain: Float[Tensor, "*b c"]  # -eta'
 
@@ -156,15 +156,13 @@ class Erasure(NamedTuple):
 def erase(kernels: Kernels, x: Tensor, kind: str, lr: Tensor, retain: Tensor) -> Erasure:
     """The triangular system of one map with inputs ``x: [*b, c, in]``, solved for all right-hand sides."""
     assert kernels.decay_before is not None
-    products = gram(x)
-    eta = step_size(kind, lr, retain, products.diagonal(dim1=-2, dim2=-1))
-    inverse = unit_lower_inverse(eta.unsqueeze(-1) * kernels.decay_before * products)
-    return Erasure(products, inverse * -eta.unsqueeze(-2), -eta)
+    eta = step_size(kind, lr, retain, x)
+    return Erasure(solved_erasure(x, kernels.decay_before, eta), -eta)
 
 
 def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: Entering) -> Writes:
     """The writes of one map under delta retention; ``x: [*b, c, in]``, ``error: [*b, c, out]``."""
-    gram, solved, gain = erasure
+    solved, gain = erasure
     change = None if kernels.impulse is not None else error
     for coefficient, weights in _sources(kernels, start, before=True):
         held = coefficient.unsqueeze(-1) * (x @ weights.mT)
@@ -173,7 +171,7 @@ def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: E
     if kernels.impulse is None:
         return Writes(x, change, None, gain)
     assert kernels.impulse_before is not None
-    pushed = solved @ (kernels.impulse_before * gram * gain.unsqueeze(-2))
+    pushed = solved @ (kernels.impulse_before * (x @ x.mT) * gain.unsqueeze(-2))
     return Writes(x, _add_product(change, pushed, error.mT), error, gain)
 
 

@@ -35,3 +35,22 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
         if momentum:
             total += 2 * dense[name] + 2 * span * out * (2 if delta else 1) + 2 * span * span
     return total
+
+
+def self_modifying_flops(
+    memory: AssociativeMemory, width: int, projections: int, learning: float, span: int, context_length: int
+) -> int:
+    """Forward FLOPs per token and head of self-modifying Titans' memories, writes included.
+
+    ``projections`` memories of head width ``width`` are read for every token and write ``learning`` of them, in spans
+    of ``span`` tokens; the main memory writes every token and answers one query.
+    """
+    hidden = memory.architecture.shapes(width, width)["in"][0]
+    unit = 2 * width * hidden  # one map applied to one token
+    chunk, span = min(memory.chunk_size, context_length), min(span, context_length)
+    delta = isinstance(memory.retention, Delta)
+    write = (6 if delta else 4) * unit  # target, errors, entering products
+    solve = 4 * (width + hidden) if delta else 0  # per token of a span: both maps' triangular systems
+    reads = 4 * chunk * (width + hidden)  # one query against a span's writes, both triangles computed
+    main = write + 2 * unit + solve * chunk + 4 * unit + reads
+    return round(main + projections * (2 * unit + learning * (write + 2 * unit + solve * span)))

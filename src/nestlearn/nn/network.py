@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestlearn.memory import Factor
 from nestlearn.memory.architectures import Linear
-from nestlearn.memory.functions import activate, activate_with_slope
+from nestlearn.memory.functions import activate, activate_with_error
 from nestlearn.memory.objectives import Objective
 
 from .ffn import Activation
@@ -54,17 +54,18 @@ class Network:
 
     def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
         """Input and error of every map for the loss of ``(k, v)``, in closed form."""
-        up = linear("up", k)
-        if self.activation == "gelu":
-            hidden, slope = activate_with_slope("gelu", up)
-            error = objective.error(lambda: linear("down", hidden), v)
-            return {"up": Factor(k, adjoint("down", error) * slope), "down": Factor(hidden, error)}
-        opened, slope = activate_with_slope("silu", linear("gate", k))
-        hidden = opened * up
-        error = objective.error(lambda: linear("down", hidden), v)
+        up, wide = linear("up", k), self.activation == "swiglu"
+        z = linear("gate", k) if wide else up
+        name = "silu" if wide else "gelu"
+        held: list[Tensor] = []  # the activation, if the objective looks at the prediction
+
+        def predict() -> Tensor:
+            held.append(activate(name, z))
+            return linear("down", held[0] * up if wide else held[0])
+
+        error = objective.error(predict, v)
         back = adjoint("down", error)
-        return {
-            "gate": Factor(k, back * up * slope),
-            "up": Factor(k, back * opened),
-            "down": Factor(hidden, error),
-        }
+        h, opening = activate_with_error(name, z, back * up if wide else back, *held)
+        if not wide:
+            return {"up": Factor(k, opening), "down": Factor(h, error)}
+        return {"gate": Factor(k, opening), "up": Factor(k, back * h), "down": Factor(h * up, error)}

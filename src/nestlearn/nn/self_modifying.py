@@ -41,7 +41,10 @@ from nestlearn.memory.types import Weights
 
 from .conv import ShortConv
 from .fast import InitialWeights, check_tokens, full_precision, wide_dtype
+from .flops import self_modifying_flops
 from .self_modifying_state import (
+    MOST_LEARNED,
+    STREAMS,
     FastWeights,
     Projected,
     SelfModifyingState,
@@ -53,9 +56,8 @@ from .self_modifying_state import (
     split_projected,
     stacked,
 )
-from .stability import MAX_MOMENTUM, check_self_modifying_step
+from .stability import MAX_MOMENTUM, check_self_modifying_settings, check_self_modifying_step
 
-STREAMS = ("q", "k", "v", "eta", "alpha")
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of carried weights is scaled down, in the modes that are not contractive."""
 
@@ -130,7 +132,7 @@ class SelfModifyingTitans(nn.Module):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        _check_settings(d_model, num_heads, adaptive, objective, delta, retention)
+        check_self_modifying_settings(d_model, num_heads, adaptive, objective, delta, retention)
         self.memory = AssociativeMemory(
             MLP(expansion, activation),
             objective=DotProduct() if objective == "dot" else L2(),
@@ -331,14 +333,14 @@ class SelfModifyingTitans(nn.Module):
         reset: Tensor | None,
         prepared: Sequence[Prepared] | None = None,
     ) -> State:
-        """Write a span into the projection memories; errors at their anchor. ``prepared``: of its pieces, if at hand."""
+        """Write a span into the projection memories; errors at their anchor. ``prepared``: its pieces, if at hand."""
         memories, flag = self.memory.architecture, None if reset is None else reset.unsqueeze(1)
         linear, adjoint = anchored(group.anchor, group.initial, flag)
         k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
         target = unit_norm(memories(linear, v))
         factors = memories.factors(linear, adjoint, k, target, self.memory.objective)
         tokens = k.shape[-2]
-        size = span_length(self.projection_chunk_size, tokens, longest=64) if valid is None else tokens
+        size = span_length(self.projection_chunk_size, tokens, longest=MOST_LEARNED) if valid is None else tokens
         inputs = {m: f.input.split(size, -2) for m, f in factors.items()}
         errors = {m: f.error.split(size, -2) for m, f in factors.items()}
         pieces = split_tokens(made.gates, size)
@@ -406,7 +408,7 @@ class SelfModifyingTitans(nn.Module):
                 y, memory = self._run_memory(memory, part, None, None, update, prepared[i])
                 outputs.append(y)
             if projections is not None and (return_state or end < tokens):
-                same = span_length(chunk, end - begin, longest=64) == size
+                same = span_length(chunk, end - begin, longest=MOST_LEARNED) == size
                 projections = self._learn_projections(projections, made, None, None, prepared if same else None)
         if tokens % self.memory.chunk_size == 0:
             memory = memory._replace(anchor=memory.params)
@@ -480,39 +482,14 @@ class SelfModifyingTitans(nn.Module):
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
-        d, width, chunk = self.d_model, self.d_head, min(self.memory.chunk_size, context_length)
-        hidden = self.memory.architecture.shapes(width, width)["in"][0]
-        unit = 2 * self.num_heads * width * hidden  # one map applied to one token, all heads
-        span = min(64, self.projection_chunk_size, context_length)
-        delta = isinstance(self.memory.retention, Delta)
-        pairs = self.num_heads * chunk  # one token against half a chunk, both triangles computed
-        write = 2 * unit + 2 * unit + unit * (2 if delta else 0)  # target, errors, entering products
-        solve = (lambda c: 2 * self.num_heads * c * (width + hidden) * 2) if delta else (lambda c: 0)
-        memory = write + 2 * unit + solve(chunk) + 4 * unit + 4 * pairs * (width + hidden)
+        width, longest = self.d_head, span_length(self.projection_chunk_size, context_length, MOST_LEARNED)
         learning = max(0, 1 - self.projection_chunk_size / context_length)
-        projections = len(self.adaptive) * (2 * unit + learning * (write + 2 * unit + solve(span)))
-        linear = 2 * d * (len(STREAMS) + 1) * d
-        linear += 0 if self.conv is None else self.conv.flops_per_token(context_length)
-        return round(linear + memory + projections)
+        fast = self_modifying_flops(self.memory, width, len(self.adaptive), learning, longest, context_length)
+        linear = 2 * self.d_model * (len(STREAMS) + 1) * self.d_model
+        return linear + self.num_heads * fast + (0 if self.conv is None else self.conv.flops_per_token(context_length))
 
     def extra_repr(self) -> str:
         return (
             f"d_model={self.d_model}, num_heads={self.num_heads}, adaptive={self.adaptive}, "
             f"projection_chunk_size={self.projection_chunk_size}, max_step={self.max_step}, memory={self.memory}"
-        )
-
-
-def _check_settings(
-    d_model: int, num_heads: int, adaptive: Sequence[str], objective: str, delta: bool, retention: bool
-) -> None:
-    if d_model < 1 or num_heads < 1 or d_model % num_heads:
-        raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
-    if not set(adaptive) <= set(STREAMS) or len(set(adaptive)) != len(adaptive):
-        raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
-    if objective not in ("dot", "l2"):
-        raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
-    if not retention and not delta:
-        raise ValueError(
-            "delta=False with retention=False leaves nothing that bounds the memory. "
-            "Ablate one at a time: delta=False needs the retention gate."
         )

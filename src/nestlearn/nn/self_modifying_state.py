@@ -14,6 +14,12 @@ from nestlearn.memory.chunked import split_tokens
 from nestlearn.memory.layout import nobody, poisoned_from
 from nestlearn.memory.types import Weights
 
+STREAMS = ("q", "k", "v", "eta", "alpha")
+"""What a token is projected to; all but q adapt by default."""
+
+MOST_LEARNED = 64
+"""Tokens that projection memories learn at once: more would spend longer on the triangular systems than they save."""
+
 
 class FastWeights(NamedTuple):
     """Current weights, anchor and momentum of a group of memories, every tensor ``[B, heads, memories, out, in]``."""
