@@ -85,6 +85,20 @@ def test_chunk_sizes_equal_the_token_loop(chunk: int, outer: int) -> None:
         assert error(mine, theirs) < 1e-9
 
 
+@pytest.mark.parametrize("variant", ["default", "momentum", "gradient-descent"])
+@pytest.mark.parametrize(("chunk", "outer"), [(32, 128), (16, 192)])
+def test_projection_chunks_longer_than_a_span_equal_the_token_loop(variant: str, chunk: int, outer: int) -> None:
+    """Projection memories learn a long chunk in several spans; the tokens behind it read what all of them wrote."""
+    layer, x = make(variant, d=4, heads=1, chunk=chunk, outer=outer), tokens(1, outer + 9, d=4)
+    first, state = layer(x[:, :outer])
+    second, end = layer(x[:, outer:], state)
+    oracle = outcome(layer, *layer.loop(x))
+    for mine, theirs in zip(outcome(layer, *layer(x)), oracle, strict=True):
+        assert error(mine, theirs) < 1e-9
+    for mine, theirs in zip(outcome(layer, torch.cat([first, second], 1), end), oracle, strict=True):
+        assert error(mine, theirs) < 1e-9
+
+
 @pytest.mark.parametrize("memory", ["q", "k", "v", "eta", "alpha", "memory"])
 @pytest.mark.parametrize("linear", ["in", "out"])
 def test_initial_state_gets_the_outer_gradient_of_finite_differences(memory: str, linear: str) -> None:

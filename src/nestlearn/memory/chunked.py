@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .associative import AssociativeMemory
+from .functions import product
 from .layout import Grid, nobody, place, scatter_outputs, span_length
 from .retention import Delta
 from .span import Entering, Erasure, Kernels, Writes, advance, contain, erase, make_kernels, read, write, write_kept
@@ -53,20 +54,20 @@ DISTANCE = "distance"
 
 def dense(weights: Weights):
     """``linear(name, x) = x W^T`` with the same weights for all tokens."""
-    return lambda name, x: x @ weights[name].mT
+    return lambda name, x: product(x, weights[name].mT)
 
 
 def anchored(anchor: Weights, initial: Weights, reset: Tensor | None):
     """``linear`` and ``adjoint`` at the anchor; tokens from a reset on see the initial weights instead."""
     if reset is None:
-        return dense(anchor), lambda name, e: e @ anchor[name]
+        return dense(anchor), lambda name, e: product(e, anchor[name])
     after = reset.cummax(-1).values.unsqueeze(-1)
 
     def linear(name: str, x: Tensor) -> Tensor:
-        return torch.where(after, x @ initial[name].mT, x @ anchor[name].mT)
+        return torch.where(after, product(x, initial[name].mT), product(x, anchor[name].mT))
 
     def adjoint(name: str, e: Tensor) -> Tensor:
-        return torch.where(after, e @ initial[name], e @ anchor[name])
+        return torch.where(after, product(e, initial[name]), product(e, anchor[name]))
 
     return linear, adjoint
 
@@ -115,11 +116,12 @@ def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor |
     """The entering weights of one map, as the distance to initial if retention pulls there."""
     momentum = None if state.momentum is None else state.momentum[name]
     if memory.retain_to == "initial":
-        # The very same tensor: a fresh memory, known without looking, has distance 0.
-        if state.params[name] is state.initial[name]:
-            return Entering(None, momentum)
         known = state.extra.get(DISTANCE)
-        return Entering(state.params[name] - state.initial[name] if known is None else known[name], momentum)
+        if known is not None:
+            return Entering(known[name], momentum)
+        # The very same tensor: a fresh memory, known without looking, has distance 0.
+        fresh = state.params[name] is state.initial[name]
+        return Entering(None if fresh else state.params[name] - state.initial[name], momentum)
     return Entering(state.params[name], momentum, None if reset is None else state.initial[name])
 
 
@@ -151,8 +153,13 @@ def advance_span(
     starts: dict[str, Entering],
     writes: dict[str, Writes],
     valid: Tensor | None,
+    *,
+    settle: bool = True,
 ) -> State:
-    """The state after a span; rows without a valid token keep theirs to the last bit."""
+    """The state after a span; rows without a valid token keep theirs to the last bit.
+
+    ``settle=False``: the next span has the same anchor, so that the distance to the initial weights is all it needs.
+    """
     params: Weights = {}
     momentum: Weights = {}
     distance: Weights = {}
@@ -160,7 +167,7 @@ def advance_span(
         w, s = advance(kernels, writes[name], starts[name])
         if memory.retain_to == "initial":
             distance[name] = w
-            w = state.initial[name] + w
+            w = state.initial[name] + w if settle or valid is not None else state.params[name]
         if valid is not None:
             some = valid[..., :1, None]
             w = torch.where(some, w, state.params[name])

@@ -13,6 +13,13 @@ from torch.nn import functional as F
 Activation = Literal["gelu", "silu"]
 
 
+def product(x: Float[Tensor, "*b n k"], y: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b n m"]:
+    """``x @ y``; for plain batches of matrices without the reshapes that ``@`` records for autograd."""
+    if x.dim() == 3 and y.dim() == 3 and x.shape[0] == y.shape[0]:
+        return torch.bmm(x, y)
+    return x @ y
+
+
 class SegmentProducts(torch.autograd.Function):
     """``D[t, s] = a_{s+1} ... a_t`` for s <= t, else 0. Products, not exponentials of logs: ``a = 0`` is legal.
 
@@ -70,7 +77,7 @@ def unit_lower_inverse(strict: Float[Tensor, "*b c c"]) -> Float[Tensor, "*b c c
 
 
 class SolvedErasure(torch.autograd.Function):
-    """``-(I + L)^-1 diag(eta)`` with ``L = diag(eta) [before * X X^T]``: the triangular system of the delta rule, solved.
+    """``-(I + L)^-1 diag(eta)``, ``L = diag(eta) [before * X X^T]``: the triangular system of the delta rule, solved.
 
     ``before`` is strictly lower-triangular. One gradient for the chain saves half of its passes over c x c matrices,
     and ``d X = (g + g^T) X`` one product of two.
@@ -78,7 +85,7 @@ class SolvedErasure(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, before: Tensor, eta: Tensor) -> Tensor:
-        gram = x @ x.mT
+        gram = product(x, x.mT)
         strict = (before * gram).mul_(eta.unsqueeze(-1))
         inverse = _inverse(strict)
         ctx.save_for_backward(x, before, eta, gram, inverse)
@@ -88,15 +95,15 @@ class SolvedErasure(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         x, before, eta, gram, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # Both again, as functions of the inputs.
-            gram = x @ x.mT
+            gram = product(x, x.mT)
             inverse = unit_lower_inverse(before * gram * eta.unsqueeze(-1))
-        through = inverse.mT @ (grad * eta.unsqueeze(-2)) @ inverse.mT  # minus and minus
-        through = through.tril(-1)
+        through = product(inverse.mT, grad * eta.unsqueeze(-2))  # minus and minus
+        through = product(through, inverse.mT).tril(-1)
         held = through * before
         grad_eta = (held * gram).sum(-1) - (grad * inverse).sum(-2)
         held = held * eta.unsqueeze(-1)
         grad_before = through * gram * eta.unsqueeze(-1)
-        return (held + held.mT) @ x, grad_before.sum_to_size(before.shape), grad_eta.sum_to_size(eta.shape)
+        return product(held + held.mT, x), grad_before.sum_to_size(before.shape), grad_eta.sum_to_size(eta.shape)
 
 
 def solved_erasure(
@@ -130,7 +137,7 @@ class GeluAndError(torch.autograd.Function):
         h, error, slope = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
         for z_i, back_i, h_i, error_i, slope_i in _blocks(z, back, h, error, slope):
             if need_h:
-                h_i.copy_(F.gelu(z_i))
+                torch.ops.aten.gelu(z_i, out=h_i)
             torch.ops.aten.gelu_backward(one.expand_as(z_i), z_i, grad_input=slope_i)
             torch.mul(back_i, slope_i, out=error_i)
         ctx.save_for_backward(z, back, slope)
@@ -220,7 +227,8 @@ class UnitNorm(torch.autograd.Function):
         total = None
         if grad is not None:
             along = (y * grad).sum(-1, keepdim=True)
-            total = torch.addcmul(grad, y, along, value=-1) * scale
+            total = torch.addcmul(grad, y, along, value=-1)
+            total = total * scale if torch.is_grad_enabled() else total.mul_(scale)
         if grad_scale is not None:
             part = -grad_scale * scale.square() * y
             total = part if total is None else total + part

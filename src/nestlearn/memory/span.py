@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .functions import segment_products, solved_erasure
+from .functions import product, segment_products, solved_erasure
 from .layout import nobody
 
 
@@ -82,7 +82,7 @@ def make_kernels(
         if valid is not None:
             # An empty slot keeps the momentum but must not add it to the weights once more.
             carry, carry_entry = torch.where(valid.unsqueeze(-1), carry, 0), torch.where(valid, carry_entry, 0)
-        impulse = decay @ carry
+        impulse = product(decay, carry)
         impulse_entry = (decay @ carry_entry.unsqueeze(-1)).squeeze(-1)
     kernels = Kernels(decay, entry, impulse, impulse_entry, momentum_exit, momentum_through, back)
     return _erasing(kernels, retain if gated else None, reset) if delta else kernels
@@ -165,13 +165,13 @@ def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: E
     solved, gain = erasure
     change = None if kernels.impulse is not None else error
     for coefficient, weights in _sources(kernels, start, before=True):
-        held = coefficient.unsqueeze(-1) * (x @ weights.mT)
-        change = held if change is None else change + held
-    change = None if change is None else solved @ change
+        held, scale = product(x, weights.mT), coefficient.unsqueeze(-1)
+        change = scale * held if change is None else torch.addcmul(change, scale, held)
+    change = None if change is None else product(solved, change)
     if kernels.impulse is None:
         return Writes(x, change, None, gain)
     assert kernels.impulse_before is not None
-    pushed = solved @ (kernels.impulse_before * (x @ x.mT) * gain.unsqueeze(-2))
+    pushed = product(solved, kernels.impulse_before * product(x, x.mT) * gain.unsqueeze(-2))
     return Writes(x, _add_product(change, pushed, error.mT), error, gain)
 
 
@@ -208,21 +208,21 @@ def _sources(kernels: Kernels, start: Entering, *, before: bool) -> list[tuple[T
 def _add_product(total: Tensor | None, x: Tensor, weights: Tensor) -> Tensor:
     """``total + x W^T`` in one call where the shapes allow it."""
     if total is None:
-        return x @ weights.mT
+        return product(x, weights.mT)
     if x.dim() == 3 and weights.dim() == 3 and total.dim() == 3:
         return torch.baddbmm(total, x, weights.mT)
-    return total + x @ weights.mT
+    return total + product(x, weights.mT)
 
 
 def read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Tensor | None) -> Tensor:
     """``W_t q_t`` for every token of the span; ``base`` are the initial weights if entering weights are distances."""
-    y = None if base is None else q @ base.mT
+    y = None if base is None else product(q, base.mT)
     for coefficient, weights in _sources(kernels, start, before=False):
         if y is not None and q.shape[-1] > y.shape[-1]:
-            y = torch.addcmul(y, coefficient.unsqueeze(-1), q @ weights.mT)
+            y = torch.addcmul(y, coefficient.unsqueeze(-1), product(q, weights.mT))
         else:
             y = _add_product(y, coefficient.unsqueeze(-1) * q, weights)
-    scores = q @ writes.inputs.mT
+    scores = product(q, writes.inputs.mT)
     for kernel, change, scaled in _changes(kernels, writes):
         if change is not None:
             weighted = scores * (kernel * writes.gain.unsqueeze(-2) if scaled else kernel)

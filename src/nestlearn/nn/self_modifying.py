@@ -350,7 +350,8 @@ class SelfModifyingTitans(nn.Module):
             shared = None if prepared is None else prepared[i].map(lambda x: x.unsqueeze(1))
             span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag, shared)
             kernels, starts, writes = absorb_span(self.memory, group, here, span, guard=False)
-            group = advance_span(self.memory, group, kernels, starts, writes, span.valid)
+            last = i == len(pieces) - 1
+            group = advance_span(self.memory, group, kernels, starts, writes, span.valid, settle=last)
         return self._carry(group._replace(extra={}))
 
     def _run_memory(
