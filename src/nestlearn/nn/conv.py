@@ -53,10 +53,11 @@ class ShortConv(nn.Module):
             tail = x.new_zeros(x.shape[0], past, self.channels)
         weight = self.weight.to(x.dtype)
         if mask is None and reset is None:
-            padded = torch.cat([tail.to(x.dtype), x], 1)
-            # A copy: as a view the tail would keep all tokens of this call alive.
-            tail = padded[:, padded.shape[1] - past :].clone()
-            return CausalTaps.apply(padded, weight, self.silu), tail  # type: ignore[return-value]
+            tail = tail.to(x.dtype)
+            y = CausalTaps.apply(x, tail, weight, self.silu)
+            # Copies: as a view the tail would keep all tokens of this call alive.
+            end = torch.cat([tail, x], 1)[:, x.shape[1] :] if x.shape[1] < past else x[:, x.shape[1] - past :]
+            return y, end.clone()  # type: ignore[return-value]
         return self._placed(x, tail.to(x.dtype), weight, mask, reset)
 
     def _placed(
@@ -111,43 +112,66 @@ BLOCK = 32
 
 
 class CausalTaps(torch.autograd.Function):
-    """``y_t = sum_j w_j * padded_{t+j}``, then SiLU if asked; the gradient keeps only its inputs.
+    """``y_t = sum_j w_j * p_{t+j}`` over ``p``, the tail followed by x; then SiLU if asked. Keeps only its inputs.
 
     Channels last throughout: no transposes, which is where a grouped ``conv1d`` spends its time on a CPU. The value
     before SiLU is computed again in the backward pass, block by block: cheaper than reading it back from memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, silu: bool) -> Tensor:
-        ctx.save_for_backward(padded, weight)
+    def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor, silu: bool) -> Tensor:
+        ctx.save_for_backward(x, tail, weight)
         ctx.silu = silu
-        tokens = padded.shape[1] - weight.shape[0] + 1
-        y = padded.new_empty(padded.shape[0], tokens, padded.shape[2])
-        for first in range(0, tokens, _block(padded)):
-            block = y[:, first : first + _block(padded)]
-            _taps(padded[:, first:], weight, block)
-            if silu:
-                F.silu(block, inplace=True)
+        y = torch.empty_like(x)
+        past = tail.shape[1]
+        for padded, out, _ in _regions(x, tail, y):
+            for first in range(0, padded.shape[1] - past, _block(x)):
+                block = out[:, first : first + _block(x)]
+                _taps(padded[:, first:], weight, block)
+                if silu:
+                    F.silu(block, inplace=True)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        padded, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        x, tail, weight = ctx.saved_tensors
+        past = tail.shape[1]
         if torch.is_grad_enabled():
-            return (*_differentiable_gradient(padded, weight, grad, ctx.silu), None)
-        width, tokens = weight.shape[0], grad.shape[1]
-        grad_padded, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
-        for first in range(0, tokens, _block(padded)):
-            here = grad[:, first : first + _block(padded)]
-            if ctx.silu:
-                before = torch.empty_like(here)
-                _taps(padded[:, first:], weight, before)
-                here = torch.ops.aten.silu_backward(here, before)
-            for j in range(width):
-                cut = slice(first + j, first + j + here.shape[1])
-                grad_padded[:, cut].addcmul_(here, weight[j])
-                grad_weight[j] += (here * padded[:, cut]).sum((0, 1))
-        return grad_padded, grad_weight, None
+            both, grad_weight = _differentiable_gradient(torch.cat([tail, x], 1), weight, grad, ctx.silu)
+            return both[:, past:], both[:, :past], grad_weight, None
+        grad_x, grad_tail, grad_weight = torch.zeros_like(x), torch.zeros_like(tail), torch.zeros_like(weight)
+        for padded, here, inside in _regions(x, tail, grad):
+            target = grad_x if inside else torch.zeros_like(padded)
+            _add_gradient(padded, weight, here, ctx.silu, target, grad_weight)
+            if not inside:
+                grad_tail += target[:, :past]
+                grad_x[:, : padded.shape[1] - past] += target[:, past:]
+        return grad_x, grad_tail, grad_weight, None
+
+
+def _regions(x: Tensor, tail: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
+    """Inputs and outputs of the first tokens, which see the tail, and (True) of the rest, which see x alone."""
+    past = tail.shape[1]
+    if past == 0:
+        return [(x, y, True)]
+    first = (torch.cat([tail, x[:, :past]], 1), y[:, :past], False)
+    return [first, (x, y[:, past:], True)] if x.shape[1] > past else [first]
+
+
+def _add_gradient(
+    padded: Tensor, weight: Tensor, grad: Tensor, silu: bool, grad_padded: Tensor, grad_weight: Tensor
+) -> None:
+    """Add the gradients of one region to ``grad_padded`` and ``grad_weight``."""
+    for first in range(0, grad.shape[1], _block(padded)):
+        here = grad[:, first : first + _block(padded)]
+        if silu:
+            before = torch.empty_like(here)
+            _taps(padded[:, first:], weight, before)
+            here = torch.ops.aten.silu_backward(here, before)
+        for j in range(weight.shape[0]):
+            cut = slice(first + j, first + j + here.shape[1])
+            grad_padded[:, cut].addcmul_(here, weight[j])
+            grad_weight[j] += (here * padded[:, cut]).sum((0, 1))
 
 
 def _block(padded: Tensor) -> int:
@@ -158,7 +182,10 @@ def _block(padded: Tensor) -> int:
 def _taps(padded: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write ``sum_j w_j * padded_{t+j}`` for the first tokens into ``out``."""
     tokens = out.shape[1]
-    torch.mul(padded[:, :tokens], weight[0], out=out)
+    if torch.compiler.is_compiling():  # which cannot write into a view
+        out.copy_(padded[:, :tokens] * weight[0])
+    else:
+        torch.mul(padded[:, :tokens], weight[0], out=out)
     for j in range(1, weight.shape[0]):
         out.addcmul_(padded[:, j : j + tokens], weight[j])
 
