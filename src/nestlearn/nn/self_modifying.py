@@ -22,7 +22,7 @@ from nestlearn.memory import (
     Momentum,
     State,
 )
-from nestlearn.memory.associative import StepSize
+from nestlearn.memory.associative import Read, StepSize
 from nestlearn.memory.chunked import (
     Tokens,
     absorb_span,
@@ -40,10 +40,12 @@ from nestlearn.memory.types import Weights
 from .conv import ShortConv
 from .fast import InitialWeights, check_tokens, full_precision, wide_dtype
 from .self_modifying_state import (
+    STREAMS,
     FastWeights,
     Projected,
     SelfModifyingState,
     back_to_initial,
+    check_settings,
     poison_state,
     quarantine,
     refresh,
@@ -53,7 +55,6 @@ from .self_modifying_state import (
 )
 from .stability import MAX_MOMENTUM, check_self_modifying_step
 
-STREAMS = ("q", "k", "v", "eta", "alpha")
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of carried weights is scaled down, in the modes that are not contractive."""
 
@@ -64,9 +65,9 @@ class SelfModifyingTitans(nn.Module):
     At the weights of the last chunk boundary (NL Eq. 83-91; docs/decisions.md for what the paper leaves open):
 
         k_t = M_k(x^k_t)   v_t = M_v(x^v_t)   eta_t = M_eta(x^eta_t)   alpha_t = M_alpha(x^alpha_t)
-        v^_{m,t} = M_m(v_t)                                  every memory m generates its own target
+        v^_{m,t} = M_m(v_t)      every memory m generates its own target (v_t itself without self_values)
         W_m <- W_m (alpha_t I - eta'_t x x^T) - eta'_t e x^T  for every map of every memory (retention to initial)
-        y_t = M_memory,t(q_t)
+        y_t = M_memory,t(q_t)    or, with chunk reads, the memory at the start of the chunk of t
 
     Each stream ``x^m`` is a linear map of the input, a causal convolution of width 4 and SiLU, split in heads.
     q, k, v and the targets are L2-normalized per head. All initial states are meta-learned parameters.
@@ -94,6 +95,8 @@ class SelfModifyingTitans(nn.Module):
         retention: learned alpha; False keeps alpha = 1 (NL Table 6).
         conv_size: width of the convolution; 0 for none.
         activation: of the memories.
+        read: ``token`` reads the memory after the token's own write, ``chunk`` at the start of its chunk (NL Eq. 90).
+        self_values: False gives every memory the value v_t as its target.
 
     Raises:
         ValueError: for contradictory or impossible settings.
@@ -126,9 +129,11 @@ class SelfModifyingTitans(nn.Module):
         conv_size: int = 4,
         activation: Activation = "gelu",
         norm_eps: float = 1e-6,
+        read: Read = "token",
+        self_values: bool = True,
     ):
         super().__init__()
-        _check_settings(d_model, num_heads, adaptive, objective, delta, retention)
+        check_settings(d_model, num_heads, adaptive, objective, delta, retention)
         self.memory = AssociativeMemory(
             MLP(expansion, activation),
             objective=DotProduct() if objective == "dot" else L2(),
@@ -137,6 +142,7 @@ class SelfModifyingTitans(nn.Module):
             step_size=step_size if delta else "raw",
             retain_to="initial",
             chunk_size=memory_chunk_size,
+            read=read,
         )
         if projection_chunk_size < 1 or projection_chunk_size % memory_chunk_size:
             raise ValueError(
@@ -151,6 +157,7 @@ class SelfModifyingTitans(nn.Module):
         self.adaptive = tuple(name for name in STREAMS if name in adaptive)
         self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
         self.retention = retention
+        self.self_values = self_values
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
         self.conv = ShortConv(len(STREAMS) * d_model, conv_size, silu=True) if conv_size else None
         names = (*self.adaptive, "memory")
@@ -326,7 +333,7 @@ class SelfModifyingTitans(nn.Module):
         memories, flag = self.memory.architecture, None if reset is None else reset.unsqueeze(1)
         linear, adjoint = anchored(group.anchor, group.initial, flag)
         k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
-        target = unit_norm(memories(linear, v))
+        target = unit_norm(memories(linear, v)) if self.self_values else v.expand(-1, len(self.adaptive), -1, -1)
         factors = memories.factors(linear, adjoint, k, target, self.memory.objective)
         tokens = k.shape[-2]
         size = span_length(self.projection_chunk_size, tokens, longest=64) if valid is None else tokens
@@ -347,9 +354,9 @@ class SelfModifyingTitans(nn.Module):
         """Outputs of a span and the main memory after it."""
         group, lost = (group, None) if reset is None else revive(group, reset)
         linear, _ = anchored(group.anchor, group.initial, reset)
-        target = unit_norm(self.memory.architecture(linear, made.v))
+        target = unit_norm(self.memory.architecture(linear, made.v)) if self.self_values else made.v
         span = Tokens(made.q, made.k, target, made.gates, valid, reset)
-        y, group = run_span(self.memory, group, span, "token", update=update, guard=False)
+        y, group = run_span(self.memory, group, span, self.memory.read, update=update, guard=False)
         assert y is not None
         if lost is not None and reset is not None:
             y = spoil_before_reset(y, lost, reset)
@@ -467,9 +474,11 @@ class SelfModifyingTitans(nn.Module):
         span = min(64, self.projection_chunk_size, context_length)
         delta = isinstance(self.memory.retention, Delta)
         pairs = self.num_heads * chunk  # one token against half a chunk, both triangles computed
-        write = 2 * unit + 2 * unit + unit * (2 if delta else 0)  # target, errors, entering products
+        target = 2 * unit if self.self_values else 0
+        write = target + 2 * unit + unit * (2 if delta else 0)  # target, errors, entering products
         solve = (lambda c: 2 * self.num_heads * c * (width + hidden) * 2) if delta else (lambda c: 0)
-        memory = write + 2 * unit + solve(chunk) + 4 * unit + 4 * pairs * (width + hidden)
+        read = 2 * unit if self.memory.read == "chunk" else 4 * unit + 4 * pairs * (width + hidden)
+        memory = write + 2 * unit + solve(chunk) + read
         learning = max(0, 1 - self.projection_chunk_size / context_length)
         projections = len(self.adaptive) * (2 * unit + learning * (write + 2 * unit + solve(span)))
         linear = 2 * d * (len(STREAMS) + 1) * d
@@ -480,20 +489,4 @@ class SelfModifyingTitans(nn.Module):
         return (
             f"d_model={self.d_model}, num_heads={self.num_heads}, adaptive={self.adaptive}, "
             f"projection_chunk_size={self.projection_chunk_size}, max_step={self.max_step}, memory={self.memory}"
-        )
-
-
-def _check_settings(
-    d_model: int, num_heads: int, adaptive: Sequence[str], objective: str, delta: bool, retention: bool
-) -> None:
-    if d_model < 1 or num_heads < 1 or d_model % num_heads:
-        raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
-    if not set(adaptive) <= set(STREAMS) or len(set(adaptive)) != len(adaptive):
-        raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
-    if objective not in ("dot", "l2"):
-        raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
-    if not retention and not delta:
-        raise ValueError(
-            "delta=False with retention=False leaves nothing that bounds the memory. "
-            "Ablate one at a time: delta=False needs the retention gate."
         )

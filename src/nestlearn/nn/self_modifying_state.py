@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from nestlearn.memory import Gates, State
 from nestlearn.memory.chunked import split_tokens
 from nestlearn.memory.layout import nobody, poisoned_from
 from nestlearn.memory.types import Weights
+
+STREAMS = ("q", "k", "v", "eta", "alpha")
 
 
 class FastWeights(NamedTuple):
@@ -113,3 +115,20 @@ def split_projected(made: Projected, size: int) -> list[Projected]:
     """Pieces of ``size`` tokens."""
     cut = split_tokens((made.q, made.k, made.v, *made.gates), size)
     return [Projected(q, k, v, Gates(*gates)) for q, k, v, *gates in cut]
+
+
+def check_settings(
+    d_model: int, num_heads: int, adaptive: Sequence[str], objective: str, delta: bool, retention: bool
+) -> None:
+    """Raise ValueError for settings of `SelfModifyingTitans` that contradict each other."""
+    if d_model < 1 or num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
+    if not set(adaptive) <= set(STREAMS) or len(set(adaptive)) != len(adaptive):
+        raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
+    if objective not in ("dot", "l2"):
+        raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
+    if not retention and not delta:
+        raise ValueError(
+            "delta=False with retention=False leaves nothing that bounds the memory. "
+            "Ablate one at a time: delta=False needs the retention gate."
+        )
