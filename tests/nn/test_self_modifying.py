@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "adaptive": ("q", "k", "v", "eta", "alpha"),
     },
     "given-values": {"self_values": False},
+    "to-zero": {"retain_to": "zero"},
+    "to-zero-l2-momentum": {"retain_to": "zero", "objective": "l2", "momentum": True, "read": "chunk"},
     "given-values-l2": {"self_values": False, "objective": "l2"},
 }
 
@@ -137,7 +139,7 @@ def test_any_split_equals_one_call(variant: str) -> None:
         assert error(torch.cat(pieces, 1), whole) < 1e-10
 
 
-@pytest.mark.parametrize("variant", ["default", "momentum", "l2", "chunk-reads", "given-values"])
+@pytest.mark.parametrize("variant", ["default", "momentum", "l2", "chunk-reads", "given-values", "to-zero"])
 def test_padding_phases_and_resets_equal_separate_runs(variant: str) -> None:
     layer, x = make(variant), tokens(3, 30)
     mask = torch.ones(3, 30, dtype=torch.bool)

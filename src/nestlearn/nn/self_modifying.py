@@ -22,7 +22,7 @@ from nestlearn.memory import (
     Momentum,
     State,
 )
-from nestlearn.memory.associative import Read, StepSize
+from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.memory.chunked import (
     Tokens,
     absorb_span,
@@ -97,6 +97,7 @@ class SelfModifyingTitans(nn.Module):
         activation: of the memories.
         read: ``token`` reads the memory after the token's own write, ``chunk`` at the start of its chunk (NL Eq. 90).
         self_values: False gives every memory the value v_t as its target.
+        retain_to: what retention and erasing pull toward, the ``initial`` weights or ``zero`` (as printed).
 
     Raises:
         ValueError: for contradictory or impossible settings.
@@ -131,6 +132,7 @@ class SelfModifyingTitans(nn.Module):
         norm_eps: float = 1e-6,
         read: Read = "token",
         self_values: bool = True,
+        retain_to: RetainTo = "initial",
     ):
         super().__init__()
         check_settings(d_model, num_heads, adaptive, objective, delta, retention)
@@ -140,7 +142,7 @@ class SelfModifyingTitans(nn.Module):
             retention=Delta() if delta else Decay(),
             algorithm=Momentum() if momentum else Descent(),
             step_size=step_size if delta else "raw",
-            retain_to="initial",
+            retain_to=retain_to,
             chunk_size=memory_chunk_size,
             read=read,
         )
