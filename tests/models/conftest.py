@@ -25,6 +25,8 @@ def small_config(mixer="attention", **fields):
         "memory_chunk_size": 4,
         "projection_chunk_size": 8,
         "sliding_window": 4,
+        "segment_length": 4,
+        "persistent_tokens": 2,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

@@ -6,16 +6,23 @@ from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
 from nestlearn.nn.mixer import GATE_RULES, GateRule, MemoryMixer, MixerState
 from nestlearn.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
+from nestlearn.nn.titans import HybridState, MemoryAsGate, MemoryAsLayer
+from nestlearn.nn.titans_context import ContextState, MemoryAsContext
 
 __all__ = [
     "GATE_RULES",
     "AttentionState",
     "CausalAttention",
+    "ContextState",
     "ContinuumMemory",
     "ContinuumState",
     "FeedForward",
     "GateRule",
+    "HybridState",
     "Level",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
     "MemoryMixer",
     "MixerState",
     "SelfModifyingState",
