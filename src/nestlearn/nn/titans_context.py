@@ -18,7 +18,7 @@ from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.fast import FastState, check_tokens, full_precision, unit, unpack, wide_dtype
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
-from nestlearn.nn.titans import admit, poison
+from nestlearn.nn.titans import admit, poison, rms_norm
 
 
 class SegmentTokens(NamedTuple):
@@ -196,7 +196,7 @@ class MemoryAsContext(nn.Module):
             h = torch.where(after[:, None, :, None], self.recall(ask, None), h)
         # A memory that a bad token destroyed must not reach earlier tokens through 0 * NaN.
         h = torch.where(torch.isfinite(h), h, 0).to(self.qkv.weight.dtype)
-        h = self.recall_norm(h.transpose(1, 2).flatten(2))
+        h = rms_norm(self.recall_norm, h.transpose(1, 2).flatten(2))
         k, v = (
             F.linear(h, self.qkv.weight[self.d_model :]).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )
@@ -255,9 +255,9 @@ class MemoryAsContext(nn.Module):
         writes: bool, keep: bool,
     ) -> tuple[Tensor, MixerState | None]:  # fmt: skip
         """The memory reads attention's outputs, learns, and gates them."""
-        u = self.attention_norm(y)
+        u = rms_norm(self.attention_norm, y)
         m, memory = self.memory(poison(u, bad), memory, valid, reset, writes=writes, return_state=keep)
-        return self.out(u * F.silu(self.memory_norm(m))), memory
+        return self.out(u * F.silu(rms_norm(self.memory_norm, m))), memory
 
     def _aligned(
         self, made: Projections, bad: Tensor, state: ContextState | None, writes: bool, return_state: bool
