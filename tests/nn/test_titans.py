@@ -97,9 +97,16 @@ class Memory:
         self.mixer = layer.memory
         memory = self.mixer.memory
         self.rule = Rule(
-            deep=isinstance(memory.architecture, MLP), activation="gelu", objective="l2", retention="decay",
-            step={"in": "raw", "out": "raw"}, momentum=True, to_initial=False, chunk_size=memory.chunk_size, read="token",
-        )  # fmt: skip
+            deep=isinstance(memory.architecture, MLP),
+            activation="gelu",
+            objective="l2",
+            retention="decay",
+            step={"in": "raw", "out": "raw"},
+            momentum=True,
+            to_initial=False,
+            chunk_size=memory.chunk_size,
+            read="token",
+        )
         assert self.mixer.initial is not None
         self.rows: list[Row] = [fresh({n: w[h] for n, w in self.mixer.initial.items()}) for h in range(HEADS)]
 
@@ -114,6 +121,8 @@ class Memory:
             assert self.mixer.initial is not None
             initial = {n: w[head] for n, w in self.mixer.initial.items()}
             lr, retain, beta = naive_gates(self.mixer, u, head)
+            # Copies: the gradient of the objective is that of the anchor alone, though u was read from it as well.
+            row.anchor = {n: w.clone() for n, w in row.anchor.items()}
             row = step(self.rule, row, initial, k[head], v[head], lr, retain, beta)
             answers.append(rms(self.mixer.norm, forward(self.rule, row.weights, q[head])[0]))
             row.position = (row.position + 1) % self.rule.chunk_size

@@ -296,6 +296,7 @@ class MemoryAsContext(nn.Module):
             mask=torch.zeros(rows, 1, dtype=torch.bool, device=device),
         )
         position = torch.zeros(rows, dtype=torch.long, device=device)
+        assert memory is not None
         return ContextState(memory, memory.memory.params, SegmentTokens(*[blank] * 4), None, position, False)
 
     def _placed(
@@ -308,9 +309,10 @@ class MemoryAsContext(nn.Module):
         grid = place(state.position, tokens, self.segment_length, min(self.segment_length, tokens), mask, reset)
         row = torch.arange(rows, device=bad.device)[:, None]
         initial = self.memory.initial_weights(made.ask)
-        memory, start, segment = state.memory, state.start, state.segment
-        y = None
+        memory: MixerState | None = state.memory
+        start, segment, y = state.start, state.segment, None
         for i in range(grid.index.shape[1]):
+            assert memory is not None
             index, valid, flag = grid.index[:, i], grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
             there = valid[..., None, None]
             here = Projections(*(torch.where(there, x.transpose(1, 2)[row, index], 0).transpose(1, 2) for x in made))
@@ -327,7 +329,7 @@ class MemoryAsContext(nn.Module):
             y = out.new_zeros(rows, tokens + 1, self.d_model) if y is None else y
             target = torch.where(valid, index, tokens)
             y = y.scatter(1, target.unsqueeze(-1).expand_as(out), out)
-        assert y is not None
+        assert y is not None and memory is not None
         ended = _like(grid.end == 0, 4)
         start = {name: torch.where(ended, w, start[name]) for name, w in memory.memory.params.items()}
         return y[:, :tokens], ContextState(memory, start, segment, None, grid.end, False)
