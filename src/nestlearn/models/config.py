@@ -16,6 +16,7 @@ from nestlearn.nn.cms import Level
 from nestlearn.nn.ffn import Activation
 
 ATTENTION_MIXERS = ("attention", "sliding_attention")
+WINDOWED_MIXERS = ("sliding_attention", "titans_mag", "titans_mal")
 TITANS_MIXERS = ("titans_mac", "titans_mag", "titans_mal")
 _LEVEL_FIELDS = tuple(f.name for f in fields(Level))
 

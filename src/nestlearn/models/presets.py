@@ -1,4 +1,4 @@
-"""Named configurations: four families, each at five sizes, and the paper-literal Hope."""
+"""Named configurations: families at five sizes each, and the paper-literal Hope."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def _shape(hidden_size: int, layers: int, heads: int, cms: list[dict[str, Any]])
     return {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads, "cms": cms}
 
 
+# Segments and windows shorter than the usual training length of 256: the memory is needed, and so learned.
+_TINY_CONTEXT = {"segment_length": 64, "sliding_window": 64}
+
 # The tiny presets have equal numbers of parameters: layers with a larger mixer are fewer.
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "hope": (
@@ -69,6 +72,36 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "340m": _shape(1024, 24, 16, [_frozen()]),
             "760m": _shape(1536, 22, 16, [_frozen()]),
             "1.3b": _shape(2048, 22, 16, [_frozen()]),
+        },
+    ),
+    "titans-mac": (
+        {"mixer": "titans_mac"},
+        {
+            "tiny": _shape(128, 4, 4, [_frozen(3)]) | _TINY_CONTEXT,
+            "small": _shape(512, 8, 8, [_frozen()]),
+            "340m": _shape(1024, 16, 16, [_frozen()]),
+            "760m": _shape(1536, 15, 16, [_frozen()]),
+            "1.3b": _shape(2048, 15, 16, [_frozen()]),
+        },
+    ),
+    "titans-mag": (
+        {"mixer": "titans_mag"},
+        {
+            "tiny": _shape(128, 4, 4, [_frozen(3.5)]) | _TINY_CONTEXT,
+            "small": _shape(512, 8, 8, [_frozen()]),
+            "340m": _shape(1024, 17, 16, [_frozen()]),
+            "760m": _shape(1536, 16, 16, [_frozen()]),
+            "1.3b": _shape(2048, 16, 16, [_frozen()]),
+        },
+    ),
+    "titans-mal": (
+        {"mixer": "titans_mal"},
+        {
+            "tiny": _shape(128, 4, 4, [_frozen()]) | _TINY_CONTEXT,
+            "small": _shape(512, 8, 8, [_frozen()]),
+            "340m": _shape(1024, 18, 16, [_frozen()]),
+            "760m": _shape(1536, 17, 16, [_frozen()]),
+            "1.3b": _shape(2048, 17, 16, [_frozen()]),
         },
     ),
     "transformer": (
