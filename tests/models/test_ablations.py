@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.memory import L2, Delta, Momentum
 from nestlearn.models.flops import meta_model
-from nestlearn.nn import CausalAttention, ContinuumMemory
+from nestlearn.nn import CausalAttention, ContinuumMemory, SelfModifyingTitans
 
 FULL: dict[str, Any] = {
     "vocab_size": 50,
@@ -99,6 +100,18 @@ def test_each_ablation_learns(name: str, ids: Tensor) -> None:
         after = built(ids, labels=ids).loss
         after.backward()
     assert after < loss
+
+
+def test_the_paper_literal_hope_is_as_printed() -> None:
+    """L2, delta retention to zero, chunk reads, momentum, self-generated targets, five adaptive streams, 4 levels."""
+    mixer = meta_model(HopeConfig.from_preset("hope-paper")).model.layers[0].mixer
+    assert isinstance(mixer, SelfModifyingTitans)
+    memory = mixer.memory
+    assert (memory.objective, memory.retention, memory.algorithm) == (L2(), Delta(), Momentum())
+    assert (memory.read, memory.retain_to, mixer.self_values) == ("chunk", "zero", True)
+    assert mixer.adaptive == ("q", "k", "v", "eta", "alpha")
+    periods = [level["period"] for level in HopeConfig.from_preset("hope-paper").cms]
+    assert periods == [512, 2048, 8192, 32768]
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "340m", "760m", "1.3b"])

@@ -46,8 +46,8 @@ _LIBRARY_FIELDS = frozenset(
 
 def mixer_names() -> tuple[str, ...]:
     """All values a layer's ``mixer`` may have: the self-modifying memory, two attentions, three ways to combine
-    attention with a memory, every catalog memory alone."""
-    return tuple(dict.fromkeys(("self_modifying_titans", *ATTENTION_MIXERS, *TITANS_MIXERS, *catalog)))
+    attention with a memory, a hierarchy of memories, every catalog memory alone."""
+    return tuple(dict.fromkeys(("self_modifying_titans", *ATTENTION_MIXERS, *TITANS_MIXERS, "tnt", *catalog)))
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -67,9 +67,9 @@ class HopeConfig(PreTrainedConfig):
         num_hidden_layers: blocks; each is ``x + mixer(norm(x))`` then ``x + cms(norm(x))``.
         num_attention_heads: heads of every mixer; must divide ``hidden_size``.
         mixer: ``"self_modifying_titans"``, ``"attention"``, ``"sliding_attention"``, ``"titans_mac"``,
-            ``"titans_mag"``, ``"titans_mal"`` or any name of `nestlearn.memory.catalog` (a memory alone; Titans LMM
-            is ``"titans"``); one for all layers, or a list with one per layer.
-        memory: name in `nestlearn.memory.catalog` of the memory inside the ``titans_*`` mixers.
+            ``"titans_mag"``, ``"titans_mal"``, ``"tnt"`` or any name of `nestlearn.memory.catalog` (a memory alone;
+            Titans LMM is ``"titans"``); one for all layers, or a list with one per layer.
+        memory: name in `nestlearn.memory.catalog` of the memory inside the ``titans_*`` mixers and ``"tnt"``.
         memory_expansion: hidden width of a two-layer memory over its head width.
         memory_chunk_size: tokens per chunk of the main memory; errors are taken at the chunk's first weights.
         projection_chunk_size: tokens per chunk of the memories that generate k, v, eta, alpha.
@@ -91,6 +91,9 @@ class HopeConfig(PreTrainedConfig):
         sliding_window: tokens that ``"sliding_attention"``, ``"titans_mag"`` and ``"titans_mal"`` see.
         segment_length: tokens of a segment of ``"titans_mac"``.
         persistent_tokens: learned tokens that the attention of the ``titans_*`` mixers always sees.
+        local_windows: tokens after which each local memory of ``"tnt"`` starts anew.
+        local_chunk_sizes: tokens per chunk of each local memory of ``"tnt"``; each divides its window.
+        global_chunk_size: tokens per chunk of the global memory of ``"tnt"``.
         rms_norm_eps: epsilon of the normalizations.
         initializer_range: standard deviation of the initial linear and embedding weights.
         tie_word_embeddings: whether the output layer shares the embedding's weights.
@@ -134,6 +137,9 @@ class HopeConfig(PreTrainedConfig):
     sliding_window: int = 256
     segment_length: int = 128
     persistent_tokens: int = 4
+    local_windows: list[int] = field(default_factory=lambda: [128])
+    local_chunk_sizes: list[int] = field(default_factory=lambda: [16])
+    global_chunk_size: int = 256
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -174,7 +180,8 @@ class HopeConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError unless the fields fit each other."""
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "memory_expansion",
-                     "memory_chunk_size", "projection_chunk_size", "sliding_window", "segment_length"):  # fmt: skip
+                     "memory_chunk_size", "projection_chunk_size", "sliding_window", "segment_length",
+                     "global_chunk_size"):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
@@ -182,6 +189,7 @@ class HopeConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 0 (0 = none).")
+        self._check_windows()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
@@ -201,6 +209,16 @@ class HopeConfig(PreTrainedConfig):
                 "use the tokenizer's bos_token_id, or None."
             )
         self._check_choices()
+
+    def _check_windows(self) -> None:
+        """Raise ValueError unless every local memory has a window of whole chunks."""
+        windows, chunks = self.local_windows, self.local_chunk_sizes
+        whole = all(type(size) is int and size >= 1 for size in (*windows, *chunks))
+        if not whole or not windows or len(windows) != len(chunks) or any(map(int.__mod__, windows, chunks)):
+            raise ValueError(
+                f"local_windows={windows!r} and local_chunk_sizes={chunks!r} must hold one number each per local "
+                "memory, and each window must be a multiple of its chunk; for example [128, 128] and [8, 32]."
+            )
 
     def _check_choices(self) -> None:
         """Raise ValueError for a named choice that does not exist."""
@@ -230,5 +248,5 @@ class HopeConfig(PreTrainedConfig):
                  "projection_chunk_size", "adaptive", "step_size", "max_step", "memory_objective", "memory_momentum",
                  "memory_delta", "memory_retention", "memory_retain_to", "memory_read", "memory_self_values", "memory",
                  "cms", "ffn_activation", "conv_size", "rope_theta", "sliding_window", "segment_length",
-                 "persistent_tokens")  # fmt: skip
+                 "persistent_tokens", "local_windows", "local_chunk_sizes", "global_chunk_size")  # fmt: skip
         return json.loads(json.dumps({"mixers": self.mixers} | {name: getattr(self, name) for name in names}))

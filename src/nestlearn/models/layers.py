@@ -14,6 +14,7 @@ from nestlearn.models.cache import LayerState
 from nestlearn.models.config import TITANS_MIXERS, HopeConfig
 from nestlearn.nn.attention import CausalAttention
 from nestlearn.nn.cms import ContinuumMemory, Level
+from nestlearn.nn.hierarchical import HierarchicalMemory
 from nestlearn.nn.mixer import GATE_RULES, MemoryMixer
 from nestlearn.nn.self_modifying import SelfModifyingTitans
 from nestlearn.nn.titans import MemoryAsGate, MemoryAsLayer
@@ -34,6 +35,12 @@ def build_mixer(config: HopeConfig, layer: int) -> nn.Module:
         return _self_modifying(config)
     if name in TITANS_MIXERS:
         return _titans(config, name)
+    if name == "tnt":
+        return HierarchicalMemory(
+            width, heads, _memory(config, config.memory), config.local_windows, config.local_chunk_sizes,
+            config.global_chunk_size, config.conv_size, config.max_step, GATE_RULES.get(config.memory),
+            config.rms_norm_eps,
+        )  # fmt: skip
     return MemoryMixer(
         width, heads, _memory(config, name), config.conv_size, config.memory_chunk_size, config.max_step,
         GATE_RULES.get(name),

@@ -121,11 +121,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
     for family, (base, shapes) in _FAMILIES.items()
     for size, shape in shapes.items()
 }
-# As printed: L2 objective, momentum, an adaptive query, four levels at the long-context periods and GELU networks.
-# Full levels for every sequence: the state of one row is as large as the weights.
+# As printed: L2 objective, reads at the start of a chunk, retention toward zero, momentum, an adaptive query, four
+# levels at the long-context periods and GELU networks. Full levels for every sequence: the state of one row is as large
+# as the weights.
 _PRESETS["hope-paper"] = _PRESETS["hope-340m"] | {
     "num_hidden_layers": 14,
     "memory_objective": "l2",
+    "memory_read": "chunk",
+    "memory_retain_to": "zero",
     "memory_momentum": True,
     "adaptive": ["q", "k", "v", "eta", "alpha"],
     "ffn_activation": "gelu",

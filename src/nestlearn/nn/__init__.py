@@ -4,6 +4,7 @@ from nestlearn.nn.attention import AttentionState, CausalAttention
 from nestlearn.nn.cms import ContinuumMemory, ContinuumState, Level
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
+from nestlearn.nn.hierarchical import HierarchicalMemory, HierarchicalState
 from nestlearn.nn.mixer import GATE_RULES, GateRule, MemoryMixer, MixerState
 from nestlearn.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
 from nestlearn.nn.titans import HybridState, MemoryAsGate, MemoryAsLayer
@@ -18,6 +19,8 @@ __all__ = [
     "ContinuumState",
     "FeedForward",
     "GateRule",
+    "HierarchicalMemory",
+    "HierarchicalState",
     "HybridState",
     "Level",
     "MemoryAsContext",

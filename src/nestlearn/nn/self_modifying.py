@@ -158,8 +158,7 @@ class SelfModifyingTitans(nn.Module):
         self.projection_chunk_size = projection_chunk_size
         self.adaptive = tuple(name for name in STREAMS if name in adaptive)
         self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
-        self.retention = retention
-        self.self_values = self_values
+        self.retention, self.self_values = retention, self_values
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
         self.conv = ShortConv(len(STREAMS) * d_model, conv_size, silu=True) if conv_size else None
         names = (*self.adaptive, "memory")

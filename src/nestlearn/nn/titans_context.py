@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import AssociativeMemory, Descent, Gates, scan
+from nestlearn.memory import AssociativeMemory, Decay, Descent, DotProduct, Gates, scan
 from nestlearn.memory.layout import Grid, place
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import PersistentTokens, rotate
@@ -142,7 +142,12 @@ class MemoryAsContext(nn.Module):
         self.memory_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
         chunk = max(segment_length, self.memory.memory.chunk_size)
-        self.reader = replace(self.memory.memory, algorithm=Descent(), chunk_size=chunk, read="chunk")
+        # A read at fixed weights: neither the objective nor gates of the update matter, so it needs none.
+        inside = self.memory.memory
+        retention = Decay() if isinstance(inside.retention, Decay) else inside.retention
+        self.reader = replace(
+            inside, objective=DotProduct(), algorithm=Descent(), retention=retention, chunk_size=chunk, read="chunk"
+        )
 
     def forward(
         self,
