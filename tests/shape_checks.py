@@ -31,8 +31,16 @@ def check_memories() -> None:
 
 def check_models() -> None:
     """One layer of each kind of mixer: loss, gradient and generation."""
-    for preset in ("hope-tiny", "titans-tiny", "transformer-tiny"):
-        config = nestlearn.HopeConfig.from_preset(preset, num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+    small = {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "segment_length": 8,
+        "local_windows": [16],
+    }
+    titans = [{"mixer": mixer} for mixer in ("titans", "titans_mac", "titans_mag", "titans_mal", "tnt")]
+    for fields in ({"mixer": "self_modifying_titans"}, *titans, {"mixer": "attention"}):
+        config = nestlearn.HopeConfig.from_preset("hope-tiny", **(small | fields))
         model = nestlearn.HopeForCausalLM(config)
         ids = torch.randint(0, 200, (2, 20))
         model(ids, labels=ids).loss.backward()

@@ -13,10 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "equations.md"
 NUMBERS = r"\d+(?:-\d+)?(?:, \d+(?:-\d+)?)*"
-CITATION = re.compile(rf"NL Eqs?\.\s+({NUMBERS})")
+PAPERS = "NL|Titans|TNT"
+CITATION = re.compile(rf"({PAPERS}) Eqs?\.\s+({NUMBERS})")
 
 
 class Row(NamedTuple):
+    paper: str
     equations: frozenset[int]
     symbols: tuple[str, ...]
     tests: tuple[str, ...]
@@ -32,29 +34,30 @@ def numbers(text: str) -> frozenset[int]:
 
 
 def rows() -> list[Row]:
-    """Lines `| 29-31 | meaning | symbols in backticks | tests in backticks |` of the table."""
+    """Lines `| 29-31 | meaning | symbols in backticks | tests in backticks |`; other papers are named, `Titans 19`."""
     found = []
     for line in TABLE.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) == 4 and re.fullmatch(NUMBERS, cells[0]):
+        named = re.fullmatch(rf"(?:({PAPERS}) )?({NUMBERS})", cells[0])
+        if len(cells) == 4 and named:
             symbols, tests = (tuple(re.findall(r"`([^`]+)`", cell)) for cell in cells[2:])
-            found.append(Row(numbers(cells[0]), symbols, tests))
+            found.append(Row(named.group(1) or "NL", numbers(named.group(2)), symbols, tests))
     return found
 
 
-def cited() -> dict[int, set[str]]:
+def cited() -> dict[tuple[str, int], set[str]]:
     """Equations named in docstrings and comments of the package, each with the files that name it."""
-    found: dict[int, set[str]] = {}
+    found: dict[tuple[str, int], set[str]] = {}
     for path in sorted((ROOT / "src").rglob("*.py")):
         for match in CITATION.finditer(path.read_text()):
-            for number in numbers(match.group(1)):
-                found.setdefault(number, set()).add(path.name)
+            for number in numbers(match.group(2)):
+                found.setdefault((match.group(1), number), set()).add(path.name)
     return found
 
 
 def test_every_equation_cited_is_in_the_table() -> None:
-    listed = frozenset().union(*(row.equations for row in rows()))
-    missing = {number: files for number, files in cited().items() if number not in listed}
+    listed = {(row.paper, number) for row in rows() for number in row.equations}
+    missing = {equation: files for equation, files in cited().items() if equation not in listed}
     assert not missing, f"add rows to {TABLE.name}"
 
 

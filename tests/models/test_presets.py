@@ -25,6 +25,21 @@ PARAMETERS = {
     "titans-340m": 348_671_616,
     "titans-760m": 749_210_208,
     "titans-1.3b": 1_287_665_440,
+    "titans-mac-tiny": 1_232_048,
+    "titans-mac-small": 56_464_576,
+    "titans-mac-340m": 344_214_272,
+    "titans-mac-760m": 754_694_256,
+    "titans-mac-1.3b": 1_297_484_368,
+    "titans-mag-tiny": 1_231_536,
+    "titans-mag-small": 54_396_096,
+    "titans-mag-340m": 345_975_664,
+    "titans-mag-760m": 760_876_800,
+    "titans-mag-1.3b": 1_308_365_568,
+    "titans-mal-tiny": 1_239_216,
+    "titans-mal-small": 52_294_848,
+    "titans-mal-340m": 345_506_784,
+    "titans-mal-760m": 762_153_360,
+    "titans-mal-1.3b": 1_310_608_304,
     "transformer-tiny": 1_220_480,
     "transformer-small": 54_194_688,
     "transformer-340m": 334_611_456,
@@ -32,6 +47,7 @@ PARAMETERS = {
     "transformer-1.3b": 1_339_525_120,
     "hope-paper": 341_740_176,
 }
+FAMILIES = ("hope", "hope-attention", "titans", "titans-mac", "titans-mag", "titans-mal", "transformer")
 NOMINAL = {"340m": 340e6, "760m": 760e6, "1.3b": 1.3e9}
 
 
@@ -51,7 +67,7 @@ def test_parameter_count(name):
 
 
 def test_tiny_presets_are_comparable():
-    counts = [PARAMETERS[f"{family}-tiny"] for family in ("hope", "hope-attention", "titans", "transformer")]
+    counts = [PARAMETERS[f"{family}-tiny"] for family in FAMILIES]
     assert max(counts) < 1.05 * min(counts)
 
 

@@ -10,9 +10,9 @@ from nestlearn.nn import CausalAttention
 D, HEADS = 16, 2
 
 
-def layer(window=None, conv_size=0):
+def layer(window=None, conv_size=0, persistent=0):
     torch.manual_seed(0)
-    return CausalAttention(D, HEADS, window, conv_size=conv_size).double()
+    return CausalAttention(D, HEADS, window, conv_size=conv_size, persistent_tokens=persistent).double()
 
 
 def turned(x, position, theta=10000.0):
@@ -25,7 +25,9 @@ def turned(x, position, theta=10000.0):
 
 def loop(attention, x, mask, reset, window):
     """One row, token by token: the definition."""
-    memory, outputs = [], []
+    memory, outputs, first = [], [], []
+    if attention.persistent is not None:
+        first = [(attention.qkv.weight @ p).view(3, HEADS, -1)[1:] for p in attention.persistent.tokens]
     for t in range(x.shape[0]):
         if not mask[t]:
             outputs.append(torch.zeros(D, dtype=x.dtype))
@@ -35,9 +37,10 @@ def loop(attention, x, mask, reset, window):
         q, k, v = (attention.qkv.weight @ x[t]).view(3, HEADS, -1)
         memory.append((turned(k, len(memory)), v))
         seen = memory if window is None else memory[-window:]
+        scores = [(q * k).sum(-1) for k, _ in first]  # persistent tokens have no position
         q = turned(q, len(memory) - 1)
-        scores = torch.stack([(q * k).sum(-1) for k, _ in seen]) / math.sqrt(D / HEADS)
-        read = (scores.softmax(0)[..., None] * torch.stack([v for _, v in seen])).sum(0)
+        scores = torch.stack(scores + [(q * k).sum(-1) for k, _ in seen]) / math.sqrt(D / HEADS)
+        read = (scores.softmax(0)[..., None] * torch.stack([v for _, v in (*first, *seen)])).sum(0)
         outputs.append(attention.out.weight @ read.flatten())
     return torch.stack(outputs)
 
@@ -45,8 +48,9 @@ def loop(attention, x, mask, reset, window):
 @pytest.mark.parametrize("window", [None, 1, 3, 30])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_any_split_equals_the_loop(window, padded, documents):
-    attention = layer(window)
+@pytest.mark.parametrize("persistent", [0, 2])
+def test_any_split_equals_the_loop(window, padded, documents, persistent):
+    attention = layer(window, persistent=persistent)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 17, D, dtype=torch.float64, generator=generator)
     mask = torch.rand(3, 17, generator=generator) > 0.3 if padded else torch.ones(3, 17, dtype=torch.bool)
@@ -83,6 +87,7 @@ def test_flops_are_those_of_a_transformer_layer():
     # 8 d^2 for the projections; a token sees (T + 1) / 2 tokens on average, at 4 d each.
     assert layer().flops_per_token(99) == 8 * D * D + 4 * D * 50
     assert layer(window=1).flops_per_token(99) == 8 * D * D + 4 * D
+    assert layer(window=1, persistent=3).flops_per_token(99) == 8 * D * D + 4 * D * 4
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,7 @@ def test_flops_are_those_of_a_transformer_layer():
         ({"d_model": 6, "num_heads": 2}, "even"),
         ({"d_model": 16, "num_heads": 2, "window": 0}, "window"),
         ({"d_model": 16, "num_heads": 2, "conv_size": -1}, "conv_size"),
+        ({"d_model": 16, "num_heads": 2, "persistent_tokens": -1}, "persistent_tokens"),
     ],
 )
 def test_impossible_sizes(sizes, message):

@@ -26,6 +26,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "per-map": {"step_size": {"in": "normalized", "out": "proximal"}, "max_step": 2.0},
     "silu": {"activation": "silu"},
     "no-convolution": {"conv_size": 0},
+    "chunk-reads": {"read": "chunk"},
+    "chunk-reads-l2": {
+        "read": "chunk",
+        "objective": "l2",
+        "momentum": True,
+        "adaptive": ("q", "k", "v", "eta", "alpha"),
+    },
+    "given-values": {"self_values": False},
+    "to-zero": {"retain_to": "zero"},
+    "to-zero-l2-momentum": {"retain_to": "zero", "objective": "l2", "momentum": True, "read": "chunk"},
+    "given-values-l2": {"self_values": False, "objective": "l2"},
 }
 
 
@@ -78,9 +89,10 @@ def test_forward_equals_the_token_loop(variant: str, length: int) -> None:
             assert error(mine, theirs) < 1e-9
 
 
+@pytest.mark.parametrize("variant", ["default", "chunk-reads"])
 @pytest.mark.parametrize(("chunk", "outer"), [(1, 1), (1, 4), (4, 4), (16, 64), (64, 192)])
-def test_chunk_sizes_equal_the_token_loop(chunk: int, outer: int) -> None:
-    layer, x = make(chunk=chunk, outer=outer), tokens(1, 40)
+def test_chunk_sizes_equal_the_token_loop(chunk: int, outer: int, variant: str) -> None:
+    layer, x = make(variant, chunk=chunk, outer=outer), tokens(1, 40)
     for mine, theirs in zip(outcome(layer, *layer(x)), outcome(layer, *layer.loop(x)), strict=True):
         assert error(mine, theirs) < 1e-9
 
@@ -122,7 +134,9 @@ def test_initial_state_gets_the_outer_gradient_of_finite_differences(memory: str
     assert torch.allclose(slope, (gradient * direction).sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["default", "adaptive-q", "momentum", "static-projections", "normalized"])
+@pytest.mark.parametrize(
+    "variant", ["default", "adaptive-q", "momentum", "static-projections", "normalized", "chunk-reads"]
+)
 def test_any_split_equals_one_call(variant: str) -> None:
     layer, x = make(variant), tokens(2, 19)
     with torch.inference_mode():
@@ -139,7 +153,7 @@ def test_any_split_equals_one_call(variant: str) -> None:
         assert error(torch.cat(pieces, 1), whole) < 1e-10
 
 
-@pytest.mark.parametrize("variant", ["default", "momentum", "l2"])
+@pytest.mark.parametrize("variant", ["default", "momentum", "l2", "chunk-reads", "given-values", "to-zero"])
 def test_padding_phases_and_resets_equal_separate_runs(variant: str) -> None:
     layer, x = make(variant), tokens(3, 30)
     mask = torch.ones(3, 30, dtype=torch.bool)
@@ -173,8 +187,11 @@ def test_padding_phases_and_resets_equal_separate_runs(variant: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.5, 1e30, float("nan"), float("inf")])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_past_and_other_rows_are_bit_identical(dtype: torch.dtype, value: float, masked: bool) -> None:
-    layer, x = make().to(dtype), tokens(3, 21).to(dtype)
+@pytest.mark.parametrize("variant", ["default", "chunk-reads"])
+def test_the_past_and_other_rows_are_bit_identical(
+    dtype: torch.dtype, value: float, masked: bool, variant: str
+) -> None:
+    layer, x = make(variant).to(dtype), tokens(3, 21).to(dtype)
     mask = torch.ones(3, 21, dtype=torch.bool) if masked else None
     changed = x.clone()
     changed[1, 10] = value
@@ -232,6 +249,18 @@ def test_reading_earlier_tokens_changes_later_outputs_beyond_the_convolution() -
     assert (layer(x)[0][:, 4:] - layer(other)[0][:, 4:]).abs().amax(-1).min() > 1e-8
 
 
+def test_chunk_reads_see_nothing_of_their_own_chunk() -> None:
+    """Static projections without a convolution: in chunk reads a token changes no other output of its chunk of 4."""
+    x = tokens(1, 12)
+    other = x.clone()
+    other[:, 4] += 1
+    for read, first in (("token", 5), ("chunk", 8)):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(8, 2, 2, 4, 8, adaptive=(), conv_size=0, read=read).double()
+        changed = (layer(x)[0] - layer(other)[0]).abs().amax(-1)[0] > 1e-10
+        assert changed.tolist() == [t == 4 or t >= first for t in range(12)]
+
+
 def test_low_precision_inputs_keep_wide_fast_weights() -> None:
     layer = make().to(torch.bfloat16)
     y, state = layer(tokens(2, 9).bfloat16())
@@ -267,6 +296,7 @@ def test_return_state_false_changes_no_output_and_no_gradient() -> None:
         ({"max_step": 0.0}, "max_step"),
         ({"delta": False, "retention": False}, "retention"),
         ({"expansion": 0}, "expansion"),
+        ({"read": "segment"}, "read"),
         ({"activation": "tanh"}, "activation"),
     ],
 )

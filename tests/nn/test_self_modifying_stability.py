@@ -22,6 +22,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "normalized": {"step_size": "normalized", "max_step": 2.0},
     "normalized-momentum": {"step_size": "normalized", "max_step": 2.0, "momentum": True},
     "per-map": {"step_size": {"in": "normalized", "out": "proximal"}, "max_step": 2.0},
+    "given-values": {"self_values": False},
+    "to-zero": {"retain_to": "zero"},
+    "as-printed": {"retain_to": "zero", "read": "chunk", "objective": "l2", "momentum": True},
 }
 LENGTHS = [1024, pytest.param(32768, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 

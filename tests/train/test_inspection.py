@@ -29,13 +29,21 @@ def measured_activations(model: HopeForCausalLM) -> int:
 
 @pytest.mark.parametrize(
     "mixer",
-    ["self_modifying_titans", "attention", "deltanet", "titans", ["attention", "self_modifying_titans"]],
+    [
+        "self_modifying_titans",
+        "attention",
+        "deltanet",
+        "titans",
+        "titans_mac",
+        "titans_mag",
+        ["attention", "self_modifying_titans"],
+    ],
     ids=str,
 )
 def test_estimates_match_the_model(mixer: str | list[str]):
     config = HopeConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mixer=mixer, memory_chunk_size=16,
-        projection_chunk_size=32,
+        projection_chunk_size=32, segment_length=32, sliding_window=64,
     )  # fmt: skip
     facts = model_facts(config, CONTEXT, batch_size=3)
     model = HopeForCausalLM(config).train()

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from nestlearn.memory import catalog
-from nestlearn.memory.associative import StepSize
+from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.nn.cms import Level
 from nestlearn.nn.ffn import Activation
 
 ATTENTION_MIXERS = ("attention", "sliding_attention")
+WINDOWED_MIXERS = ("sliding_attention", "titans_mag", "titans_mal")
+TITANS_MIXERS = ("titans_mac", "titans_mag", "titans_mal")
 _LEVEL_FIELDS = tuple(f.name for f in fields(Level))
 
 # Keys that the Hugging Face libraries themselves write into a saved configuration or pass when loading one.
@@ -43,8 +45,9 @@ _LIBRARY_FIELDS = frozenset(
 
 
 def mixer_names() -> tuple[str, ...]:
-    """All values a layer's ``mixer`` may have: the self-modifying memory, two attentions, every catalog memory."""
-    return tuple(dict.fromkeys(("self_modifying_titans", *ATTENTION_MIXERS, *catalog)))
+    """All values a layer's ``mixer`` may have: the self-modifying memory, two attentions, three ways to combine
+    attention with a memory, a hierarchy of memories, every catalog memory alone."""
+    return tuple(dict.fromkeys(("self_modifying_titans", *ATTENTION_MIXERS, *TITANS_MIXERS, "tnt", *catalog)))
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -63,8 +66,10 @@ class HopeConfig(PreTrainedConfig):
         hidden_size: width of the residual stream.
         num_hidden_layers: blocks; each is ``x + mixer(norm(x))`` then ``x + cms(norm(x))``.
         num_attention_heads: heads of every mixer; must divide ``hidden_size``.
-        mixer: ``"self_modifying_titans"``, ``"attention"``, ``"sliding_attention"`` or any name of
-            `nestlearn.memory.catalog`; one for all layers, or a list with one per layer.
+        mixer: ``"self_modifying_titans"``, ``"attention"``, ``"sliding_attention"``, ``"titans_mac"``,
+            ``"titans_mag"``, ``"titans_mal"``, ``"tnt"`` or any name of `nestlearn.memory.catalog` (a memory alone;
+            Titans LMM is ``"titans"``); one for all layers, or a list with one per layer.
+        memory: name in `nestlearn.memory.catalog` of the memory inside the ``titans_*`` mixers and ``"tnt"``.
         memory_expansion: hidden width of a two-layer memory over its head width.
         memory_chunk_size: tokens per chunk of the main memory; errors are taken at the chunk's first weights.
         projection_chunk_size: tokens per chunk of the memories that generate k, v, eta, alpha.
@@ -75,12 +80,20 @@ class HopeConfig(PreTrainedConfig):
         memory_momentum: whether the inner update has momentum.
         memory_delta: whether retention has DGD's erasing term; False is plain gradient descent.
         memory_retention: whether the memories forget (learned alpha); False keeps alpha = 1.
+        memory_retain_to: what retention and erasing pull toward, ``"initial"`` weights or ``"zero"`` (as printed).
+        memory_read: ``"token"`` reads the main memory after the token's own write, ``"chunk"`` at its chunk's start.
+        memory_self_values: whether each memory generates its own target; False gives it the value of the token.
         cms: levels of the feed-forward network, fastest first, as mappings of the fields of `nestlearn.nn.Level`;
             ``{"period": None, "expansion": 4}`` alone is an ordinary frozen FFN.
         ffn_activation: ``"swiglu"`` or ``"gelu"``.
         conv_size: width of the depthwise causal convolutions of the mixers; 0 for none.
         rope_theta: base of the rotary frequencies of attention.
-        sliding_window: tokens that ``"sliding_attention"`` sees.
+        sliding_window: tokens that ``"sliding_attention"``, ``"titans_mag"`` and ``"titans_mal"`` see.
+        segment_length: tokens of a segment of ``"titans_mac"``.
+        persistent_tokens: learned tokens that the attention of the ``titans_*`` mixers always sees.
+        local_windows: tokens after which each local memory of ``"tnt"`` starts anew.
+        local_chunk_sizes: tokens per chunk of each local memory of ``"tnt"``; each divides its window.
+        global_chunk_size: tokens per chunk of the global memory of ``"tnt"``.
         rms_norm_eps: epsilon of the normalizations.
         initializer_range: standard deviation of the initial linear and embedding weights.
         tie_word_embeddings: whether the output layer shares the embedding's weights.
@@ -103,6 +116,7 @@ class HopeConfig(PreTrainedConfig):
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     mixer: str | list[str] = "self_modifying_titans"
+    memory: str = "titans"
     memory_expansion: int = 4
     memory_chunk_size: int = 64
     projection_chunk_size: int = 256
@@ -113,11 +127,19 @@ class HopeConfig(PreTrainedConfig):
     memory_momentum: bool = False
     memory_delta: bool = True
     memory_retention: bool = True
+    memory_retain_to: RetainTo = "initial"
+    memory_read: Read = "token"
+    memory_self_values: bool = True
     cms: list[dict[str, Any]] = field(default_factory=lambda: [{"period": None, "expansion": 4}])
     ffn_activation: Activation = "swiglu"
     conv_size: int = 4
     rope_theta: float = 10000.0
     sliding_window: int = 256
+    segment_length: int = 128
+    persistent_tokens: int = 4
+    local_windows: list[int] = field(default_factory=lambda: [128])
+    local_chunk_sizes: list[int] = field(default_factory=lambda: [16])
+    global_chunk_size: int = 256
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -158,12 +180,16 @@ class HopeConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError unless the fields fit each other."""
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "memory_expansion",
-                     "memory_chunk_size", "projection_chunk_size", "sliding_window"):  # fmt: skip
+                     "memory_chunk_size", "projection_chunk_size", "sliding_window", "segment_length",
+                     "global_chunk_size"):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-        if not isinstance(self.conv_size, int) or self.conv_size < 0:
-            raise ValueError(f"conv_size={self.conv_size!r} must be an integer of at least 0 (0 = no convolution).")
+        for name in ("conv_size", "persistent_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 0 (0 = none).")
+        self._check_windows()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
@@ -184,12 +210,25 @@ class HopeConfig(PreTrainedConfig):
             )
         self._check_choices()
 
+    def _check_windows(self) -> None:
+        """Raise ValueError unless every local memory has a window of whole chunks."""
+        windows, chunks = self.local_windows, self.local_chunk_sizes
+        whole = all(type(size) is int and size >= 1 for size in (*windows, *chunks))
+        if not whole or not windows or len(windows) != len(chunks) or any(map(int.__mod__, windows, chunks)):
+            raise ValueError(
+                f"local_windows={windows!r} and local_chunk_sizes={chunks!r} must hold one number each per local "
+                "memory, and each window must be a multiple of its chunk; for example [128, 128] and [8, 32]."
+            )
+
     def _check_choices(self) -> None:
         """Raise ValueError for a named choice that does not exist."""
         steps = self.step_size.values() if isinstance(self.step_size, dict) else [self.step_size]
         for kind, values, known in (
             ("step_size", steps, ("proximal", "normalized", "raw")),
             ("memory_objective", [self.memory_objective], ("dot", "l2")),
+            ("memory", [self.memory], catalog),
+            ("memory_read", [self.memory_read], ("token", "chunk")),
+            ("memory_retain_to", [self.memory_retain_to], ("initial", "zero")),
             ("ffn_activation", [self.ffn_activation], ("swiglu", "gelu")),
             ("adaptive stream", self.adaptive, ("q", "k", "v", "eta", "alpha")),
         ):
@@ -207,7 +246,7 @@ class HopeConfig(PreTrainedConfig):
         """The fields that determine the shape and the meaning of a `HopeCache` of this model, as JSON values."""
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "memory_expansion", "memory_chunk_size",
                  "projection_chunk_size", "adaptive", "step_size", "max_step", "memory_objective", "memory_momentum",
-            "memory_delta",
-            "memory_retention",
-                 "cms", "ffn_activation", "conv_size", "rope_theta", "sliding_window")  # fmt: skip
+                 "memory_delta", "memory_retention", "memory_retain_to", "memory_read", "memory_self_values", "memory",
+                 "cms", "ffn_activation", "conv_size", "rope_theta", "sliding_window", "segment_length",
+                 "persistent_tokens", "local_windows", "local_chunk_sizes", "global_chunk_size")  # fmt: skip
         return json.loads(json.dumps({"mixers": self.mixers} | {name: getattr(self, name) for name in names}))

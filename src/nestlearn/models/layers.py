@@ -9,13 +9,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nestlearn.memory import MLP, catalog
+from nestlearn.memory import MLP, AssociativeMemory, catalog
 from nestlearn.models.cache import LayerState
-from nestlearn.models.config import HopeConfig
+from nestlearn.models.config import TITANS_MIXERS, HopeConfig
 from nestlearn.nn.attention import CausalAttention
 from nestlearn.nn.cms import ContinuumMemory, Level
+from nestlearn.nn.hierarchical import HierarchicalMemory
 from nestlearn.nn.mixer import GATE_RULES, MemoryMixer
 from nestlearn.nn.self_modifying import SelfModifyingTitans
+from nestlearn.nn.titans import MemoryAsGate, MemoryAsLayer
+from nestlearn.nn.titans_context import MemoryAsContext
 
 
 def build_mixer(config: HopeConfig, layer: int) -> nn.Module:
@@ -30,12 +33,45 @@ def build_mixer(config: HopeConfig, layer: int) -> nn.Module:
         return CausalAttention(width, heads, window, config.rope_theta, config.conv_size)
     if name == "self_modifying_titans":
         return _self_modifying(config)
+    if name in TITANS_MIXERS:
+        return _titans(config, name)
+    if name == "tnt":
+        return HierarchicalMemory(
+            width, heads, _memory(config, config.memory), config.local_windows, config.local_chunk_sizes,
+            config.global_chunk_size, config.conv_size, config.max_step, GATE_RULES.get(config.memory),
+            config.rms_norm_eps,
+        )  # fmt: skip
+    return MemoryMixer(
+        width, heads, _memory(config, name), config.conv_size, config.memory_chunk_size, config.max_step,
+        GATE_RULES.get(name),
+    )  # fmt: skip
+
+
+def _memory(config: HopeConfig, name: str) -> AssociativeMemory:
+    """A memory of the catalog at the configured size."""
     memory = catalog[name]
     if isinstance(memory.architecture, MLP):
         memory = replace(memory, architecture=replace(memory.architecture, expansion=config.memory_expansion))
-    return MemoryMixer(
-        width, heads, memory, config.conv_size, config.memory_chunk_size, config.max_step, GATE_RULES.get(name)
-    )
+    return memory
+
+
+def _titans(config: HopeConfig, name: str) -> nn.Module:
+    """Attention and a memory, combined as context, gate or layer."""
+    options: dict[str, Any] = {
+        "d_model": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "memory": _memory(config, config.memory),
+        "persistent_tokens": config.persistent_tokens,
+        "conv_size": config.conv_size,
+        "chunk_size": config.memory_chunk_size,
+        "max_step": config.max_step,
+        "gates": GATE_RULES.get(config.memory),
+        "rope_theta": config.rope_theta,
+        "norm_eps": config.rms_norm_eps,
+    }
+    if name == "titans_mac":
+        return MemoryAsContext(segment_length=config.segment_length, **options)
+    return {"titans_mag": MemoryAsGate, "titans_mal": MemoryAsLayer}[name](window=config.sliding_window, **options)
 
 
 def _self_modifying(config: HopeConfig) -> nn.Module:
@@ -53,6 +89,9 @@ def _self_modifying(config: HopeConfig) -> nn.Module:
         delta=config.memory_delta,
         retention=config.memory_retention,
         conv_size=config.conv_size,
+        read=config.memory_read,
+        self_values=config.memory_self_values,
+        retain_to=config.memory_retain_to,
     )
 
 

@@ -1,4 +1,4 @@
-"""Named configurations: four families, each at five sizes, and the paper-literal Hope."""
+"""Named configurations: families at five sizes each, and the paper-literal Hope."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def _shape(hidden_size: int, layers: int, heads: int, cms: list[dict[str, Any]])
     return {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads, "cms": cms}
 
 
+# Segments and windows shorter than the usual training length of 256: the memory is needed, and so learned.
+_TINY_CONTEXT = {"segment_length": 64, "sliding_window": 64}
+
 # The tiny presets have equal numbers of parameters: layers with a larger mixer are fewer.
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "hope": (
@@ -71,6 +74,36 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "1.3b": _shape(2048, 22, 16, [_frozen()]),
         },
     ),
+    "titans-mac": (
+        {"mixer": "titans_mac"},
+        {
+            "tiny": _shape(128, 4, 4, [_frozen(3)]) | _TINY_CONTEXT,
+            "small": _shape(512, 8, 8, [_frozen()]),
+            "340m": _shape(1024, 16, 16, [_frozen()]),
+            "760m": _shape(1536, 15, 16, [_frozen()]),
+            "1.3b": _shape(2048, 15, 16, [_frozen()]),
+        },
+    ),
+    "titans-mag": (
+        {"mixer": "titans_mag"},
+        {
+            "tiny": _shape(128, 4, 4, [_frozen(3.5)]) | _TINY_CONTEXT,
+            "small": _shape(512, 8, 8, [_frozen()]),
+            "340m": _shape(1024, 17, 16, [_frozen()]),
+            "760m": _shape(1536, 16, 16, [_frozen()]),
+            "1.3b": _shape(2048, 16, 16, [_frozen()]),
+        },
+    ),
+    "titans-mal": (
+        {"mixer": "titans_mal"},
+        {
+            "tiny": _shape(128, 4, 4, [_frozen()]) | _TINY_CONTEXT,
+            "small": _shape(512, 8, 8, [_frozen()]),
+            "340m": _shape(1024, 18, 16, [_frozen()]),
+            "760m": _shape(1536, 17, 16, [_frozen()]),
+            "1.3b": _shape(2048, 17, 16, [_frozen()]),
+        },
+    ),
     "transformer": (
         {"mixer": "attention", "conv_size": 0},
         {
@@ -88,11 +121,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
     for family, (base, shapes) in _FAMILIES.items()
     for size, shape in shapes.items()
 }
-# As printed: L2 objective, momentum, an adaptive query, four levels at the long-context periods and GELU networks.
-# Full levels for every sequence: the state of one row is as large as the weights.
+# As printed: L2 objective, reads at the start of a chunk, retention toward zero, momentum, an adaptive query, four
+# levels at the long-context periods and GELU networks. Full levels for every sequence: the state of one row is as large
+# as the weights.
 _PRESETS["hope-paper"] = _PRESETS["hope-340m"] | {
     "num_hidden_layers": 14,
     "memory_objective": "l2",
+    "memory_read": "chunk",
+    "memory_retain_to": "zero",
     "memory_momentum": True,
     "adaptive": ["q", "k", "v", "eta", "alpha"],
     "ffn_activation": "gelu",

@@ -5,6 +5,7 @@ Shapes: b batch rows, h heads, t new tokens, s stored tokens, d head width.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,24 @@ def document_positions(
     return index - origin, reset.long().cumsum(1)
 
 
+class PersistentTokens(nn.Module):
+    """``n`` learned tokens ``p`` that do not depend on the text (Titans Eq. 19), ``self.tokens: [n, d_model]``."""
+
+    def __init__(self, count: int, d_model: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(count, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Standard normal: the scale of the normalized inputs they stand beside."""
+        nn.init.normal_(self.tokens)
+
+    def heads(self, qkv: nn.Linear, heads: int) -> tuple[Float[Tensor, "1 h n d"], Float[Tensor, "1 h n d"]]:
+        """Their keys and values by the projection of an attention layer."""
+        _, k, v = qkv(self.tokens.to(qkv.weight.dtype)).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
+        return k.unsqueeze(0), v.unsqueeze(0)
+
+
 class CausalAttention(nn.Module):
     """Softmax attention over the tokens of the same document up to the current one.
 
@@ -68,6 +87,9 @@ class CausalAttention(nn.Module):
         j <= i, j real, document(j) = document(i), place(i) - place(j) < window
 
     In NL's terms attention is a memory without parameters and of infinite frequency: it keeps every token.
+    Persistent tokens p (Titans Eq. 19) are learned inputs before the text that every token of every document sees,
+    outside the window. They have no position: their scores take the query before its rotation, so that a text of any
+    length sees them alike.
 
     Args:
         d_model: width of the input and the output.
@@ -75,6 +97,7 @@ class CausalAttention(nn.Module):
         window: number of last tokens (the current one included) that are visible; None sees all.
         rope_theta: base of the rotary frequencies.
         conv_size: width of a depthwise causal convolution on queries, keys and values; 0 for none.
+        persistent_tokens: learned tokens before the text; 0 for none.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -94,6 +117,7 @@ class CausalAttention(nn.Module):
         window: int | None = None,
         rope_theta: float = 10000.0,
         conv_size: int = 0,
+        persistent_tokens: int = 0,
     ) -> None:
         super().__init__()
         if num_heads < 1 or d_model % num_heads:
@@ -107,12 +131,15 @@ class CausalAttention(nn.Module):
             raise ValueError(f"{window=} would hide every token; use at least 1, or None for no window.")
         if conv_size < 0:
             raise ValueError(f"{conv_size=} is negative; use 0 for no convolution.")
+        if persistent_tokens < 0:
+            raise ValueError(f"{persistent_tokens=} is negative; use 0 for no persistent tokens.")
         self.num_heads = num_heads
         self.window = window
         self.rope_theta = rope_theta
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.conv = ShortConv(3 * d_model, conv_size) if conv_size else None
+        self.persistent = PersistentTokens(persistent_tokens, d_model) if persistent_tokens else None
 
     def forward(
         self,
@@ -138,14 +165,15 @@ class CausalAttention(nn.Module):
         real = torch.ones(batch, time, dtype=torch.bool, device=x.device) if mask is None else mask
         start = real.new_zeros(batch, dtype=torch.long) if state is None else state.position
         place, document = document_positions(start, real, reset)
-        q, k = rotate(q, place, self.rope_theta), rotate(k, place, self.rope_theta)
-        if state is None and mask is None and reset is None and (self.window is None or time <= self.window):
+        plain, q, k = q, rotate(q, place, self.rope_theta), rotate(k, place, self.rope_theta)
+        fresh = state is None and mask is None and reset is None and (self.window is None or time <= self.window)
+        if fresh and self.persistent is None:
             read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             stored = AttentionState(k, v, real, place, place[:, -1] + 1, conv)
         else:
             stored, stored_document = self._append(state, k, v, real, place, document, conv)
             allowed = self._allowed(stored, place, document, stored_document)
-            read = F.scaled_dot_product_attention(q, stored.keys, stored.values, attn_mask=allowed)
+            read = self._read(q, plain, stored.keys, stored.values, allowed)
             stored = stored._replace(visible=stored.visible & (stored_document == document[:, -1:]))
         y = self.out(read.transpose(1, 2).flatten(2))
         if mask is not None:
@@ -161,6 +189,20 @@ class CausalAttention(nn.Module):
             mixed, tail = self.conv(mixed, tail, mask, reset)
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v, tail
+
+    def _read(self, q: Tensor, plain: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+        """Attention to the stored tokens and the persistent ones, whose scores take the ``plain`` queries."""
+        if self.persistent is None:
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)
+        first_keys, first_values = self.persistent.heads(self.qkv, self.num_heads)
+        scores = plain @ first_keys.mT / math.sqrt(q.shape[-1])
+        hidden = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
+        bias = torch.cat((scores, hidden.expand(*scores.shape[:3], -1)), -1)
+        batch = (q.shape[0], -1, -1, -1)
+        # Their scores are all in the bias: as keys they are zeros.
+        keys = torch.cat((torch.zeros_like(first_keys).expand(batch), keys), 2)
+        values = torch.cat((first_values.expand(batch), values), 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
 
     def _append(
         self,
@@ -238,10 +280,13 @@ class CausalAttention(nn.Module):
         """
         total, window = context_length, min(context_length, self.window or context_length)
         visible = window * (window + 1) // 2 + (total - window) * window
-        return 2 * sum(w.numel() for w in self.parameters()) + 4 * self.out.in_features * visible // max(total, 1)
+        weights = [w for layer in (self.qkv, self.out, self.conv) if layer is not None for w in layer.parameters()]
+        constant = 0 if self.persistent is None else self.persistent.tokens.shape[0]
+        read = 4 * self.out.in_features * visible // max(total, 1) + 4 * self.out.in_features * constant
+        return 2 * sum(w.numel() for w in weights) + read
 
     def reset_parameters(self) -> None:
         """PyTorch's default initial values."""
-        for layer in (self.qkv, self.conv, self.out):
+        for layer in (self.qkv, self.conv, self.persistent, self.out):
             if layer is not None:
                 layer.reset_parameters()

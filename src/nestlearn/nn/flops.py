@@ -38,7 +38,14 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
 
 
 def self_modifying_flops(
-    memory: AssociativeMemory, width: int, projections: int, learning: float, span: int, context_length: int
+    memory: AssociativeMemory,
+    width: int,
+    projections: int,
+    learning: float,
+    span: int,
+    context_length: int,
+    *,
+    self_values: bool = True,
 ) -> int:
     """Forward FLOPs per token and head of self-modifying Titans' memories, writes included.
 
@@ -49,8 +56,9 @@ def self_modifying_flops(
     unit = 2 * width * hidden  # one map applied to one token
     chunk, span = min(memory.chunk_size, context_length), min(span, context_length)
     delta = isinstance(memory.retention, Delta)
-    write = (6 if delta else 4) * unit  # target, errors, entering products
+    write = (2 * self_values + 2 + 2 * delta) * unit  # target, errors, entering products
     solve = 4 * (width + hidden) if delta else 0  # per token of a span: both maps' triangular systems
-    reads = 4 * chunk * (width + hidden)  # one query against a span's writes, both triangles computed
-    main = write + 2 * unit + solve * chunk + 4 * unit + reads
+    # A token read adds one query against the span's writes (both triangles computed) and the entering weights.
+    read = 2 * unit if memory.read == "chunk" else 4 * unit + 4 * chunk * (width + hidden)
+    main = write + 2 * unit + solve * chunk + read
     return round(main + projections * (2 * unit + learning * (write + 2 * unit + solve * span)))

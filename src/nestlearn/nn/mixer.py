@@ -168,7 +168,7 @@ class MemoryMixer(nn.Module):
             x = torch.where(mask.unsqueeze(-1), x, 0)
         q, k, v, tail = self._heads(x, None if state is None else state.conv, mask, reset)
         with full_precision(x):
-            initial = self._initial(q)
+            initial = self.initial_weights(q)
             gates = self._gates(x, initial, writes)
             heads = (-1, self.num_heads, -1)
             y, end = scan(
@@ -224,8 +224,8 @@ class MemoryMixer(nn.Module):
             return self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=like.dtype, device=like.device)
         return unpack(state.memory, initial, rows)
 
-    def _initial(self, like: Tensor) -> Weights:
-        """Initial weights ``[h, out, in]`` in the dtype of the fast weights."""
+    def initial_weights(self, like: Tensor) -> Weights:
+        """Initial weights ``[h, out, in]`` in the dtype (and on the device) of ``like``."""
         if self.initial is None:
             shapes = self.memory.architecture.shapes(self.d_head, self.d_head)
             return {name: like.new_zeros(self.num_heads, *shape) for name, shape in shapes.items()}

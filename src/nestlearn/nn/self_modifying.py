@@ -22,7 +22,7 @@ from nestlearn.memory import (
     Momentum,
     State,
 )
-from nestlearn.memory.associative import StepSize
+from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.memory.chunked import (
     Prepared,
     Tokens,
@@ -49,6 +49,8 @@ from .self_modifying_state import (
     Projected,
     SelfModifyingState,
     back_to_initial,
+    check_settings,
+    fast_weights,
     poison_state,
     quarantine,
     refresh,
@@ -56,7 +58,7 @@ from .self_modifying_state import (
     split_projected,
     stacked,
 )
-from .stability import MAX_MOMENTUM, check_self_modifying_settings, check_self_modifying_step
+from .stability import MAX_MOMENTUM, check_self_modifying_step
 
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of carried weights is scaled down, in the modes that are not contractive."""
@@ -68,9 +70,9 @@ class SelfModifyingTitans(nn.Module):
     At the weights of the last chunk boundary (NL Eq. 83-91; docs/decisions.md for what the paper leaves open):
 
         k_t = M_k(x^k_t)   v_t = M_v(x^v_t)   eta_t = M_eta(x^eta_t)   alpha_t = M_alpha(x^alpha_t)
-        v^_{m,t} = M_m(v_t)                                  every memory m generates its own target
+        v^_{m,t} = M_m(v_t)      every memory m generates its own target (v_t itself without self_values)
         W_m <- W_m (alpha_t I - eta'_t x x^T) - eta'_t e x^T  for every map of every memory (retention to initial)
-        y_t = M_memory,t(q_t)
+        y_t = M_memory,t(q_t)    or, with chunk reads, the memory at the start of the chunk of t
 
     Each stream ``x^m`` is a linear map of the input, a causal convolution of width 4 and SiLU, split in heads.
     q, k, v and the targets are L2-normalized per head. All initial states are meta-learned parameters.
@@ -98,6 +100,9 @@ class SelfModifyingTitans(nn.Module):
         retention: learned alpha; False keeps alpha = 1 (NL Table 6).
         conv_size: width of the convolution; 0 for none.
         activation: of the memories.
+        read: ``token`` reads the memory after the token's own write, ``chunk`` at the start of its chunk (NL Eq. 90).
+        self_values: False gives every memory the value v_t as its target.
+        retain_to: what retention and erasing pull toward, the ``initial`` weights or ``zero`` (as printed).
 
     Raises:
         ValueError: for contradictory or impossible settings.
@@ -130,17 +135,21 @@ class SelfModifyingTitans(nn.Module):
         conv_size: int = 4,
         activation: Activation = "gelu",
         norm_eps: float = 1e-6,
+        read: Read = "token",
+        self_values: bool = True,
+        retain_to: RetainTo = "initial",
     ):
         super().__init__()
-        check_self_modifying_settings(d_model, num_heads, adaptive, objective, delta, retention)
+        check_settings(d_model, num_heads, adaptive, objective, delta, retention)
         self.memory = AssociativeMemory(
             MLP(expansion, activation),
             objective=DotProduct() if objective == "dot" else L2(),
             retention=Delta() if delta else Decay(),
             algorithm=Momentum() if momentum else Descent(),
             step_size=step_size if delta else "raw",
-            retain_to="initial",
+            retain_to=retain_to,
             chunk_size=memory_chunk_size,
+            read=read,
         )
         if projection_chunk_size < 1 or projection_chunk_size % memory_chunk_size:
             raise ValueError(
@@ -154,7 +163,7 @@ class SelfModifyingTitans(nn.Module):
         self.projection_chunk_size = projection_chunk_size
         self.adaptive = tuple(name for name in STREAMS if name in adaptive)
         self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
-        self.retention = retention
+        self.retention, self.self_values = retention, self_values
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
         self.conv = ShortConv(len(STREAMS) * d_model, conv_size, silu=True) if conv_size else None
         names = (*self.adaptive, "memory")
@@ -279,16 +288,6 @@ class SelfModifyingTitans(nn.Module):
         momentum = None if fast.momentum is None else rows(fast.momentum)
         return State(rows(fast.params), momentum, rows(fast.anchor), initial, nothing, {}, False)
 
-    def _fast(self, group: State | None, batch: int) -> FastWeights | None:
-        if group is None:
-            return None
-
-        def heads(weights: Weights) -> Weights:
-            return {m: w.unflatten(0, (batch, self.num_heads)) for m, w in weights.items()}
-
-        momentum = None if group.momentum is None else heads(group.momentum)
-        return FastWeights(heads(group.params), heads(group.anchor), momentum)
-
     def _project(
         self, group: State | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
     ) -> Projected:
@@ -337,7 +336,7 @@ class SelfModifyingTitans(nn.Module):
         memories, flag = self.memory.architecture, None if reset is None else reset.unsqueeze(1)
         linear, adjoint = anchored(group.anchor, group.initial, flag)
         k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
-        target = unit_norm(memories(linear, v))
+        target = unit_norm(memories(linear, v)) if self.self_values else v.expand(-1, len(self.adaptive), -1, -1)
         factors = memories.factors(linear, adjoint, k, target, self.memory.objective)
         tokens = k.shape[-2]
         size = span_length(self.projection_chunk_size, tokens, longest=MOST_LEARNED) if valid is None else tokens
@@ -366,9 +365,9 @@ class SelfModifyingTitans(nn.Module):
         """Outputs of a span and the main memory after it."""
         group, lost = (group, None) if reset is None else revive(group, reset)
         linear, _ = anchored(group.anchor, group.initial, reset)
-        target = unit_norm(self.memory.architecture(linear, made.v))
+        target = unit_norm(self.memory.architecture(linear, made.v)) if self.self_values else made.v
         span = Tokens(made.q, made.k, target, made.gates, valid, reset, prepared)
-        y, group = run_span(self.memory, group, span, "token", update=update, guard=False)
+        y, group = run_span(self.memory, group, span, self.memory.read, update=update, guard=False)
         assert y is not None
         if lost is not None and reset is not None:
             y = spoil_before_reset(y, lost, reset)
@@ -421,9 +420,9 @@ class SelfModifyingTitans(nn.Module):
     def _pack(self, projections: State | None, memory: State, batch: int, end: int) -> SelfModifyingState:
         place = memory.params["in"].device
         position = torch.full((batch,), end, dtype=torch.long, device=place)
-        fast = self._fast(stacked(memory), batch)
-        assert fast is not None
-        return SelfModifyingState(self._fast(projections, batch), fast, None, position, aligned=end == 0)
+        learned = None if projections is None else fast_weights(projections, batch)
+        fast = fast_weights(stacked(memory), batch)
+        return SelfModifyingState(learned, fast, None, position, aligned=end == 0)
 
     def _placed(
         self,
@@ -485,7 +484,9 @@ class SelfModifyingTitans(nn.Module):
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
         width, longest = self.d_head, span_length(self.projection_chunk_size, context_length, MOST_LEARNED)
         learning = max(0, 1 - self.projection_chunk_size / context_length)
-        fast = self_modifying_flops(self.memory, width, len(self.adaptive), learning, longest, context_length)
+        fast = self_modifying_flops(
+            self.memory, width, len(self.adaptive), learning, longest, context_length, self_values=self.self_values
+        )
         linear = 2 * self.d_model * (len(STREAMS) + 1) * self.d_model
         return linear + self.num_heads * fast + (0 if self.conv is None else self.conv.flops_per_token(context_length))
 

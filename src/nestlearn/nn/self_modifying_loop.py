@@ -46,10 +46,11 @@ def token_loop(
         q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
         lr, retain, beta = _gates(layer, stream["eta"], stream["alpha"], x[:, t])
         for name in names:
-            target = unit(read_weights(layer.memory, memories[name].anchor, v))
+            target = unit(read_weights(layer.memory, memories[name].anchor, v)) if layer.self_values else v
             params, momentum = token_step(layer.memory, memories[name], k, target, lr, retain, beta)
             memories[name] = memories[name]._replace(params=params, momentum=momentum)
-        y = read_weights(layer.memory, memories["memory"].params, q)
+        main = memories["memory"]
+        y = read_weights(layer.memory, main.anchor if layer.memory.read == "chunk" else main.params, q)
         y = y / (y.square().mean(-1, keepdim=True) + layer.norm_eps).sqrt() * layer.norm.weight
         outputs.append(y.flatten(1) @ layer.out.weight.mT)
         position = (position + 1) % layer.projection_chunk_size

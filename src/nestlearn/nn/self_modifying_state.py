@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,6 +99,16 @@ def each_weight(group: State, fn: Callable[[Tensor], Tensor]) -> State:
     )
 
 
+def fast_weights(group: State, batch: int) -> FastWeights:
+    """A group of rows ``[batch * heads, memories]`` as the state that the layer hands on."""
+
+    def heads(weights: Weights) -> Weights:
+        return {m: w.unflatten(0, (batch, -1)) for m, w in weights.items()}
+
+    momentum = None if group.momentum is None else heads(group.momentum)
+    return FastWeights(heads(group.params), heads(group.anchor), momentum)
+
+
 def _rows_like(rows: Tensor, w: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (w.dim() - 1))
 
@@ -119,3 +129,20 @@ def split_projected(made: Projected, size: int) -> list[Projected]:
     """Pieces of ``size`` tokens."""
     cut = split_tokens((made.q, made.k, made.v, *made.gates), size)
     return [Projected(q, k, v, Gates(*gates)) for q, k, v, *gates in cut]
+
+
+def check_settings(
+    d_model: int, num_heads: int, adaptive: Sequence[str], objective: str, delta: bool, retention: bool
+) -> None:
+    """Raise ValueError for settings of `SelfModifyingTitans` that contradict each other."""
+    if d_model < 1 or num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
+    if not set(adaptive) <= set(STREAMS) or len(set(adaptive)) != len(adaptive):
+        raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
+    if objective not in ("dot", "l2"):
+        raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
+    if not retention and not delta:
+        raise ValueError(
+            "delta=False with retention=False leaves nothing that bounds the memory. "
+            "Ablate one at a time: delta=False needs the retention gate."
+        )

@@ -35,7 +35,6 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -43,8 +42,6 @@ from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Matrix, Momentum
 from nestlearn.memory.types import Weights
-
-from .self_modifying_state import STREAMS
 
 MAX_MOMENTUM = 0.9
 
@@ -174,20 +171,3 @@ def check_self_modifying_step(memory: AssociativeMemory, max_step: float | None)
     if not 0 < step <= limit:
         raise ValueError(f"max_step must be in (0, {limit}] here ({why or 'positive'}), got {max_step}")
     return step
-
-
-def check_self_modifying_settings(
-    d_model: int, num_heads: int, adaptive: Sequence[str], objective: str, delta: bool, retention: bool
-) -> None:
-    """Raise for settings of self-modifying Titans that contradict each other or cannot be met."""
-    if d_model < 1 or num_heads < 1 or d_model % num_heads:
-        raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
-    if not set(adaptive) <= set(STREAMS) or len(set(adaptive)) != len(adaptive):
-        raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
-    if objective not in ("dot", "l2"):
-        raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
-    if not retention and not delta:
-        raise ValueError(
-            "delta=False with retention=False leaves nothing that bounds the memory. "
-            "Ablate one at a time: delta=False needs the retention gate."
-        )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestlearn import flops
 from nestlearn.models import HopeConfig, HopeForCausalLM
-from nestlearn.models.config import ATTENTION_MIXERS
+from nestlearn.models.config import ATTENTION_MIXERS, WINDOWED_MIXERS
 from nestlearn.models.flops import meta_model
 from nestlearn.models.modeling import next_token_loss
 
@@ -93,10 +93,11 @@ def model_facts(config: HopeConfig, context_length: int, batch_size: int) -> Mod
 
 
 def _state_bytes(config: HopeConfig, context_length: int) -> int:
-    """State of one row, layer by layer; only attention has to read the whole context to know."""
+    """State of one row, layer by layer; only attention has to read the context, or its window, to know."""
     total = 0
     for mixer, model in _single_layers(config):
-        length = context_length if mixer in ATTENTION_MIXERS else min(context_length, 1)
+        length = min(context_length, config.sliding_window if mixer in WINDOWED_MIXERS else 1)
+        length = context_length if mixer == "attention" else length
         tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
         with torch.no_grad():
             cache = model.eval()(tokens, use_cache=True, logits_to_keep=1).past_key_values
@@ -112,6 +113,7 @@ def _activation_bytes(config: HopeConfig, context_length: int, batch_size: int) 
         # Per token, every chunk after the first keeps the same; for attention short texts leave out the square
         # of scores, which fused kernels never store.
         chunk = 32 if mixer in ATTENTION_MIXERS else max(config.memory_chunk_size, config.projection_chunk_size)
+        chunk = max(chunk, config.segment_length) if mixer == "titans_mac" else chunk
         block = partial(model.train().model.layers[0], return_state=False)
         one, two = (_saved_bytes(model, length, block) for length in (chunk, 2 * chunk))
         total += config.mixers.count(mixer) * max(0, one + (two - one) * (context_length - chunk) // chunk)

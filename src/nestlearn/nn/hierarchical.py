@@ -1,0 +1,272 @@
+"""A hierarchy of memories: a slow one over the whole text, fast ones that start anew in every window (TNT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory import AssociativeMemory, Gates, State, catalog, scan
+from nestlearn.nn.attention import document_positions
+from nestlearn.nn.fast import FastState, check_tokens, full_precision, pack, unit, unpack
+from nestlearn.nn.flops import scan_flops
+from nestlearn.nn.mixer import GateRule, MemoryMixer
+
+PROJECTOR = catalog["linear_attention"]
+"""Holds ``sum_s k_s k_s^T``: with values equal to keys, linear attention applies it to a query (TNT Eq. 8-10)."""
+
+
+class LocalState(NamedTuple):
+    """A local memory, its query projector and the tokens read in the current window.
+
+    ``aligned`` is static: True where every row is known to stand at the start of a window.
+    """
+
+    memory: FastState
+    projector: FastState
+    position: Int[Tensor, "b"]
+    aligned: bool
+
+
+class HierarchicalState(NamedTuple):
+    """Streaming state of `HierarchicalMemory`: the global memory, the local ones, the tail of the convolution."""
+
+    memory: FastState
+    locals: tuple[LocalState, ...]
+    conv: Float[Tensor, "b w ch"] | None
+
+
+class Heads(NamedTuple):
+    """What a layer makes of its tokens: queries, keys, values ``[b, h, t, e]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class LocalMemory(MemoryMixer):
+    """A memory that goes back to its learned start every ``window`` tokens; the projections are its layer's."""
+
+    def __init__(
+        self, d_model: int, num_heads: int, memory: AssociativeMemory | str, window: int, chunk_size: int,
+        max_step: float | None, gates: GateRule | None,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, num_heads, memory, 0, chunk_size, max_step, gates, learn_initial=True)
+        if window < 1 or window % chunk_size:
+            raise ValueError(
+                f"a local window of {window} tokens is not a multiple of its chunk of {chunk_size}; choose a window "
+                "that holds whole chunks."
+            )
+        del self.qkv, self.out, self.norm, self.conv
+        self.window = window
+
+    def reset_parameters(self) -> None:
+        """Nearly constant gates; the initial weights of the architecture."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+
+    def read_windows(
+        self,
+        x: Tensor,
+        heads: Heads,
+        state: LocalState | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        writes: bool,
+    ) -> tuple[Float[Tensor, "b h t e"], LocalState]:
+        """What the memory answers to the projected queries, and the state after the last token."""
+        initial = self.initial_weights(heads.q)
+        gates = self._gates(x, initial, writes)
+        if mask is None and reset is None and (state is None or state.aligned):
+            return self._folded(heads, gates, initial)
+        return self._placed(heads, gates, initial, state, mask, reset)
+
+    def _fresh(self, rows: tuple[int, ...], initial: dict[str, Tensor], like: Tensor) -> tuple[State, State]:
+        """Memory and projector at the start of a window, for rows ``[b, h, ...]``."""
+        spread = (slice(None), *[None] * (len(rows) - 2))
+        options = {"dtype": like.dtype, "device": like.device}
+        start = {name: w[spread] for name, w in initial.items()}
+        memory = self.memory.init_state(rows, self.d_head, self.d_head, start, **options)
+        return memory, PROJECTOR.init_state(rows, self.d_head, self.d_head, **options)
+
+    def _read(
+        self, heads: Heads, gates: Gates, start: tuple[State, State], mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, tuple[State, State]]:
+        """Both scans over tokens ``[*rows, t]``: queries into the span of the window's keys, then the memory."""
+        q, k, v = heads
+        one = torch.ones_like(gates.lr)
+        q, projector = scan(PROJECTOR, start[1], q, k, k, Gates(one, one), mask=mask, reset=reset)
+        # A sum of projectors is none: its scale would grow with the number of keys.
+        y, memory = scan(self.memory, start[0], unit(q), k, v, gates, mask=mask, reset=reset)
+        return y, (memory, projector)
+
+    def _folded(self, heads: Heads, gates: Gates, initial: dict[str, Tensor]) -> tuple[Tensor, LocalState]:
+        """All rows at the start of a window: the windows, independent of each other, are rows of one batch."""
+        rows, tokens = heads.q.shape[:2], heads.q.shape[2]
+        whole = tokens // self.window * self.window
+        outputs = []
+        if whole:
+            count = whole // self.window
+
+            def fold(x: Tensor) -> Tensor:
+                return x[:, :, :whole].unflatten(2, (count, self.window))
+
+            start = self._fresh((*rows, count), initial, heads.q)
+            y, _ = self._read(Heads(*map(fold, heads)), gates.map(fold), start, None, None)
+            outputs.append(y.flatten(2, 3))
+        end = self._fresh(tuple(rows), initial, heads.q)
+        if whole < tokens:
+            rest = Heads(*(x[:, :, whole:] for x in heads))
+            y, end = self._read(rest, gates.map(lambda g: g[:, :, whole:]), end, None, None)
+            outputs.append(y)
+        position = torch.full(rows[:1], tokens - whole, dtype=torch.long, device=heads.q.device)
+        return torch.cat(outputs, 2), LocalState(pack(end[0]), pack(end[1]), position, whole == tokens)
+
+    def _placed(
+        self, heads: Heads, gates: Gates, initial: dict[str, Tensor], state: LocalState | None, mask: Tensor | None,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, LocalState]:  # fmt: skip
+        """Rows of any phase: a window's first token is a reset."""
+        rows, tokens = heads.q.shape[:2], heads.q.shape[2]
+        real = torch.ones(rows[0], tokens, dtype=torch.bool, device=heads.q.device) if mask is None else mask
+        start, position = self._fresh(tuple(rows), initial, heads.q), real.new_zeros(rows[0], dtype=torch.long)
+        if state is not None:
+            pair, nothing = (rows[0], rows[1]), {name: w[0, 0] for name, w in start[1].initial.items()}
+            start = unpack(state.memory, initial, pair), unpack(state.projector, nothing, pair)
+            position = state.position
+        place, _ = document_positions(position, real, reset)
+        begins = (place % self.window == 0) & real
+        spread = (-1, self.num_heads, -1)
+        flags = None if mask is None else mask.unsqueeze(1).expand(spread)
+        y, end = self._read(heads, gates, start, flags, begins.unsqueeze(1).expand(spread))
+        position = (place[:, -1] + 1) % self.window
+        return y, LocalState(pack(end[0]), pack(end[1]), position, False)
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token: gates, projected query, memory."""
+        length = min(self.window, context_length)
+        gates = 0 if self.gates is None else 2 * self.gates.weight.numel()
+        read = sum(scan_flops(memory, self.d_head, self.d_head, length) for memory in (PROJECTOR, self.memory))
+        return gates + self.num_heads * read
+
+
+class HierarchicalMemory(MemoryMixer):
+    r"""One global memory in sequence, local memories in parallel windows (TNT, arXiv 2511.07343, Eq. 5-7, 13-15).
+
+        y_t = W_o norm( V_{start of chunk}(q_t) + sum_i W^i_t( unit( sum_s k_s k_s^T q_t ) ) )
+
+    The global memory V has large chunks of ``global_chunk_size`` tokens and is read at their start. Local memory i
+    learns in chunks of ``local_chunk_sizes[i]`` and goes back to its learned start every ``local_windows[i]`` tokens;
+    it is asked with the query projected on the keys of its window up to t. Windows do not need each other: where all
+    rows stand at the start of one, all windows of a sequence run as rows of one batch. Queries, keys and values are
+    shared, gates and initial weights are each memory's own.
+
+    Args:
+        d_model: width of input and output.
+        num_heads: heads; each has its own memories.
+        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`, for all memories.
+        local_windows: tokens between two fresh starts, one number per local memory.
+        local_chunk_sizes: tokens of a chunk of each local memory; each divides its window.
+        global_chunk_size: tokens of a chunk of the global memory.
+        conv_size: width of the convolution on queries, keys and values; 0 for none.
+        max_step: scale of the step sizes; see `MemoryMixer`.
+        gates: which gates are learned; see `MemoryMixer`.
+        norm_eps: epsilon of the output norm.
+
+    Raises:
+        ValueError: for sizes or memories that do not fit, with the fix.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.nn import HierarchicalMemory
+        >>> layer = HierarchicalMemory(16, 2, "deltanet", local_windows=(8, 16), local_chunk_sizes=(4, 4))
+        >>> x = torch.randn(1, 40, 16)
+        >>> y, state = layer(x[:, :13])
+        >>> rest, state = layer(x[:, 13:], state)
+        >>> torch.allclose(torch.cat([y, rest], 1), layer(x)[0], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        memory: AssociativeMemory | str = "titans",
+        local_windows: Sequence[int] = (128,),
+        local_chunk_sizes: Sequence[int] = (16,),
+        global_chunk_size: int = 256,
+        conv_size: int = 4,
+        max_step: float | None = None,
+        gates: GateRule | None = None,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(
+            d_model, num_heads, memory, conv_size, global_chunk_size, max_step, gates, learn_initial=True,
+            norm_eps=norm_eps,
+        )  # fmt: skip
+        if not local_windows or len(local_windows) != len(local_chunk_sizes):
+            raise ValueError(
+                f"local_windows={list(local_windows)} and local_chunk_sizes={list(local_chunk_sizes)} must hold one "
+                "number each per local memory, for at least one."
+            )
+        self.memory = replace(self.memory, read="chunk")
+        self.locals = nn.ModuleList(
+            LocalMemory(d_model, num_heads, memory, window, chunk, max_step, gates)
+            for window, chunk in zip(local_windows, local_chunk_sizes, strict=True)
+        )
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - the state is another record
+        self,
+        x: Float[Tensor, "b t d"],
+        state: HierarchicalState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], HierarchicalState | None]:
+        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        check_tokens(x, self.d_model)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), x, 0)
+            reset = None if reset is None else reset & mask
+        q, k, v, tail = self._heads(x, None if state is None else state.conv, mask, reset)
+        heads, spread = Heads(q, k, v), (-1, self.num_heads, -1)
+        with full_precision(x):
+            initial = self.initial_weights(q)
+            rows = (q.shape[0], self.num_heads)
+            start = self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=q.dtype, device=q.device)
+            if state is not None:
+                start = unpack(state.memory, initial, rows)
+            y, end = scan(
+                self.memory, start, q, k, v, self._gates(x, initial, writes),
+                mask=None if mask is None else mask.unsqueeze(1).expand(spread),
+                reset=None if reset is None else reset.unsqueeze(1).expand(spread),
+                return_state=return_state,
+            )  # fmt: skip
+            after = []
+            for i, local in enumerate(self.locals):
+                past = None if state is None else state.locals[i]
+                answer, learned = local.read_windows(x, heads, past, mask, reset, writes)  # type: ignore[operator]
+                y = y + answer
+                after.append(learned)
+            y = F.rms_norm(y, (self.d_head,), self.norm.weight.to(y.dtype), self.norm.eps)
+        y = self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
+        tail = tail.clone() if tail is not None and return_state else tail
+        return y, HierarchicalState(pack(end), tuple(after), tail) if return_state else None
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
+        local = sum(memory.flops_per_token(context_length) for memory in self.locals)  # type: ignore[operator]
+        return super().flops_per_token(context_length) + local
+
+    def reset_parameters(self) -> None:
+        """The initial values of the global memory's layer and of every local memory."""
+        super().reset_parameters()
+        for memory in self.locals:
+            memory.reset_parameters()  # type: ignore[operator]

@@ -1,0 +1,204 @@
+"""Titans with attention beside the memory: memory as a gate and memory as a layer (Titans section 4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory import AssociativeMemory
+from nestlearn.memory.layout import nobody
+from nestlearn.nn.attention import AttentionState, CausalAttention
+from nestlearn.nn.fast import check_tokens
+from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
+
+
+class HybridState(NamedTuple):
+    """Streaming state of a memory and of the attention beside it, every tensor ``[B, ...]``."""
+
+    memory: MixerState
+    attention: AttentionState
+
+
+def admit(
+    x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None
+) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
+    """Tokens that matrix products can hold (the others as zeros), and which real tokens they cannot.
+
+    A masked key that is not finite, or whose scores overflow, would reach earlier outputs as ``0 * NaN``.
+    """
+    # NaN compares False.
+    bad = ~(x.detach().abs() <= torch.finfo(x.dtype).max ** (1 / 3)).all(-1)
+    drop = bad if mask is None else bad | ~mask
+    bad = bad if mask is None else bad & mask
+    return x if nobody(drop) else torch.where(drop.unsqueeze(-1), 0, x), bad
+
+
+def poison(x: Float[Tensor, "b t d"], bad: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+    """NaN at the tokens that `admit` refused: the memory carries it to the next reset."""
+    return x if nobody(bad) else torch.where(bad.unsqueeze(-1), torch.nan, x)
+
+
+def rms_norm(norm: nn.RMSNorm, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    """``norm(x)`` in the dtype of x, which autocast may have made narrower than the weights."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
+
+class _Hybrid(nn.Module):
+    """What the gate and the layer share: one memory, one windowed attention with persistent tokens."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        memory: AssociativeMemory | str = "titans",
+        window: int = 256,
+        persistent_tokens: int = 4,
+        conv_size: int = 4,
+        chunk_size: int | None = None,
+        max_step: float | None = None,
+        gates: GateRule | None = None,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        # What the persistent tokens would write before the text is the same for every text: the learned start holds it.
+        self.memory = MemoryMixer(
+            d_model, num_heads, memory, conv_size, chunk_size, max_step, gates, learn_initial=True, norm_eps=norm_eps
+        )
+        self.attention = CausalAttention(d_model, num_heads, window, rope_theta, conv_size, persistent_tokens)
+        self.d_model = d_model
+        self.memory_norm = nn.RMSNorm(d_model, eps=norm_eps)
+
+    def _linears(self) -> int:
+        """Entries of the linear maps around memory and attention."""
+        return 0
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
+        inside = self.memory.flops_per_token(context_length) + self.attention.flops_per_token(context_length)
+        return inside + 2 * self._linears()
+
+    def reset_parameters(self) -> None:
+        """The initial values of every part."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+
+
+class MemoryAsGate(_Hybrid):
+    r"""Titans MAG: attention as a precise short-term memory, gated by the long-term memory (Titans Eq. 26-28).
+
+        y = SW-Attn*([p] || x),    o = W_o( norm(y) * silu(norm(M(x))) )
+
+    ``SW-Attn*`` sees the last ``window`` tokens and the persistent tokens p; ``norm`` are RMS norms with one learned
+    weight per channel. The memory M does not read p: what it would learn from them is part of its learned start.
+
+    Args:
+        d_model: width of input and output.
+        num_heads: heads of the memory and of attention.
+        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`.
+        window: tokens that attention sees, the current one included.
+        persistent_tokens: learned tokens that attention always sees.
+        conv_size: width of the convolutions on queries, keys and values; 0 for none.
+        chunk_size: replaces the memory's own chunk size.
+        max_step: scale of the memory's step size; see `MemoryMixer`.
+        gates: which gates of the memory are learned; see `MemoryMixer`.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of the norms.
+
+    Raises:
+        ValueError: for sizes or memories that do not fit, with the fix.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.nn import MemoryAsGate
+        >>> layer = MemoryAsGate(16, num_heads=2, window=4, chunk_size=8)
+        >>> x = torch.randn(1, 20, 16)
+        >>> y, state = layer(x[:, :13])
+        >>> rest, state = layer(x[:, 13:], state)
+        >>> torch.allclose(torch.cat([y, rest], 1), layer(x)[0], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        memory: AssociativeMemory | str = "titans",
+        window: int = 256,
+        persistent_tokens: int = 4,
+        conv_size: int = 4,
+        chunk_size: int | None = None,
+        max_step: float | None = None,
+        gates: GateRule | None = None,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(
+            d_model, num_heads, memory, window, persistent_tokens, conv_size, chunk_size, max_step, gates, rope_theta,
+            norm_eps,
+        )  # fmt: skip
+        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def _linears(self) -> int:
+        return self.out.weight.numel()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: HybridState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], HybridState | None]:
+        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        check_tokens(x, self.d_model)
+        x, bad = admit(x, mask)
+        past = (None, None) if state is None else state
+        y, attended = self.attention(x, past[1], mask, reset, return_state=return_state)
+        m, learned = self.memory(poison(x, bad), past[0], mask, reset, writes=writes, return_state=return_state)
+        y = self.out(rms_norm(self.attention_norm, y) * F.silu(rms_norm(self.memory_norm, m)))
+        y = y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
+        return y, HybridState(learned, attended) if return_state else None
+
+
+class MemoryAsLayer(_Hybrid):
+    r"""Titans MAL: the long-term memory is a layer below attention (Titans Eq. 29-31).
+
+        y = norm(M(x)),    o = SW-Attn*([p] || y)
+
+    Persistent tokens p come before what attention reads: read through the memory (as printed) they would be vectors
+    that depend on no text, so they are learned as such. Attention always sees them. Arguments as of `MemoryAsGate`.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.nn import MemoryAsLayer
+        >>> y, state = MemoryAsLayer(16, num_heads=2, window=4)(torch.randn(1, 20, 16))
+        >>> y.shape
+        torch.Size([1, 20, 16])
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: HybridState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], HybridState | None]:
+        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        check_tokens(x, self.d_model)
+        x, bad = admit(x, mask)
+        past = (None, None) if state is None else state
+        m, learned = self.memory(poison(x, bad), past[0], mask, reset, writes=writes, return_state=return_state)
+        m, bad = admit(rms_norm(self.memory_norm, m), mask)
+        y, attended = self.attention(m, past[1], mask, reset, return_state=return_state)
+        return poison(y, bad), HybridState(learned, attended) if return_state else None

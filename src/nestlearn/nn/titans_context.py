@@ -1,0 +1,385 @@
+"""Titans with memory as context: every segment attends to what the memory knew before it (Titans section 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory import AssociativeMemory, Decay, Descent, DotProduct, Gates, scan
+from nestlearn.memory.layout import Grid, place
+from nestlearn.memory.types import Weights
+from nestlearn.nn.attention import PersistentTokens, rotate
+from nestlearn.nn.conv import ShortConv
+from nestlearn.nn.fast import FastState, check_tokens, full_precision, unit, unpack, wide_dtype
+from nestlearn.nn.flops import scan_flops
+from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
+from nestlearn.nn.titans import admit, poison, rms_norm
+
+
+class SegmentTokens(NamedTuple):
+    """Keys and values of tokens of one segment and of what the memory recalled for them, already rotated."""
+
+    keys: Float[Tensor, "b h s e"]
+    values: Float[Tensor, "b h s e"]
+    recalled_keys: Float[Tensor, "b h s e"]
+    recalled_values: Float[Tensor, "b h s e"]
+
+
+class ContextState(NamedTuple):
+    """Streaming state of `MemoryAsContext`.
+
+    ``start`` are the memory's weights at the start of the current segment, ``segment`` its tokens so far (slot i holds
+    token i), ``position`` their number, ``conv`` the tail of the convolution. ``aligned`` is static: True where every
+    row is known to stand at the start of a segment.
+    """
+
+    memory: MixerState
+    start: Weights
+    segment: SegmentTokens
+    conv: Float[Tensor, "b w ch"] | None
+    position: Int[Tensor, "b"]
+    aligned: bool
+
+
+class Projections(NamedTuple):
+    """Question to the memory, query, key and value of every token, each ``[b, h, t, e]``."""
+
+    ask: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Span(NamedTuple):
+    """Tokens of one segment per row: place in the segment, document within the span, and what is there."""
+
+    slot: Int[Tensor, "b c"]
+    document: Int[Tensor, "b c"] | None = None  # None: one document
+    valid: Bool[Tensor, "b c"] | None = None
+    stored: Int[Tensor, "b"] | None = None  # tokens of the segment that were read before; None: none
+
+
+class MemoryAsContext(nn.Module):
+    r"""Titans MAC: the sequence in segments, each with the memory's answers as context (Titans Eq. 21-25).
+
+        h_t = M_start(W_q x_t)                      the memory as it was when the segment of t began
+        y   = Attn([p] || h || x)                   causal within the segment; p and earlier h visible
+        o_t = W_o( u_t * silu(norm(M_t(u_t))) ),    u = norm(y), and u is what the memory reads and learns
+
+    Token t sees ``h_s`` and ``x_s`` of its segment for s <= t only, and reads the memory after its own write: the
+    printed ``M(y)`` after the whole segment would answer with what later tokens wrote. Positions are those of the
+    concatenation, so they stay below ``persistent_tokens + 2 segment_length`` in a text of any length.
+
+    Args:
+        d_model: width of input and output.
+        num_heads: heads of the memory and of attention.
+        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`.
+        segment_length: tokens of a segment.
+        persistent_tokens: learned tokens before every segment.
+        conv_size: width of the convolutions on queries, keys and values of the text; 0 for none.
+        chunk_size: replaces the memory's own chunk size.
+        max_step: scale of the memory's step size; see `MemoryMixer`.
+        gates: which gates of the memory are learned; see `MemoryMixer`.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of the norms.
+
+    Raises:
+        ValueError: for sizes or memories that do not fit, with the fix.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.nn import MemoryAsContext
+        >>> layer = MemoryAsContext(16, num_heads=2, segment_length=8, chunk_size=8)
+        >>> x = torch.randn(1, 20, 16)
+        >>> y, state = layer(x[:, :13])
+        >>> rest, state = layer(x[:, 13:], state)
+        >>> torch.allclose(torch.cat([y, rest], 1), layer(x)[0], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        memory: AssociativeMemory | str = "titans",
+        segment_length: int = 128,
+        persistent_tokens: int = 4,
+        conv_size: int = 4,
+        chunk_size: int | None = None,
+        max_step: float | None = None,
+        gates: GateRule | None = None,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if segment_length < 1:
+            raise ValueError(f"{segment_length=} must be at least 1 token.")
+        if persistent_tokens < 0:
+            raise ValueError(f"{persistent_tokens=} is negative; use 0 for no persistent tokens.")
+        # The memory learns from what attention makes of the text, which has passed a convolution already.
+        self.memory = MemoryMixer(
+            d_model, num_heads, memory, 0, chunk_size, max_step, gates, learn_initial=True, norm_eps=norm_eps
+        )
+        self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
+        if self.d_head % 2:
+            raise ValueError(
+                f"{d_model=} over {num_heads=} gives heads of width {self.d_head}, but rotary positions turn pairs of "
+                "channels; choose sizes whose quotient is even."
+            )
+        self.segment_length, self.persistent_tokens, self.rope_theta = segment_length, persistent_tokens, rope_theta
+        self.ask = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.conv = ShortConv(4 * d_model, conv_size) if conv_size else None
+        self.persistent = PersistentTokens(persistent_tokens, d_model) if persistent_tokens else None
+        self.recall_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.attended = nn.Linear(d_model, d_model, bias=False)
+        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.memory_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        chunk = max(segment_length, self.memory.memory.chunk_size)
+        # A read at fixed weights: neither the objective nor gates of the update matter, so it needs none.
+        inside = self.memory.memory
+        retention = Decay() if isinstance(inside.retention, Decay) else inside.retention
+        self.reader = replace(
+            inside, objective=DotProduct(), algorithm=Descent(), retention=retention, chunk_size=chunk, read="chunk"
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: ContextState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], ContextState | None]:
+        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        check_tokens(x, self.d_model)
+        x, bad = admit(x, mask)
+        reset = reset if reset is None or mask is None else reset & mask
+        made, tail = self._project(x, None if state is None else state.conv, mask, reset)
+        if mask is None and reset is None and (state is None or state.aligned):
+            y, new = self._aligned(made, bad, state, writes, return_state)
+        else:
+            y, new = self._placed(made, bad, state, mask, reset, writes)
+        y = y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
+        return y, new._replace(conv=tail) if new is not None and return_state else None
+
+    def _project(
+        self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Projections, Tensor | None]:
+        """Heads of every token, not yet rotated, and the tail of the convolution."""
+        mixed = torch.cat((self.ask(x), self.qkv(x)), -1)
+        if self.conv is not None:
+            mixed, tail = self.conv(mixed, tail, mask, reset)
+        ask, q, k, v = mixed.unflatten(-1, (4, self.num_heads, self.d_head)).permute(2, 0, 3, 1, 4)
+        return Projections(unit(F.silu(ask).to(wide_dtype(x))), q, k, v), tail
+
+    def recall(self, ask: Float[Tensor, "b h c e"], weights: Weights | None) -> Float[Tensor, "b h c e"]:
+        """Answers of the memory at fixed weights (None: the initial ones); nothing is written."""
+        initial, rows = self.memory.initial_weights(ask), ask.shape[:2]
+        full = {name: w.expand(*rows, *w.shape[-2:]) for name, w in initial.items()}
+        held = full if weights is None else weights
+        position = torch.zeros(rows[0], dtype=torch.long, device=ask.device)
+        nothing = torch.zeros_like(ask[..., 0])
+        state = unpack(FastState(held, None, held, position, True), initial, (rows[0], rows[1]))
+        with full_precision(ask):
+            gates = Gates(nothing, torch.ones_like(nothing))
+            blank = torch.zeros_like(ask)
+            return scan(self.reader, state, ask, blank, blank, gates, return_state=False)[0]
+
+    def _recalled(self, ask: Tensor, start: Weights | None, after: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of what the memory recalls for a span; tokens ``after`` a reset ask a fresh memory."""
+        h = self.recall(ask, start)
+        if after is not None:
+            h = torch.where(after[:, None, :, None], self.recall(ask, None), h)
+        # A memory that a bad token destroyed must not reach earlier tokens through 0 * NaN.
+        h = torch.where(torch.isfinite(h), h, 0).to(self.qkv.weight.dtype)
+        h = rms_norm(self.recall_norm, h.transpose(1, 2).flatten(2))
+        k, v = (
+            F.linear(h, self.qkv.weight[self.d_model :]).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        return k, v
+
+    def _attend(
+        self, made: Projections, span: Span, start: Weights | None, past: SegmentTokens | None
+    ) -> tuple[Tensor, SegmentTokens]:
+        """Attention of the tokens of a span, ``[b, c, d]``, and their keys and values."""
+        slots, offset = span.slot, self.persistent_tokens
+        later = offset + self.segment_length
+        after = None if span.document is None else span.document > 0
+        recalled, values = self._recalled(made.ask, start, after)
+        q = rotate(made.q, slots + later, self.rope_theta)
+        new = SegmentTokens(
+            rotate(made.k, slots + later, self.rope_theta), made.v.contiguous(),
+            rotate(recalled, slots + offset, self.rope_theta), values,
+        )  # fmt: skip
+        groups = [new] if past is None else [past, new]
+        keys = [x for group in groups for x in (group.recalled_keys, group.keys)]
+        values = [x for group in groups for x in (group.recalled_values, group.values)]
+        if self.persistent is not None:
+            first, first_values = self.persistent.heads(self.qkv, self.num_heads)
+            before = torch.arange(offset, device=slots.device)[None]
+            batch = (q.shape[0], -1, -1, -1)
+            keys.insert(0, rotate(first, before, self.rope_theta).expand(batch))
+            values.insert(0, first_values.expand(batch))
+        read = F.scaled_dot_product_attention(
+            q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=self._visible(span, past)
+        )
+        return self.attended(read.transpose(1, 2).flatten(2)), new
+
+    def _visible(self, span: Span, past: SegmentTokens | None) -> Bool[Tensor, "b 1 c s"]:
+        """Which keys each token sees, in the order of `_attend`."""
+        rows, tokens = span.slot.shape
+        column = torch.arange(tokens, device=span.slot.device)
+        new = (column <= column[:, None]).expand(rows, -1, -1)
+        if span.document is not None:
+            new = new & (span.document[:, :, None] == span.document[:, None, :])
+        if span.valid is not None:
+            new = new & span.valid[:, None, :]
+            # An empty slot sees itself: a query that sees nothing would give NaN.
+            new = new | (column == column[:, None])
+        seen = [new, new]
+        if past is not None and span.stored is not None:
+            held = torch.arange(past.keys.shape[2], device=column.device) < span.stored[:, None]
+            held = held[:, None, :].expand(-1, tokens, -1)
+            held = held if span.document is None else held & (span.document == 0)[:, :, None]
+            seen = [held, held, new, new]
+        if self.persistent is not None:
+            seen.insert(0, new.new_ones(rows, tokens, self.persistent_tokens))
+        return torch.cat(seen, -1).unsqueeze(1)
+
+    def _gate(
+        self, y: Tensor, bad: Tensor, memory: MixerState | None, valid: Tensor | None, reset: Tensor | None,
+        writes: bool, keep: bool,
+    ) -> tuple[Tensor, MixerState | None]:  # fmt: skip
+        """The memory reads attention's outputs, learns, and gates them."""
+        u = rms_norm(self.attention_norm, y)
+        m, memory = self.memory(poison(u, bad), memory, valid, reset, writes=writes, return_state=keep)
+        return self.out(u * F.silu(rms_norm(self.memory_norm, m))), memory
+
+    def _aligned(
+        self, made: Projections, bad: Tensor, state: ContextState | None, writes: bool, return_state: bool
+    ) -> tuple[Tensor, ContextState | None]:
+        """All rows at the start of a segment: no stored tokens, no masks."""
+        length, tokens = self.segment_length, bad.shape[1]
+        memory = None if state is None else state.memory
+        pieces = list(zip(*(x.split(length, 2) for x in made), bad.split(length, 1), strict=True))
+        outputs, start, segment = [], None, None
+        for i, (*here, lost) in enumerate(pieces):
+            start = None if memory is None else memory.memory.params
+            slot = torch.arange(lost.shape[1], device=bad.device).expand_as(lost)
+            y, segment = self._attend(Projections(*here), Span(slot), start, None)
+            keep = return_state or i + 1 < len(pieces)
+            y, memory = self._gate(y, lost, memory, None, None, writes, keep)
+            outputs.append(y)
+        y = torch.cat(outputs, 1)
+        if memory is None or segment is None or not return_state:
+            return y, None
+        left = tokens % length
+        if left == 0:
+            start, segment = memory.memory.params, SegmentTokens(*(x[:, :, :0] for x in segment))
+        elif start is None:
+            initial, rows = self.memory.initial_weights(made.ask), made.ask.shape[:2]
+            start = {name: w.expand(*rows, *w.shape[-2:]).contiguous() for name, w in initial.items()}
+        segment = SegmentTokens(*(F.pad(x, (0, 0, 0, length - x.shape[2])) for x in segment))
+        position = torch.full((y.shape[0],), left, dtype=torch.long, device=y.device)
+        return y, ContextState(memory, start, segment, None, position, left == 0)
+
+    def _fresh(self, made: Projections) -> ContextState:
+        """The state before the first token, for rows that will stand at different phases."""
+        rows, device = made.k.shape[0], made.k.device
+        blank = made.k.new_zeros(rows, self.num_heads, self.segment_length, self.d_head)
+        _, memory = self.memory(
+            made.k.new_zeros(rows, 1, self.d_model),
+            mask=torch.zeros(rows, 1, dtype=torch.bool, device=device),
+        )
+        position = torch.zeros(rows, dtype=torch.long, device=device)
+        assert memory is not None
+        return ContextState(memory, memory.memory.params, SegmentTokens(*[blank] * 4), None, position, False)
+
+    def _placed(
+        self, made: Projections, bad: Tensor, state: ContextState | None, mask: Tensor | None, reset: Tensor | None,
+        writes: bool,
+    ) -> tuple[Tensor, ContextState]:  # fmt: skip
+        """Rows of any phase, masks and resets: every span holds tokens of one segment, or of several documents."""
+        state = self._fresh(made) if state is None else state
+        rows, tokens = bad.shape
+        grid = place(state.position, tokens, self.segment_length, min(self.segment_length, tokens), mask, reset)
+        row = torch.arange(rows, device=bad.device)[:, None]
+        initial = self.memory.initial_weights(made.ask)
+        memory: MixerState | None = state.memory
+        start, segment, y = state.start, state.segment, None
+        for i in range(grid.index.shape[1]):
+            assert memory is not None
+            index, valid, flag = grid.index[:, i], grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
+            there = valid[..., None, None]
+            here = Projections(*(torch.where(there, x.transpose(1, 2)[row, index], 0).transpose(1, 2) for x in made))
+            begins = _like(grid.phase[:, i] == 0, 4)
+            start = {name: torch.where(begins, w, start[name]) for name, w in memory.memory.params.items()}
+            span = _span(grid, i)
+            out, new = self._attend(here, span, start, segment)
+            lost = bad[row, index] & valid
+            out, memory = self._gate(out, lost, memory, valid, flag, writes, True)
+            segment = _store(segment, new, span)
+            if flag is not None:
+                restarted = _like(flag.any(-1), 4)
+                start = {name: torch.where(restarted, initial[name], w) for name, w in start.items()}
+            y = out.new_zeros(rows, tokens + 1, self.d_model) if y is None else y
+            target = torch.where(valid, index, tokens)
+            y = y.scatter(1, target.unsqueeze(-1).expand_as(out), out)
+        assert y is not None and memory is not None
+        ended = _like(grid.end == 0, 4)
+        start = {name: torch.where(ended, w, start[name]) for name, w in memory.memory.params.items()}
+        return y[:, :tokens], ContextState(memory, start, segment, None, grid.end, False)
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
+        d, tokens = self.d_model, min(self.segment_length, context_length)
+        linear = 2 * (4 * d * d + 2 * d * d + 2 * d * d)  # ask, q, k, v; keys and values of h; both outputs
+        linear += 0 if self.conv is None else self.conv.flops_per_token(context_length)
+        linear += 4 * self.persistent_tokens * d * d // tokens
+        # Twice (tokens + 1) / 2 keys on average: the text's and the memory's.
+        attention = 4 * d * (self.persistent_tokens + tokens + 1)
+        recall = self.num_heads * scan_flops(self.reader, self.d_head, self.d_head, context_length, writes=False)
+        return linear + attention + recall + self.memory.flops_per_token(context_length)
+
+    def reset_parameters(self) -> None:
+        """The initial values of every part."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+
+
+def _like(rows: Tensor, dimensions: int) -> Tensor:
+    return rows.view(-1, *[1] * (dimensions - 1))
+
+
+def _span(grid: Grid, i: int) -> Span:
+    """Where the tokens of a span stand in their segments; a reset starts a new document, and with it a segment."""
+    valid, phase = grid.valid[:, i], grid.phase[:, i].clamp(min=0)
+    column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    if grid.reset is None:
+        return Span(phase[:, None] + column, None, valid, phase)
+    reset = grid.reset[:, i]
+    last = torch.where(reset, column, -1).cummax(1).values
+    slot = torch.where(last >= 0, column - last, phase[:, None] + column)
+    return Span(slot, reset.long().cumsum(1), valid, phase)
+
+
+def _store(segment: SegmentTokens, new: SegmentTokens, span: Span) -> SegmentTokens:
+    """The tokens of the last document of the span put at their places in the segment."""
+    length = segment.keys.shape[2]
+    assert span.valid is not None
+    keep = span.valid if span.document is None else span.valid & (span.document == span.document[:, -1:])
+    target = torch.where(keep, span.slot, length)[:, None, :, None]
+
+    def put(held: Tensor, x: Tensor) -> Tensor:
+        return F.pad(held, (0, 0, 0, 1)).scatter(2, target.expand_as(x), x.to(held.dtype))[:, :, :length]
+
+    return SegmentTokens(*(put(held, x) for held, x in zip(segment, new, strict=True)))

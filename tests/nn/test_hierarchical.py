@@ -1,0 +1,290 @@
+"""The hierarchy of memories against a sequential loop; its windows run as one batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.memory.oracle import Rule, forward, fresh, step
+from tests.nn.test_mixer import naive_gates
+from tests.nn.test_titans import convolved, rms
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.memory import L2, MLP, Decay, Momentum, catalog, scan
+from nestlearn.nn import GATE_RULES, HierarchicalMemory, hierarchical
+from nestlearn.nn.fast import unit
+from nestlearn.nn.state import map_tensors, tensors_of
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+D, HEADS = 8, 2
+
+
+def make(memory: str = "titans", windows: tuple[int, ...] = (4, 6), chunks: tuple[int, ...] = (2, 3), **options: Any):
+    torch.manual_seed(0)
+    layer = HierarchicalMemory(
+        D, HEADS, memory, windows, chunks, global_chunk_size=5, gates=GATE_RULES.get(memory), **options
+    ).double()
+    with torch.no_grad():
+        for mixer in (layer, *layer.locals):
+            if mixer.gates is not None:
+                mixer.gates.weight.normal_()
+    return layer
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randn(batch, length, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def run(layer: HierarchicalMemory, *pieces: Tensor, state: Any = None, **flags: Any) -> tuple[Tensor, Any]:
+    outputs = []
+    for piece in pieces:
+        y, state = layer(piece, state, **flags)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+# ---------------------------------------------------------------------------------------------------- the oracle
+
+
+def rule_of(mixer: Any) -> Rule:
+    memory = mixer.memory
+    names = list(memory.architecture.shapes(1, 1))
+    return Rule(
+        deep=isinstance(memory.architecture, MLP),
+        activation="gelu",
+        objective="l2" if isinstance(memory.objective, L2) else "dot",
+        retention="decay" if isinstance(memory.retention, Decay) else "gated" if memory.retention.gated else "delta",
+        step={name: memory.step_size_of(name) for name in names},
+        momentum=isinstance(memory.algorithm, Momentum),
+        to_initial=memory.retain_to == "initial",
+        chunk_size=memory.chunk_size,
+        read=memory.read,
+    )
+
+
+def sequence(mixer: Any, head: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One memory of one head in sequence over a row: a Python loop with a Python clock for the window."""
+    rule, initial = rule_of(mixer), {name: w[head] for name, w in mixer.initial.items()}
+    row, outputs = fresh(initial), []
+    keys = torch.zeros(D // HEADS, D // HEADS, dtype=x.dtype)
+    for t in range(len(x)):
+        if window is not None and t % window == 0:
+            row, keys = fresh(initial), torch.zeros_like(keys)
+        ask = q[t]
+        if window is not None:
+            keys = keys + torch.outer(k[t], k[t])
+            ask = unit(keys @ q[t])
+        lr, retain, beta = naive_gates(mixer, x[t], head)
+        before = row
+        row = step(rule, row, initial, k[t], v[t], lr, retain, beta)
+        outputs.append(forward(rule, row.weights if rule.read == "token" else before.anchor, ask)[0])
+        row.position = (row.position + 1) % rule.chunk_size
+        if row.position == 0:
+            row.anchor = dict(row.weights)
+    return torch.stack(outputs)
+
+
+def plain_loop(layer: HierarchicalMemory, x: Tensor) -> Tensor:
+    mixed = F.silu(convolved(layer.conv, x @ layer.qkv.weight.mT)).view(len(x), 3, HEADS, -1)
+    q, k, v = mixed.unbind(1)
+    q, k, v = unit(q), unit(k), unit(v) if rule_of(layer).deep else v
+    answers = []
+    for head in range(HEADS):
+        here = (x, q[:, head], k[:, head], v[:, head])
+        y = sequence(layer, head, *here, None)
+        for local in layer.locals:
+            y = y + sequence(local, head, *here, local.window)
+        answers.append(rms(layer.norm, y))
+    return torch.cat(answers, -1) @ layer.out.weight.mT
+
+
+@pytest.mark.parametrize("memory", ["titans", "deltanet", "hope"])
+def test_equals_the_sequential_loop_with_all_outer_gradients(memory: str) -> None:
+    layer, x = make(memory), tokens(2, 13).requires_grad_()
+    target, wanted = tokens(2, 13, seed=2), [x, *layer.parameters()]
+    expected = torch.stack([plain_loop(layer, row) for row in x])
+    gradients = torch.autograd.grad((expected * target).sum(), wanted)
+    everyone = torch.ones(2, 13, dtype=torch.bool)
+    for flags in ({}, {"mask": everyone}):
+        y, _ = layer(x, **flags)
+        torch.testing.assert_close(y, expected, **CLOSE)
+        for got, want in zip(torch.autograd.grad((y * target).sum(), wanted), gradients, strict=True):
+            assert want.abs().max() > 0
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+def test_windows_run_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine whole windows of four tokens and a rest of three: two calls a memory, not ten."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def spy(memory: Any, state: Any, q: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(("projector" if memory is hierarchical.PROJECTOR else memory.read, tuple(q.shape[:-1])))
+        return scan(memory, state, q, *args, **options)
+
+    monkeypatch.setattr(hierarchical, "scan", spy)
+    layer = make(windows=(4,), chunks=(2,))
+    layer(tokens(3, 39))
+    assert calls == [
+        ("chunk", (3, HEADS, 39)),
+        ("projector", (3, HEADS, 9, 4)),
+        ("token", (3, HEADS, 9, 4)),
+        ("projector", (3, HEADS, 3)),
+        ("token", (3, HEADS, 3)),
+    ]
+
+
+def test_a_local_memory_forgets_at_its_window_and_the_global_one_does_not() -> None:
+    layer, x = make(windows=(4,), chunks=(2,), conv_size=0), tokens(1, 12)
+    other = x.clone()
+    other[:, 1] += 1
+    seen: list[Tensor] = []
+    local = layer.locals[0]
+    original = local.read_windows
+    local.read_windows = lambda *args: (seen.append(original(*args)[0]), original(*args))[1]  # type: ignore[method-assign]
+    change = (layer(x)[0] - layer(other)[0]).abs().amax(-1)[0]
+    assert torch.equal(seen[0][:, :, 4:], seen[1][:, :, 4:])
+    assert (seen[0][:, :, 1:4] - seen[1][:, :, 1:4]).abs().amax((0, 1, 3)).min() > 1e-8
+    # The global memory is read at the start of its chunk of 5.
+    assert change[4] == 0 and (change[5:] > 1e-10).all()
+
+
+# ------------------------------------------------------------------------------------------------- streams of rows
+
+
+@pytest.mark.parametrize("memory", catalog)
+def test_any_split_equals_one_call(memory: str) -> None:
+    layer, x = make(memory), tokens(2, 17)
+    whole, _ = run(layer, x)
+    with torch.inference_mode():
+        for sizes in ([12, 5], [3, 1, 9, 4], [1] * 17, [4, 8, 5]):
+            y, _ = run(layer, *x.split(sizes, 1))
+            torch.testing.assert_close(y, whole, **CLOSE)
+
+
+def test_padding_phases_and_resets_equal_separate_runs() -> None:
+    layer, x = make(), tokens(4, 30)
+    mask = torch.ones(4, 30, dtype=torch.bool)
+    mask[0, :7] = False  # left padding
+    mask[1, 20:] = False  # right padding
+    mask[2, 5:9] = False  # a hole
+    mask[3] = torch.rand(30, generator=torch.Generator().manual_seed(4)) > 0.4
+    x = torch.where(mask.unsqueeze(-1), x, float("nan"))
+    reset = torch.zeros_like(mask)
+    for row, places in enumerate([(18,), (3, 4, 11, 16), (6, 12, 14, 15), (9, 10, 11, 12, 25)]):
+        reset[row, list(places)] = True
+    with torch.inference_mode():
+        for sizes in ([30], [13, 17], [2, 3, 1, 24], [1] * 30):
+            outputs, state = [], None
+            for part, m, r in zip(x.split(sizes, 1), mask.split(sizes, 1), reset.split(sizes, 1), strict=True):
+                y, state = layer(part, state, m, r)
+                outputs.append(y)
+            got = torch.cat(outputs, 1)
+            assert (got[~mask] == 0).all()
+            more, _ = layer(tokens(4, 7, seed=6), state)
+            for row in range(4):
+                documents: list[list[int]] = [[]]
+                for t in mask[row].nonzero().flatten().tolist():
+                    if reset[row, t]:
+                        documents.append([])
+                    documents[-1].append(t)
+                for document in filter(None, documents):
+                    alone, _ = layer(x[row : row + 1, document])
+                    torch.testing.assert_close(got[row : row + 1, document], alone, **CLOSE)
+                last = torch.cat([x[row : row + 1, documents[-1]], tokens(4, 7, seed=6)[row : row + 1]], 1)
+                torch.testing.assert_close(more[row : row + 1], layer(last)[0][:, -7:], **CLOSE)
+
+
+def test_the_state_is_rows_first_and_does_not_grow() -> None:
+    layer, sizes, state = make(), [], None
+    for _ in range(9):
+        _, state = layer(tokens(3, 5), state)
+        sizes.append([x.shape for x in tensors_of(state)])
+        shapes: list[torch.Size] = []
+        map_tensors(lambda t, shapes=shapes: shapes.append(t.shape) or t, state)
+        assert all(shape[0] == 3 for shape in shapes)
+    assert sizes[0] == sizes[-1]
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_future_tokens_and_other_rows_change_no_bit(flagged: bool) -> None:
+    layer, x = make().float(), tokens(3, 13).float()
+    flags = {"mask": torch.ones(3, 13, dtype=torch.bool)} if flagged else {}
+    before, _ = layer(x, **flags)
+    for value in (3.0, 1e30, float("nan"), float("inf")):
+        changed = x.clone()
+        changed[:, 8:] = value
+        assert torch.equal(layer(changed, **flags)[0][:, :8], before[:, :8])
+        changed = x.clone()
+        changed[1, 8] = value
+        after, _ = layer(changed, **flags)
+        assert torch.equal(after[::2], before[::2])
+        assert not torch.equal(after[1, 8:], before[1, 8:])
+
+
+def test_a_reset_cures_a_poisoned_row() -> None:
+    layer, x = make().float(), tokens(2, 12).float()
+    poisoned = x.clone()
+    poisoned[0, 3] = float("nan")
+    reset = torch.zeros(2, 12, dtype=torch.bool)
+    reset[0, 6] = True
+    for split in (12, 5):
+        y, _ = run_flagged(layer, poisoned, reset, split)
+        assert y[0, 3:6].isnan().all()
+        torch.testing.assert_close(y[:1, 6:], layer(x[:1, 6:])[0])
+        torch.testing.assert_close(y[1:], layer(x[1:])[0])
+
+
+def run_flagged(layer: HierarchicalMemory, x: Tensor, reset: Tensor, split: int) -> tuple[Tensor, Any]:
+    y, state = layer(x[:, :split], reset=reset[:, :split])
+    if split < x.shape[1]:
+        rest, state = layer(x[:, split:], state, reset=reset[:, split:])
+        y = torch.cat([y, rest], 1)
+    return y, state
+
+
+# ------------------------------------------------------------------------------------------------------- stability
+
+
+@pytest.mark.parametrize("length", [1024, pytest.param(32768, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("text", ["random", "constant", "alternating"])
+def test_saturated_gates_stay_finite_forward_and_backward(text: str, length: int) -> None:
+    for scale, gate in ((1.0, "open"), (1e2, "mixed"), (1e4, "mixed")):
+        torch.manual_seed(0)
+        layer = HierarchicalMemory(8, 1, local_windows=(128, 256), local_chunk_sizes=(16, 64))
+        with torch.no_grad():
+            for mixer in (layer, *layer.locals):
+                mixer.gates.weight.normal_(0, 0 if gate == "open" else 30)
+                mixer.gates.bias.fill_(30 if gate == "open" else 0)
+        x = torch.randn(1, length, 8)
+        x = x if text == "random" else x[:, :1].expand(1, length, 8).clone()
+        if text == "alternating":
+            x[:, ::2] *= -1
+        x = (scale * x).requires_grad_()
+        y, state = layer(x)
+        y.square().mean().backward()
+        assert y.isfinite().all()
+        assert all(w.isfinite().all() for w in state.memory.params.values())
+        assert x.grad is not None and x.grad.isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_windows": ()}, "one number each"),
+        ({"local_windows": (8, 8)}, "one number each"),
+        ({"local_windows": (10,), "local_chunk_sizes": (4,)}, "multiple of its chunk"),
+        ({"local_windows": (0,)}, "multiple of its chunk"),
+        ({"global_chunk_size": 0}, "chunk_size"),
+        ({"memory": "deltanets"}, "Did you mean 'deltanet'"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HierarchicalMemory(**({"d_model": 8, "num_heads": 2} | options))
