@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algorithms import Momentum
+from .algorithms import Momentum, OrthogonalizedMomentum
 from .associative import AssociativeMemory
+from .newton_schulz import newton_schulz
+from .objectives import Objective, with_threshold
 from .retention import Delta
-from .types import Gates, State, Weights
+from .types import PENDING, Gates, State, Weights
 
 
 def read_weights(memory: AssociativeMemory, weights: Weights, x: Tensor) -> Tensor:
@@ -31,9 +33,11 @@ def map_inputs(memory: AssociativeMemory, weights: Weights, k: Tensor) -> Weight
     return inputs
 
 
-def inner_gradient(memory: AssociativeMemory, weights: Weights, k: Tensor, v: Tensor) -> Weights:
+def inner_gradient(
+    memory: AssociativeMemory, objective: Objective, weights: Weights, k: Tensor, v: Tensor
+) -> Weights:
     """``d loss(M(k), v) / d W`` of every map and row, by autograd; differentiable again."""
-    return torch.func.grad(lambda w: memory.objective.loss(read_weights(memory, w, k), v).sum())(weights)
+    return torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(weights)
 
 
 def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
@@ -47,34 +51,57 @@ def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
 
 
 def token_step(
-    memory: AssociativeMemory, state: State, k: Tensor, v: Tensor, lr: Tensor, retain: Tensor, beta: Tensor | None
-) -> tuple[Weights, Weights | None]:
-    """Weights and momentum after one token ``k, v: [*b, d]``; ``lr, retain, beta: [*b]``."""
-    gradients = inner_gradient(memory, state.anchor, k, v)
-    inputs = map_inputs(memory, state.anchor, k)
+    memory: AssociativeMemory, state: State, k: Tensor, v: Tensor, gates: Gates, closes: Tensor
+) -> tuple[Weights, Weights | None, dict[str, Tensor]]:
+    """Weights (or accumulators), momentum and extra state after one token ``k, v: [*b, d]`` and its gates.
+
+    ``closes: [*b]`` says whether it is the last token of its chunk.
+    """
+    anchor = {name: memory.retention.anchored(a) for name, a in state.anchor.items()}
+    objective = with_threshold(memory.objective, gates.threshold)
+    gradients, inputs = inner_gradient(memory, objective, anchor, k, v), map_inputs(memory, anchor, k)
     weights: Weights = {}
     momentum: Weights = {}
+    extra = dict(state.extra)
+    if isinstance(memory.algorithm, OrthogonalizedMomentum):
+        step = gates.retain * state.extra[PENDING] + gates.lr
+        extra[PENDING] = torch.where(closes, 0, step)
     for name, gradient in gradients.items():
         x, w = inputs[name], state.params[name]
         target = state.initial[name] if memory.retain_to == "initial" else torch.zeros_like(w)
-        eta = effective_step(memory.step_size_of(name), lr, retain, x)[..., None, None]
-        keep = retain[..., None, None]
+        eta = effective_step(memory.step_size_of(name), gates.lr, gates.retain, x)[..., None, None]
+        if gates.retain.dim() > gates.lr.dim():
+            keep = gates.retain.unsqueeze(-2 if name == memory.architecture.query_map else -1)
+        else:
+            keep = gates.retain[..., None, None]
         change = -eta * gradient
-        if isinstance(memory.algorithm, Momentum):
-            assert beta is not None and state.momentum is not None
-            change = beta[..., None, None] * state.momentum[name] + change
-            momentum[name] = change
+        if state.momentum is not None and gates.momentum is not None:
+            pushed = change if isinstance(memory.algorithm, Momentum) else -gradient
+            momentum[name] = change = gates.momentum[..., None, None] * state.momentum[name] + pushed
+        if isinstance(memory.algorithm, OrthogonalizedMomentum):
+            written = newton_schulz(momentum[name], memory.algorithm.steps)
+            change = torch.where(closes, step, 0)[..., None, None] * written
         kept = keep * (w - target)
         if isinstance(memory.retention, Delta):
             erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))
             kept = kept - (keep if memory.retention.gated else 1) * eta * erased
         weights[name] = target + kept + change
-    return weights, momentum or None
+    return weights, momentum or None, extra
 
 
 def select(condition: Tensor, yes: Weights, no: Weights) -> Weights:
     """Row-wise choice between two sets of weights."""
     return {name: torch.where(condition[..., None, None], yes[name], no[name]) for name in no}
+
+
+def gates_at(gates: Gates, t: int, valid: Tensor) -> Gates:
+    """The gates of token t; 0 where it is masked."""
+
+    def at(gate: Tensor) -> Tensor:
+        now = gate.select(valid.dim(), t)
+        return torch.where(valid if now.dim() == valid.dim() else valid[..., None], now, 0)
+
+    return gates.map(at)
 
 
 def scan(
@@ -98,23 +125,30 @@ def scan(
             params=select(fresh, state.initial, state.params),
             anchor=select(fresh, state.initial, state.anchor),
             position=torch.where(fresh, 0, state.position),
+            extra={name: torch.where(fresh, 0, x) for name, x in state.extra.items()},
         )
         if state.momentum is not None:
             zeros = {name: torch.zeros_like(s) for name, s in state.momentum.items()}
             start = start._replace(momentum=select(fresh, zeros, state.momentum))
         start = start._replace(anchor=select(start.position == 0, start.params, start.anchor))
+        position = (start.position + 1) % memory.chunk_size
+        closes = valid & (position == 0)
         # A masked token may hold anything, NaN included; it must reach neither values nor gradients.
         k_t, v_t, q_t = (torch.where(valid[..., None], x[..., t, :], 0) for x in (k, v, q))
-        lr, retain = (torch.where(valid, gate[..., t], 0) for gate in (gates.lr, gates.retain))
-        beta = None if gates.momentum is None else torch.where(valid, gates.momentum[..., t], 0)
-        weights, momentum = token_step(memory, start, k_t, v_t, lr, retain, beta)
-        y = read_weights(memory, weights if read == "token" else start.anchor, q_t)
-        outputs.append(torch.where(valid[..., None], y, 0))
-        position = torch.where(valid, (start.position + 1) % memory.chunk_size, state.position)
-        weights = select(valid, weights, state.params)
-        anchor = select(valid, start.anchor, state.anchor)
+        here = gates_at(gates, t, valid)
+        weights, momentum, extra = token_step(memory, start, k_t, v_t, here, closes)
+        retention = memory.retention
+        if read == "token":
+            seen = {name: retention.weights(a, start.anchor[name]) for name, a in weights.items()}
+        else:
+            seen = {name: retention.anchored(a) for name, a in start.anchor.items()}
+        outputs.append(torch.where(valid[..., None], read_weights(memory, seen, q_t), 0))
+        ended = select(closes, {name: retention.close(a) for name, a in weights.items()}, weights)
+        weights = select(valid, ended, state.params)
+        anchor = select(closes, weights, select(valid, start.anchor, state.anchor))
         if momentum is not None and state.momentum is not None:
             momentum = select(valid, momentum, state.momentum)
-        anchor = select(valid & (position == 0), weights, anchor)
-        state = state._replace(params=weights, momentum=momentum, anchor=anchor, position=position, aligned=False)
+        extra = {name: torch.where(valid, x, state.extra[name]) for name, x in extra.items()}
+        position = torch.where(valid, position, state.position)
+        state = State(weights, momentum, anchor, state.initial, position, extra)
     return torch.stack(outputs, -2), state
