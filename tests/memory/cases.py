@@ -262,9 +262,10 @@ def make_inputs(case: Case, d: int = 3, seed: int = 0, dtype: torch.dtype = torc
     q, k, v = (normal(*shape, d) for _ in range(3))
     channels = (d,) if case.retention == Decay(per_channel=True) else ()
     gates = Gates(gate(0, 0.2), gate(0.5, 1, *channels), gate(0, 0.9) if case.momentum else None)
-    if isinstance(case.objective, Lp):
-        # Its curvature grows with the residual: larger steps would diverge.
-        gates = gates._replace(lr=(0.05 * gates.lr).detach().requires_grad_())
+    # The curvature of Lp grows with the residual, the slope of this mirror map toward 0: larger steps would diverge.
+    smaller = (0.05 if isinstance(case.objective, Lp) else 1) * (0.1 if isinstance(case.retention, LqDual) else 1)
+    if smaller < 1:
+        gates = gates._replace(lr=(smaller * gates.lr).detach().requires_grad_())
     if needs_threshold(case.objective):
         gates = gates._replace(threshold=gate(0.2, 1))
     shapes = case.architecture.shapes(d, d)

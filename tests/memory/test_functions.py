@@ -9,7 +9,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from nestlearn.memory import MLP, functions
-from nestlearn.memory.functions import limit_gradient, segment_products, slope_product, unit_lower_inverse, unit_norm
+from nestlearn.memory.functions import (
+    limit_gradient,
+    potential,
+    segment_products,
+    slope_product,
+    unit_lower_inverse,
+    unit_norm,
+)
 
 from .cases import Case, make_inputs, run
 
@@ -27,6 +34,7 @@ FUNCTIONS = {
     "gelu_slope": (lambda a, z: slope_product("gelu", a, z), (normal(7), normal(7, seed=1))),
     "silu_slope": (lambda a, z: slope_product("silu", a, z), (normal(7), normal(7, seed=1))),
     "unit_norm": (unit_norm, (normal(3, 4),)),
+    "potential": (lambda r: potential(r, r.pow(4).sum(-1) / 4, r.pow(3)), (normal(3, 4),)),
 }
 
 
@@ -41,7 +49,13 @@ def test_every_hand_written_gradient_is_checked():
     """A new autograd function must be added to the table above."""
     classes = {n for n, x in vars(functions).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
     # LimitGradient is no derivative: it bounds one on purpose.
-    assert classes - {"LimitGradient"} == {"SegmentProducts", "UnitLowerInverse", "GeluSlopeProduct", "UnitNorm"}
+    assert classes - {"LimitGradient"} == {
+        "SegmentProducts",
+        "UnitLowerInverse",
+        "GeluSlopeProduct",
+        "UnitNorm",
+        "Potential",
+    }
 
 
 def test_segment_products_are_the_written_products():

@@ -70,17 +70,17 @@ class AssociativeMemory:
             raise ValueError(f"architecture must be Matrix() or MLP(), got {self.architecture!r}")
         if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
             raise ValueError(
-                "objective must be DotProduct() or L2(), or have their methods `loss(prediction, v)` and "
-                f"`error(predict, v)`; got {self.objective!r}"
+                f"objective must be DotProduct() or L2(), got {self.objective!r}; "
+                "any object with their methods `loss(prediction, v)` and `error(predict, v)` will do"
             )
         if isinstance(self.retention, type) or not isinstance(self.retention, Retention):
             raise ValueError(
-                "retention must be Decay() or Delta(), or a subclass of Retention that defines `weights`; "
-                f"got {self.retention!r}"
+                f"retention must be Decay() or Delta(), got {self.retention!r}; "
+                "any instance of a subclass of Retention that defines `weights` will do"
             )
         if not isinstance(self.algorithm, Descent | Momentum | OrthogonalizedMomentum):
             raise ValueError(
-                f"algorithm must be Descent(), Momentum() or OrthogonalizedMomentum(), got {self.algorithm!r}"
+                f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; there is OrthogonalizedMomentum() too"
             )
         if isinstance(self.algorithm, OrthogonalizedMomentum) and self.retention != Decay():
             raise ValueError(

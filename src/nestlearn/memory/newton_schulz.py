@@ -28,6 +28,7 @@ def newton_schulz(
         coefficients: (a, b, c).
 
     Example:
+        >>> import torch
         >>> x = torch.diag(torch.tensor([4.0, 1.0, 0.5]))
         >>> s = torch.linalg.svdvals(newton_schulz(x))
         >>> bool((s > 0.6).all() and (s < 1.3).all())

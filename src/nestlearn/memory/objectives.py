@@ -185,8 +185,8 @@ class Huber:
 
     Example:
         >>> r = torch.tensor([[3.0, -4.0]])
-        >>> Huber("norm", threshold=1.0).error(lambda: r, torch.zeros_like(r)).tolist()
-        [[0.6..., -0.8...]]
+        >>> Huber("norm", threshold=2.5).error(lambda: r, torch.zeros_like(r)).tolist()
+        [[1.5, -2.0]]
     """
 
     form: HuberForm = "switch"
@@ -236,7 +236,7 @@ class ValueShiftRobust:
         ValueError: a negative constant.
 
     Example:
-        >>> r = torch.tensor([[3.0, -4.0]])
+        >>> r = torch.tensor([[3.0, -4.0]], dtype=torch.float64)
         >>> ValueShiftRobust(5.0).error(lambda: r, torch.zeros_like(r)).round(decimals=4).tolist()
         [[6.0, -8.0]]
     """

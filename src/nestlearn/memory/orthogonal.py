@@ -8,6 +8,8 @@ the chunk:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,8 +21,68 @@ from .forms import Span, keep_empty
 from .functions import segment_products
 from .layout import nobody
 from .newton_schulz import newton_schulz
-from .span import Kernels, make_kernels
+from .span import Entering, make_kernels
 from .types import PENDING, Factor, State, Weights
+
+
+class Coefficients(NamedTuple):
+    """The scalars of a span; all maps of a memory share them."""
+
+    entry: Float[Tensor, "b c"]  # of the entering weights
+    restart: Float[Tensor, "b c"] | None  # of the initial weights, after a reset
+    carry: Float[Tensor, "b c c"]  # products of beta between two tokens
+    through: Float[Tensor, "b c"]  # products of beta from the start of the span
+    pending: Float[Tensor, "b c"]  # u
+    closing: Bool[Tensor, "b c"] | None  # the last token of the chunk
+    written: Float[Tensor, "b c"]  # of NS(S_c): A[t, c] u_c
+
+
+class Written(NamedTuple):
+    """What the end of a chunk writes into one map; ``lost`` tokens see a momentum that is not finite (None: none)."""
+
+    matrix: Float[Tensor, "b out in"]
+    lost: Bool[Tensor, "b c"] | None
+
+
+def coefficients(memory: AssociativeMemory, state: State, tokens: Tokens, closing: Tensor | None) -> Coefficients:
+    """The scalars of a span from its gates."""
+    gates, valid, reset = tokens.gates, tokens.valid, tokens.reset
+    assert gates.momentum is not None
+    kernels = make_kernels(gates.retain, None, valid, reset, delta=False, restart=memory.retain_to == "zero")
+    beta = gates.momentum if reset is None else torch.where(reset, 0, gates.momentum)
+    carry = segment_products(beta)
+    through = carry[..., 0] * beta[..., :1]
+    if valid is not None:
+        carry = torch.where(valid.unsqueeze(-2), carry, 0)
+    pending = kernels.entry * state.extra[PENDING].unsqueeze(-1) + (kernels.decay @ gates.lr.unsqueeze(-1)).squeeze(-1)
+    written = torch.zeros_like(pending)
+    if closing is not None:
+        written = (kernels.decay @ torch.where(closing, pending, 0).unsqueeze(-1)).squeeze(-1)
+    return Coefficients(kernels.entry, kernels.restart, carry, through, pending, closing, written)
+
+
+def momentum_at(
+    row: Float[Tensor, "b c"], scalars: Coefficients, factor: Factor, entered: Tensor | None
+) -> Float[Tensor, "b out in"]:
+    """The momentum after the token that ``row`` marks with 1 (a row of zeros gives 0)."""
+    kernel = (row.unsqueeze(-2) @ scalars.carry).squeeze(-2)
+    momentum = -factor.error.mT @ (kernel.unsqueeze(-1) * factor.input)
+    return momentum if entered is None else momentum + (row * scalars.through).sum(-1)[..., None, None] * entered
+
+
+def write_at_end(
+    algorithm: OrthogonalizedMomentum, scalars: Coefficients, factor: Factor, entered: Tensor | None
+) -> Written | None:
+    """``NS(S_c)`` of one map; None if no chunk ends in the span."""
+    if scalars.closing is None:
+        return None
+    momentum = momentum_at(scalars.closing.to(scalars.carry.dtype), scalars, factor, entered)
+    broken, lost = ~torch.isfinite(momentum.detach().sum((-2, -1))), None
+    if not nobody(broken):
+        # 0 * inf would carry an overflow to the tokens before the end of the chunk.
+        momentum = torch.where(broken[..., None, None], 0, momentum)
+        lost = broken.unsqueeze(-1) & scalars.closing.cummax(-1).values
+    return Written(newton_schulz(momentum, algorithm.steps), lost)
 
 
 def open_orthogonal(
@@ -32,78 +94,55 @@ def open_orthogonal(
     closing: Bool[Tensor, "b c"] | None,
 ) -> Span:
     """A span of a memory with `OrthogonalizedMomentum`; at most one of its tokens is ``closing``."""
-    gates = tokens.gates
-    assert gates.momentum is not None and state.momentum is not None
-    kernels = make_kernels(
-        gates.retain, None, tokens.valid, tokens.reset, delta=False, restart=memory.retain_to == "zero"
-    )
-    beta = gates.momentum if tokens.reset is None else torch.where(tokens.reset, 0, gates.momentum)
-    carry = segment_products(beta)
-    through = carry[..., 0] * beta[..., :1]
-    if tokens.valid is not None:
-        carry = torch.where(tokens.valid.unsqueeze(-2), carry, 0)
-    pending = kernels.entry * state.extra[PENDING].unsqueeze(-1) + (kernels.decay @ gates.lr.unsqueeze(-1)).squeeze(-1)
+    scalars = coefficients(memory, state, tokens, closing)
     starts = {name: entering(memory, state, name, tokens.reset) for name in factors}
-    written: Weights = {}
-    lost: dict[str, Bool[Tensor, "b c"]] = {}
-    coefficient = torch.zeros_like(pending)
-    if closing is not None:
-        coefficient = (kernels.decay @ torch.where(closing, pending, 0).unsqueeze(-1)).squeeze(-1)
-        for name in factors:
-            at_end = momentum_at(closing.to(carry.dtype), carry, through, factors[name], state.momentum[name])
-            broken = ~torch.isfinite(at_end.detach().sum((-2, -1)))
-            if not nobody(broken):
-                at_end = torch.where(broken[..., None, None], 0, at_end)
-                lost[name] = broken.unsqueeze(-1) & closing.cummax(-1).values
-            written[name] = newton_schulz(at_end, algorithm.steps)
+    written = {name: write_at_end(algorithm, scalars, factors[name], starts[name].momentum) for name in factors}
 
-    def read(name: str, x: Tensor) -> Tensor:
-        y = _decayed(kernels, starts[name].weights, starts[name].back, x)
-        if memory.retain_to == "initial":
-            y = y + x @ state.initial[name].mT
-        if name in written:
-            y = y + (coefficient.unsqueeze(-1) * x) @ written[name].mT
-        return torch.where(lost[name].unsqueeze(-1), torch.nan, y) if name in lost else y
+    def base(name: str) -> Tensor | None:
+        return state.initial[name] if memory.retain_to == "initial" else None
 
     def advance() -> State:
         params: Weights = {}
         carried: Weights = {}
-        last = torch.zeros_like(through)
+        last = torch.zeros_like(scalars.through)
         last[..., -1] = 1
-        for name, start in starts.items():
-            w = torch.zeros_like(state.params[name])
-            for part, weights in ((kernels.entry, start.weights), (kernels.restart, start.back)):
-                if part is not None and weights is not None:
-                    w = w + part[..., -1, None, None] * weights
-            w = w + state.initial[name] if memory.retain_to == "initial" else w
-            if name in written:
-                w = w + coefficient[..., -1, None, None] * written[name]
-            if name in lost:
-                w = torch.where(lost[name][..., -1, None, None], torch.nan, w)
-            s = momentum_at(last, carry, through, factors[name], start.momentum)
+        for name, factor in factors.items():
+            w = end_weights(scalars, starts[name], written[name], base(name), state.params[name])
+            s = momentum_at(last, scalars, factor, starts[name].momentum)
             params[name] = keep_empty(tokens.valid, w, state.params[name])
-            carried[name] = keep_empty(tokens.valid, s, start.momentum)
-        rest = pending[..., -1] - coefficient[..., -1]
+            carried[name] = keep_empty(tokens.valid, s, s if state.momentum is None else state.momentum[name])
+        rest = scalars.pending[..., -1] - scalars.written[..., -1]
         if tokens.valid is not None:
             rest = torch.where(tokens.valid[..., 0], rest, state.extra[PENDING])
         return state._replace(params=params, momentum=carried, extra={PENDING: rest})
 
-    return Span(read, advance)
+    return Span(lambda name, x: read_decayed(scalars, starts[name], written[name], base(name), x), advance)
 
 
-def momentum_at(
-    row: Float[Tensor, "b c"], carry: Tensor, through: Tensor, factor: Factor, entered: Tensor | None
+def sources(scalars: Coefficients, start: Entering, written: Written | None) -> list[tuple[Tensor, Tensor]]:
+    """(coefficient ``[b, c]``, weights) of everything that a token reads, beside the base."""
+    matrix = None if written is None else written.matrix
+    pairs = ((scalars.entry, start.weights), (scalars.restart, start.back), (scalars.written, matrix))
+    return [(c, w) for c, w in pairs if c is not None and w is not None]
+
+
+def read_decayed(
+    scalars: Coefficients, start: Entering, written: Written | None, base: Tensor | None, x: Float[Tensor, "b c in"]
+) -> Float[Tensor, "b c out"]:
+    """``W_t x_t`` for every token of the span."""
+    parts = [] if base is None else [x @ base.mT]
+    parts += [(c.unsqueeze(-1) * x) @ w.mT for c, w in sources(scalars, start, written)]
+    y = torch.stack(parts).sum(0)
+    return y if written is None or written.lost is None else torch.where(written.lost.unsqueeze(-1), torch.nan, y)
+
+
+def end_weights(
+    scalars: Coefficients, start: Entering, written: Written | None, base: Tensor | None, like: Tensor
 ) -> Float[Tensor, "b out in"]:
-    """The momentum after the token that ``row`` marks with 1 (a row of zeros gives 0)."""
-    kernel = (row.unsqueeze(-2) @ carry).squeeze(-2)
-    momentum = -factor.error.mT @ (kernel.unsqueeze(-1) * factor.input)
-    return momentum if entered is None else momentum + (row * through).sum(-1)[..., None, None] * entered
-
-
-def _decayed(kernels: Kernels, weights: Tensor | None, back: Tensor | None, x: Tensor) -> Tensor:
-    """What is left of the entering weights (and of the initial ones, after a reset), applied to every token."""
-    y = 0
-    for coefficient, w in ((kernels.entry, weights), (kernels.restart, back)):
-        if coefficient is not None and w is not None:
-            y = y + (coefficient.unsqueeze(-1) * x) @ w.mT
-    return y  # type: ignore[return-value]
+    """The weights after the span."""
+    w = torch.zeros_like(like) if base is None else base
+    for c, part in sources(scalars, start, written):
+        w = w + c[..., -1, None, None] * part
+    if written is None or written.lost is None:
+        return w
+    return torch.where(written.lost[..., -1, None, None], torch.nan, w)

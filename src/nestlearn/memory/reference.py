@@ -64,23 +64,19 @@ def token_step(
     momentum: Weights = {}
     extra = dict(state.extra)
     if isinstance(memory.algorithm, OrthogonalizedMomentum):
-        step = gates.retain * state.extra[PENDING] + gates.lr
-        extra[PENDING] = torch.where(closes, 0, step)
+        extra[PENDING] = torch.where(closes, 0, step := gates.retain * state.extra[PENDING] + gates.lr)
     for name, gradient in gradients.items():
         x, w = inputs[name], state.params[name]
         target = state.initial[name] if memory.retain_to == "initial" else torch.zeros_like(w)
         eta = effective_step(memory.step_size_of(name), gates.lr, gates.retain, x)[..., None, None]
-        if gates.retain.dim() > gates.lr.dim():
-            keep = gates.retain.unsqueeze(-2 if name == memory.architecture.query_map else -1)
-        else:
-            keep = gates.retain[..., None, None]
+        keep = gates.retain if gates.retain.dim() > gates.lr.dim() else gates.retain[..., None]
+        keep = keep.unsqueeze(-2 if name == memory.architecture.query_map else -1)
         change = -eta * gradient
         if state.momentum is not None and gates.momentum is not None:
             pushed = change if isinstance(memory.algorithm, Momentum) else -gradient
             momentum[name] = change = gates.momentum[..., None, None] * state.momentum[name] + pushed
         if isinstance(memory.algorithm, OrthogonalizedMomentum):
-            written = newton_schulz(momentum[name], memory.algorithm.steps)
-            change = torch.where(closes, step, 0)[..., None, None] * written
+            change = torch.where(closes, step, 0)[..., None, None] * newton_schulz(change, memory.algorithm.steps)
         kept = keep * (w - target)
         if isinstance(memory.retention, Delta):
             erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))

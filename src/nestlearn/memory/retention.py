@@ -96,8 +96,8 @@ class Lq(Retention):
 
     Example:
         >>> a = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-        >>> Lq(4).anchored(a)[0, 0].item() * 82**0.5
-        3.0...
+        >>> torch.allclose(Lq(4).anchored(a), a / 82**0.5)
+        True
     """
 
     q: float = 4.0
@@ -141,8 +141,8 @@ class LqDual(Retention):
     Example:
         >>> a = torch.tensor([[8.0, -1.0]], dtype=torch.float64)
         >>> w = LqDual(4).anchored(a)
-        >>> (w[0, 0] / w[0, 1]).item()  # the cube root of the ratio of the accumulators
-        -2.0...
+        >>> round((w[0, 0] / w[0, 1]).item(), 6)  # the cube root of the ratio of the accumulators
+        -2.0
     """
 
     q: float = 4.0
@@ -211,8 +211,8 @@ class ElasticNet(Retention):
         ValueError: a negative threshold.
 
     Example:
-        >>> ElasticNet(0.5).close(torch.tensor([[2.0, -0.7, 0.2]])).round(decimals=2).tolist()
-        [[1.5, -0.2..., 0.0]]
+        >>> ElasticNet(0.5).close(torch.tensor([[2.0, -0.75, 0.25]])).tolist()
+        [[1.5, -0.25, 0.0]]
     """
 
     threshold: float = 1e-3
