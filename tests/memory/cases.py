@@ -55,7 +55,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 
 
-# The further objectives, retentions and algorithms, in a table of their own: a product with the one above would not end.
+# The further objectives, retentions and algorithms, in a table of their own: the product of both would not end.
 MIRAS_AXES: dict[str, tuple[Any, ...]] = {
     "architecture": (Matrix(), MLP(2)),
     "objective": (
@@ -132,7 +132,9 @@ class Case:
 def label(part: Any) -> str:
     """``delta``, ``delta.gated``, ``lq.2.5``: the class and what was set of it."""
     default = type(part)()
-    chosen = [(f.name, getattr(part, f.name)) for f in fields(part) if getattr(part, f.name) != getattr(default, f.name)]
+    chosen = [
+        (f.name, getattr(part, f.name)) for f in fields(part) if getattr(part, f.name) != getattr(default, f.name)
+    ]
     return ".".join([type(part).__name__.lower(), *(n if v is True else str(v) for n, v in chosen)])
 
 

@@ -80,12 +80,12 @@ class AssociativeMemory:
             )
         if not isinstance(self.algorithm, Descent | Momentum | OrthogonalizedMomentum):
             raise ValueError(
-                f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; there is OrthogonalizedMomentum() too"
+                f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; or use OrthogonalizedMomentum()"
             )
         if isinstance(self.algorithm, OrthogonalizedMomentum) and self.retention != Decay():
             raise ValueError(
-                f"OrthogonalizedMomentum() writes when a chunk ends and needs retention=Decay(), got {self.retention!r}. "
-                "Use Decay(), or Momentum()."
+                "OrthogonalizedMomentum() writes when a chunk ends and needs retention=Decay(), "
+                f"got {self.retention!r}. Use Decay(), or Momentum()."
             )
         _require("retain_to", self.retain_to, get_args(RetainTo))
         _require("read", self.read, get_args(Read))
@@ -186,5 +186,6 @@ def _check_channels(query_map: str, shapes: dict[str, tuple[int, int]], d_key: i
         if (width if name == query_map else out) != d_key:
             raise ValueError(
                 f"Decay(per_channel=True) keeps each of d_key={d_key} channels by a gate of its own, but map {name!r} "
-                f"has shape {(out, width)}. Use an architecture whose other maps end in the width of the keys, or Decay()."
+                f"has shape {(out, width)}. Use an architecture whose other maps end in the width of the keys, "
+                "or Decay()."
             )

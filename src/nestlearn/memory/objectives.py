@@ -97,7 +97,7 @@ class Lp:
         sharpness: a, how fast the sign turns; Miras takes 10.
 
     Raises:
-        ValueError: p below 1, or a sharpness that is not positive.
+        ValueError: p below 1, or a sharpness that is not positive and finite.
 
     Example:
         >>> r = torch.tensor([[0.5, -2.0, 0.0]], dtype=torch.float64)
@@ -111,8 +111,8 @@ class Lp:
     def __post_init__(self) -> None:
         if not self.p >= 1:
             raise ValueError(f"Lp needs an exponent p of at least 1 (the loss is not convex below), got {self.p!r}")
-        if not self.sharpness > 0:
-            raise ValueError(f"Lp needs a positive sharpness of the smooth sign, got {self.sharpness!r}")
+        if not 0 < self.sharpness < float("inf"):
+            raise ValueError(f"Lp needs a positive finite sharpness of the smooth sign, got {self.sharpness!r}")
 
     def _slope(self, r: Tensor) -> Tensor:
         return self.p * torch.tanh(self.sharpness * r) * (r.square() + SMOOTH).pow((self.p - 1) / 2)

@@ -33,9 +33,7 @@ def map_inputs(memory: AssociativeMemory, weights: Weights, k: Tensor) -> Weight
     return inputs
 
 
-def inner_gradient(
-    memory: AssociativeMemory, objective: Objective, weights: Weights, k: Tensor, v: Tensor
-) -> Weights:
+def inner_gradient(memory: AssociativeMemory, objective: Objective, weights: Weights, k: Tensor, v: Tensor) -> Weights:
     """``d loss(M(k), v) / d W`` of every map and row, by autograd; differentiable again."""
     return torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(weights)
 
