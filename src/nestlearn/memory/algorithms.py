@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GRADIENT_LIMIT = 1e6
+"""Largest norm of the outer gradient that passes through one orthogonalization of `OrthogonalizedMomentum`."""
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -24,7 +27,8 @@ class OrthogonalizedMomentum:
         W_C = alpha_C W_{C-1} + (sum_s alpha_{s+1} ... alpha_C eta_s) NS(S_C)      at its last token C
 
     With chunks of one token, ``W_t = alpha_t W_{t-1} + eta_t NS(S_t)``. It needs `Decay` retention with one gate a
-    token.
+    token. The outer gradient that passes through an orthogonalization is scaled down to norm 1e6 where it is larger:
+    near a minimum the step keeps its size while the momentum vanishes, and gradients through that mean nothing.
 
     Args:
         steps: Newton-Schulz iterations (`nestlearn.memory.newton_schulz`).

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .algorithms import OrthogonalizedMomentum
+from .algorithms import GRADIENT_LIMIT, OrthogonalizedMomentum
 from .associative import AssociativeMemory
 from .chunked import Tokens, entering
 from .forms import Span, keep_empty
-from .functions import segment_products
+from .functions import limit_gradient, segment_products
 from .layout import nobody
 from .newton_schulz import newton_schulz
 from .span import Entering, make_kernels
@@ -82,7 +82,7 @@ def write_at_end(
         # 0 * inf would carry an overflow to the tokens before the end of the chunk.
         momentum = torch.where(broken[..., None, None], 0, momentum)
         lost = broken.unsqueeze(-1) & scalars.closing.cummax(-1).values
-    return Written(newton_schulz(momentum, algorithm.steps), lost)
+    return Written(newton_schulz(limit_gradient(momentum, GRADIENT_LIMIT), algorithm.steps), lost)
 
 
 def open_orthogonal(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algorithms import Momentum, OrthogonalizedMomentum
+from .algorithms import GRADIENT_LIMIT, Momentum, OrthogonalizedMomentum
 from .associative import AssociativeMemory
+from .functions import limit_gradient
 from .newton_schulz import newton_schulz
 from .objectives import Objective, with_threshold
 from .retention import Delta
@@ -58,9 +59,7 @@ def token_step(
     anchor = {name: memory.retention.anchored(a) for name, a in state.anchor.items()}
     objective = with_threshold(memory.objective, gates.threshold)
     gradients, inputs = inner_gradient(memory, objective, anchor, k, v), map_inputs(memory, anchor, k)
-    weights: Weights = {}
-    momentum: Weights = {}
-    extra = dict(state.extra)
+    weights, momentum, extra = {}, {}, dict(state.extra)
     if isinstance(memory.algorithm, OrthogonalizedMomentum):
         extra[PENDING] = torch.where(closes, 0, step := gates.retain * state.extra[PENDING] + gates.lr)
     for name, gradient in gradients.items():
@@ -74,7 +73,8 @@ def token_step(
             pushed = change if isinstance(memory.algorithm, Momentum) else -gradient
             momentum[name] = change = gates.momentum[..., None, None] * state.momentum[name] + pushed
         if isinstance(memory.algorithm, OrthogonalizedMomentum):
-            change = torch.where(closes, step, 0)[..., None, None] * newton_schulz(change, memory.algorithm.steps)
+            change = newton_schulz(limit_gradient(change, GRADIENT_LIMIT), memory.algorithm.steps)
+            change = torch.where(closes, step, 0)[..., None, None] * change
         kept = keep * (w - target)
         if isinstance(memory.retention, Delta):
             erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Lq, Matrix
 from nestlearn.memory.general import longest_span
-from nestlearn.memory.retention import is_linear
 from nestlearn.memory.layout import span_length
+from nestlearn.memory.retention import is_linear
 
 
 def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_length: int, writes: bool = True) -> int:

@@ -82,7 +82,8 @@ class MemoryMixer(nn.Module):
     also where objective or retention is not linear, which a scale of the values would change.
 
     **Bounds** (no gate the layer can emit makes the recurrence expand): retain in [0, 1], momentum in [0, 0.9],
-    thresholds in [0, 2], and a step size bounded jointly with them, by a rule that depends on the memory: see `nestlearn.nn.stability`.
+    thresholds in [0, 2], and a step size bounded jointly with them, by a rule that depends on the memory: see
+    `nestlearn.nn.stability`.
 
     Args:
         d_model: width of input and output.

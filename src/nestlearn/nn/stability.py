@@ -33,7 +33,7 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
   training has let the initial weights outgrow that start (`outgrown`). Where an error or a mirror map is steeper than
   that of L2 and decay, the step is divided by how much (`curvature`): ``p (p - 1) 2^(p-2)`` for `Lp` with p of at
   least 2, the root of the width for Yaad's switch, the slope at 0 for `LqDual` (its eps sets it: with the default the
-  step is 10,000 times smaller; take 1e-3 to learn). `Lq` bounds its own weights.
+  step is 10,000 times smaller; take 1e-3 to learn), the scale of the initial weights over their accumulators for `Lq`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestlearn.memory import KL, L2, AssociativeMemory, Bregman, Delta, DotProduct, Huber, Lp, LqDual, Matrix
+from nestlearn.memory import KL, L2, AssociativeMemory, Bregman, Delta, DotProduct, Huber, Lp, Lq, LqDual, Matrix
 from nestlearn.memory.retention import is_linear, is_per_channel
 from nestlearn.memory.types import Weights
 
@@ -174,6 +174,10 @@ def bounded_step(
         tokens = max(memory.chunk_size, 4 / damping if damping < 1 else 1)
         width = next(iter(initial.values())).shape[-1]
         step = sigma * (max_step * damping / tokens / curvature(memory, width))
+        if isinstance(memory.retention, Lq):
+            # How fast weights follow their accumulator at the start.
+            slopes = [memory.retention.scale(a).flatten(-3) for a in initial.values()]
+            step = step / torch.stack(slopes).amax(0).clamp(min=1).unsqueeze(-1)
         weights = {name: memory.retention.anchored(a) for name, a in initial.items()}
         return step / (2 * outgrown(weights).unsqueeze(-1)) if is_deep(memory) else step
     if isinstance(memory.retention, Delta) or not is_deep(memory):
