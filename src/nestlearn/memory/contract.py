@@ -74,8 +74,8 @@ def _run(case: Case, engine: Any, splits: tuple[int, ...] = (), mask: Tensor | N
     for first, last in zip((0, *splits), ends, strict=True):
         here = gates.map(lambda g, a=first, b=last: g[:, a:b])
         given = None if mask is None else mask[:, first:last]
-        part = (x[:, first:last] for x in (q, k, v))
-        y, state = scan(memory, state, *part, here, mask=given, engine=engine)
+        now = slice(first, last)
+        y, state = scan(memory, state, q[:, now], k[:, now], v[:, now], here, mask=given, engine=engine)
         outputs.append(y)
     groups = {"params": state.params, "anchor": state.anchor, "momentum": state.momentum or {}, "extra": state.extra}
     named = {f"{group} {name}": w for group, weights in groups.items() for name, w in weights.items()}

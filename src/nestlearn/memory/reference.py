@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algorithms import GRADIENT_LIMIT, Momentum, OrthogonalizedMomentum
+from .algorithms import GRADIENT_LIMIT, OrthogonalizedMomentum
 from .associative import AssociativeMemory
 from .functions import limit_gradient
 from .newton_schulz import newton_schulz
-from .objectives import Objective, with_threshold
+from .objectives import with_threshold
 from .retention import Delta
 from .types import PENDING, Gates, State, Weights
 
@@ -34,11 +34,6 @@ def map_inputs(memory: AssociativeMemory, weights: Weights, k: Tensor) -> Weight
     return inputs
 
 
-def inner_gradient(memory: AssociativeMemory, objective: Objective, weights: Weights, k: Tensor, v: Tensor) -> Weights:
-    """``d loss(M(k), v) / d W`` of every map and row, by autograd; differentiable again."""
-    return torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(weights)
-
-
 def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
     """The step eta' of one map with input x (docs/decisions.md, "step size")."""
     square = x.square().sum(-1)
@@ -50,37 +45,45 @@ def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
 
 
 def token_step(
-    memory: AssociativeMemory, state: State, k: Tensor, v: Tensor, gates: Gates, closes: Tensor
-) -> tuple[Weights, Weights | None, dict[str, Tensor]]:
-    """Weights (or accumulators), momentum and extra state after one token ``k, v: [*b, d]`` and its gates.
+    memory: AssociativeMemory,
+    state: State,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    retain: Tensor,
+    beta: Tensor | None = None,
+    threshold: Tensor | None = None,
+    written: Tensor | None = None,
+) -> tuple[Weights, Weights | None]:
+    """Weights (or accumulators) and momentum after one token ``k, v: [*b, d]`` and its gates ``[*b]``.
 
-    ``closes: [*b]`` says whether it is the last token of its chunk.
+    ``written: [*b]`` are the step sizes with which orthogonalized momentum is written after it (0 inside a chunk).
     """
     anchor = {name: memory.retention.anchored(a) for name, a in state.anchor.items()}
-    objective = with_threshold(memory.objective, gates.threshold)
-    gradients, inputs = inner_gradient(memory, objective, anchor, k, v), map_inputs(memory, anchor, k)
-    weights, momentum, extra = {}, {}, dict(state.extra)
-    if isinstance(memory.algorithm, OrthogonalizedMomentum):
-        extra[PENDING] = torch.where(closes, 0, step := gates.retain * state.extra[PENDING] + gates.lr)
+    objective = with_threshold(memory.objective, threshold)
+    inputs = map_inputs(memory, anchor, k)
+    # d loss(M(k), v) / d W of every map and row, by autograd; differentiable again.
+    gradients = torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(anchor)
+    weights, momentum = {}, {}
     for name, gradient in gradients.items():
         x, w = inputs[name], state.params[name]
         target = state.initial[name] if memory.retain_to == "initial" else torch.zeros_like(w)
-        eta = effective_step(memory.step_size_of(name), gates.lr, gates.retain, x)[..., None, None]
-        keep = gates.retain if gates.retain.dim() > gates.lr.dim() else gates.retain[..., None]
+        eta = effective_step(memory.step_size_of(name), lr, retain, x)[..., None, None]
+        keep = retain if retain.dim() > lr.dim() else retain[..., None]
         keep = keep.unsqueeze(-2 if name == memory.architecture.query_map else -1)
         change = -eta * gradient
-        if state.momentum is not None and gates.momentum is not None:
-            pushed = change if isinstance(memory.algorithm, Momentum) else -gradient
-            momentum[name] = change = gates.momentum[..., None, None] * state.momentum[name] + pushed
-        if isinstance(memory.algorithm, OrthogonalizedMomentum):
+        if state.momentum is not None and beta is not None:
+            pushed = -gradient if isinstance(memory.algorithm, OrthogonalizedMomentum) else change
+            momentum[name] = change = beta[..., None, None] * state.momentum[name] + pushed
+        if isinstance(memory.algorithm, OrthogonalizedMomentum) and written is not None:
             change = newton_schulz(limit_gradient(change, GRADIENT_LIMIT), memory.algorithm.steps)
-            change = torch.where(closes, step, 0)[..., None, None] * change
+            change = written[..., None, None] * change
         kept = keep * (w - target)
         if isinstance(memory.retention, Delta):
             erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))
             kept = kept - (keep if memory.retention.gated else 1) * eta * erased
         weights[name] = target + kept + change
-    return weights, momentum or None, extra
+    return weights, momentum or None
 
 
 def select(condition: Tensor, yes: Weights, no: Weights) -> Weights:
@@ -130,7 +133,11 @@ def scan(
         # A masked token may hold anything, NaN included; it must reach neither values nor gradients.
         k_t, v_t, q_t = (torch.where(valid[..., None], x[..., t, :], 0) for x in (k, v, q))
         here = gates_at(gates, t, valid)
-        weights, momentum, extra = token_step(memory, start, k_t, v_t, here, closes)
+        extra, written = dict(state.extra), None
+        if PENDING in extra:
+            pending = here.retain * start.extra[PENDING] + here.lr
+            extra[PENDING], written = torch.where(closes, 0, pending), torch.where(closes, pending, 0)
+        weights, momentum = token_step(memory, start, k_t, v_t, *here, written)
         retention = memory.retention
         if read == "token":
             seen = {name: retention.weights(a, start.anchor[name]) for name, a in weights.items()}
