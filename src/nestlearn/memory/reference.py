@@ -91,16 +91,6 @@ def select(condition: Tensor, yes: Weights, no: Weights) -> Weights:
     return {name: torch.where(condition[..., None, None], yes[name], no[name]) for name in no}
 
 
-def gates_at(gates: Gates, t: int, valid: Tensor) -> Gates:
-    """The gates of token t; 0 where it is masked."""
-
-    def at(gate: Tensor) -> Tensor:
-        now = gate.select(valid.dim(), t)
-        return torch.where(valid if now.dim() == valid.dim() else valid[..., None], now, 0)
-
-    return gates.map(at)
-
-
 def scan(
     memory: AssociativeMemory,
     state: State,
@@ -132,7 +122,7 @@ def scan(
         closes = valid & (position == 0)
         # A masked token may hold anything, NaN included; it must reach neither values nor gradients.
         k_t, v_t, q_t = (torch.where(valid[..., None], x[..., t, :], 0) for x in (k, v, q))
-        here = gates_at(gates, t, valid)
+        here = gates.at(t, valid)
         extra, written = dict(state.extra), None
         if PENDING in extra:
             pending = here.retain * start.extra[PENDING] + here.lr

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Weights = dict[str, Tensor]
@@ -44,6 +45,15 @@ class Gates(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> Gates:
         """``change`` applied to every gate that is there."""
         return Gates(*(None if gate is None else change(gate) for gate in self))  # type: ignore[arg-type]
+
+    def at(self, t: int, valid: Bool[Tensor, "*b"]) -> Gates:
+        """The gates of token ``t``; 0 in rows where it is not ``valid``."""
+
+        def now(gate: Tensor) -> Tensor:
+            gate = gate.select(valid.dim(), t)
+            return torch.where(valid if gate.dim() == valid.dim() else valid.unsqueeze(-1), gate, 0)
+
+        return self.map(now)
 
 
 class State(NamedTuple):
