@@ -18,12 +18,18 @@ def check_memories() -> None:
     """Every memory of the catalog in both engines, with masks and resets."""
     memory = nestlearn.memory
 
-    for variant in memory.catalog.values():
-        with_momentum = isinstance(variant.algorithm, memory.Momentum)
+    others = [
+        memory.AssociativeMemory(memory.MLP(2), memory.ValueShiftRobust(0.1), memory.ElasticNet()),
+        memory.AssociativeMemory(memory.MLP(2), memory.L2(), algorithm=memory.OrthogonalizedMomentum(), chunk_size=4),
+    ]
+    for variant in [*memory.catalog.values(), *others]:
+        with_momentum = variant.has_momentum
         for engine in ("reference", "chunked"):
             q, k, v = torch.randn(3, 2, 3, 7, 4)
             lr, retain, momentum = torch.rand(3, 2, 3, 7)
             gates = memory.Gates(lr, retain, momentum if with_momentum else None)
+            if memory.objectives.needs_threshold(variant.objective):
+                gates = gates._replace(threshold=lr)
             mask, reset = torch.rand(2, 2, 3, 7) < 0.8
             state = variant.init_state((2, 3), 4, 4)
             memory.scan(variant, state, q, k, v, gates, mask=mask, reset=~reset, engine=engine)

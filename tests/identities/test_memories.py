@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.memory import L2, MLP, AssociativeMemory, Delta, Gates, Matrix, Momentum, catalog, scan
+from nestlearn.memory.objectives import needs_threshold
 
 ROWS, TOKENS, D = 2, 37, 5
 
@@ -188,10 +189,11 @@ def test_nothing_happens_at_retention_one_and_step_zero(name: str, retain_to: st
     memory = replace(catalog[name], chunk_size=8, retain_to=retain_to)  # type: ignore[arg-type]
     fresh = memory.init_state((ROWS,), D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     momentum = ONE if isinstance(memory.algorithm, Momentum) else None
-    y, state = scan(memory, fresh, Q, K, V, Gates(ZERO, ONE, momentum), engine=engine)  # type: ignore[arg-type]
+    gates = Gates(ZERO, ONE, momentum, ONE if needs_threshold(memory.objective) else None)
+    y, state = scan(memory, fresh, Q, K, V, gates, engine=engine)  # type: ignore[arg-type]
     for key, w in fresh.params.items():
         close(state.params[key], w, 1e-14)
-    plain = memory.architecture(lambda key, x: x @ fresh.params[key].mT, Q)
+    plain = memory.architecture(lambda key, x: x @ memory.retention.anchored(fresh.params[key]).mT, Q)
     close(y, plain, 1e-13)
 
 
@@ -201,7 +203,7 @@ def test_masked_tokens_leave_the_state_to_the_bit(name: str, engine: str):
     memory = replace(catalog[name], chunk_size=8)
     momentum = CARRY if isinstance(memory.algorithm, Momentum) else None
     fresh = memory.init_state((ROWS,), D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    gates = Gates(0.1 * RATE, KEEP, momentum)
+    gates = Gates(0.1 * RATE, KEEP, momentum, KEEP if needs_threshold(memory.objective) else None)
     _, before = scan(memory, fresh, Q, KEYS, V, gates, engine=engine)  # type: ignore[arg-type]
     nothing = torch.zeros(ROWS, TOKENS, dtype=torch.bool)
     for reset in (None, ~nothing):

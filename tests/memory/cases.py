@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestlearn.memory import (
+    KL,
     L2,
     MLP,
     AssociativeMemory,
+    Bregman,
     Decay,
     Delta,
     Descent,
     DotProduct,
+    ElasticNet,
     Gates,
+    Huber,
+    Lp,
+    Lq,
+    LqDual,
     Matrix,
     Momentum,
+    Objective,
+    OrthogonalizedMomentum,
+    Retention,
     State,
+    ValueShiftRobust,
     scan,
 )
+from nestlearn.memory.objectives import needs_threshold
 
 DEEP, HEBBIAN, DELTA = MLP(2), DotProduct(), Delta()
 MIXED = {"in": "normalized", "out": "proximal"}
@@ -43,15 +55,52 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# The further objectives, retentions and algorithms, in a table of their own: the product of both would not end.
+MIRAS_AXES: dict[str, tuple[Any, ...]] = {
+    "architecture": (Matrix(), MLP(2)),
+    "objective": (
+        DotProduct(),
+        L2(),
+        Lp(1),
+        Lp(3),
+        Huber("coordinate"),
+        Huber("norm"),
+        Huber("switch"),
+        Huber("norm", threshold=0.4),
+        ValueShiftRobust(),
+    ),
+    "retention": (
+        Decay(),
+        Decay(per_channel=True),
+        Delta(),
+        Lq(4),
+        Lq(2.5, eps=1e-3),
+        LqDual(4),
+        KL(2.0),
+        ElasticNet(0.05),
+        ElasticNet(0.05, smooth=True),
+        Bregman(),
+    ),
+    "step_size": ("raw",),
+    "momentum": (False, True, "orthogonalized"),
+    "retain_to": ("zero", "initial"),
+    "chunk_size": (1, 4, 16, 37, 64, 192),
+    "read": ("token", "chunk"),
+    "flags": ("none", "mask", "reset", "both"),
+    "tokens": (1, 63, 100),
+    "batch": (1, 3),
+}
+
+
 @dataclass(frozen=True)
 class Case:
-    """One setting of every axis of `AXES`."""
+    """One setting of every axis of `AXES` or `MIRAS_AXES`."""
 
     architecture: Matrix | MLP = DEEP
-    objective: DotProduct | L2 = HEBBIAN
-    retention: Decay | Delta = DELTA
+    objective: Objective = HEBBIAN
+    retention: Retention = DELTA
     step_size: str = "proximal"
-    momentum: bool = True
+    momentum: bool | str = True
     retain_to: str = "zero"
     chunk_size: int = 4
     read: str = "token"
@@ -65,7 +114,7 @@ class Case:
             self.architecture,
             self.objective,
             self.retention,
-            Momentum() if self.momentum else Descent(),
+            {False: Descent(), True: Momentum(), "orthogonalized": OrthogonalizedMomentum()}[self.momentum],
             MIXED if self.step_size == "mixed" else self.step_size,  # type: ignore[arg-type]
             self.retain_to,  # type: ignore[arg-type]
             self.chunk_size,
@@ -74,16 +123,27 @@ class Case:
 
     def __str__(self) -> str:
         arch = "matrix" if isinstance(self.architecture, Matrix) else f"mlp.{self.architecture.activation}"
-        retention = "decay" if isinstance(self.retention, Decay) else "gated" if self.retention.gated else "delta"
-        parts = [arch, type(self.objective).__name__.lower(), retention, self.step_size]
-        parts += ["momentum" if self.momentum else "descent", f"to.{self.retain_to}", f"c{self.chunk_size}", self.read]
+        algorithm = {False: "descent", True: "momentum"}.get(self.momentum, self.momentum)  # type: ignore[arg-type]
+        parts = [arch, label(self.objective), label(self.retention), self.step_size, str(algorithm)]
+        parts += [f"to.{self.retain_to}", f"c{self.chunk_size}", self.read]
         return "-".join([*parts, f"flags.{self.flags}", f"t{self.tokens}", f"b{self.batch}"])
+
+
+def label(part: Any) -> str:
+    """``delta``, ``delta.gated``, ``lq.2.5``: the class and what was set of it."""
+    default = type(part)()
+    chosen = [
+        (f.name, getattr(part, f.name)) for f in fields(part) if getattr(part, f.name) != getattr(default, f.name)
+    ]
+    return ".".join([type(part).__name__.lower(), *(n if v is True else str(v) for n, v in chosen)])
 
 
 def legal(setting: dict[str, Any]) -> bool:
     """Whether a (possibly partial) setting can be part of a memory."""
     step, retention, arch = (setting.get(axis) for axis in ("step_size", "retention", "architecture"))
     if step not in (None, "raw") and isinstance(retention, Decay):
+        return False
+    if setting.get("momentum") == "orthogonalized" and retention not in (None, Decay()):
         return False
     return not (step == "mixed" and isinstance(arch, Matrix))
 
@@ -172,6 +232,8 @@ class Inputs:
         named = {"q": self.q, "k": self.k, "v": self.v, "lr": self.gates.lr, "retain": self.gates.retain}
         if self.gates.momentum is not None:
             named["momentum"] = self.gates.momentum
+        if self.gates.threshold is not None:
+            named["threshold"] = self.gates.threshold
         return named | {f"initial {name}": w for name, w in self.initial.items()}
 
     def cut(self, first: int, last: int) -> tuple[tuple[Tensor, Tensor, Tensor, Gates], dict[str, Tensor | None]]:
@@ -180,7 +242,7 @@ class Inputs:
         def part(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, first:last]
 
-        gates = Gates(*(part(g) for g in self.gates))  # type: ignore[arg-type]
+        gates = self.gates.map(lambda g: g[:, first:last])
         qkv = (self.q[:, first:last], self.k[:, first:last], self.v[:, first:last])
         return (*qkv, gates), {"mask": part(self.mask), "reset": part(self.reset)}
 
@@ -193,13 +255,21 @@ def make_inputs(case: Case, d: int = 3, seed: int = 0, dtype: torch.dtype = torc
     def normal(*size: int, scale: float = 0.5) -> Tensor:
         return (torch.randn(*size, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
 
-    def gate(low: float, high: float) -> Tensor:
-        x = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
-        kind = torch.rand(shape, generator=generator)
+    def gate(low: float, high: float, *channels: int) -> Tensor:
+        size = (*shape, *channels)
+        x = torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
+        kind = torch.rand(size, generator=generator)
         return torch.where(kind < 0.1, 0.0, torch.where(kind < 0.2, 1.0, x)).to(dtype).requires_grad_()
 
     q, k, v = (normal(*shape, d) for _ in range(3))
-    gates = Gates(gate(0, 0.2), gate(0.5, 1), gate(0, 0.9) if case.momentum else None)
+    channels = (d,) if case.retention == Decay(per_channel=True) else ()
+    gates = Gates(gate(0, 0.2), gate(0.5, 1, *channels), gate(0, 0.9) if case.momentum else None)
+    # The curvature of Lp grows with the residual, the slope of this mirror map toward 0: larger steps would diverge.
+    smaller = (0.05 if isinstance(case.objective, Lp) else 1) * (0.1 if isinstance(case.retention, LqDual) else 1)
+    if smaller < 1:
+        gates = gates._replace(lr=(smaller * gates.lr).detach().requires_grad_())
+    if needs_threshold(case.objective):
+        gates = gates._replace(threshold=gate(0.2, 1))
     shapes = case.architecture.shapes(d, d)
     initial = {name: normal(case.batch, *size, scale=0.3) for name, size in shapes.items()}
     mask = torch.rand(shape, generator=generator) > 0.3 if case.flags in ("mask", "both") else None
@@ -229,7 +299,8 @@ def run(
 def state_tensors(state: State) -> dict[str, Tensor]:
     """Every weight in a state by name."""
     groups = {"params": state.params, "anchor": state.anchor, "momentum": state.momentum or {}}
-    return {f"{group} {name}": w for group, weights in groups.items() for name, w in weights.items()}
+    named = {f"{group} {name}": w for group, weights in groups.items() for name, w in weights.items()}
+    return named | state.extra
 
 
 def results(inputs: Inputs, y: Tensor, state: State) -> dict[str, Tensor]:

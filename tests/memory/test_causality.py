@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestlearn.memory import L2, MLP, Gates, Matrix, catalog, scan
+from nestlearn.memory import L2, MLP, Gates, Huber, Matrix, catalog, scan
 
-from .cases import AXES, Case, Inputs, covering, make_inputs, run, state_tensors
+from .cases import AXES, MIRAS_AXES, Case, Inputs, covering, make_inputs, run, state_tensors
 
 TOKENS, CHANGED = 24, 13
 FEW = {**AXES, "chunk_size": (4, 16), "tokens": (TOKENS,), "batch": (3,)}
-CASES = [Case(**setting) for setting in covering(FEW, 2)]
-PARTS = ("q", "k", "v", "lr", "retain", "momentum")
+MIRAS = {**MIRAS_AXES, "chunk_size": (4,), "tokens": (TOKENS,), "batch": (3,), "objective": (L2(), Huber("norm"))}
+CASES = [Case(**setting) for axes in (FEW, MIRAS) for setting in covering(axes, 2)]
+PARTS = ("q", "k", "v", "lr", "retain", "momentum", "threshold")
 HUGE, NAN = 1e30, float("nan")
 
 
@@ -95,7 +96,9 @@ def test_nan_lasts_from_its_token_to_the_next_reset(case: Case, engine: str, spl
     assert poisoned[0, 8:].isnan().all() and poisoned[1, 8:18].isnan().all() and poisoned[2, 8:].isnan().all()
     torch.testing.assert_close(poisoned[1, 18:], clean[1, 18:], rtol=1e-12, atol=1e-12)
     for name, w in state_tensors(state).items():
-        assert w[0].isnan().all() and w[2].isnan().all() and torch.isfinite(w[1]).all(), name
+        # Pending step sizes are sums of gates: they stay finite while the weights are lost.
+        if name != "pending":
+            assert w[0].isnan().all() and w[2].isnan().all() and torch.isfinite(w[1]).all(), name
 
 
 @pytest.mark.parametrize("read", ["token", "chunk"])

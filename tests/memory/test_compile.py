@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestlearn.memory import L2, MLP, Delta, Matrix, State, scan
+from nestlearn.memory import KL, L2, MLP, Delta, Huber, Lq, Matrix, State, scan
 
 from .cases import Case, Inputs, make_inputs, start, state_tensors
 
 DEEP = Case(MLP(2), L2(), Delta(), "proximal", momentum=False, retain_to="initial", chunk_size=8, tokens=5)
+MIRAS = Case(MLP(2), Huber("norm"), Lq(4), "raw", momentum=False, chunk_size=4, tokens=5)
 LARGE = replace(DEEP, momentum=True, chunk_size=4, tokens=11)
 LINEAR = Case(Matrix(), step_size="raw", momentum=False, read="chunk", flags="mask", tokens=5)
 CASES = [
@@ -20,6 +21,8 @@ CASES = [
     pytest.param(DEEP, "aot_eager", id="aligned-aot"),
     pytest.param(replace(DEEP, flags="both"), "eager", id="grid"),
     pytest.param(LINEAR, "aot_eager", id="grid-aot"),
+    pytest.param(MIRAS, "eager", id="lq"),
+    pytest.param(replace(MIRAS, retention=KL(), flags="both"), "eager", id="kl-grid"),
     pytest.param(LARGE, "aot_eager", id="aligned-large", marks=pytest.mark.slow),
     pytest.param(replace(LARGE, flags="both"), "aot_eager", id="grid-large", marks=pytest.mark.slow),
 ]

@@ -13,6 +13,7 @@ from nestlearn.memory.functions import (
     BLOCK_ELEMENTS,
     activate_with_error,
     limit_gradient,
+    potential,
     segment_products,
     solved_erasure,
     unit_lower_inverse,
@@ -39,6 +40,7 @@ FUNCTIONS = {
     "gelu_and_error": (lambda z, b: activate_with_error("gelu", z, b), (normal(7), normal(7, seed=1))),
     "silu_and_error": (lambda z, b: activate_with_error("silu", z, b), (normal(7), normal(7, seed=1))),
     "unit_norm": (unit_norm, (normal(3, 4),)),
+    "potential": (lambda r: potential(r, r.pow(4).sum(-1) / 4, r.pow(3)), (normal(3, 4),)),
 }
 
 
@@ -59,6 +61,7 @@ def test_every_hand_written_gradient_is_checked():
         "SolvedErasure",
         "GeluAndError",
         "UnitNorm",
+        "Potential",
     }
 
 

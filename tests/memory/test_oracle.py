@@ -34,7 +34,7 @@ def rule_of(memory: AssociativeMemory) -> oracle.Rule:
 def run_oracle(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     rule, rows, outputs = rule_of(case.memory), [], []
     for b in range(case.batch):
-        gates = [None if g is None else g[b] for g in inputs.gates]
+        gates = [None if g is None else g[b] for g in inputs.gates[:3]]
         flags = [None if f is None else f[b].tolist() for f in (inputs.mask, inputs.reset)]
         initial = {name: w[b] for name, w in inputs.initial.items()}
         y, row = oracle.scan_row(rule, initial, inputs.q[b], inputs.k[b], inputs.v[b], *gates, *flags)

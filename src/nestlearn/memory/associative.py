@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .algorithms import Algorithm, Descent, Momentum
+from .algorithms import Algorithm, Descent, Momentum, OrthogonalizedMomentum, has_momentum
 from .architectures import Architecture, Matrix
 from .objectives import DotProduct, Objective
-from .retention import Decay, Delta, Retention
-from .types import State, Weights
+from .retention import Decay, Delta, Retention, is_linear, is_per_channel
+from .types import PENDING, State, Weights
 
 StepSize = Literal["raw", "proximal", "normalized"]
 RetainTo = Literal["zero", "initial"]
@@ -29,9 +29,11 @@ class AssociativeMemory:
 
     Args:
         architecture: the map M, `Matrix()` or `MLP(expansion)`.
-        objective: what M minimizes over (key, value), `DotProduct()` or `L2()`.
-        retention: how weights are kept, `Decay()` or `Delta(gated=False)`.
-        algorithm: `Descent()` or `Momentum()`.
+        objective: what M minimizes over (key, value): `DotProduct()`, `L2()`, `Lp(p)`, `Huber(form)`,
+            `ValueShiftRobust()` or any `Objective`.
+        retention: how weights are kept: `Decay(per_channel=False)`, `Delta(gated=False)`, a mirror map (`Lq`, `LqDual`,
+            `KL`, `ElasticNet`, `Bregman`) or any `Retention`.
+        algorithm: `Descent()`, `Momentum()` or `OrthogonalizedMomentum()`.
         step_size: how the gate ``eta`` becomes the step ``eta'`` of a map with input x (one for all maps, or a mapping
             from map name; only with delta retention, which needs the bound):
             ``raw`` ``eta``; ``proximal`` ``eta / (1 + eta ||x||^2)`` (the exact DGD step, NL Eq. 57);
@@ -67,11 +69,24 @@ class AssociativeMemory:
         if isinstance(self.architecture, type) or not isinstance(self.architecture, Architecture):
             raise ValueError(f"architecture must be Matrix() or MLP(), got {self.architecture!r}")
         if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
-            raise ValueError(f"objective must be DotProduct() or L2(), got {self.objective!r}")
-        if not isinstance(self.retention, Decay | Delta):
-            raise ValueError(f"retention must be Decay() or Delta(), got {self.retention!r}")
-        if not isinstance(self.algorithm, Descent | Momentum):
-            raise ValueError(f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}")
+            raise ValueError(
+                f"objective must be DotProduct() or L2(), got {self.objective!r}; "
+                "any object with their methods `loss(prediction, v)` and `error(predict, v)` will do"
+            )
+        if isinstance(self.retention, type) or not isinstance(self.retention, Retention):
+            raise ValueError(
+                f"retention must be Decay() or Delta(), got {self.retention!r}; "
+                "any instance of a subclass of Retention that defines `weights` will do"
+            )
+        if not isinstance(self.algorithm, Descent | Momentum | OrthogonalizedMomentum):
+            raise ValueError(
+                f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; or use OrthogonalizedMomentum()"
+            )
+        if isinstance(self.algorithm, OrthogonalizedMomentum) and self.retention != Decay():
+            raise ValueError(
+                "OrthogonalizedMomentum() writes when a chunk ends and needs retention=Decay(), "
+                f"got {self.retention!r}. Use Decay(), or Momentum()."
+            )
         _require("retain_to", self.retain_to, get_args(RetainTo))
         _require("read", self.read, get_args(Read))
         names = tuple(self.architecture.shapes(1, 1))
@@ -89,6 +104,17 @@ class AssociativeMemory:
                     f"step_size={kind!r} is the step of a delta rule and needs retention=Delta(); "
                     f"got {self.retention!r}. Use step_size='raw', or Delta()."
                 )
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the algorithm keeps a momentum and needs its gate."""
+        return has_momentum(self.algorithm)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one decay a token and weights that change at every token are all there is: the fast engine's case."""
+        linear = is_linear(self.retention) and not is_per_channel(self.retention)
+        return linear and not isinstance(self.algorithm, OrthogonalizedMomentum)
 
     def step_size_of(self, name: str) -> StepSize:
         """The step-size mode of one map."""
@@ -111,8 +137,8 @@ class AssociativeMemory:
         Args:
             batch_shape: leading dimensions ``*b`` (rows, heads, ...); may be empty.
             d_key, d_value: widths of keys and values (equal for an MLP).
-            params: initial weights ``{name: [*b, out, in]}`` or broadcastable to it; gradients reach them. Without
-                them a matrix starts at 0 and an MLP at random.
+            params: initial weights (accumulators, where the retention is a mirror map) ``{name: [*b, out, in]}`` or
+                broadcastable to it; gradients reach them. Without them a matrix starts at 0 and an MLP at random.
             generator: randomness of that start (CPU generator).
             dtype: of the fast weights, float32 or float64. Half precision is refused: it rounds 0.9997 to 1.
 
@@ -122,19 +148,25 @@ class AssociativeMemory:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"fast weights must be float32 or float64, got {dtype}; inputs may be bfloat16")
         shapes = self.architecture.shapes(d_key, d_value)
+        if is_per_channel(self.retention):
+            _check_channels(self.architecture.query_map, shapes, d_key)
         if params is None:
             full = {n: self.architecture.init(n, (*batch_shape, *s), generator) for n, s in shapes.items()}
+            full = {n: self.retention.start(w) for n, w in full.items()}
         else:
             if set(params) != set(shapes):
                 raise ValueError(f"params has maps {sorted(params)}, this memory has {sorted(shapes)}")
             full = {n: _expand(n, params[n], (*batch_shape, *s)) for n, s in shapes.items()}
         initial = {n: w.to(dtype=dtype, device=device) for n, w in full.items()}
         momentum = None
-        if isinstance(self.algorithm, Momentum):
+        if has_momentum(self.algorithm):
             momentum = {n: torch.zeros_like(w) for n, w in initial.items()}
-        place = next(iter(initial.values())).device
-        position = torch.zeros(batch_shape, dtype=torch.long, device=place)
-        return State(dict(initial), momentum, dict(initial), initial, position, {}, aligned=True)
+        first = next(iter(initial.values()))
+        position = torch.zeros(batch_shape, dtype=torch.long, device=first.device)
+        extra = {}
+        if isinstance(self.algorithm, OrthogonalizedMomentum):
+            extra[PENDING] = first.new_zeros(batch_shape)
+        return State(dict(initial), momentum, dict(initial), initial, position, extra, aligned=True)
 
 
 def _require(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -147,3 +179,13 @@ def _expand(name: str, w: Float[Tensor, "..."], shape: tuple[int, ...]) -> Tenso
         return w.expand(shape)
     except RuntimeError as error:
         raise ValueError(f"initial weights {name!r} have shape {tuple(w.shape)}, expected {shape}") from error
+
+
+def _check_channels(query_map: str, shapes: dict[str, tuple[int, int]], d_key: int) -> None:
+    for name, (out, width) in shapes.items():
+        if (width if name == query_map else out) != d_key:
+            raise ValueError(
+                f"Decay(per_channel=True) keeps each of d_key={d_key} channels by a gate of its own, but map {name!r} "
+                f"has shape {(out, width)}. Use an architecture whose other maps end in the width of the keys, "
+                "or Decay()."
+            )

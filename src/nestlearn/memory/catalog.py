@@ -5,8 +5,8 @@ from __future__ import annotations
 from .algorithms import Momentum
 from .architectures import MLP, Matrix
 from .associative import AssociativeMemory
-from .objectives import L2
-from .retention import Delta
+from .objectives import L2, Huber, Lp
+from .retention import KL, Delta, Lq
 
 catalog: dict[str, AssociativeMemory] = {
     # S_t = S_{t-1} + v k^T (Katharopoulos et al. 2020; NL Eq. 16); gates lr = retain = 1
@@ -26,4 +26,10 @@ catalog: dict[str, AssociativeMemory] = {
     "dla": AssociativeMemory(MLP(4)),
     # the memory of self-modifying Titans (NL Eq. 88-93); docs/decisions.md says why dot product is the default
     "hope": AssociativeMemory(MLP(4), retention=Delta(), step_size="proximal", retain_to="initial"),
+    # A_t = alpha_t A_{t-1} - eta_t grad ||M(k) - v||_3^3,  W = A / ||A||_4^2 (Miras section 5)
+    "moneta": AssociativeMemory(MLP(4), objective=Lp(3), retention=Lq(4)),
+    # the L2 gradient for residuals up to delta_t, delta_t times that of L1 beyond (Miras section 5)
+    "yaad": AssociativeMemory(MLP(4), objective=Huber("switch")),
+    # W_t = softmax(alpha_t log W_{t-1} - eta_t grad 1/2 ||M(k) - v||^2) per output row (Miras section 5)
+    "memora": AssociativeMemory(MLP(4), objective=L2(), retention=KL()),
 }

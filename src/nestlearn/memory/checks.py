@@ -7,8 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .algorithms import Momentum
 from .associative import AssociativeMemory
+from .objectives import ThresholdObjective, needs_threshold
+from .retention import is_per_channel
 from .types import Factor, Gates, State, Weights
 
 Engine = Literal["auto", "reference", "chunked", "triton"]
@@ -52,11 +53,17 @@ def check_scan(
                 "Make the state with init_state(..., dtype=torch.float64), or pass float32 inputs."
             )
     check_momentum(memory, gates)
-    if isinstance(memory.algorithm, Momentum) and state.momentum is None:
+    check_threshold(memory, gates.threshold)
+    if memory.has_momentum and state.momentum is None:
         raise ValueError("this state was made without momentum; make it with this memory's init_state")
+    channels = is_per_channel(memory.retention)
     for name, x in (*gates._asdict().items(), ("mask", mask), ("reset", reset)):
-        if x is not None and x.shape != (*batch, tokens):
-            raise ValueError(f"{name} must have shape {(*batch, tokens)}, got {tuple(x.shape)}")
+        expected = (*batch, tokens, q.shape[-1]) if channels and name == "retain" else (*batch, tokens)
+        if x is not None and x.shape != expected:
+            raise ValueError(
+                f"{name} must have shape {expected}, got {tuple(x.shape)}"
+                + ("" if name != "retain" else f" for {memory.retention!r}; a gate per channel needs per_channel=True")
+            )
     for name, x in (("mask", mask), ("reset", reset)):
         if x is not None and x.dtype != torch.bool:
             raise TypeError(f"{name} must be a bool tensor, got {x.dtype}")
@@ -75,11 +82,27 @@ def check_maps(memory: AssociativeMemory, weights: Weights, k: Tensor, v: Tensor
 
 def check_momentum(memory: AssociativeMemory, gates: Gates) -> None:
     """The momentum gate is there exactly if the algorithm has momentum."""
-    needed = isinstance(memory.algorithm, Momentum)
-    if needed and gates.momentum is None:
-        raise ValueError("algorithm=Momentum() needs gates.momentum; pass it, or use Descent()")
-    if not needed and gates.momentum is not None:
-        raise ValueError("gates.momentum was given but algorithm=Descent() has no momentum; drop it, or use Momentum()")
+    name = type(memory.algorithm).__name__
+    if memory.has_momentum and gates.momentum is None:
+        raise ValueError(f"algorithm={name}() needs gates.momentum; pass it, or use Descent()")
+    if not memory.has_momentum and gates.momentum is not None:
+        raise ValueError(f"gates.momentum was given but algorithm={name}() has no momentum; drop it, or use Momentum()")
+
+
+def check_threshold(memory: AssociativeMemory, threshold: Tensor | None) -> None:
+    """Thresholds of the tokens are there exactly if the objective takes them from there."""
+    objective = memory.objective
+    if needs_threshold(objective) and threshold is None:
+        raise ValueError(
+            f"{objective!r} has no constant threshold and needs one for every token; "
+            "pass Gates(threshold=...), or make the objective with a constant one"
+        )
+    if not needs_threshold(objective) and threshold is not None:
+        fix = "drop it, or make the objective with threshold=None"
+        raise ValueError(
+            f"thresholds were given but {objective!r} "
+            + (f"has a constant one; {fix}" if isinstance(objective, ThresholdObjective) else "has none; drop them")
+        )
 
 
 def check_factors(memory: AssociativeMemory, state: State, factors: dict[str, Factor], gates: Gates) -> None:

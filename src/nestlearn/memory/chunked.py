@@ -15,6 +15,7 @@ from torch import Tensor
 from .associative import AssociativeMemory
 from .functions import product
 from .layout import Grid, nobody, place, scatter_outputs, span_length
+from .objectives import with_threshold
 from .retention import Delta
 from .span import Entering, Erasure, Kernels, Writes, advance, contain, erase, make_kernels, read, write, write_kept
 from .types import Factor, Gates, State, Weights
@@ -229,7 +230,8 @@ def _run_span(
         y = memory.architecture(linear, tokens.q)
         if not update:
             return y, state
-    factors = memory.architecture.factors(linear, adjoint, tokens.k, tokens.v, memory.objective)
+    objective = with_threshold(memory.objective, tokens.gates.threshold)
+    factors = memory.architecture.factors(linear, adjoint, tokens.k, tokens.v, objective)
     kernels, starts, writes = absorb_span(memory, state, factors, tokens, guard=guard)
     if how == "token" and tokens.q is not None:
 
@@ -312,12 +314,14 @@ def _scan_placed(
     lr = torch.where(grid.valid, gates.lr[row, grid.index], 0)
     retain = torch.where(grid.valid, gates.retain[row, grid.index], 1)
     beta = None if gates.momentum is None else torch.where(grid.valid, gates.momentum[row, grid.index], 1)
+    threshold = None if gates.threshold is None else torch.where(grid.valid, gates.threshold[row, grid.index], 0)
     outputs = []
     for i in range(spans):
         begins = (grid.phase[:, i] == 0)[:, None, None]
         anchor = {n: torch.where(begins, w, state.anchor[n]) for n, w in state.params.items()}
         state = state._replace(anchor=anchor)
-        here = Gates(lr[:, i], retain[:, i], None if beta is None else beta[:, i])
+        at_i = (None if gate is None else gate[:, i] for gate in (beta, threshold))
+        here = Gates(lr[:, i], retain[:, i], *at_i)
         valid, reset = grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
         y, state = run_span(memory, state, Tokens(q_s[:, i], k_s[:, i], v_s[:, i], here, valid, reset), how)
         if reset is not None:

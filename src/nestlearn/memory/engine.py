@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from . import chunked, reference
+from . import chunked, general, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
-from .checks import Engine, check_engine, check_factors, check_maps, check_scan
+from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_threshold
 from .layout import nobody, poisoned_from
+from .objectives import with_threshold
 from .retention import Delta
 from .types import Factor, Gates, State, Weights
 
@@ -83,11 +84,17 @@ def scan(
     return y.to(out_dtype), end
 
 
-def surprise(memory: AssociativeMemory, params: Weights, k: Tensor, v: Tensor) -> dict[str, Factor]:
+def surprise(
+    memory: AssociativeMemory,
+    params: Weights,
+    k: Float[Tensor, "*b t d_key"],
+    v: Float[Tensor, "*b t d_value"],
+    threshold: Float[Tensor, "*b t"] | None = None,
+) -> dict[str, Factor]:
     """The local surprise signal of every map: its input and the error ``d loss / d (W x)`` at weights ``params``.
 
-    ``k: [*b, t, d_key]``, ``v: [*b, t, d_value]``, ``params[name]: [*b, out, in]``; the gradient of a map for token t
-    is ``error_t input_t^T`` (NL Eq. 29-31).
+    ``params[name]: [*b, out, in]`` (accumulators, where the retention is a mirror map); the gradient of a map for
+    token t is ``error_t input_t^T`` (NL Eq. 29-31). ``threshold`` as in `Gates`, for objectives that need it.
 
     Example:
         >>> import torch
@@ -98,8 +105,10 @@ def surprise(memory: AssociativeMemory, params: Weights, k: Tensor, v: Tensor) -
         True
     """
     check_maps(memory, params, k, v, k.shape[:-2])
-    linear, adjoint = chunked.anchored(params, params, None)
-    return memory.architecture.factors(linear, adjoint, k, v, memory.objective)
+    check_threshold(memory, threshold)
+    weights = {name: memory.retention.anchored(a) for name, a in params.items()}
+    linear, adjoint = chunked.anchored(weights, weights, None)
+    return memory.architecture.factors(linear, adjoint, k, v, with_threshold(memory.objective, threshold))
 
 
 def absorb(memory: AssociativeMemory, state: State, factors: dict[str, Factor], gates: Gates) -> State:
@@ -123,15 +132,22 @@ def absorb(memory: AssociativeMemory, state: State, factors: dict[str, Factor], 
     """
     check_factors(memory, state, factors, gates)
     tokens = gates.lr.shape[-1]
-    empty = next(iter(factors.values())).input
-    span = chunked.Tokens(None, empty, empty, gates)
-    kernels, starts, writes = chunked.absorb_span(memory, state, factors, span)
-    end = chunked.advance_span(memory, state, kernels, starts, writes, None)
     position = (state.position + tokens) % memory.chunk_size
-    finished = (position == 0)[..., None, None]
-    anchor = {n: torch.where(finished, w, state.anchor[n]) for n, w in end.params.items()}
+    finished = position == 0
+    if memory.is_plain:
+        empty = next(iter(factors.values())).input
+        span = chunked.Tokens(None, empty, empty, gates)
+        kernels, starts, writes = chunked.absorb_span(memory, state, factors, span)
+        end = chunked.advance_span(memory, state, kernels, starts, writes, None)._replace(extra={})
+    else:
+        rows = _flatten_state(state, position.dim())
+        flat = {name: Factor(*(_flat(x, position.dim()) for x in factor)) for name, factor in factors.items()}
+        flat_gates = gates.map(lambda g: _flat(g, position.dim()))
+        end = general.absorb_span(memory, rows, flat, flat_gates, finished.reshape(-1))
+        end = _unflatten_state(end, position.shape)
+    anchor = {n: torch.where(finished[..., None, None], w, state.anchor[n]) for n, w in end.params.items()}
     aligned = state.aligned and tokens % memory.chunk_size == 0
-    return end._replace(anchor=anchor, position=position, extra={}, aligned=aligned)
+    return end._replace(anchor=anchor, position=position, aligned=aligned)
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,8 @@ def explain(memory: AssociativeMemory) -> Explanation:
     span = chunked.span_length(chunk, chunk)
     if span < chunk:
         reasons.append(f"a chunk is computed in {chunk // span} spans of {span} tokens that share its anchor")
+    if not memory.is_plain:
+        reasons.extend(general.explain_general(memory))
     if isinstance(memory.algorithm, Momentum):
         reasons.append("momentum needs one more kernel, the product of both decays")
     reasons.append("a fresh state runs aligned; masks, resets and a state inside a chunk place tokens on a grid")
@@ -179,12 +197,13 @@ def _quarantine(
     """
     # NaN compares False.
     bad = ~(k.abs() <= _limit(k)).all(-1) | ~(v.abs() <= _limit(v)).all(-1)
-    for gate, limit in ((gates.lr, _limit(k)), (gates.retain, LARGEST_KEPT), (gates.momentum, LARGEST_KEPT)):
+    for gate, limit in zip(gates, (_limit(k), LARGEST_KEPT, LARGEST_KEPT, _limit(k)), strict=True):
         if gate is not None:
-            bad = bad | ~(gate.abs() <= limit)
+            here = gate.abs() <= limit
+            bad = bad | ~(here if here.dim() == bad.dim() else here.all(-1))
     if mask is not None:
         bad = bad & mask
-    clean = gates.map(lambda g: torch.where(bad, 0, g))
+    clean = gates.map(lambda g: torch.where(bad if g.dim() == bad.dim() else bad.unsqueeze(-1), 0, g))
     k, v = (torch.where(bad[..., None], 0, x) for x in (k, v))
     return k, v, clean, poisoned_from(bad, mask, reset)
 
@@ -244,7 +263,8 @@ def _scan_rows(
 
     flat_mask, flat_reset = (None if flag is None else rows(flag) for flag in (mask, reset))
     flat_state, flat_gates = _flatten_state(state, len(batch)), gates.map(rows)
-    y, end = chunked.scan(
+    run = chunked.scan if memory.is_plain else general.scan
+    y, end = run(
         memory, flat_state, rows(q), rows(k), rows(v), flat_gates, flat_mask, flat_reset, how, return_state=return_state
     )
     return y.reshape((*batch, *y.shape[1:])), _unflatten_state(end, batch)
@@ -260,11 +280,16 @@ def _map_rows(state: State, change: Callable[[Tensor], Tensor]) -> State:
         anchor=weights(state.anchor),
         initial=weights(state.initial),
         position=change(state.position),
+        extra={name: change(x) for name, x in state.extra.items()},
     )
 
 
+def _flat(x: Tensor, leading: int) -> Tensor:
+    return x.reshape(-1, *x.shape[leading:])
+
+
 def _flatten_state(state: State, leading: int) -> State:
-    return _map_rows(state, lambda x: x.reshape(-1, *x.shape[leading:]))
+    return _map_rows(state, lambda x: _flat(x, leading))
 
 
 def _unflatten_state(state: State, batch: tuple[int, ...]) -> State:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 Activation = Literal["gelu", "silu"]
 
 
-def product(x: Float[Tensor, "*b n k"], y: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b n m"]:
+def product(x: Float[Tensor, "*#b n k"], y: Float[Tensor, "*#b k m"]) -> Float[Tensor, "*_ n m"]:
     """``x @ y``; for plain batches of matrices without the reshapes that ``@`` records for autograd."""
     if x.dim() == 3 and y.dim() == 3 and x.shape[0] == y.shape[0]:
         return torch.bmm(x, y)
@@ -107,7 +107,7 @@ class SolvedErasure(torch.autograd.Function):
 
 
 def solved_erasure(
-    x: Float[Tensor, "*b c d"], before: Float[Tensor, "*b c c"], eta: Float[Tensor, "*b c"]
+    x: Float[Tensor, "*b c d"], before: Float[Tensor, "*#b c c"], eta: Float[Tensor, "*#b c"]
 ) -> Float[Tensor, "*b c c"]:
     """``-(I + diag(eta) [before * X X^T])^-1 diag(eta)``; leading dimensions broadcast to those of x."""
     return SolvedErasure.apply(x, before, eta)  # type: ignore[return-value]
@@ -260,3 +260,29 @@ def limit_gradient(x: Float[Tensor, "*b out in"], limit: float) -> Float[Tensor,
     Where a recurrence is chaotic, gradients through it grow without bound and mean nothing; here they stay finite.
     """
     return LimitGradient.apply(x, limit)  # type: ignore[return-value]
+
+
+class Potential(torch.autograd.Function):
+    """``value`` with the given gradient ``slope`` with respect to r; the slope carries all further derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(r: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return grad.unsqueeze(-1) * slope, None, None
+
+
+def potential(
+    r: Float[Tensor, "*b d"], value: Float[Tensor, "*b"], slope: Float[Tensor, "*b d"]
+) -> Float[Tensor, "*b"]:
+    """A loss of value ``value`` whose gradient with respect to ``r`` is ``slope``, a differentiable function of r."""
+    return Potential.apply(r, value, slope)  # type: ignore[return-value]

@@ -25,6 +25,13 @@ def span_length(chunk_size: int, tokens: int, longest: int = LONGEST_SPAN) -> in
     return min(length, tokens)
 
 
+def short_span(chunk_size: int, tokens: int, longest: int) -> int:
+    """Tokens processed at once where that must be few: a large divisor of the chunk, or ``longest`` of any chunk."""
+    longest = max(1, min(longest, chunk_size))
+    divisor = next(n for n in range(longest, 0, -1) if chunk_size % n == 0)
+    return min(divisor if 2 * divisor > longest else longest, tokens)
+
+
 def nobody(flags: Bool[Tensor, "..."]) -> bool:
     """Whether no flag is set, if looking is free: on an accelerator, or while compiling, the answer is always False."""
     if flags.device.type != "cpu" or torch.compiler.is_compiling() or type(flags) is not Tensor:
@@ -79,7 +86,7 @@ def place(
 ) -> Grid:
     """Assign the tokens of every row to spans that end where a chunk ends or after ``span`` tokens.
 
-    ``span`` must divide the chunk, or hold all tokens (`span_length` sees to it).
+    Every chunk begins a span, so that the last span of a chunk is shorter where ``span`` does not divide it.
     ``boundary`` also ends spans at its multiples inside a chunk (memories of two chunk sizes share a grid).
 
     A reset inside a span needs no new span: after it the anchor is the initial weights, known beforehand. So a row
@@ -103,7 +110,8 @@ def place(
     following = torch.where(ends, slots, tokens).flip(1).cummin(1).values.flip(1)
     following = torch.cat([following[:, 1:], following.new_full((rows, 1), tokens)], 1)
 
-    firsts, lasts = _spans(following, count, tokens, boundary, span, several=restart is not None)
+    ragged = boundary % span != 0 and span < tokens
+    firsts, lasts = _spans(following, count, tokens, boundary, span, several=restart is not None or ragged)
     slot = firsts[..., None] + torch.arange(span, device=device)
     valid = slot < lasts[..., None]
     slot = slot.clamp(max=tokens - 1)

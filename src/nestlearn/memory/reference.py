@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algorithms import Momentum
+from .algorithms import GRADIENT_LIMIT, OrthogonalizedMomentum
 from .associative import AssociativeMemory
+from .functions import limit_gradient
+from .newton_schulz import newton_schulz
+from .objectives import with_threshold
 from .retention import Delta
-from .types import Gates, State, Weights
+from .types import PENDING, Gates, State, Weights
 
 
 def read_weights(memory: AssociativeMemory, weights: Weights, x: Tensor) -> Tensor:
@@ -31,11 +34,6 @@ def map_inputs(memory: AssociativeMemory, weights: Weights, k: Tensor) -> Weight
     return inputs
 
 
-def inner_gradient(memory: AssociativeMemory, weights: Weights, k: Tensor, v: Tensor) -> Weights:
-    """``d loss(M(k), v) / d W`` of every map and row, by autograd; differentiable again."""
-    return torch.func.grad(lambda w: memory.objective.loss(read_weights(memory, w, k), v).sum())(weights)
-
-
 def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
     """The step eta' of one map with input x (docs/decisions.md, "step size")."""
     square = x.square().sum(-1)
@@ -47,23 +45,39 @@ def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
 
 
 def token_step(
-    memory: AssociativeMemory, state: State, k: Tensor, v: Tensor, lr: Tensor, retain: Tensor, beta: Tensor | None
+    memory: AssociativeMemory,
+    state: State,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    retain: Tensor,
+    beta: Tensor | None = None,
+    threshold: Tensor | None = None,
+    written: Tensor | None = None,
 ) -> tuple[Weights, Weights | None]:
-    """Weights and momentum after one token ``k, v: [*b, d]``; ``lr, retain, beta: [*b]``."""
-    gradients = inner_gradient(memory, state.anchor, k, v)
-    inputs = map_inputs(memory, state.anchor, k)
-    weights: Weights = {}
-    momentum: Weights = {}
+    """Weights (or accumulators) and momentum after one token ``k, v: [*b, d]`` and its gates ``[*b]``.
+
+    ``written: [*b]`` are the step sizes with which orthogonalized momentum is written after it (0 inside a chunk).
+    """
+    anchor = {name: memory.retention.anchored(a) for name, a in state.anchor.items()}
+    objective = with_threshold(memory.objective, threshold)
+    inputs = map_inputs(memory, anchor, k)
+    # d loss(M(k), v) / d W of every map and row, by autograd; differentiable again.
+    gradients = torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(anchor)
+    weights, momentum = {}, {}
     for name, gradient in gradients.items():
         x, w = inputs[name], state.params[name]
         target = state.initial[name] if memory.retain_to == "initial" else torch.zeros_like(w)
         eta = effective_step(memory.step_size_of(name), lr, retain, x)[..., None, None]
-        keep = retain[..., None, None]
+        keep = retain if retain.dim() > lr.dim() else retain[..., None]
+        keep = keep.unsqueeze(-2 if name == memory.architecture.query_map else -1)
         change = -eta * gradient
-        if isinstance(memory.algorithm, Momentum):
-            assert beta is not None and state.momentum is not None
-            change = beta[..., None, None] * state.momentum[name] + change
-            momentum[name] = change
+        if state.momentum is not None and beta is not None:
+            pushed = -gradient if isinstance(memory.algorithm, OrthogonalizedMomentum) else change
+            momentum[name] = change = beta[..., None, None] * state.momentum[name] + pushed
+        if isinstance(memory.algorithm, OrthogonalizedMomentum) and written is not None:
+            change = newton_schulz(limit_gradient(change, GRADIENT_LIMIT), memory.algorithm.steps)
+            change = written[..., None, None] * change
         kept = keep * (w - target)
         if isinstance(memory.retention, Delta):
             erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))
@@ -98,23 +112,34 @@ def scan(
             params=select(fresh, state.initial, state.params),
             anchor=select(fresh, state.initial, state.anchor),
             position=torch.where(fresh, 0, state.position),
+            extra={name: torch.where(fresh, 0, x) for name, x in state.extra.items()},
         )
         if state.momentum is not None:
             zeros = {name: torch.zeros_like(s) for name, s in state.momentum.items()}
             start = start._replace(momentum=select(fresh, zeros, state.momentum))
         start = start._replace(anchor=select(start.position == 0, start.params, start.anchor))
+        position = (start.position + 1) % memory.chunk_size
+        closes = valid & (position == 0)
         # A masked token may hold anything, NaN included; it must reach neither values nor gradients.
         k_t, v_t, q_t = (torch.where(valid[..., None], x[..., t, :], 0) for x in (k, v, q))
-        lr, retain = (torch.where(valid, gate[..., t], 0) for gate in (gates.lr, gates.retain))
-        beta = None if gates.momentum is None else torch.where(valid, gates.momentum[..., t], 0)
-        weights, momentum = token_step(memory, start, k_t, v_t, lr, retain, beta)
-        y = read_weights(memory, weights if read == "token" else start.anchor, q_t)
-        outputs.append(torch.where(valid[..., None], y, 0))
-        position = torch.where(valid, (start.position + 1) % memory.chunk_size, state.position)
-        weights = select(valid, weights, state.params)
-        anchor = select(valid, start.anchor, state.anchor)
+        here = gates.at(t, valid)
+        extra, written = dict(state.extra), None
+        if PENDING in extra:
+            pending = here.retain * start.extra[PENDING] + here.lr
+            extra[PENDING], written = torch.where(closes, 0, pending), torch.where(closes, pending, 0)
+        weights, momentum = token_step(memory, start, k_t, v_t, *here, written)
+        retention = memory.retention
+        if read == "token":
+            seen = {name: retention.weights(a, start.anchor[name]) for name, a in weights.items()}
+        else:
+            seen = {name: retention.anchored(a) for name, a in start.anchor.items()}
+        outputs.append(torch.where(valid[..., None], read_weights(memory, seen, q_t), 0))
+        ended = select(closes, {name: retention.close(a) for name, a in weights.items()}, weights)
+        weights = select(valid, ended, state.params)
+        anchor = select(closes, weights, select(valid, start.anchor, state.anchor))
         if momentum is not None and state.momentum is not None:
             momentum = select(valid, momentum, state.momentum)
-        anchor = select(valid & (position == 0), weights, anchor)
-        state = state._replace(params=weights, momentum=momentum, anchor=anchor, position=position, aligned=False)
+        extra = {name: torch.where(valid, x, state.extra[name]) for name, x in extra.items()}
+        position = torch.where(valid, position, state.position)
+        state = State(weights, momentum, anchor, state.initial, position, extra)
     return torch.stack(outputs, -2), state

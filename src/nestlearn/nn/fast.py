@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory, State
-from nestlearn.memory.types import Weights
+from nestlearn.memory.types import PENDING, Weights
 
 NORM_EPSILON = 1e-6
 
@@ -22,7 +22,8 @@ class FastState(NamedTuple):
 
     A `nestlearn.memory.State` without the initial weights, which are parameters of the layer and are attached again
     when it runs: a cache holds only what was learned. ``position`` counts the tokens read in the current chunk;
-    ``aligned`` is static, True where every row is known to stand at the start of a chunk.
+    ``aligned`` is static, True where every row is known to stand at the start of a chunk. ``pending`` are the step
+    sizes that `OrthogonalizedMomentum` writes when the chunk ends (None without it).
     """
 
     params: Weights
@@ -30,19 +31,22 @@ class FastState(NamedTuple):
     anchor: Weights
     position: Int[Tensor, "b"]
     aligned: bool
+    pending: Float[Tensor, "b *rows"] | None = None
 
 
 def pack(state: State) -> FastState:
     """The part of a memory's state that a cache keeps; heads (further dimensions of ``position``) run in step."""
     position = state.position.flatten(1)[:, 0] if state.position.dim() > 1 else state.position
-    return FastState(state.params, state.momentum, state.anchor, position, state.aligned)
+    pending = state.extra.get(PENDING)
+    return FastState(state.params, state.momentum, state.anchor, position, state.aligned, pending)
 
 
 def unpack(fast: FastState, initial: Weights, batch_shape: tuple[int, ...]) -> State:
     """A memory's state again, with the layer's ``initial`` weights broadcast to ``batch_shape``."""
     full = {name: w.expand(*batch_shape, *w.shape[-2:]) for name, w in initial.items()}
     position = fast.position.view(-1, *(1,) * (len(batch_shape) - 1)).expand(batch_shape)
-    return State(fast.params, fast.momentum, fast.anchor, full, position, {}, fast.aligned)
+    extra = {} if fast.pending is None else {PENDING: fast.pending}
+    return State(fast.params, fast.momentum, fast.anchor, full, position, extra, fast.aligned)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -85,9 +89,10 @@ class InitialWeights(nn.ParameterDict):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The architecture's own initial values: random for an MLP, zero for a matrix."""
+        """The architecture's own initial values, random for an MLP and zero for a matrix, as accumulators."""
         for name, weight in self.items():
-            weight.copy_(self.memory.architecture.init(name, tuple(weight.shape), None))
+            start = self.memory.architecture.init(name, tuple(weight.shape), None)
+            weight.copy_(self.memory.retention.start(start))
 
 
 class GateProjection(nn.Module):

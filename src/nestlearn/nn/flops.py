@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Matrix, Momentum
+from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Lq, Matrix
+from nestlearn.memory.general import longest_span
 from nestlearn.memory.layout import span_length
+from nestlearn.memory.retention import is_linear
 
 
 def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_length: int, writes: bool = True) -> int:
@@ -17,7 +19,10 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
     if not writes:
         return sum(dense.values())
     span = span_length(memory.chunk_size, context_length)
-    delta, momentum = isinstance(memory.retention, Delta), isinstance(memory.algorithm, Momentum)
+    if not memory.is_plain:
+        span = longest_span(memory, context_length, memory.read)
+    dense_reads = memory.read == "token" and not (is_linear(memory.retention) or isinstance(memory.retention, Lq))
+    delta, momentum = isinstance(memory.retention, Delta), memory.has_momentum
     total = 0
     last = list(shapes)[-1]
     for name, (out, width) in shapes.items():
@@ -30,6 +35,9 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
         total += 2 * dense[name]
         if memory.read == "token":
             total += 2 * span * (width + out) + (dense[name] if memory.retain_to == "initial" else 0)
+        if dense_reads:
+            # The weights of every token: what enters, and the span's writes into each of its tokens.
+            total += (1 + span) * dense[name]
         if delta:
             total += dense[name] + 2 * span * width + span * out
         if momentum:

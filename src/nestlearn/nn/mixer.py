@@ -11,7 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Gates, Momentum, State, catalog, scan
+from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Gates, State, catalog, scan
+from nestlearn.memory.objectives import needs_threshold
+from nestlearn.memory.retention import is_per_channel
 from nestlearn.memory.types import Weights
 
 from .conv import ShortConv
@@ -28,7 +30,7 @@ from .fast import (
     wide_dtype,
 )
 from .flops import scan_flops
-from .stability import MAX_MOMENTUM, bounded_step, check_step, is_deep
+from .stability import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, check_step, is_deep
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class GateRule:
         retain: ``learned`` from the input, ``one`` (nothing is forgotten), or ``retnet``, the constant
             ``1 - 2^(-5-h)`` of head h (arXiv 2307.08621).
 
-    Momentum, where the memory has it, is always learned from the input.
+    Momentum and thresholds, where the memory has them, are always learned from the input; with
+    `Decay(per_channel=True)` retain has a logit per channel.
     """
 
     lr: Literal["learned", "one"] = "learned"
@@ -75,10 +78,12 @@ class MemoryMixer(nn.Module):
         M_t = M_{t-1} after writing (k_t, v_t) with gates (eta_t, alpha_t, beta_t),   y_t = W_o norm(M_t(q_t))
 
     The memory and its update are those of `nestlearn.memory.scan` (NL Eq. 57, 88; Titans Eq. 9-14). Values are
-    normalized for an MLP memory because its maps multiply each other: unbounded targets overflow within one sequence.
+    normalized for an MLP memory because its maps multiply each other: unbounded targets overflow within one sequence;
+    also where objective or retention is not linear, which a scale of the values would change.
 
-    **Bounds** (no gate the layer can emit makes the recurrence expand): retain in [0, 1], momentum in [0, 0.9], and a
-    step size bounded jointly with them, by a rule that depends on the memory: see `nestlearn.nn.stability`.
+    **Bounds** (no gate the layer can emit makes the recurrence expand): retain in [0, 1], momentum in [0, 0.9],
+    thresholds in [0, 2], and a step size bounded jointly with them, by a rule that depends on the memory: see
+    `nestlearn.nn.stability`.
 
     Args:
         d_model: width of input and output.
@@ -130,7 +135,7 @@ class MemoryMixer(nn.Module):
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.conv = ShortConv(3 * d_model, conv_size) if conv_size else None
-        biases = _gate_biases(self.memory, self.rule, num_heads)
+        biases = _gate_biases(self.memory, self.rule, num_heads, self.d_head)
         self.gates = GateProjection(d_model, biases) if biases else None
         self.initial: InitialWeights | None = None
         if is_deep(self.memory) or learn_initial:
@@ -199,23 +204,29 @@ class MemoryMixer(nn.Module):
             mixed, tail = self.conv(mixed, tail, mask, reset)
         mixed = F.silu(mixed).to(wide_dtype(x))
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.d_head)).permute(2, 0, 3, 1, 4)
-        return unit(q), unit(k), unit(v) if is_deep(self.memory) else v, tail
+        return unit(q), unit(k), unit(v) if bounds_values(self.memory) else v, tail
 
     def _gates(self, x: Tensor, initial: Weights, writes: bool) -> Gates:
         """Bounded gates ``[b, h, t]``; see `nestlearn.nn.stability`."""
         logits = {} if self.gates is None else self.gates(x)
         ones = x.new_ones(x.shape[0], self.num_heads, x.shape[1], dtype=wide_dtype(x))
         retain = ones
+        channels = is_per_channel(self.memory.retention)
         if self.rule.retain == "learned":
             retain = torch.sigmoid(logits["retain"])
+            if channels:
+                retain = retain.unflatten(1, (self.num_heads, self.d_head)).mT
         elif self.rule.retain == "retnet":
             head = torch.arange(self.num_heads, device=x.device, dtype=ones.dtype)
             retain = ones * (1 - 2.0 ** (-5 - head)).unsqueeze(-1)
+        if channels and retain.dim() == ones.dim():
+            retain = retain.unsqueeze(-1).expand(-1, -1, -1, self.d_head)
         lr = ones
         if self.rule.lr == "learned":
             lr = bounded_step(self.memory, self.max_step, torch.sigmoid(logits["lr"]), retain, initial)
         momentum = MAX_MOMENTUM * torch.sigmoid(logits["momentum"]) if "momentum" in logits else None
-        return Gates(lr if writes else torch.zeros_like(lr), retain, momentum)
+        threshold = MAX_THRESHOLD * torch.sigmoid(logits["threshold"]) if "threshold" in logits else None
+        return Gates(lr if writes else torch.zeros_like(lr), retain, momentum, threshold)
 
     def _start(self, state: MixerState | None, initial: Weights, like: Tensor) -> State:
         """The memory's state before the first token of this call."""
@@ -228,7 +239,8 @@ class MemoryMixer(nn.Module):
         """Initial weights ``[h, out, in]`` in the dtype (and on the device) of ``like``."""
         if self.initial is None:
             shapes = self.memory.architecture.shapes(self.d_head, self.d_head)
-            return {name: like.new_zeros(self.num_heads, *shape) for name, shape in shapes.items()}
+            zeros = {name: like.new_zeros(self.num_heads, *shape) for name, shape in shapes.items()}
+            return {name: self.memory.retention.start(w) for name, w in zeros.items()}
         return {name: weight.to(like.dtype) for name, weight in self.initial.items()}
 
     def flops_per_token(self, context_length: int) -> int:
@@ -263,7 +275,7 @@ def _resolve(
     if chunk_size is not None:
         memory = replace(memory, chunk_size=chunk_size)
     rule = rule if gates is None else gates
-    free = isinstance(memory.objective, DotProduct) and not isinstance(memory.algorithm, Momentum)
+    free = isinstance(memory.objective, DotProduct) and not memory.has_momentum
     if rule.lr == "one" and (is_deep(memory) or not free):
         raise ValueError(
             "GateRule(lr='one') writes with step size 1, which is stable only for a matrix memory with the "
@@ -282,7 +294,7 @@ def _tied(memory: AssociativeMemory) -> bool:
     return is_deep(memory) and isinstance(memory.objective, DotProduct) and not isinstance(memory.retention, Delta)
 
 
-def _gate_biases(memory: AssociativeMemory, rule: GateRule, heads: int) -> dict[str, tuple[float, ...]]:
+def _gate_biases(memory: AssociativeMemory, rule: GateRule, heads: int, width: int) -> dict[str, tuple[float, ...]]:
     """The learned gates and the logit each starts at.
 
     Matrices begin with horizons of 16 to 1,024 tokens over the heads. A deep memory that decays takes its meta-learned
@@ -296,6 +308,10 @@ def _gate_biases(memory: AssociativeMemory, rule: GateRule, heads: int) -> dict[
             biases["retain"] = horizon_bias(16, 1024, heads)
         else:
             biases["retain"] = horizon_bias(64, 4096, heads) if _tied(memory) else (8.0,) * heads
-    if isinstance(memory.algorithm, Momentum):
+        if is_per_channel(memory.retention):
+            biases["retain"] = tuple(bias for bias in biases["retain"] for _ in range(width))
+    if memory.has_momentum:
         biases["momentum"] = (0.0,) * heads
+    if needs_threshold(memory.objective):
+        biases["threshold"] = (0.0,) * heads
     return biases

@@ -24,12 +24,16 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
 - *Dot product with decay on an MLP*: each map's error grows with the other map. With ``r`` the larger of the two
   norms, and ``|act'| <= 1.13``, a chunk gives ``r <- A r + 1.13 r sum_s A_s eta_s``, where A are products of retain.
   As ``sum_s A_s (1 - retain_s) = 1 - A``, a step below ``(1 - retain) / 1.13`` cannot make ``r`` grow.
+- *Orthogonalized momentum* writes matrices of norm about 1 whatever the errors: only the sum of the steps counts.
 - *Other objectives* feed back the error at the chunk's first weights: a chunk multiplies the error by
   ``I - sum_t eta_t k_t k_t^T``, whose eigenvalues lie in [0, 1] if C steps add up to 1. Momentum multiplies the effect
   of a step by ``1 / (1 - b)`` and, over chunks shorter than ``1 / (1 - b)``, needs the critical damping of a heavy
   ball, ``eta <= (1 - b)^2 / 4``. In an MLP the hidden activations and the second map multiply the curvature: the half
   was found by experiment for initial weights at their random start (docs/decisions.md), and ``g >= 1`` is how far
-  training has let the initial weights outgrow that start (`outgrown`).
+  training has let the initial weights outgrow that start (`outgrown`). Where an error or a mirror map is steeper than
+  that of L2 and decay, the step is divided by how much (`curvature`): ``p (p - 1) 2^(p-2)`` for `Lp` with p of at
+  least 2, the root of the width for Yaad's switch, the slope at 0 for `LqDual` (its eps sets it: with the default the
+  step is 10,000 times smaller; take 1e-3 to learn), the scale of the initial weights over their accumulators for `Lq`.
 """
 
 from __future__ import annotations
@@ -40,15 +44,41 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Matrix, Momentum
+from nestlearn.memory import KL, L2, AssociativeMemory, Bregman, Delta, DotProduct, Huber, Lp, Lq, LqDual, Matrix
+from nestlearn.memory.retention import is_linear, is_per_channel
 from nestlearn.memory.types import Weights
 
 MAX_MOMENTUM = 0.9
+MAX_THRESHOLD = 2.0
+"""Twice the norm of the values, which are normalized where an objective has a threshold."""
 
 
 def is_deep(memory: AssociativeMemory) -> bool:
     """Whether the memory has more than one map (an MLP): then values are normalized, and bounds are tighter."""
     return not isinstance(memory.architecture, Matrix)
+
+
+def bounds_values(memory: AssociativeMemory) -> bool:
+    """Whether the layer normalizes values: for deep memories, and where their scale would change the rule itself."""
+    return is_deep(memory) or not isinstance(memory.objective, DotProduct | L2) or not is_linear(memory.retention)
+
+
+def curvature(memory: AssociativeMemory, width: int) -> float:
+    """How much more than with L2 and decay an update can change what is read, for residuals up to `MAX_THRESHOLD`."""
+    objective, retention = memory.objective, memory.retention
+    slope = 1.0
+    if isinstance(retention, LqDual):
+        p = retention.q / (retention.q - 1)
+        slope = max(p - 1, retention.eps ** min((p - 2) / 2, 0))
+    elif isinstance(retention, KL | Bregman):
+        slope = max(1.0, retention.c / 2)
+    if isinstance(objective, Lp):
+        p = objective.p
+        return slope * p * (objective.sharpness if p < 2 else max(p - 1, 1.0) * MAX_THRESHOLD ** (p - 2))
+    if isinstance(objective, Huber) and objective.form == "switch":
+        # The sign of a residual is longer than the residual by up to the root of the width.
+        return slope * math.sqrt(width)
+    return slope
 
 
 def largest_step(memory: AssociativeMemory) -> float:
@@ -90,7 +120,7 @@ def _refuse_unstable(memory: AssociativeMemory) -> None:
         )
     if not isinstance(memory.objective, DotProduct):
         return
-    if isinstance(memory.algorithm, Momentum):
+    if memory.has_momentum:
         raise ValueError(
             "no useful bound keeps the dot-product objective, delta retention and momentum together stable on an MLP: "
             "momentum pushes on after the target is reached, each map through the other. "
@@ -130,20 +160,28 @@ def bounded_step(
     memory: AssociativeMemory,
     max_step: float,
     sigma: Float[Tensor, "b h t"],
-    retain: Float[Tensor, "b h t"],
+    retain: Float[Tensor, "b h t"] | Float[Tensor, "b h t d"],
     initial: Weights,
 ) -> Float[Tensor, "b h t"]:
     """The step size a layer emits for ``sigma`` in [0, 1]; see the module documentation.
 
     ``initial: {map: [h, out, in]}`` are the weights that each head starts from.
     """
-    damping = 1 - (MAX_MOMENTUM if isinstance(memory.algorithm, Momentum) else 0.0)
+    damping = 1 - (MAX_MOMENTUM if memory.has_momentum else 0.0)
+    if is_per_channel(memory.retention):
+        retain = retain.amax(-1)
     if not isinstance(memory.objective, DotProduct):
         tokens = max(memory.chunk_size, 4 / damping if damping < 1 else 1)
-        step = sigma * (max_step * damping / tokens)
-        return step / (2 * outgrown(initial).unsqueeze(-1)) if is_deep(memory) else step
+        width = next(iter(initial.values())).shape[-1]
+        step = sigma * (max_step * damping / tokens / curvature(memory, width))
+        if isinstance(memory.retention, Lq):
+            # How fast weights follow their accumulator at the start.
+            slopes = [memory.retention.scale(a).flatten(-3) for a in initial.values()]
+            step = step / torch.stack(slopes).amax(0).clamp(min=1).unsqueeze(-1)
+        weights = {name: memory.retention.anchored(a) for name, a in initial.items()}
+        return step / (2 * outgrown(weights).unsqueeze(-1)) if is_deep(memory) else step
     if isinstance(memory.retention, Delta) or not is_deep(memory):
-        return sigma * max_step
+        return sigma * (max_step / curvature(memory, 1))
     return sigma * (1 - retain) * (max_step * damping**2 / 2)
 
 

@@ -186,9 +186,13 @@ def unflatten_state(tensors: dict[str, Tensor], spec: Any) -> Tree:
     if spec["kind"] != "record":
         return children if spec["kind"] == "list" else tuple(children)
     record = _record_type(spec["type"])
-    if list(record._fields) != spec["names"]:  # pyright: ignore[reportAttributeAccessIssue]
+    # A field with a default may have come after the file was written.
+    fields: list[str] = list(record._fields)  # pyright: ignore[reportAttributeAccessIssue]
+    defaults: dict[str, Any] = record._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
+    known = len(spec["names"])
+    if fields[:known] != spec["names"] or not all(name in defaults for name in fields[known:]):
         raise ValueError(
             f"the state holds a {spec['type']} with the fields {spec['names']}, this version of nestlearn has "
-            f"{list(record._fields)}. Load it with the version that saved it."  # pyright: ignore[reportAttributeAccessIssue]
+            f"{fields}. Load it with the version that saved it."
         )
     return record(*children)

@@ -1,0 +1,205 @@
+"""MemoryMixer around the further objectives, retentions and algorithms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.memory import (
+    KL,
+    L2,
+    MLP,
+    AssociativeMemory,
+    Bregman,
+    Decay,
+    DotProduct,
+    ElasticNet,
+    Gates,
+    Huber,
+    Lp,
+    Lq,
+    LqDual,
+    Matrix,
+    OrthogonalizedMomentum,
+    ValueShiftRobust,
+    catalog,
+    scan,
+)
+from nestlearn.models import HopeConfig, HopeForCausalLM
+from nestlearn.nn import MemoryMixer
+from nestlearn.nn.fast import FastState, unit
+from nestlearn.nn.state import flatten_state, unflatten_state
+
+from .test_mixer import assert_finite, inputs, run, saturated
+
+MEMORIES: dict[str, AssociativeMemory] = {
+    **{name: replace(catalog[name], architecture=MLP(2)) for name in ("moneta", "yaad", "memora")},
+    "channels": AssociativeMemory(MLP(2), L2(), Decay(per_channel=True)),
+    "channels_linear": AssociativeMemory(Matrix(), DotProduct(), Decay(per_channel=True)),
+    "orthogonal": AssociativeMemory(MLP(2), L2(), algorithm=OrthogonalizedMomentum()),
+    "orthogonal_linear": AssociativeMemory(Matrix(), L2(), algorithm=OrthogonalizedMomentum()),
+    "lq_dual": AssociativeMemory(MLP(2), L2(), LqDual(4, eps=1e-3)),
+    "elastic_net": AssociativeMemory(MLP(2), L2(), ElasticNet(1e-3)),
+    "bregman": AssociativeMemory(MLP(2), Huber("norm"), Bregman()),
+    "lp_linear": AssociativeMemory(Matrix(), Lp(1.5)),
+    "robust": AssociativeMemory(MLP(2), ValueShiftRobust()),
+    "kl_linear": AssociativeMemory(Matrix(), Huber("coordinate"), KL(2.0)),
+    "lq_linear": AssociativeMemory(Matrix(), L2(), Lq(4)),
+}
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def make(name: str, **options) -> MemoryMixer:
+    layer = MemoryMixer(8, 2, MEMORIES[name], chunk_size=4, **options).double()
+    assert layer.gates is not None
+    with torch.no_grad():
+        layer.gates.weight.normal_(0, 1)
+    return layer
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_is_the_reference_engine_between_its_projections(name: str, monkeypatch: pytest.MonkeyPatch):
+    layer = make(name)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    y, _ = layer(x)
+    monkeypatch.setattr("nestlearn.nn.mixer.scan", lambda *args, **options: scan(*args, **options, engine="reference"))
+    torch.testing.assert_close(layer(x)[0], y, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_any_split_equals_one_call(name: str):
+    layer = make(name)
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    whole, _ = run(layer, x)
+    for sizes in ([3, 1, 6, 3], [1] * 13):
+        torch.testing.assert_close(run(layer, *x.split(sizes, 1))[0], whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_state_survives_a_file_in_the_middle_of_a_chunk(name: str):
+    layer = make(name)
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    whole, _ = run(layer, x)
+    first, state = layer(x[:, :6])
+    tensors, spec = flatten_state(state)
+    rest, _ = layer(x[:, 6:], unflatten_state(tensors, spec))
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, **TOLERANCE)
+    assert (state.memory.pending is not None) == name.startswith("orthogonal")
+
+
+def test_a_state_saved_before_a_field_existed_can_be_read():
+    layer = make("moneta")
+    _, state = layer(torch.randn(1, 3, 8, dtype=torch.float64))
+    tensors, spec = flatten_state(state.memory)
+    assert spec["names"].pop() == "pending" and spec["children"].pop()
+    back = unflatten_state(tensors, spec)
+    assert isinstance(back, FastState) and back.pending is None
+    spec["names"][0] = "other"
+    with pytest.raises(ValueError, match="Load it with the version that saved it"):
+        unflatten_state(tensors, spec)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_every_parameter_gets_an_outer_gradient(name: str):
+    layer = make(name, learn_initial=True)
+    layer(torch.randn(2, 9, 8, dtype=torch.float64))[0].square().sum().backward()
+    assert not {n for n, p in layer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+
+
+@pytest.mark.parametrize("name", ["moneta", "yaad", "memora"])
+def test_writes_off_reads_initial_weights_of_the_usual_scale(name: str):
+    layer = MemoryMixer(32, 2, name)
+    assert layer.initial is not None
+    for map_name, a in layer.initial.items():
+        weights = layer.memory.retention.anchored(a)
+        if name == "memora":
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+            assert weights.std() > 1e-3
+        else:
+            assert 0.8 < weights.std() * weights.shape[-1] ** 0.5 < 1.2, map_name
+    _, state = layer(torch.randn(1, 70, 32), writes=False)
+    assert all(w.isfinite().all() for w in state.memory.params.values())
+
+
+def test_gates_of_a_layer_with_thresholds_and_channels():
+    gates = make("yaad")._gates(
+        torch.randn(2, 5, 8, dtype=torch.float64), make("yaad")._initial(torch.zeros(1).double()), True
+    )
+    assert isinstance(gates, Gates) and gates.threshold is not None
+    assert gates.threshold.shape == (2, 2, 5) and 0 < gates.threshold.min() < gates.threshold.max() < 2
+    layer = make("channels_linear")
+    assert layer._gates(torch.randn(2, 5, 8).double(), {}, True).retain.shape == (2, 2, 5, 4)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
+def test_finite_at_saturated_gates(name: str, kind: str):
+    for mode, scale in (("open", 1.0), ("mixed", 1e4)):
+        assert_finite(saturated(MemoryMixer(8, 1, MEMORIES[name]), mode), inputs(kind, 1024, scale))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
+def test_finite_at_saturated_gates_over_a_long_sequence(name: str, kind: str):
+    for mode, scale in (("open", 1.0), ("mixed", 1e2)):
+        assert_finite(saturated(MemoryMixer(8, 1, MEMORIES[name]), mode), inputs(kind, 32768, scale))
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_finite_in_small_chunks(name: str):
+    layer = saturated(MemoryMixer(8, 1, MEMORIES[name], chunk_size=4), "open")
+    assert_finite(layer, inputs("alternating", 256, 1.0))
+
+
+def recall(batch: int) -> tuple[Tensor, Tensor]:
+    """Pairs of a key and a value, then the keys again: what follows each is to be said."""
+    keys = torch.stack([torch.randperm(4) for _ in range(batch)])
+    values = 4 + torch.randint(0, 4, (batch, 4))
+    pairs = torch.stack([keys, values], -1).flatten(1)
+    return torch.cat([pairs, pairs], 1), pairs
+
+
+@pytest.mark.parametrize("name", ["moneta", "yaad", "memora"])
+def test_a_model_learns(name: str):
+    """A few steps of training lower the loss of a small language model with this mixer."""
+    torch.manual_seed(0)
+    config = HopeConfig(
+        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=name, memory_chunk_size=4
+    )
+    model = HopeForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(25):
+        ids, _ = recall(16)
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert sum(losses[-5:]) / 5 < 0.85 * losses[0]
+    out = model.generate(recall(2)[0][:, :5], max_new_tokens=4, do_sample=False)
+    assert out.shape == (2, 9)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_layer_recalls_better_with_training(name: str):
+    """The layer alone, trained to answer a repeated key with its value: the error falls."""
+    torch.manual_seed(0)
+    layer = MemoryMixer(16, 1, MEMORIES[name], chunk_size=4, learn_initial=True)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    values = unit(torch.randn(12, 16))
+    errors = []
+    for _ in range(20):
+        x = values[torch.randint(0, 12, (8, 8))]
+        y, _ = layer(x)
+        loss = F.mse_loss(y[:, 1:], x[:, :-1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.detach())
+    assert sum(errors[-5:]) / 5 < 0.95 * errors[0]
