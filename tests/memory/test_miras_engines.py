@@ -37,10 +37,13 @@ def test_engines_agree_on_every_two_settings(case: Case):
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: str(Case(**g)).split("-to.")[0])
 def test_engines_agree_on_the_full_product_of_parts(group):
-    """Every objective with every retention and algorithm; the rest of the axes pairwise."""
+    """Every objective with every retention and algorithm; a quarter of the pairwise rest of the axes each, in turn."""
     rest = {name: values for name, values in MIRAS_AXES.items() if name not in (*PARTS, "tokens", "batch")}
-    for number, setting in enumerate(covering(rest, 2)):
-        check(Case(**group, **setting, tokens=(1, 23, 40, 70)[number % 4], batch=1 + 2 * (number % 2)), seed=number)
+    for number, setting in list(enumerate(covering(rest, 2)))[GROUPS.index(group) % 4 :: 4]:
+        check(
+            Case(**group, **setting, tokens=(70, 23, 1, 40)[number // 4 % 4], batch=1 + 2 * (number // 8 % 2)),
+            seed=number,
+        )
 
 
 @pytest.mark.parametrize("engine", ["reference", "chunked"])
