@@ -57,17 +57,15 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON results; default: MODEL/evals.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks of errors.")] = False,
 ) -> None:
+    from nestlearn.evals.harness import evaluate_harness, harness_tasks
     from nestlearn.train import load_model, load_tokenizer
     from nestlearn.train.allocator import tune_allocator
 
     own, others = _split(tasks)
     given = _given(call)
     harness = {"include_path": include_path, "metadata": _metadata(metadata, model)}
-    found = None
-    if others:
-        from nestlearn.evals.harness import evaluate_harness, harness_tasks
-
-        found = harness_tasks(others, **harness)
+    # Unknown names are refused before anything is loaded.
+    found = harness_tasks(others, **harness) if others else None
     note = tune_allocator()
     if verbose and note:
         Console(stderr=True).print(f"Allocator: {note}")

@@ -161,13 +161,14 @@ def _run(
     seed: int,
 ) -> tuple[dict[str, Any], int]:
     """The harness's own report, and how many requests were cut."""
-    from lm_eval import simple_evaluate
+    import lm_eval
 
     from nestlearn.evals.harness_model import DocumentLM
 
+    evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its type
     with _quiet(), _own_random_state(seed), _no_processes():
         lm = DocumentLM(model, tokenizer, batch_size=batch_size, max_length=max_length)
-        report: Any = simple_evaluate(
+        report = evaluate(
             model=lm,
             tasks=_load(*tasks),
             num_fewshot=num_fewshot,

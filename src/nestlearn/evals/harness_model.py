@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import lm_eval.models.huggingface
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+
+# Its decorators hide its type.
+_HFLM: Any = lm_eval.models.huggingface.HFLM
 
 ROLLING_WINDOW = 2048
 """Tokens per window of whole-document perplexity where no maximum length is given: the harness's own default."""
 _NO_LIMIT = 1 << 30  # a model of fixed-size memories reads a text of any length
 
 
-class DocumentLM(HFLM):
+class DocumentLM(_HFLM):
     """Every request is one document: it starts with `<s>` and fresh state, and padding is masked.
 
     The harness pads prompts on the left; the mask keeps those tokens out of every memory. Texts to be scored are
