@@ -1,0 +1,8 @@
+"""Long contexts: RULER's needles in a haystack and BABILong, made locally."""
+
+from nestlearn.evals.long_context.answers import answer_prompts as answer_prompts
+from nestlearn.evals.long_context.ruler import VARIANTS as VARIANTS
+from nestlearn.evals.long_context.ruler import Needles as Needles
+from nestlearn.evals.long_context.ruler import containment as containment
+from nestlearn.evals.long_context.ruler import evaluate_ruler as evaluate_ruler
+from nestlearn.evals.long_context.ruler import ruler_samples as ruler_samples
