@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nestlearn import cli_bench
+
 app = typer.Typer(
     name="nestlearn",
     help="Train, evaluate and run models that keep learning from what they read.",
@@ -238,6 +240,9 @@ def info(
     for label, value in facts.rows():
         table.add_row(label, value)
     Console().print(table)
+
+
+app.command(help=cli_bench.HELP)(cli_bench.bench)
 
 
 @app.command()

@@ -142,16 +142,16 @@ _TRACK = _model(32, initializer_range=0.02)
 _TELL_APART = _model(32, initializer_range=0.2)
 
 
-def _formal(**sizes: int) -> tuple[Recipe, ...]:
+def _formal() -> tuple[Recipe, ...]:
     long = Training(steps=1000, learning_rate=4e-3)
     counting = Training(steps=600, batch_size=16, learning_rate=4e-3)
     return (
-        Recipe(task=Parity(eval_examples=500, **sizes), model=_TRACK, training=long),
-        Recipe(task=EvenA(**sizes), model=_TRACK, training=Training(steps=600, batch_size=16)),
-        Recipe(task=RepeatedAbab(**sizes), model=_TRACK, training=Training(steps=600, batch_size=16)),
-        Recipe(task=Counter2(**sizes), model=_TRACK, training=counting),
-        Recipe(task=Counter3(**sizes), model=_TRACK, training=counting),
-        Recipe(task=Shuffle2(eval_examples=500, **sizes), model=_TRACK, training=long),
+        Recipe(task=Parity(eval_examples=500), model=_TRACK, training=long),
+        Recipe(task=EvenA(), model=_TRACK, training=Training(steps=600, batch_size=16)),
+        Recipe(task=RepeatedAbab(), model=_TRACK, training=Training(steps=600, batch_size=16)),
+        Recipe(task=Counter2(), model=_TRACK, training=counting),
+        Recipe(task=Counter3(), model=_TRACK, training=counting),
+        Recipe(task=Shuffle2(eval_examples=500), model=_TRACK, training=long),
     )
 
 
@@ -234,7 +234,8 @@ def register_suite(suite: Suite) -> Suite:
 
     Example:
         >>> from nestlearn.evals.tasks import Mqar
-        >>> recipe = Recipe(task=Mqar(), model={"hidden_size": 16, "num_attention_heads": 1}, training=Training(steps=9))
+        >>> model = {"hidden_size": 16, "num_attention_heads": 1}
+        >>> recipe = Recipe(task=Mqar(), model=model, training=Training(steps=9))
         >>> register_suite(Suite(name="mine", title="My tasks", recipes=(recipe,), mixers=("hope",))).name
         'mine'
     """
