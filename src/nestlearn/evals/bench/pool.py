@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ class _Pool:
 
     def __init__(self, workers: int, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
-        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._processes: list[SpawnProcess] = []
         self._idle: list[Connection] = []
         self._busy: dict[Connection, Cell] = {}
         with _interrupts_ignored():

@@ -75,13 +75,14 @@ def _task(
     if not by_mixer:
         return []
     panels, captions = [], []
-    axis = task.splits[-1].axis
-    if axis and len(task.splits) > 1:
+    splits = list(task.splits)
+    axis = splits[-1].axis
+    if axis and len(splits) > 1:
         panels.append(_by_axis(task, by_mixer, looks))
         captions.append(f"Left: accuracy by {escape(axis)}, the band is one standard error.")
     panels.append(_learning(task, by_mixer, results, looks))
     captions.append(
-        f"{'Right: accuracy' if captions else 'Accuracy'} on {escape(task.splits[-1].name)} during training (on a part "
+        f"{'Right: accuracy' if captions else 'Accuracy'} on {escape(splits[-1].name)} during training (on a part "
         "of the sequences), one line per seed; a line ends where the model was good enough."
     )
     width = 9.0 if len(panels) > 1 else 6.0
@@ -95,15 +96,15 @@ def _by_axis(task: Task, by_mixer: dict[str, Summary], looks: dict[str, tuple[st
         color, style = looks[mixer]
         x = [split.value for split in task.splits]
         band = [mean.stderr for mean in means]
-        lines.append(Line(mixer, x, [mean.value for mean in means], color, style=f"{style}", band=band))
-    return Panel(lines, task.splits[-1].axis, "accuracy, %", y_range=(-3, 103))
+        lines.append(Line(mixer, x, [mean.value for mean in means], color, style=style, band=band))
+    return Panel(lines, list(task.splits)[-1].axis, "accuracy, %", y_range=(-3, 103))
 
 
 def _learning(
     task: Task, by_mixer: dict[str, Summary], results: list[EvalResult], looks: dict[str, tuple[str, str]]
 ) -> Panel:
     lines = []
-    headline = task.splits[-1].name
+    headline = list(task.splits)[-1].name
     for mixer in by_mixer:
         color, style = looks[mixer]
         for run in results:
