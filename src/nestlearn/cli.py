@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nestlearn.evals.command import EVAL_HELP, evaluate
+from nestlearn import cli_bench, cli_eval
 
 app = typer.Typer(
     name="nestlearn",
@@ -133,7 +133,7 @@ def generate(
     Console(highlight=False, markup=False, soft_wrap=True).print(prompt + text)
 
 
-app.command(name="eval", help=EVAL_HELP)(evaluate)
+app.command(name="eval", help=cli_eval.HELP)(cli_eval.evaluate)
 
 
 @app.command(context_settings=ANY_FIELD)
@@ -166,6 +166,9 @@ def info(
     for label, value in facts.rows():
         table.add_row(label, value)
     Console().print(table)
+
+
+app.command(help=cli_bench.HELP)(cli_bench.bench)
 
 
 @app.command()

@@ -122,7 +122,10 @@ class Task(ABC):
         """The score, in [0, 1], of guessing without looking at the past."""
 
     def head(self, hidden_size: int) -> nn.Module | None:
-        """A module from hidden states ``[b, t, d]`` to logits ``[b, t, v]``; None for the model's own output layer."""
+        """A module from hidden states ``[b, t, d]`` to logits ``[b, t, v]``; None for the model's own output layer.
+
+        Batches end at their last target, so a head that reads the last position needs a target there.
+        """
         del hidden_size
         return None
 

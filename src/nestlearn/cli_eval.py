@@ -17,7 +17,7 @@ from nestlearn.evals.result import EvalResult
 
 OWN_TASKS = ("bits_per_byte", "loss_by_position")
 
-EVAL_HELP = """Measure a saved model; results are printed and saved as JSON.
+HELP = """Measure a saved model; results are printed and saved as JSON.
 
 --tasks names any of nestlearn's own tasks, or of the thousands of the lm-evaluation-harness (the extra `eval`):
 
