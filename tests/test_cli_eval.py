@@ -69,11 +69,44 @@ def test_harness_tasks_are_printed_and_saved(capsys: pytest.CaptureFixture[str],
     assert result["command"] == f"nestlearn eval {saved} --tasks last_word --limit 2 --include-path {tmp_path}"
 
 
+def test_needles_made_here_stand_beside_published_numbers(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path
+):
+    code, text, err = run(capsys, "eval", saved, "--tasks", "local_niah_single_1", "--lengths", "600,700", "--samples",
+                          "2", "--out", tmp_path)  # fmt: skip
+    assert code == 0, err
+    for words in ("local_niah_single_1, %", "Hope (published)", "16384", "NL (arXiv 2512.24695), Table 1", "Saved in"):
+        assert words in text
+    result = json.loads((tmp_path / "local_niah_single_1.json").read_text())
+    assert list(result["details"]["by_length"]) == ["600", "700"] and "published" not in json.dumps(result)
+    assert result["command"] == (
+        f"nestlearn eval {saved} --tasks local_niah_single_1 --lengths 600,700 --samples 2"
+    )  # fmt: skip
+
+
+def test_babilong_made_here(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path):
+    story = "1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\t1\n"
+    for split in ("train", "test"):
+        (tmp_path / f"qa1_{split}.txt").write_text(story)
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 20)
+    code, text, err = run(capsys, "eval", saved, "--tasks", "local_babilong_qa1", "--lengths", "0,300", "--babi",
+                          tmp_path, "--book", tmp_path / "book.txt", "--out", tmp_path)  # fmt: skip
+    assert code == 0 and "local_babilong_qa1, %" in text, err
+    assert (tmp_path / "local_babilong_qa1.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--tasks", "bits_per_bite"], "Did you mean bits_per_byte"),
         (["--tasks", " , "], "names no task"),
+        (["--tasks", "local_niah_singel_1"], "Did you mean local_niah_single_1"),
+        (["--tasks", "local_other"], "Known: local_niah_single_1"),
+        (["--tasks", "local_niah_single_1", "--lengths", "1k"], "no whole numbers"),
+        (["--tasks", "local_niah_single_1", "--lengths", "200"], "length=200 is too small"),
+        (["--tasks", "local_niah_single_2"], "none was given"),
+        (["--tasks", "local_babilong_qa1", "--book", "a.txt"], "needs --babi"),
+        (["--tasks", "local_babilong_qa1", "--babi", "folder"], "needs --book"),
         (["--tasks", "piqa", "--metadata", "{"], "is not JSON"),
         (["--tasks", "piqa", "--metadata", "[1]"], "no JSON object"),
         (["--tasks", "piqa", "--include-path", "/nonexistent"], "is not a folder"),

@@ -9,8 +9,8 @@ import torch
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import byte_tokenizer
 from nestlearn.evals.long_context import VARIANTS, Needles, answer_prompts, containment, evaluate_ruler, ruler_samples
-from nestlearn.evals.long_context.published import COMMON_SENSE, NIAH
 from nestlearn.evals.long_context.words import key_words, read_sentences, sentences
+from nestlearn.evals.tasks.published_language import COMMON_SENSE, NIAH
 
 TOKENIZER = byte_tokenizer()
 BOOK = [f"Sentence number {number} of the book." for number in range(40)]

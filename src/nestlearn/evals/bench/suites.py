@@ -17,12 +17,14 @@ from nestlearn.evals.tasks import (
     Memorization,
     ModularSum,
     Mqar,
+    NeedleInNoise,
     NoisyRecall,
     Parity,
     RepeatedAbab,
     SelectiveCopying,
     Shuffle2,
     Task,
+    WhereIs,
 )
 from nestlearn.evals.tasks.base import require_at_least
 from nestlearn.models.config import unknown_name
@@ -168,6 +170,11 @@ def _mad() -> tuple[Recipe, ...]:
     return tuple(Recipe(task=task, model=_TELL_APART, training=training) for task in tasks)
 
 
+def _long_context(steps: int) -> Training:
+    """Few looks on few sequences: those of the long splits take as long as many updates."""
+    return Training(steps=steps, batch_size=16, learning_rate=2e-3, check_every=250, check_examples=8)
+
+
 def _suites() -> list[Suite]:
     recall = Mqar(vocabulary=64, length=64, pairs=16, eval_pairs=(4, 8, 16))
     return [
@@ -205,6 +212,30 @@ def _suites() -> list[Suite]:
                 Recipe(task=S5(), model=_model(64, initializer_range=0.1), training=Training(steps=1000)),
             ),
             mixers=("hope-normalized", "deltanet-negative", "deltanet", "linear_attention", "transformer"),
+        ),
+        Suite(
+            name="niah",
+            title="S-NIAH-1 on bytes: a number told once in noise, trained at 256 tokens",
+            recipes=(
+                Recipe(
+                    task=NeedleInNoise(),
+                    model=_model(64, heads=2, initializer_range=0.1),
+                    training=_long_context(steps=1500),
+                ),
+            ),
+            mixers=("hope", "titans", "gated_deltanet", "deltanet", "linear_attention", "transformer"),
+        ),
+        Suite(
+            name="babilong",
+            title="BABILong's qa1 on words: where is one of four people, trained at 256 tokens",
+            recipes=(
+                Recipe(
+                    task=WhereIs(),
+                    model=_model(64, heads=2, initializer_range=0.1),
+                    training=_long_context(steps=1500),
+                ),
+            ),
+            mixers=("hope", "titans", "gated_deltanet", "deltanet", "linear_attention", "transformer"),
         ),
         Suite(
             name="quick",

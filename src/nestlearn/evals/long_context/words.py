@@ -47,6 +47,11 @@ def key_words() -> tuple[str, ...]:
     return tuple(f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS)
 
 
+def key_nouns() -> tuple[str, ...]:
+    """The nouns of the list alone, for keys of one word."""
+    return tuple(_NOUNS)
+
+
 def sentences(text: str) -> list[str]:
     """A text cut into sentences, white space made single spaces.
 

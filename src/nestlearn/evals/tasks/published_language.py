@@ -1,4 +1,4 @@
-"""Published long-context accuracies in percent. They are shown beside measured ones and never mixed with them."""
+"""Published numbers of language models in percent, shown beside measured ones and never mixed with them."""
 
 from __future__ import annotations
 
