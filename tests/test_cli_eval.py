@@ -1,6 +1,9 @@
 """`nestlearn eval` with tasks of the harness and of our own, as a person types it."""
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,39 @@ def test_babilong_made_here(capsys: pytest.CaptureFixture[str], saved: Path, tmp
                           tmp_path, "--book", tmp_path / "book.txt", "--out", tmp_path)  # fmt: skip
     assert code == 0 and "local_babilong_qa1, %" in text, err
     assert (tmp_path / "local_babilong_qa1.json").exists()
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "long_context.md").read_text()
+COMMANDS = [line for line in PAGE.splitlines() if line.startswith("nestlearn eval ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_run(
+    capsys: pytest.CaptureFixture[str],
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+):
+    """In a folder with the files the page speaks of."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, "runs/mine")
+    book = "".join(f"It was the best of times, it was the {number}th of times. " for number in range(60))
+    Path("book.txt").write_text(book)
+    for folder in ("texts", "babi", "my_tasks"):
+        Path(folder).mkdir()
+    for number in range(60):
+        Path("texts", f"{number}.txt").write_text(f"{number} {book}")
+    for split in ("train", "test"):
+        Path("babi", f"qa1_{split}.txt").write_text("1 Mary moved to the bathroom.\n2 Where is Mary?\tbathroom\t1\n")
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    Path("my_tasks/last_word.yaml").write_text(yaml)
+    Path("my_tasks/texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    code, text, err = run(capsys, *shlex.split(command)[1:])
+    if "piqa" in command:
+        assert code == 1 and "'EleutherAI/lambada_openai' of the task lambada_openai could not be had" in err
+    else:
+        assert code == 0 and "runs/mine/evals" in text, err
 
 
 @pytest.mark.parametrize(
