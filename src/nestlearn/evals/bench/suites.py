@@ -170,9 +170,25 @@ def _mad() -> tuple[Recipe, ...]:
     return tuple(Recipe(task=task, model=_TELL_APART, training=training) for task in tasks)
 
 
-def _long_context(steps: int) -> Training:
-    """Few looks on few sequences: those of the long splits take as long as many updates."""
-    return Training(steps=steps, batch_size=16, learning_rate=2e-3, check_every=250, check_examples=8)
+def _long_context_suites() -> list[Suite]:
+    # Few looks on few sequences: those of the long splits take as long as many updates.
+    training = Training(steps=1500, batch_size=16, learning_rate=2e-3, check_every=250, check_examples=8)
+    model = _model(64, heads=2, initializer_range=0.1)
+    mixers = ("hope", "titans", "gated_deltanet", "deltanet", "linear_attention", "transformer")
+    return [
+        Suite(
+            name="niah",
+            title="S-NIAH-1 on bytes: a number told once in noise, trained at 256 tokens",
+            recipes=(Recipe(task=NeedleInNoise(), model=model, training=training),),
+            mixers=mixers,
+        ),
+        Suite(
+            name="babilong",
+            title="BABILong's qa1 on words: where is one of four people, trained at 256 tokens",
+            recipes=(Recipe(task=WhereIs(), model=model, training=training),),
+            mixers=mixers,
+        ),
+    ]
 
 
 def _suites() -> list[Suite]:
@@ -213,30 +229,7 @@ def _suites() -> list[Suite]:
             ),
             mixers=("hope-normalized", "deltanet-negative", "deltanet", "linear_attention", "transformer"),
         ),
-        Suite(
-            name="niah",
-            title="S-NIAH-1 on bytes: a number told once in noise, trained at 256 tokens",
-            recipes=(
-                Recipe(
-                    task=NeedleInNoise(),
-                    model=_model(64, heads=2, initializer_range=0.1),
-                    training=_long_context(steps=1500),
-                ),
-            ),
-            mixers=("hope", "titans", "gated_deltanet", "deltanet", "linear_attention", "transformer"),
-        ),
-        Suite(
-            name="babilong",
-            title="BABILong's qa1 on words: where is one of four people, trained at 256 tokens",
-            recipes=(
-                Recipe(
-                    task=WhereIs(),
-                    model=_model(64, heads=2, initializer_range=0.1),
-                    training=_long_context(steps=1500),
-                ),
-            ),
-            mixers=("hope", "titans", "gated_deltanet", "deltanet", "linear_attention", "transformer"),
-        ),
+        *_long_context_suites(),
         Suite(
             name="quick",
             title="A few steps on two tasks, to see that everything works",
