@@ -142,6 +142,24 @@ def test_lambada_of_a_local_file(tmp_path: Path):
     assert limited.n == 2 and limited.details["metrics"]["perplexity"] == pytest.approx(math.exp(sum(nats[:2]) / 2))
 
 
+def test_groups_of_tasks(tmp_path: Path):
+    model = make_model("attention")
+    write_task(tmp_path / "a", SENTENCES[:3], task="words_a")
+    write_task(tmp_path / "b", SENTENCES[3:], task="words_b")
+    group = {
+        "group": "words",
+        "task": ["words_a", "words_b"],
+        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}],
+        "metadata": {"version": 2.0},
+    }
+    (tmp_path / "group.yaml").write_text(json.dumps(group))
+    both = evaluate_harness(model, TOKENIZER, ["words"], include_path=tmp_path)
+    results = {result.task.removeprefix("lm_eval_"): result for result in both}
+    assert set(results) == {"words", "words_a", "words_b"} and results["words"].n == 4
+    parts = [results[name].details["metrics"]["acc"] * results[name].n for name in ("words_a", "words_b")]
+    assert results["words"].value == pytest.approx(sum(parts) / 4) and results["words"].version == 2
+
+
 @pytest.mark.parametrize("max_length", [None, 10])
 def test_whole_documents_are_read_in_windows_that_start_fresh(tmp_path: Path, max_length: int | None):
     """As the harness's wikitext: bits per byte of whole documents, each window `<s>` and what follows."""

@@ -11,6 +11,7 @@ from nestlearn.evals.bench.suites import Suite
 from nestlearn.evals.bench.tables import (
     Summary,
     cost_table,
+    mean_of,
     measured_table,
     mixers_of,
     notes,
@@ -78,8 +79,8 @@ def _task(
     splits = list(task.splits)
     axis = splits[-1].axis
     if axis and len(splits) > 1:
-        panels.append(_by_axis(task, by_mixer, looks))
-        captions.append(f"Left: accuracy by {escape(axis)}, the band is one standard error.")
+        panels.append(_by_axis(task, by_mixer, results, looks))
+        captions.append(f"Left: accuracy by {escape(axis)}, the band is one standard error over seeds.")
     panels.append(_learning(task, by_mixer, results, looks))
     captions.append(
         f"{'Right: accuracy' if captions else 'Accuracy'} on {escape(splits[-1].name)} during training (on a part "
@@ -89,15 +90,25 @@ def _task(
     return [page.heading(task.name), page.figure(chart(panels, width=width, height=3.6), " ".join(captions))]
 
 
-def _by_axis(task: Task, by_mixer: dict[str, Summary], looks: dict[str, tuple[str, str]]) -> Panel:
-    lines = []
+def _by_axis(
+    task: Task, by_mixer: dict[str, Summary], results: list[EvalResult], looks: dict[str, tuple[str, str]]
+) -> Panel:
+    """Accuracy by length (over ranges of lengths), or by whatever the splits vary."""
+    lines, marks = [], []
     for mixer, summary in by_mixer.items():
-        means = [summary.scores[split.name] for split in task.splits]
+        runs = [run for run in results if (run.task, run.config["mixer"]) == (task.name, mixer)]
+        ranges = runs[0].details["by_length"]
+        if ranges:
+            x = [point["length"] for point in ranges]
+            means = [mean_of([100 * run.details["by_length"][i]["value"] for run in runs]) for i in range(len(x))]
+            marks = [(max(point["length"] for point in ranges if point["trained"]), "trained up to here")]
+        else:
+            x = [split.value for split in task.splits]
+            means = [(mean.value, mean.stderr) for mean in (summary.scores[split.name] for split in task.splits)]
         color, style = looks[mixer]
-        x = [split.value for split in task.splits]
-        band = [mean.stderr for mean in means]
-        lines.append(Line(mixer, x, [mean.value for mean in means], color, style=style, band=band))
-    return Panel(lines, list(task.splits)[-1].axis, "accuracy, %", y_range=(-3, 103))
+        y, band = zip(*means, strict=True)
+        lines.append(Line(mixer, x, y, color, style=style, band=band))
+    return Panel(lines, list(task.splits)[-1].axis, "accuracy, %", y_range=(-3, 103), marks=marks)
 
 
 def _learning(

@@ -37,7 +37,7 @@ class ResultStore:
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
             result = EvalResult.from_json(line, f"{self.path}, line {number},")
-            if not {"key", "recipe", "scores", "status"} <= set(result.details):
+            if not {"key", "recipe", "scores", "by_length", "status"} <= set(result.details):
                 raise ValueError(
                     f"{self.path}, line {number}, is a result of {result.task!r}, but not of a benchmark. "
                     "Choose another folder with --out."

@@ -94,13 +94,18 @@ def _summary(task: Task, mixer: str, runs: list[EvalResult]) -> Summary:
 
 def _mean(runs: list[EvalResult], split: str) -> Mean:
     values = [100 * run.details["scores"][split]["value"] for run in runs]
-    if len(runs) > 1:
-        stderr = statistics.stdev(values) / len(values) ** 0.5
-    else:
+    value, stderr = mean_of(values)
+    if len(runs) == 1:
         stderr = 100 * runs[0].details["scores"][split]["stderr"]
     statuses = {run.details["status"] for run in runs}
     mark = (UNCONVERGED if "unconverged" in statuses else "") + (DIVERGED if "diverged" in statuses else "")
-    return Mean(statistics.fmean(values), stderr, len(runs), mark)
+    return Mean(value, stderr, len(runs), mark)
+
+
+def mean_of(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error; of one value the error is 0."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
 
 
 def measured_table(cells: list[Cell], results: list[EvalResult]) -> tuple[list[str], list[list[str]]]:

@@ -23,6 +23,7 @@ from nestlearn.models import HopeConfig, HopeForCausalLM
 
 Status = Literal["solved", "finished", "unconverged", "diverged"]
 _EVAL_ROWS = 128
+_RANGES = 10
 
 
 class Progress(NamedTuple):
@@ -86,7 +87,8 @@ def run_cell(
         solver = Solver(HopeConfig(**cell.model), cell.task).to(device)
     splits = {split.name: _to(cell.task.examples(split.name), device) for split in cell.task.splits}
     run = _train(solver, cell, splits, limit, report, device)
-    scores = {name: _scores(solver, batch, cell.task, name) for name, batch in splits.items()}
+    counts = {name: _counts(solver, batch) for name, batch in splits.items()}
+    scores = {name: _scores(counts[name], cell.task, name) for name in splits}
     headline = scores[cell.task.splits[-1].name]
     return EvalResult(
         task=cell.task.name,
@@ -104,6 +106,7 @@ def run_cell(
             "recipe": cell.recipe_key,
             "status": run.status,
             "scores": scores,
+            "by_length": _by_length(counts, splits, cell.task),
             "curve": run.curve,
             "steps": run.step,
             "tokens": run.tokens,
@@ -190,34 +193,61 @@ def schedule(training: Training, step: int, used: float = 0.0) -> float:
     return warm * (training.final + (1 - training.final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+class Counts(NamedTuple):
+    """Per sequence, short ones first: right answers, answers asked for, and length."""
+
+    right: Int[Tensor, " n"]
+    asked: Int[Tensor, " n"]
+    length: Int[Tensor, " n"]
+
+
 @torch.inference_mode()
-def _counts(solver: Solver, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Right answers and targets of every sequence; short sequences are read together."""
+def _counts(solver: Solver, batch: Batch) -> Counts:
+    """Sequences of similar length are read together."""
     solver.eval()
-    order = lengths_of(batch).argsort(stable=True)
-    right, asked = [], []
+    lengths = lengths_of(batch)
+    order = lengths.argsort(stable=True)
+    parts = []
     for rows in order.split(_EVAL_ROWS):
         part = cut(Batch(batch.inputs[rows], batch.targets[rows]))
-        both = right_by_sequence(solver(part.inputs).argmax(-1), part.targets)
-        right.append(both[0])
-        asked.append(both[1])
-    return torch.cat(right), torch.cat(asked)
+        parts.append(right_by_sequence(solver(part.inputs).argmax(-1), part.targets))
+    right, asked = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Counts(right, asked, lengths[order])
 
 
 def _score(solver: Solver, batch: Batch, task: Task) -> Score:
-    return accuracy(*_counts(solver, batch), task.metric)
-
-
-def _scores(solver: Solver, batch: Batch, task: Task, split: str) -> dict[str, Any]:
-    """The score of a split, the other metric beside it."""
     counts = _counts(solver, batch)
-    score = accuracy(*counts, task.metric)
+    return accuracy(counts.right, counts.asked, task.metric)
+
+
+def _scores(counts: Counts, task: Task, split: str) -> dict[str, Any]:
+    """The score of a split, the other metric beside it."""
+    right, asked, _ = counts
     return {
-        **score._asdict(),
-        "token_accuracy": accuracy(*counts, "token accuracy").value,
-        "sequence_accuracy": accuracy(*counts, "sequence accuracy").value,
+        **accuracy(right, asked, task.metric)._asdict(),
+        "token_accuracy": accuracy(right, asked, "token accuracy").value,
+        "sequence_accuracy": accuracy(right, asked, "sequence accuracy").value,
         "chance": task.chance(split),
     }
+
+
+def _by_length(counts: dict[str, Counts], splits: dict[str, Batch], task: Task) -> list[dict[str, Any]]:
+    """Accuracy over ranges of string lengths of all splits together, where it is length that the splits vary.
+
+    A range is named by the longest length it may hold; ``trained`` says whether the first split reaches it.
+    """
+    if any(split.axis != "length" for split in task.splits):
+        return []
+    right, asked, length = (torch.cat(column) for column in zip(*counts.values(), strict=True))
+    trained = int(lengths_of(splits[task.splits[0].name]).max())
+    width = max(1, math.ceil(int(length.max()) / _RANGES))
+    ranges = []
+    for low in range(0, int(length.max()), width):
+        inside = (length > low) & (length <= low + width)
+        if bool(inside.any()):
+            score = accuracy(right[inside], asked[inside], task.metric)
+            ranges.append({"length": low + width, "trained": low < trained, **score._asdict()})
+    return ranges
 
 
 def _state_bytes(model: HopeForCausalLM, splits: dict[str, Batch]) -> int:

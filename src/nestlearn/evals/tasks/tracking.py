@@ -25,7 +25,7 @@ class GroupProduct(Task):
 
     Attributes:
         shortest, longest: lengths trained on.
-        eval_lengths: lengths of the splits; ``(longest, 2 * longest)`` by default.
+        eval_lengths: lengths of the splits; half the longest, the longest and twice that by default.
     """
 
     metric: ClassVar[Metric] = "sequence accuracy"
@@ -44,7 +44,7 @@ class GroupProduct(Task):
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        lengths = self.eval_lengths or (self.longest, 2 * self.longest)
+        lengths = self.eval_lengths or (max(1, self.longest // 2), self.longest, 2 * self.longest)
         return tuple(Split(f"length {length}", "length", length) for length in lengths)
 
     @abstractmethod
