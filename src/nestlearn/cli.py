@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nestlearn import cli_bench, cli_eval
+
 app = typer.Typer(
     name="nestlearn",
     help="Train, evaluate and run models that keep learning from what they read.",
@@ -131,81 +133,7 @@ def generate(
     Console(highlight=False, markup=False, soft_wrap=True).print(prompt + text)
 
 
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder with a saved model.")],
-    corpus: Annotated[str, typer.Option(help="What to read; its held-out part is used.")] = "python-docs",
-    context: Annotated[int, typer.Option(min=2, help="Tokens per piece for bits per byte.")] = 256,
-    length: Annotated[int, typer.Option(min=16, help="Positions for the loss by position.")] = 1024,
-    documents: Annotated[int, typer.Option(min=2, help="Documents for the loss by position.")] = 64,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop bits per byte after this much text.")] = None,
-    task: Annotated[str, typer.Option(help="bits_per_byte, loss_by_position or all.")] = "all",
-    out: Annotated[Path | None, typer.Option(help="Folder for the JSON results; default: MODEL/evals.")] = None,
-    verbose: Verbose = False,
-) -> None:
-    """Measure a model on held-out documents: bits per byte, and loss by position in the context.
-
-    The second is measured with inner learning on, off, and with memories exchanged between documents.
-
-    [bold]Examples[/bold]
-
-      nestlearn eval runs/docs --corpus python-docs
-
-      nestlearn eval runs/docs --corpus "text:book.txt" --task loss_by_position --length 4096
-    """
-    from nestlearn.data import load_corpus
-    from nestlearn.evals import bits_per_byte, loss_by_position
-    from nestlearn.train import load_model, load_tokenizer
-
-    known = ("bits_per_byte", "loss_by_position", "all")
-    if task not in known:
-        raise ValueError(f"Unknown task {task!r}. Choose one of: {', '.join(known)}.")
-    _tune(verbose)
-    loaded, tokenizer, held_out = load_model(model), load_tokenizer(model), load_corpus(corpus, "validation")
-    folder = out or Path(model) / "evals"
-    command = f"nestlearn eval {model} --corpus {corpus} --task"
-    if task in ("bits_per_byte", "all"):
-        result = bits_per_byte(
-            loaded,
-            tokenizer,
-            held_out,
-            context=context,
-            max_bytes=max_bytes,
-            command=f"{command} bits_per_byte --context {context}" + (f" --max-bytes {max_bytes}" if max_bytes else ""),
-        )
-        _report(result, folder)
-    if task in ("loss_by_position", "all"):
-        result = loss_by_position(
-            loaded,
-            tokenizer,
-            held_out,
-            length=length,
-            documents=documents,
-            command=f"{command} loss_by_position --length {length} --documents {documents}",
-        )
-        _report(result, folder)
-        _print_curve(result.details)
-
-
-def _report(result: Any, folder: Path) -> None:
-    path = folder / f"{result.task}.json"
-    result.save(path)
-    error = f" ± {result.stderr:.3f}" if result.stderr is not None else ""
-    Console().print(f"{result.metric}: {result.value:.3f}{error} ({result.n} documents, {path})")
-
-
-def _print_curve(details: dict[str, Any]) -> None:
-    table = Table(title="Bits per byte by position")
-    table.add_column("positions", justify="right")
-    curves = details["bits_per_byte"]
-    for name in curves:
-        table.add_column(
-            {"on": "writes on", "off": "writes off", "shuffled": "memories exchanged"}[name], justify="right"
-        )
-    for row, (low, high) in enumerate(zip(details["edges"][:-1], details["edges"][1:], strict=True)):
-        cells = ["" if curve[row] is None else f"{curve[row]:.3f}" for curve in curves.values()]
-        table.add_row(f"{low}-{high}", *cells)
-    Console().print(table)
+app.command(name="eval", help=cli_eval.HELP)(cli_eval.evaluate)
 
 
 @app.command(context_settings=ANY_FIELD)
@@ -238,6 +166,9 @@ def info(
     for label, value in facts.rows():
         table.add_row(label, value)
     Console().print(table)
+
+
+app.command(help=cli_bench.HELP)(cli_bench.bench)
 
 
 @app.command()

@@ -25,11 +25,12 @@ def multi_query_recall(
     length: int = 64,
     pairs: int = 16,
     power: float = 0.01,
+    random_non_queries: bool = True,
 ) -> Batch:
     """Multi-query associative recall, Zoology's layout (Arora et al. 2023, arXiv 2312.04927).
 
     ``pairs`` key-value pairs fill the first ``2 * pairs`` positions; afterwards every key is asked once, at even
-    positions drawn with weight ``gap ** (power - 1)``; other positions hold random tokens. Keys are
+    positions drawn with weight ``gap ** (power - 1)``; other positions hold random tokens, or token 0. Keys are
     ``1 .. vocabulary/2 - 1``, values the upper half, both without repetition. The target, at the query's own position,
     is its value.
 
@@ -37,13 +38,17 @@ def multi_query_recall(
         ValueError: if the pairs do not fit the vocabulary or the length.
     """
     half = vocabulary // 2
+    if pairs < 1:
+        raise ValueError(f"{pairs=} must be at least 1")
     if pairs > half - 1:
         raise ValueError(f"{pairs} pairs need more than {half - 1} keys; raise vocabulary above {2 * pairs + 2}")
     if length < 4 * pairs:
         raise ValueError(f"{pairs} pairs and their queries need length >= {4 * pairs}, got {length}")
     keys = torch.rand(batch, half - 1, generator=generator).argsort(1)[:, :pairs] + 1
     values = torch.rand(batch, vocabulary - half, generator=generator).argsort(1)[:, :pairs] + half
-    inputs = torch.randint(vocabulary, (batch, length), generator=generator)
+    inputs = torch.zeros(batch, length, dtype=torch.long)
+    if random_non_queries:
+        inputs = torch.randint(vocabulary, (batch, length), generator=generator)
     targets = torch.full((batch, length), IGNORE)
     inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
     slots = (length - 2 * pairs) // 2

@@ -47,9 +47,13 @@ class EvalResult:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".writing-{target.name}")
-        content = {"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        temporary.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False), encoding="utf-8")
+        temporary.write_text(self.to_json(indent=1), encoding="utf-8")
         temporary.replace(target)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The record as JSON text, on one line without ``indent``; numbers that do not exist are null."""
+        content = {"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
@@ -59,13 +63,32 @@ class EvalResult:
             ValueError: if the file is no result of this schema.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            schema = content.pop("schema")
-            if schema != SCHEMA_VERSION:
-                raise ValueError(f"schema {schema}, this version reads {SCHEMA_VERSION}")
-            return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a saved evaluation result: {error}.") from error
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, place: str = "this text") -> EvalResult:
+        """Read what `to_json` wrote; ``place`` says in an error where the text was.
+
+        Raises:
+            ValueError: if the text is no result of this schema.
+        """
+        try:
+            content = json.loads(text)
+            schema = content.pop("schema")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{place} is not a saved evaluation result: {error!r}.") from error
+        if schema != SCHEMA_VERSION:
+            raise ValueError(
+                f"{place} is an evaluation result of schema {schema}, this version reads {SCHEMA_VERSION}. "
+                "Read it with the version that wrote it, or evaluate again into another folder."
+            )
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{place} is not a saved evaluation result: {error}.") from error
 
 
 def _without_nan(value: Any) -> Any:

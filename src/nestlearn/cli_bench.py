@@ -1,0 +1,83 @@
+"""`nestlearn bench`: argument parsing only."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+HELP = """Train mixers side by side on synthetic tasks and write results.jsonl, table.md and report.html.
+
+All models of a task have the same number of parameters (by the width of their feed-forward network), the same seeds,
+batches and evaluation sequences. The same command continues an interrupted run; finished cells are not repeated.
+
+Suites: formal, recall, mad, tracking, niah, babilong, quick. Mixers: hope, hope-static, hope-normalized,
+hope-static-normalized, attention, sliding_attention, transformer (attention without convolution), deltanet-negative,
+gated_deltanet-negative and every memory of the catalog; fields can be changed: hope:adaptive=k+v:memory_chunk_size=8.
+
+[bold]Examples[/bold]
+
+  nestlearn bench quick --out runs/quick
+
+  nestlearn bench formal --mixers hope-normalized,deltanet,attention --seeds 3 --budget 10m --out runs/formal
+
+  nestlearn bench recall --steps 500 --seeds 3 --out runs/recall
+"""
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def bench(
+    suite: Annotated[str, typer.Argument(help="Which tasks: formal, recall, mad, tracking, niah, babilong or quick.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, table.md and report.html.")],
+    mixers: Annotated[str | None, typer.Option(help="Mixers, joined by commas; default: the suite's own.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per mixer and task.")] = 1,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks of the suite, joined by commas.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 10m, 1h.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates per model; repeatable, unlike a budget.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per process.")] = 1,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    retry_unconverged: Annotated[
+        bool, typer.Option("--retry-unconverged", help="Repeat cells that an earlier budget stopped.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+) -> None:  # fmt: skip
+    from nestlearn.evals.bench import BenchOptions, find_suite, parse_duration, run_bench
+
+    del verbose  # read by the main program
+    given = {"mixers": mixers, "seeds": seeds, "tasks": tasks, "budget": budget, "steps": steps, "workers": workers,
+             "threads": threads if threads > 1 else None, "device": device if device != "cpu" else None,
+             "out": out}  # fmt: skip
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    command = " ".join(["nestlearn bench", shlex.quote(suite), *words])
+    chosen = find_suite(suite)
+    options = BenchOptions(
+        out=out,
+        mixers=_words(mixers),
+        seeds=seeds,
+        tasks=_words(tasks),
+        steps=steps,
+        budget=None if budget is None else parse_duration(budget),
+        workers=workers,
+        threads=threads,
+        device=device,
+        retry_unconverged=retry_unconverged,
+        command=command,
+    )
+    console = Console()
+    try:
+        outcome = run_bench(chosen, options, console)
+    except KeyboardInterrupt:
+        error = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        error.print(f"Stopped: finished cells are in {out}. Continue with: {command}")
+        raise typer.Exit(130) from None
+    console.print(outcome.table.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    if outcome.left_out:
+        console.print(f"The budget left out {len(outcome.left_out)} cells; the same command runs them.", soft_wrap=True)
+    console.print(f"Report: {outcome.report}", soft_wrap=True)

@@ -1,0 +1,296 @@
+"""`nestlearn eval`: its options, and its results as tables."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nestlearn.evals.result import EvalResult
+
+TEXT_TASKS = ("bits_per_byte", "loss_by_position")
+NIAH, BABILONG = "local_niah_", "local_babilong_"
+
+HELP = """Measure a saved model; results are printed and saved as JSON.
+
+--tasks names any of nestlearn's own tasks, or of the thousands of the lm-evaluation-harness (the extra `eval`):
+
+  bits_per_byte      of held-out documents of --corpus
+
+  loss_by_position   in the context, with inner learning on, off, and with memories exchanged between documents
+
+  all                both
+
+  local_niah_...     RULER's needles in a haystack, made here: single_1, single_2, single_3, multikey_1, multikey_2,
+                     multikey_3, multivalue, multiquery; all but single_1, multikey_2 and multikey_3 need a --book
+
+  local_babilong_... qa1 to qa5 from --babi files and a --book
+
+  any other          lambada_openai, piqa, hellaswag, "arc_*", niah_single_1, a task of your own in --include-path, ...
+
+[bold]Examples[/bold]
+
+  nestlearn eval runs/docs --corpus python-docs
+
+  nestlearn eval runs/docs --corpus "text:book.txt" --tasks loss_by_position --length 4096
+
+  nestlearn eval runs/docs --tasks "local_niah_*" --book book.txt --lengths 1024,4096 --samples 50
+
+  nestlearn eval runs/docs --tasks local_babilong_qa1 --babi tasks_1-20_v1-2/en --book book.txt --lengths 0,1024
+
+  nestlearn eval runs/docs --tasks lambada_openai,piqa --limit 100
+
+  nestlearn eval runs/docs --tasks niah_single_1 --metadata '{"max_seq_lengths": [1024, 2048]}' --limit 20
+"""
+
+
+def evaluate(
+    call: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder with a saved model.")],
+    tasks: Annotated[str, typer.Option("--tasks", "--task", help="Names, separated by commas.")] = "all",
+    corpus: Annotated[str, typer.Option(help="What to read; its held-out part is used.")] = "python-docs",
+    context: Annotated[int, typer.Option(min=2, help="Tokens per piece for bits per byte.")] = 256,
+    length: Annotated[int, typer.Option(min=16, help="Positions for the loss by position.")] = 1024,
+    documents: Annotated[int, typer.Option(min=2, help="Documents for the loss by position.")] = 64,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop bits per byte after this much text.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of context of local tasks, joined by commas.")] = "1024,2048",
+    samples: Annotated[int, typer.Option(min=1, help="Samples per length of local tasks.")] = 50,
+    book: Annotated[str | None, typer.Option(help="Haystack of local tasks: a text file, folder or pattern.")] = None,
+    babi: Annotated[Path | None, typer.Option(help="Folder with bAbI files, such as qa1_test.txt.")] = None,
+    depth: Annotated[float | None, typer.Option(help="Place of the needle, 0 to 1; default: anywhere.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples per harness task; default: all.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples shown first; default: the task's.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
+    metadata: Annotated[str | None, typer.Option(help="JSON handed to harness tasks that make their data.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass of local and harness tasks.")] = 8,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Cut harness requests to this many tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of examples that are made or shown.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON results; default: MODEL/evals.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks of errors.")] = False,
+) -> None:
+    from nestlearn.evals.harness import evaluate_harness, harness_tasks
+    from nestlearn.train import load_model, load_tokenizer
+    from nestlearn.train.allocator import tune_allocator
+
+    text, local, others = _split(tasks)
+    harness = {"include_path": include_path, "metadata": _metadata(metadata, model)}
+    # Unknown names and wrong options are refused before anything is loaded.
+    found = harness_tasks(others, **harness) if others else None
+    numbers = _numbers(lengths)
+    note = tune_allocator()
+    if verbose and note:
+        Console(stderr=True).print(f"Allocator: {note}")
+    loaded, tokenizer, folder = load_model(model), load_tokenizer(model), out or Path(model) / "evals"
+    if text:
+        settings = {"context": context, "max_bytes": max_bytes, "length": length, "documents": documents}
+        _language(loaded, tokenizer, text, corpus, settings, f"nestlearn eval {model} --corpus {corpus} --task", folder)
+    for name in local:
+        options = {"lengths": numbers, "n": samples, "book": book, "seed": seed, "batch_size": batch_size}
+        command = _command(call, model, name, LOCAL_OPTIONS)
+        _local(loaded, tokenizer, name, options | {"babi": babi, "depth": depth, "command": command}, folder)
+    if found:
+        options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "max_length": max_length}
+        command = _command(call, model, ",".join(others), HARNESS_OPTIONS)
+        results = evaluate_harness(loaded, tokenizer, found, **options, **harness, seed=seed, command=command)
+        _print_harness(results, folder)
+
+
+def _split(tasks: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of tasks on text, of tasks made here, and of the harness's.
+
+    Raises:
+        ValueError: no names, or one that is almost one of ours.
+    """
+    own = [*TEXT_TASKS, *_local_names()]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--tasks {tasks!r} names no task. Give {', '.join(TEXT_TASKS)}, or tasks of the harness.")
+    wanted: list[str] = []
+    for name in names:
+        matches = list(TEXT_TASKS) if name == "all" else fnmatch.filter(own, name)
+        # The harness has a niah_single_1 too: it is no misspelling of local_niah_single_1.
+        near = own if name.startswith("local_") else TEXT_TASKS
+        close = [] if matches else difflib.get_close_matches(name, near, n=3, cutoff=0.8)
+        if close or (near is own and not matches):
+            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(_local_names())}."
+            raise ValueError(f"Unknown task {name!r}. {hint}")
+        wanted += [match for match in (matches or [name]) if match not in wanted]
+    return (
+        [name for name in wanted if name in TEXT_TASKS],
+        [name for name in wanted if name.startswith("local_")],
+        [name for name in wanted if name not in own],
+    )
+
+
+def _local_names() -> list[str]:
+    from nestlearn.evals.long_context import LABELS, VARIANTS
+
+    return [*(f"local_{name}" for name in VARIANTS), *(f"{BABILONG}{name}" for name in LABELS)]
+
+
+def _numbers(text: str) -> list[int]:
+    """Lengths of context.
+
+    Raises:
+        ValueError: not whole numbers joined by commas.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--lengths {text!r} are no whole numbers joined by commas, such as 1024,2048.") from error
+
+
+def _metadata(text: str | None, model: str) -> dict[str, Any]:
+    """``--metadata`` as a mapping; tasks that count tokens are told where the tokenizer is.
+
+    Raises:
+        ValueError: not the JSON of an object.
+    """
+    example = """for example '{"max_seq_lengths": [1024]}'"""
+    try:
+        given = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--metadata {text!r} is not JSON ({error}); {example}.") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--metadata {text!r} is no JSON object; {example}.")
+    return {"tokenizer": model, **given}
+
+
+HARNESS_OPTIONS = ("limit", "num_fewshot", "include_path", "metadata", "batch_size", "max_length", "seed")
+LOCAL_OPTIONS = ("lengths", "samples", "book", "babi", "depth", "batch_size", "seed")
+
+
+def _command(call: typer.Context, model: str, tasks: str, names: Sequence[str]) -> str:
+    """The command that repeats a result, with those of the named options that were given."""
+    words = ["nestlearn", "eval", model, "--tasks", tasks]
+    for name in names:
+        source = call.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            words += [f"--{name.replace('_', '-')}", str(call.params[name])]
+    return shlex.join(words)
+
+
+def _local(model: Any, tokenizer: Any, name: str, options: dict[str, Any], folder: Path) -> None:
+    """A task of needles or facts made here, printed by length and saved."""
+    from nestlearn.evals.long_context import evaluate_babilong, evaluate_ruler
+
+    babi, depth = options.pop("babi"), options.pop("depth")
+    if name.startswith(NIAH):
+        result = evaluate_ruler(model, tokenizer, name.removeprefix("local_"), depth=depth, **options)
+    else:
+        if babi is None or options["book"] is None:
+            missing = "--babi, a folder with bAbI files" if babi is None else "--book, a text file or a folder"
+            raise ValueError(f"{name} needs {missing}.")
+        result = evaluate_babilong(model, tokenizer, name.removeprefix(BABILONG), babi=babi, **options)
+    result.save(folder / f"{result.task}.json")
+    _print_by_length(result, folder)
+
+
+def _print_by_length(result: EvalResult, folder: Path) -> None:
+    """Accuracy by length of context, published numbers beside it in columns of their own."""
+    from nestlearn.evals.tasks.published_language import NIAH as published
+
+    beside = published.get(result.task.removeprefix("local_"), ())
+    table = Table(title=f"{result.task}, %")
+    for name in ("tokens", "accuracy", "±", "samples"):
+        table.add_column(name, justify="right")
+    for entry in beside:
+        if entry.split == beside[0].split and entry.model in PUBLISHED_MODELS:
+            table.add_column(f"{entry.model} (published)", justify="right", style="dim")
+    ours, theirs = result.details["by_length"], {(entry.model, entry.split): entry.value for entry in beside}
+    for length in sorted({*ours, *(entry.split for entry in beside)}, key=int):
+        measured = ours.get(length)
+        cells = ["", "", ""]
+        if measured:
+            error = "" if measured["stderr"] is None else f"{100 * measured['stderr']:.1f}"
+            cells = [f"{100 * measured['value']:.1f}", error, str(measured["n"])]
+        paper = [f"{theirs[m, length]:.1f}" if (m, length) in theirs else "" for m in PUBLISHED_MODELS if beside]
+        table.add_row(length, *cells, *paper)
+    console = Console()
+    console.print(table)
+    if beside:
+        console.print(f"Published: {beside[0].source}. Models and data differ: not to be compared row by row.")
+    console.print(f"Saved in {folder / result.task}.json")
+
+
+PUBLISHED_MODELS = ("Transformer", "Titans", "Hope")
+
+
+def _language(
+    model: Any, tokenizer: Any, names: Sequence[str], corpus: str, settings: dict[str, Any], command: str, folder: Path
+) -> None:
+    """Bits per byte and loss by position on the held-out part of a corpus."""
+    from nestlearn.data import load_corpus
+    from nestlearn.evals import bits_per_byte, loss_by_position
+
+    held_out = load_corpus(corpus, "validation")
+    if "bits_per_byte" in names:
+        context, max_bytes = settings["context"], settings["max_bytes"]
+        words = f"{command} bits_per_byte --context {context}" + (f" --max-bytes {max_bytes}" if max_bytes else "")
+        _report(bits_per_byte(model, tokenizer, held_out, context=context, max_bytes=max_bytes, command=words), folder)
+    if "loss_by_position" in names:
+        length, documents = settings["length"], settings["documents"]
+        words = f"{command} loss_by_position --length {length} --documents {documents}"
+        result = loss_by_position(model, tokenizer, held_out, length=length, documents=documents, command=words)
+        _report(result, folder)
+        _print_curve(result.details)
+
+
+def _report(result: EvalResult, folder: Path) -> None:
+    path = folder / f"{result.task}.json"
+    result.save(path)
+    error = f" ± {result.stderr:.3f}" if result.stderr is not None else ""
+    Console().print(f"{result.metric}: {result.value:.3f}{error} ({result.n} documents, {path})")
+
+
+def _print_curve(details: dict[str, Any]) -> None:
+    table = Table(title="Bits per byte by position")
+    table.add_column("positions", justify="right")
+    curves = details["bits_per_byte"]
+    for name in curves:
+        table.add_column(
+            {"on": "writes on", "off": "writes off", "shuffled": "memories exchanged"}[name], justify="right"
+        )
+    for row, (low, high) in enumerate(zip(details["edges"][:-1], details["edges"][1:], strict=True)):
+        cells = ["" if curve[row] is None else f"{curve[row]:.3f}" for curve in curves.values()]
+        table.add_row(f"{low}-{high}", *cells)
+    Console().print(table)
+
+
+def _print_harness(results: Sequence[EvalResult], folder: Path) -> None:
+    """A line per metric, the paper's number beside it in a column of its own."""
+    from nestlearn.evals.tasks.published_language import COMMON_SENSE, NL_TABLE_2
+
+    table, shown_any = Table(title="lm-evaluation-harness"), False
+    for name in ("task", "metric", "value", "±", "examples", "Hope 1.3 B (published)"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for result in results:
+        result.save(folder / f"{result.task}.json")
+        name, metrics = result.task.removeprefix("lm_eval_"), result.details["metrics"]
+        for metric, value in metrics.items():
+            if "_stderr" in metric:
+                continue
+            error = metrics.get(f"{metric}_stderr")
+            shown = "" if error is None or error != error else f"{error:.4f}"
+            published = [entry for entry in COMMON_SENSE.get((name, metric), ()) if entry.model == "Hope"]
+            shown_any |= bool(published)
+            # Our accuracies are shares, the paper's are percentages; perplexities are the same.
+            unit = "" if "perplexity" in metric else " %"
+            paper = f"{published[0].value:g}{unit}" if published else ""
+            table.add_row(name, metric, f"{value:.4f}", shown, str(result.n), paper)
+    console = Console()
+    console.print(table)
+    if shown_any:
+        console.print(f"Published: {NL_TABLE_2}. Sizes and data differ: not to be compared row by row.")
+    cut = max((result.config["cut_requests"] for result in results), default=0)
+    if cut:
+        console.print(f"{cut} requests were cut from the left to {results[0].config['max_length']} tokens.")
+    console.print(f"Saved in {folder}")

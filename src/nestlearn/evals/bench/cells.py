@@ -1,0 +1,126 @@
+"""Cells: one model to be trained on one task from one seed, and which of them a run consists of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+from nestlearn.evals.bench.mixers import mixer_fields
+from nestlearn.evals.bench.suites import Recipe, Suite, Training
+from nestlearn.evals.tasks import Task
+from nestlearn.models.config import HopeConfig
+from nestlearn.models.flops import meta_model
+
+_NARROWEST = 0.5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a benchmark.
+
+    Attributes:
+        suite, mixer: names; the mixer as it was given, with its changes of fields.
+        task: what to learn.
+        model: all fields given to `HopeConfig`.
+        training: how to train.
+        seed: of the model's initial weights and of the order and content of its batches.
+    """
+
+    suite: str
+    task: Task
+    mixer: str
+    model: dict[str, Any]
+    training: Training
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the seed that the result depends on, as JSON values."""
+        return json.loads(json.dumps(self.recipe_settings() | {"mixer": self.mixer, "model": self.model}))
+
+    def recipe_settings(self) -> dict[str, Any]:
+        """What all mixers of the recipe share."""
+        return {
+            "suite": self.suite,
+            "task": {"name": self.task.name, "version": self.task.version} | self.task.config(),
+            "training": asdict(self.training),
+        }
+
+    @property
+    def recipe_key(self) -> str:
+        """A digest of what all mixers of the recipe share."""
+        return _digest(self.recipe_settings())
+
+    @property
+    def key(self) -> str:
+        """A digest of task, version, settings and seed: what makes two cells the same."""
+        return _digest(self.settings() | {"seed": self.seed})
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def plan(
+    suite: Suite,
+    mixers: list[str] | None = None,
+    seeds: int = 1,
+    tasks: list[str] | None = None,
+    steps: int | None = None,
+) -> list[Cell]:
+    """The cells of a run, seed by seed, so that an interrupted run has compared all mixers.
+
+    Args:
+        suite: which recipes.
+        mixers: mixer tokens; the suite's own without.
+        seeds: how many, from 0.
+        tasks: names of tasks; all without.
+        steps: updates of every model, instead of the recipes'.
+
+    Raises:
+        ValueError: an unknown mixer, field or task, or a number below 1.
+    """
+    if seeds < 1 or (steps is not None and steps < 1):
+        raise ValueError(f"{seeds=} and {steps=} must be at least 1.")
+    tokens = list(dict.fromkeys(mixers or suite.mixers))
+    cells = []
+    for recipe in suite.select(tasks):
+        training = recipe.training if steps is None else replace(recipe.training, steps=steps)
+        for mixer in tokens:
+            model = sized_fields(recipe, mixer)
+            cells.append(Cell(suite.name, recipe.task, mixer, model, training, 0))
+    return [replace(cell, seed=seed) for seed in range(seeds) for cell in cells]
+
+
+def sized_fields(recipe: Recipe, mixer: str) -> dict[str, Any]:
+    """Fields of a mixer's model, its feed-forward network as wide as brings it to the reference's parameter count.
+
+    A model that is too large even with a network of half its width stays larger; its own count is reported.
+
+    Raises:
+        ValueError: an unknown mixer, or fields that do not fit each other.
+    """
+    fields = recipe.model | {"vocab_size": recipe.task.vocab_size} | mixer_fields(mixer)
+    reference = recipe.model | {"vocab_size": recipe.task.vocab_size} | mixer_fields(recipe.reference)
+    target = parameters(reference | _network(recipe.expansion))
+    count = parameters(fields | _network(recipe.expansion))
+    slope = parameters(fields | _network(recipe.expansion + 4)) - count
+    wanted = recipe.expansion + 4 * (target - count) / slope
+    return fields | _network(round(max(_NARROWEST, wanted), 3))
+
+
+def _network(expansion: float) -> dict[str, Any]:
+    return {"cms": [{"period": None, "expansion": expansion}]}
+
+
+def parameters(fields: dict[str, Any]) -> int:
+    """Weights of the model with these fields, counted without building it."""
+    return _parameters(json.dumps(fields, sort_keys=True))
+
+
+@cache
+def _parameters(fields: str) -> int:
+    return sum(p.numel() for p in meta_model(HopeConfig(**json.loads(fields))).parameters())

@@ -1,0 +1,192 @@
+"""Cells in worker processes: one thread each, a new cell as soon as one is done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import NamedTuple
+
+import torch
+
+from nestlearn.evals.bench.cells import Cell
+from nestlearn.evals.bench.training import Progress, run_cell
+from nestlearn.evals.result import EvalResult
+
+ERRORS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, LookupError, MemoryError)
+
+
+class CellError(RuntimeError):
+    """A cell could not be run; the message names it and the cause."""
+
+
+class Job(NamedTuple):
+    """A cell, and the seconds its training may take."""
+
+    cell: Cell
+    limit: float | None
+
+
+class Settings(NamedTuple):
+    """How cells are run: threads per worker, the device, and the command recorded with every result."""
+
+    threads: int = 1
+    device: str = "cpu"
+    command: str = ""
+
+
+Report = Callable[[Cell, Progress], None]
+
+
+def run_jobs(
+    cells: Sequence[Cell],
+    limit: Callable[[int], float | None],
+    workers: int,
+    settings: Settings,
+    report: Report,
+) -> Iterator[EvalResult]:
+    """Run the cells and yield every result as it comes.
+
+    Args:
+        cells: in the order of their start.
+        limit: seconds for the next cell's training, from the number of cells not started yet (itself included).
+            A number below 1 starts no further cell.
+        workers: processes; 1 runs the cells in this process.
+        settings: the same for all.
+        report: called with the progress of any cell.
+
+    Raises:
+        CellError: a cell failed, or its process ended.
+    """
+    if workers == 1:
+        yield from _one_process(cells, limit, settings, report)
+    else:
+        with _Pool(min(workers, len(cells)), settings) as pool:
+            yield from pool.run(cells, limit, report)
+
+
+def _one_process(
+    cells: Sequence[Cell], limit: Callable[[int], float | None], settings: Settings, report: Report
+) -> Iterator[EvalResult]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        for place, cell in enumerate(cells):
+            allowed = limit(len(cells) - place)
+            if allowed is not None and allowed < 1:
+                return
+            try:
+                yield run_cell(cell, allowed, lambda p, c=cell: report(c, p), settings.command, settings.device)
+            except ERRORS as error:
+                raise _failed(cell, f"{type(error).__name__}: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _failed(cell: Cell, why: str) -> CellError:
+    return CellError(f"{cell.task.name}, {cell.mixer}, seed {cell.seed}: {why}. Finished cells are kept.")
+
+
+class _Pool:
+    """Processes that wait for jobs; they end with the `with` block, whatever they are doing."""
+
+    def __init__(self, workers: int, settings: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes: list[SpawnProcess] = []
+        self._idle: list[Connection] = []
+        self._busy: dict[Connection, Cell] = {}
+        with _interrupts_ignored():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, settings), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._idle.append(ours)
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+    def run(self, cells: Sequence[Cell], limit: Callable[[int], float | None], report: Report) -> Iterator[EvalResult]:
+        """See `run_jobs`."""
+        waiting = list(cells)
+        while waiting or self._busy:
+            while waiting and self._idle:
+                allowed = limit(len(waiting))
+                if allowed is not None and allowed < 1:
+                    waiting.clear()
+                    break
+                connection, cell = self._idle.pop(), waiting.pop(0)
+                connection.send(Job(cell, allowed))
+                self._busy[connection] = cell
+            for connection in wait(list(self._busy)):
+                assert isinstance(connection, Connection)
+                result = self._receive(connection, report)
+                if result is not None:
+                    yield result
+
+    def _receive(self, connection: Connection, report: Report) -> EvalResult | None:
+        """One message of a worker; the result if it is one."""
+        cell = self._busy[connection]
+        try:
+            message = connection.recv()
+        except EOFError as error:
+            raise _failed(cell, "its process ended, perhaps for lack of memory; use fewer --workers") from error
+        if isinstance(message, Progress):
+            report(cell, message)
+            return None
+        del self._busy[connection]
+        self._idle.append(connection)
+        if isinstance(message, str):
+            raise _failed(cell, message)
+        return message
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started here ignore Ctrl-C from their first instruction; the parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _work(connection: Connection, settings: Settings) -> None:
+    """The body of a worker: jobs in; progress, results and error texts out. It ends with its parent."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(settings.threads)
+    last = 0.0
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            connection.send(progress)
+
+    while True:
+        try:
+            cell, limit = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(run_cell(cell, limit, report, settings.command, settings.device))
+        except ERRORS as error:
+            if isinstance(error, BrokenPipeError):
+                return
+            connection.send(f"{type(error).__name__}: {error}")

@@ -1,0 +1,288 @@
+"""Suites: named lists of recipes, each a task with a model size and a way to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nestlearn.evals.tasks import (
+    S3,
+    S5,
+    Compression,
+    Counter2,
+    Counter3,
+    EvenA,
+    FuzzyRecall,
+    InContextRecall,
+    Memorization,
+    ModularSum,
+    Mqar,
+    NeedleInNoise,
+    NoisyRecall,
+    Parity,
+    RepeatedAbab,
+    SelectiveCopying,
+    Shuffle2,
+    Task,
+    WhereIs,
+)
+from nestlearn.evals.tasks.base import require_at_least
+from nestlearn.models.config import unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one model is trained: AdamW with warm-up and a cosine to ``final`` of the rate, gradients clipped to norm 1.
+
+    Attributes:
+        steps: updates.
+        batch_size: sequences per update.
+        learning_rate: peak rate.
+        mixer_rates: peak rates of single mixers, by their name without changes of fields.
+        weight_decay, beta2: of AdamW.
+        warmup: updates of linear warm-up.
+        final: what the cosine ends at, as a share of the peak; 1 for a constant rate.
+        check_every: updates between two looks at the splits.
+        check_examples: sequences per split at such a look.
+        stop: training ends when every split reaches this score, first on the look and then in full; None never.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    mixer_rates: dict[str, float] = field(default_factory=dict)
+    weight_decay: float = 0.1
+    beta2: float = 0.98
+    warmup: int = 50
+    final: float = 0.05
+    check_every: int = 50
+    check_examples: int = 64
+    stop: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "check_every", "check_examples"):
+            require_at_least(name, getattr(self, name), 1)
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate!r} must be positive.")
+
+    def rate(self, mixer: str) -> float:
+        """The peak learning rate of a mixer token."""
+        return self.mixer_rates.get(mixer.partition(":")[0], self.learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A task, the size of every model on it, and their training.
+
+    Attributes:
+        task: what to learn.
+        model: `HopeConfig` fields of every model; a mixer's own fields come on top.
+        training: how to train.
+        expansion: width of the frozen feed-forward network of the reference.
+        reference: the mixer whose parameter count the others are brought to, by the width of that network.
+    """
+
+    task: Task
+    model: dict[str, Any]
+    training: Training
+    expansion: float = 2.0
+    reference: str = "hope"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Recipes that belong together.
+
+    Attributes:
+        name: on the command line.
+        title: what it is about.
+        recipes: one per task, their task names different.
+        mixers: compared when none are named.
+
+    Raises:
+        ValueError: two recipes of one task name, or none at all.
+    """
+
+    name: str
+    title: str
+    recipes: tuple[Recipe, ...]
+    mixers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        names = [recipe.task.name for recipe in self.recipes]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"suite {self.name!r} needs recipes with different task names, got {names}.")
+
+    def select(self, tasks: list[str] | None) -> tuple[Recipe, ...]:
+        """The recipes of the named tasks, of all without names.
+
+        Raises:
+            ValueError: a task that the suite does not have.
+        """
+        by_name = {recipe.task.name: recipe for recipe in self.recipes}
+        for name in tasks or ():
+            if name not in by_name:
+                raise unknown_name(f"task of suite {self.name}", name, by_name)
+        return tuple(by_name[name] for name in tasks or by_name)
+
+
+def _model(hidden: int, heads: int = 1, layers: int = 2, **fields: Any) -> dict[str, Any]:
+    """Sizes of the small models: short chunks, so that the memories write and learn to within short sequences."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "memory_expansion": 2,
+        "memory_chunk_size": 16,
+        "projection_chunk_size": 32,
+        "ffn_activation": "gelu",
+    } | fields
+
+
+# Small embeddings where a bit must be tracked, large ones where tokens must be told apart (docs/log.md).
+_TRACK = _model(32, initializer_range=0.02)
+_TELL_APART = _model(32, initializer_range=0.2)
+# Counting wants several heads and large embeddings: linear attention needs 250 steps then, and more than 500 without.
+_COUNT = _model(32, heads=4, initializer_range=0.2)
+# Chunks of half a recall sequence and of a whole one: 1.6 times as fast as 16 and 32.
+_WHOLE = {"memory_chunk_size": 32, "projection_chunk_size": 64}
+
+
+def _formal() -> tuple[Recipe, ...]:
+    tracking = Training(steps=500)
+    repeating = Training(steps=400, batch_size=16)
+    counting = Training(steps=2000, batch_size=16, learning_rate=1e-2, weight_decay=0.0)
+    return (
+        Recipe(task=Parity(eval_examples=500), model=_TRACK, training=tracking),
+        Recipe(task=EvenA(), model=_TRACK, training=repeating),
+        Recipe(task=RepeatedAbab(), model=_TRACK, training=repeating),
+        Recipe(task=Counter2(), model=_COUNT, training=counting),
+        Recipe(task=Counter3(), model=_COUNT, training=counting),
+        Recipe(task=Shuffle2(eval_examples=500), model=_TRACK, training=Training(steps=1000)),
+    )
+
+
+def _mad() -> tuple[Recipe, ...]:
+    training = Training(steps=800, batch_size=32, learning_rate=4e-3, stop=0.999)
+    tasks = (
+        Compression(train_examples=6400, eval_examples=500),
+        InContextRecall(train_examples=6400, eval_examples=500, length=64),
+        FuzzyRecall(train_examples=3200, eval_examples=500, length=64),
+        NoisyRecall(train_examples=6400, eval_examples=500, length=64),
+        SelectiveCopying(train_examples=6400, eval_examples=500, length=64, copied=8),
+        Memorization(eval_examples=500),
+    )
+    return tuple(Recipe(task=task, model=_TELL_APART, training=training) for task in tasks)
+
+
+def _long_context_suites() -> list[Suite]:
+    # Few looks on few sequences: those of the long splits take as long as many updates.
+    training = Training(steps=1500, batch_size=16, learning_rate=2e-3, check_every=250, check_examples=8)
+    model = _model(64, heads=2, initializer_range=0.1, **_WHOLE)
+    mixers = ("hope", "titans", "gated_deltanet", "deltanet", "linear_attention", "transformer")
+    return [
+        Suite(
+            name="niah",
+            title="S-NIAH-1 on bytes: a number told once in noise, trained at 256 tokens",
+            recipes=(Recipe(task=NeedleInNoise(), model=model, training=training),),
+            mixers=mixers,
+        ),
+        Suite(
+            name="babilong",
+            title="BABILong's qa1 on words: where is one of four people, trained at 256 tokens",
+            recipes=(Recipe(task=WhereIs(), model=model, training=training),),
+            mixers=mixers,
+        ),
+    ]
+
+
+def _suites() -> list[Suite]:
+    recall = Mqar(vocabulary=64, length=64, pairs=16, eval_pairs=(4, 8, 16))
+    return [
+        Suite(
+            name="formal",
+            title="Formal languages, whole strings right (protocol of Irie et al. 2023)",
+            recipes=_formal(),
+            mixers=("hope-normalized", "hope-static-normalized", "deltanet-negative", "deltanet", "linear_attention",
+                    "transformer"),
+        ),
+        Suite(
+            name="recall",
+            title="Multi-query associative recall (Zoology's layout)",
+            recipes=(
+                Recipe(
+                    task=recall,
+                    model=_model(16, initializer_range=0.2, **_WHOLE),
+                    training=Training(steps=1200, learning_rate=6e-3, stop=0.999),
+                ),
+            ),
+            mixers=("hope", "hope-static", "deltanet", "linear_attention", "attention"),
+        ),
+        Suite(
+            name="mad",
+            title="MAD's six tasks, reduced sizes",
+            recipes=_mad(),
+            mixers=("hope", "titans", "deltanet", "linear_attention", "attention"),
+        ),
+        Suite(
+            name="tracking",
+            title="State tracking: running products in a group, all prefixes right",
+            recipes=(
+                Recipe(task=ModularSum(), model=_TRACK, training=Training(steps=1000)),
+                Recipe(task=S3(), model=_TRACK, training=Training(steps=1000)),
+                Recipe(task=S5(), model=_model(64, initializer_range=0.1), training=Training(steps=1000)),
+            ),
+            mixers=("hope-normalized", "deltanet-negative", "deltanet", "linear_attention", "transformer"),
+        ),
+        *_long_context_suites(),
+        Suite(
+            name="quick",
+            title="A few steps on two tasks, to see that everything works",
+            recipes=(
+                Recipe(
+                    task=Parity(bins=((2, 8), (9, 16)), train_examples=200, eval_examples=32),
+                    model=_model(8),
+                    training=Training(steps=4, batch_size=8, check_every=2, check_examples=8),
+                ),
+                Recipe(
+                    task=Mqar(vocabulary=16, length=16, pairs=4, eval_pairs=(2, 4), eval_examples=32),
+                    model=_model(8),
+                    training=Training(steps=4, batch_size=8, check_every=2, check_examples=8),
+                ),
+            ),
+            mixers=("hope", "attention"),
+        ),
+    ]  # fmt: skip
+
+
+_REGISTERED: dict[str, Suite] = {suite.name: suite for suite in _suites()}
+
+
+def register_suite(suite: Suite) -> Suite:
+    """Make a suite known by its name; the same name again replaces it.
+
+    Example:
+        >>> from nestlearn.evals.tasks import Mqar
+        >>> model = {"hidden_size": 16, "num_attention_heads": 1}
+        >>> recipe = Recipe(task=Mqar(), model=model, training=Training(steps=9))
+        >>> register_suite(Suite(name="mine", title="My tasks", recipes=(recipe,), mixers=("hope",))).name
+        'mine'
+    """
+    _REGISTERED[suite.name] = suite
+    return suite
+
+
+def suite_names() -> list[str]:
+    """The suites that `find_suite` knows."""
+    return list(_REGISTERED)
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        ValueError: unknown name; the message has the closest known ones.
+    """
+    if name not in _REGISTERED:
+        raise unknown_name("suite", name, _REGISTERED)
+    return _REGISTERED[name]

@@ -1,0 +1,108 @@
+"""A model of ours as the lm-evaluation-harness wants it. Imports that package, which is the extra `eval`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lm_eval.models.huggingface
+import torch
+from torch import Tensor
+
+# Its decorators hide its type.
+_HFLM: Any = lm_eval.models.huggingface.HFLM
+
+ROLLING_WINDOW = 2048
+"""Tokens per window of whole-document perplexity where no maximum length is given: the harness's own default."""
+_NO_LIMIT = 1 << 30  # a model of fixed-size memories reads a text of any length
+
+
+class DocumentLM(_HFLM):
+    """Every request is one document: it starts with `<s>` and fresh state, and padding is masked.
+
+    The harness pads prompts on the left; the mask keeps those tokens out of every memory. Texts to be scored are
+    padded on the right, after everything that is scored. Contexts are cut from the left only where ``max_length`` is
+    given; ``cut_requests`` counts them.
+
+    Args:
+        model: a causal language model of transformers, used as it is.
+        tokenizer: the tokenizer it was trained with; it must have an end-of-text token.
+        batch_size: requests per forward pass.
+        max_length: the most tokens a request may have, its answer included; None for no limit. Whole-document
+            perplexity then reads windows of 2,048 tokens.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
+
+    Example:
+        >>> model = HopeForCausalLM(HopeConfig(mixer="attention", num_hidden_layers=1))
+        >>> DocumentLM(model, byte_tokenizer()).tok_batch_encode(["a", "abc"])[0].tolist()
+        [[258, 258, 256, 97], [256, 97, 98, 99]]
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, max_length: int | None = None) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token (eos_token is None), so an answer could not be seen to end. "
+                "Name one of its tokens, e.g. tokenizer.eos_token = '</s>', and save it beside the model."
+            )
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        start = tokenizer.bos_token_id
+        adds_it = tokenizer("a").input_ids[:1] == [start]
+        self._start: list[int] = [] if start is None or adds_it else [start]
+        self.cut_requests = 0
+
+    @property
+    def max_length(self) -> int:
+        """The limit given, or none."""
+        return self._max_length or _NO_LIMIT
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context, with the start of the document, and of what is to be scored after it."""
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        return self._start + context_ids, continuation_ids
+
+    def tok_batch_encode(
+        self,
+        strings: Any,
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts as token ids and mask [batch, t], each from the start of a document."""
+        del truncation  # only ever from the left, by `left_truncate_len`
+        rows = [self._start + self.tok_encode(string) for string in strings]
+        if left_truncate_len is not None:
+            self.cut_requests += sum(len(row) > left_truncate_len for row in rows)
+            rows = [row[-left_truncate_len:] for row in rows]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            place = slice(longest - len(row), None) if padding_side == "left" else slice(len(row))
+            ids[number, place], mask[number, place] = torch.tensor(row), 1
+        return ids, mask
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole documents, in windows read with fresh state; the first one starts with `<s>`."""
+        given, self._max_length = self._max_length, self._max_length or ROLLING_WINDOW
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._max_length = given
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        longest = self.max_length + 1
+        self.cut_requests += sum(len(context) + len(continuation) > longest for _, context, continuation in requests)
+        # Requests that differ in their last token alone may share a forward pass; the harness (0.4.13) scores the
+        # wrong positions where such requests are scored from different positions on.
+        scored: dict[tuple[int, ...], set[int]] = {}
+        for _, context, continuation in requests:
+            scored.setdefault((*context, *continuation[:-1]), set()).add(len(continuation))
+        self.logits_cache = all(len(lengths) == 1 for lengths in scored.values())
+        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits [batch, t, vocabulary]; the state begins fresh and is not kept."""
+        del attn_mask, labels  # of encoder-decoder models
+        with torch.inference_mode():
+            return self.model(inps, use_cache=False).logits

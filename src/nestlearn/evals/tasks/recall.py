@@ -1,0 +1,78 @@
+"""Multi-query associative recall (MQAR), Zoology's layout: Arora et al. 2023, arXiv 2312.04927."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from nestlearn.data.synthetic import Batch, multi_query_recall
+from nestlearn.evals.tasks.base import Metric, Split, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mqar(Task):
+    """Every key of ``pairs`` key-value pairs is asked once, at a gap drawn by a power law; the answer is its value.
+
+    The layout is that of `nestlearn.data.synthetic.multi_query_recall`: keys ``1 .. V/2 - 1``, values ``V/2 .. V-1``,
+    each without repetition; the first ``2 * pairs`` positions hold the pairs; the target stands at the query.
+
+    Attributes:
+        vocabulary: token ids, half of them keys.
+        length: tokens of a sequence.
+        pairs: pairs of a training sequence.
+        eval_pairs: pairs of the evaluation splits; ``(pairs,)`` by default. The last one is the headline.
+        power: exponent a of the gaps' distribution ``p(g) ~ g ** (a - 1)``.
+        random_non_queries: whether the other positions hold random tokens (False: token 0, as in Zoology's figure 2).
+
+    Raises:
+        ValueError: pairs that do not fit the vocabulary or the length.
+    """
+
+    name: ClassVar[str] = "mqar"
+    version: ClassVar[int] = 1
+    metric: ClassVar[Metric] = "token accuracy"
+
+    vocabulary: int = 64
+    length: int = 64
+    pairs: int = 16
+    eval_pairs: tuple[int, ...] = ()
+    power: float = 0.01
+    random_non_queries: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pairs in (self.pairs, *self.eval_pairs):
+            self._generate(1, torch.Generator(), pairs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return tuple(Split(f"{pairs} pairs", "pairs", pairs) for pairs in self.eval_pairs or (self.pairs,))
+
+    def draw(self, n: int, generator: torch.Generator) -> Batch:
+        return self._generate(n, generator, self.pairs)
+
+    def examples(self, split: str) -> Batch:
+        pairs = int(self.find_split(split).value)
+        generator = torch.Generator().manual_seed(self.eval_seed + pairs)
+        return self._generate(self.eval_examples, generator, pairs)
+
+    def chance(self, split: str) -> float:
+        """Guessing one of the values that the sequence holds."""
+        return 1 / self.find_split(split).value
+
+    def _generate(self, n: int, generator: torch.Generator, pairs: int) -> Batch:
+        return multi_query_recall(
+            n,
+            generator,
+            vocabulary=self.vocabulary,
+            length=self.length,
+            pairs=pairs,
+            power=self.power,
+            random_non_queries=self.random_non_queries,
+        )
