@@ -174,7 +174,7 @@ def _mad() -> tuple[Recipe, ...]:
 
 
 def _suites() -> list[Suite]:
-    recall = Mqar(vocabulary=64, length=64, pairs=16, eval_pairs=(4, 8, 16))
+    recall = Mqar(vocabulary=64, length=64, train_pairs=(4, 8, 16), eval_pairs=(4, 8, 16))
     return [
         Suite(
             name="formal",
