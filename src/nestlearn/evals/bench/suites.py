@@ -190,7 +190,7 @@ def _suites() -> list[Suite]:
                 Recipe(
                     task=recall,
                     model=_model(16, initializer_range=0.2, **_WHOLE),
-                    training=Training(steps=1200, learning_rate=6e-3, stop=0.999),
+                    training=Training(steps=1200, learning_rate=1e-2, stop=0.999),
                 ),
             ),
             mixers=("hope", "hope-static", "deltanet", "linear_attention", "attention"),
