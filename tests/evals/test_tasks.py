@@ -193,6 +193,16 @@ def test_mqar_asks_for_the_value_bound_to_the_key(random_non_queries: bool) -> N
             assert any(rest) == random_non_queries
 
 
+def test_mqar_trains_on_a_mixture_of_numbers_of_pairs() -> None:
+    task = Mqar(vocabulary=40, length=48, train_pairs=(2, 5, 9))
+    batches = task.batches(4, seed=0)
+    found = {tuple((batch.targets != IGNORE).sum(1).tolist()) for batch in (next(batches) for _ in range(40))}
+    assert found == {(2,) * 4, (5,) * 4, (9,) * 4}
+    pool = dataclasses.replace(task, train_examples=200).draw(200, torch.Generator().manual_seed(0))
+    counts = (pool.targets != IGNORE).sum(1).tolist()
+    assert len(counts) == 200 and all(counts.count(pairs) > 40 for pairs in (2, 5, 9))
+
+
 def test_running_products_are_composed_by_hand() -> None:
     for task, degree in ((S3(eval_examples=30), 3), (S5(eval_examples=30), 5)):
         elements = list(itertools.permutations(range(degree)))
@@ -350,6 +360,7 @@ def test_padding_and_cutting() -> None:
         (lambda: Mqar(vocabulary=16), "keys"),
         (lambda: Mqar(pairs=0), "at least 1"),
         (lambda: Mqar(eval_pairs=(4, 17)), "length"),
+        (lambda: Mqar(train_pairs=(0,)), "at least 1"),
         (lambda: Parity(bins=()), "bins is empty"),
         (lambda: Parity(bins=((5, 4),)), "shortest <= longest"),
         (lambda: RepeatedAbab(bins=((5, 7),)), "has no string"),

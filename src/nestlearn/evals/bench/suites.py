@@ -197,7 +197,7 @@ def _long_context_suites() -> list[Suite]:
 
 
 def _suites() -> list[Suite]:
-    recall = Mqar(vocabulary=64, length=64, pairs=16, eval_pairs=(4, 8, 16))
+    recall = Mqar(vocabulary=64, length=64, train_pairs=(4, 8, 16), eval_pairs=(4, 8, 16))
     return [
         Suite(
             name="formal",
@@ -213,7 +213,7 @@ def _suites() -> list[Suite]:
                 Recipe(
                     task=recall,
                     model=_model(16, initializer_range=0.2, **_WHOLE),
-                    training=Training(steps=1200, learning_rate=6e-3, stop=0.999),
+                    training=Training(steps=1200, learning_rate=1e-2, stop=0.999),
                 ),
             ),
             mixers=("hope", "hope-static", "deltanet", "linear_attention", "attention"),

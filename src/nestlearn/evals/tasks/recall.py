@@ -22,7 +22,9 @@ class Mqar(Task):
         vocabulary: token ids, half of them keys.
         length: tokens of a sequence.
         pairs: pairs of a training sequence.
-        eval_pairs: pairs of the evaluation splits; ``(pairs,)`` by default. The last one is the headline.
+        train_pairs: several numbers of pairs instead, one drawn for every batch (Based and later sweeps train on a
+            mixture; few pairs are learned first).
+        eval_pairs: pairs of the evaluation splits; those of training by default. The last one is the headline.
         power: exponent a of the gaps' distribution ``p(g) ~ g ** (a - 1)``.
         random_non_queries: whether the other positions hold random tokens (False: token 0, as in Zoology's figure 2).
 
@@ -37,14 +39,18 @@ class Mqar(Task):
     vocabulary: int = 64
     length: int = 64
     pairs: int = 16
+    train_pairs: tuple[int, ...] = ()
     eval_pairs: tuple[int, ...] = ()
     power: float = 0.01
     random_non_queries: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for pairs in (self.pairs, *self.eval_pairs):
+        for pairs in (*self._trained(), *self.eval_pairs):
             self._generate(1, torch.Generator(), pairs)
+
+    def _trained(self) -> tuple[int, ...]:
+        return self.train_pairs or (self.pairs,)
 
     @property
     def vocab_size(self) -> int:
@@ -52,10 +58,16 @@ class Mqar(Task):
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        return tuple(Split(f"{pairs} pairs", "pairs", pairs) for pairs in self.eval_pairs or (self.pairs,))
+        return tuple(Split(f"{pairs} pairs", "pairs", pairs) for pairs in self.eval_pairs or self._trained())
 
     def draw(self, n: int, generator: torch.Generator) -> Batch:
-        return self._generate(n, generator, self.pairs)
+        choice = self._trained()
+        # A fixed training set is drawn at once and holds every number of pairs.
+        places = torch.randint(len(choice), (n if self.train_examples else 1,), generator=generator).tolist()
+        if len(set(places)) == 1:
+            return self._generate(n, generator, choice[places[0]])
+        parts = [self._generate(places.count(i), generator, choice[i]) for i in sorted(set(places))]
+        return Batch(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
 
     def examples(self, split: str) -> Batch:
         pairs = int(self.find_split(split).value)
