@@ -127,7 +127,7 @@ def test_writes_off_reads_initial_weights_of_the_usual_scale(name: str):
 
 def test_gates_of_a_layer_with_thresholds_and_channels():
     gates = make("yaad")._gates(
-        torch.randn(2, 5, 8, dtype=torch.float64), make("yaad")._initial(torch.zeros(1).double()), True
+        torch.randn(2, 5, 8, dtype=torch.float64), make("yaad").initial_weights(torch.zeros(1).double()), True
     )
     assert isinstance(gates, Gates) and gates.threshold is not None
     assert gates.threshold.shape == (2, 2, 5) and 0 < gates.threshold.min() < gates.threshold.max() < 2
