@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .functions import product, segment_products, solved_erasure
+from .fused import advanced, answered, erased
 from .layout import nobody
 
 
@@ -163,6 +164,8 @@ def erase(kernels: Kernels, x: Tensor, kind: str, lr: Tensor, retain: Tensor) ->
 def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: Entering) -> Writes:
     """The writes of one map under delta retention; ``x: [*b, c, in]``, ``error: [*b, c, out]``."""
     solved, gain = erasure
+    if _is_plain(kernels, start) and start.weights is not None and kernels.entry_before is not None:
+        return Writes(x, erased(error, solved, x, start.weights, kernels.entry_before), None, gain)
     change = None if kernels.impulse is not None else error
     for coefficient, weights in _sources(kernels, start, before=True):
         held, scale = product(x, weights.mT), coefficient.unsqueeze(-1)
@@ -196,6 +199,11 @@ def contain(writes: Writes) -> Writes:
     return writes._replace(change=cut(writes.change), impulse=cut(writes.impulse), lost=lost)
 
 
+def _is_plain(kernels: Kernels, start: Entering) -> bool:
+    """Whether the span follows the delta rule without momentum and without a reset that brings weights back."""
+    return kernels.decay_before is not None and kernels.impulse is None and start.back is None
+
+
 def _sources(kernels: Kernels, start: Entering, *, before: bool) -> list[tuple[Tensor, Tensor]]:
     """Coefficients and weights of what enters the span: W_0, what a reset brings back, S_0."""
     entry = kernels.entry_before if before else kernels.entry
@@ -216,6 +224,8 @@ def _add_product(total: Tensor | None, x: Tensor, weights: Tensor) -> Tensor:
 
 def read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Tensor | None) -> Tensor:
     """``W_t q_t`` for every token of the span; ``base`` are the initial weights if entering weights are distances."""
+    if _is_plain(kernels, start) and writes.change is not None and writes.lost is None:
+        return answered(q, base, start.weights, kernels.entry, writes.inputs, kernels.decay, writes.change)
     y = None if base is None else product(q, base.mT)
     for coefficient, weights in _sources(kernels, start, before=False):
         if y is not None and q.shape[-1] > y.shape[-1]:
@@ -241,6 +251,9 @@ def _changes(kernels: Kernels, writes: Writes) -> list[tuple[Tensor, Tensor | No
 
 def advance(kernels: Kernels, writes: Writes, start: Entering) -> tuple[Tensor, Tensor | None]:
     """Weights (or distances) and momentum after the span."""
+    if _is_plain(kernels, start) and writes.change is not None and writes.lost is None:
+        last, through = kernels.decay[..., -1, :], kernels.entry[..., -1]
+        return advanced(start.weights, through, writes.change, last, writes.inputs), None
     weights = None
     for coefficient, entering in _sources(kernels, start, before=False):
         part = coefficient[..., -1, None, None] * entering
