@@ -38,6 +38,8 @@ class Kernels(NamedTuple):
     momentum_exit: Tensor | None  # [*b, c]  products of beta from each token to the end of the span
     momentum_through: Tensor | None  # [*b]  product of beta over the span
     restart: Tensor | None  # [*b, c]  coefficient of the initial weights after a reset
+    exit: Tensor  # [*b, c]  last row of A: what is left of each token's write at the end
+    through: Tensor  # [*b]  what is left of the entering weights
     decay_before: Tensor | None = None
     entry_before: Tensor | None = None
     impulse_before: Tensor | None = None
@@ -85,7 +87,17 @@ def make_kernels(
             carry, carry_entry = torch.where(valid.unsqueeze(-1), carry, 0), torch.where(valid, carry_entry, 0)
         impulse = product(decay, carry)
         impulse_entry = (decay @ carry_entry.unsqueeze(-1)).squeeze(-1)
-    kernels = Kernels(decay, entry, impulse, impulse_entry, momentum_exit, momentum_through, back)
+    kernels = Kernels(
+        decay,
+        entry,
+        impulse,
+        impulse_entry,
+        momentum_exit,
+        momentum_through,
+        back,
+        decay[..., -1, :],
+        entry[..., -1],
+    )
     return _erasing(kernels, retain if gated else None, reset) if delta else kernels
 
 
@@ -252,8 +264,7 @@ def _changes(kernels: Kernels, writes: Writes) -> list[tuple[Tensor, Tensor | No
 def advance(kernels: Kernels, writes: Writes, start: Entering) -> tuple[Tensor, Tensor | None]:
     """Weights (or distances) and momentum after the span."""
     if _is_plain(kernels, start) and writes.change is not None and writes.lost is None:
-        last, through = kernels.decay[..., -1, :], kernels.entry[..., -1]
-        return advanced(start.weights, through, writes.change, last, writes.inputs), None
+        return advanced(start.weights, kernels.through, writes.change, kernels.exit, writes.inputs), None
     weights = None
     for coefficient, entering in _sources(kernels, start, before=False):
         part = coefficient[..., -1, None, None] * entering

@@ -139,14 +139,18 @@ class CausalTaps(torch.autograd.Function):
         if torch.is_grad_enabled():
             both, grad_weight = _differentiable_gradient(torch.cat([tail, x], 1), weight, grad, ctx.silu)
             return both[:, past:], both[:, :past], grad_weight, None
-        grad_x, grad_tail, grad_weight = torch.zeros_like(x), torch.zeros_like(tail), torch.zeros_like(weight)
+        grad_x, grad_weight, grad_head = torch.empty_like(x), torch.zeros_like(weight), None
         for padded, here, inside in _regions(x, tail, grad):
-            target = grad_x if inside else torch.zeros_like(padded)
-            _add_gradient(padded, weight, here, ctx.silu, target, grad_weight)
-            if not inside:
-                grad_tail += target[:, :past]
-                grad_x[:, : padded.shape[1] - past] += target[:, past:]
-        return grad_x, grad_tail, grad_weight, None
+            target = grad_x if inside else torch.empty_like(padded)
+            _write_gradient(padded, weight, here, ctx.silu, target, grad_weight)
+            grad_head = grad_head if inside else target
+        if grad_head is None:
+            return grad_x, torch.zeros_like(tail), grad_weight, None
+        if x.shape[1] > past:
+            grad_x[:, :past] += grad_head[:, past:]
+        else:
+            grad_x = grad_head[:, past:]
+        return grad_x, grad_head[:, :past], grad_weight, None
 
 
 def _regions(x: Tensor, tail: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
@@ -158,19 +162,25 @@ def _regions(x: Tensor, tail: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, b
     return [first, (x, y[:, past:], True)] if x.shape[1] > past else [first]
 
 
-def _add_gradient(
+def _write_gradient(
     padded: Tensor, weight: Tensor, grad: Tensor, silu: bool, grad_padded: Tensor, grad_weight: Tensor
 ) -> None:
-    """Add the gradients of one region to ``grad_padded`` and ``grad_weight``."""
+    """Write the gradient of one region to ``grad_padded``, which may hold anything, and add to ``grad_weight``."""
+    last = weight.shape[0] - 1
+    grad_padded[:, :last] = 0
     for first in range(0, grad.shape[1], _block(padded)):
         here = grad[:, first : first + _block(padded)]
         if silu:
             before = torch.empty_like(here)
             _taps(padded[:, first:], weight, before)
             here = torch.ops.aten.silu_backward(here, before)
-        for j in range(weight.shape[0]):
+        # Backwards: what the last tap reaches, nobody wrote before.
+        for j in range(last, -1, -1):
             cut = slice(first + j, first + j + here.shape[1])
-            grad_padded[:, cut].addcmul_(here, weight[j])
+            if j == last:
+                _scale(here, weight[j], grad_padded[:, cut])
+            else:
+                grad_padded[:, cut].addcmul_(here, weight[j])
             grad_weight[j] += (here * padded[:, cut]).sum((0, 1))
 
 
@@ -182,12 +192,17 @@ def _block(padded: Tensor) -> int:
 def _taps(padded: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write ``sum_j w_j * padded_{t+j}`` for the first tokens into ``out``."""
     tokens = out.shape[1]
-    if torch.compiler.is_compiling():  # which cannot write into a view
-        out.copy_(padded[:, :tokens] * weight[0])
-    else:
-        torch.mul(padded[:, :tokens], weight[0], out=out)
+    _scale(padded[:, :tokens], weight[0], out)
     for j in range(1, weight.shape[0]):
         out.addcmul_(padded[:, j : j + tokens], weight[j])
+
+
+def _scale(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = x * weight``, in place."""
+    if torch.compiler.is_compiling():  # which cannot write into a view
+        out.copy_(x * weight)
+    else:
+        torch.mul(x, weight, out=out)
 
 
 def _differentiable_gradient(padded: Tensor, weight: Tensor, grad: Tensor, silu: bool) -> tuple[Tensor, Tensor]:

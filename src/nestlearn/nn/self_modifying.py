@@ -245,15 +245,14 @@ class SelfModifyingTitans(nn.Module):
     def _streams(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Streams ``[b, heads, streams, t, d]``, momentum gate ``[b, heads, t]``, both wide, and the new tail."""
+        """Streams ``[b, t, streams, heads, d]``, momentum gate ``[b, heads, t]``, both wide, and the new tail."""
         mixed, end = self.streams(x), None
         if self.conv is None:
             mixed = F.silu(mixed)
         else:
             mixed, end = self.conv(mixed, tail, mask, reset)
         wide = wide_dtype(x)
-        mixed = mixed.to(wide)
-        split = mixed.unflatten(-1, (len(STREAMS), self.num_heads, self.d_head)).permute(0, 3, 2, 1, 4)
+        split = mixed.to(wide).unflatten(-1, (len(STREAMS), self.num_heads, self.d_head))
         beta = None
         if self.beta_gate is not None:
             beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide)).mT
@@ -291,17 +290,19 @@ class SelfModifyingTitans(nn.Module):
     def _project(
         self, group: State | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
     ) -> Projected:
-        """Keys, values, queries and gates of a span at the projection anchor; ``streams: [r, streams, c, d]``."""
+        """Keys, values, queries and gates of a span at the projection anchor; ``streams: [b, c, streams, heads, d]``."""
+        sizes = (len(self.adaptive), len(STREAMS) - len(self.adaptive))
+        adaptive, static = (x.permute(0, 3, 2, 1, 4).flatten(0, 1) for x in streams.split(sizes, 2))
         if group is not None:
-            adaptive, static = streams.split((len(self.adaptive), len(STREAMS) - len(self.adaptive)), 1)
             linear, _ = anchored(group.anchor, group.initial, None if reset is None else reset.unsqueeze(1))
             made = (*self.memory.architecture(linear, adaptive).unbind(1), *static.unbind(1))
         else:
-            made = streams.unbind(1)
+            made = static.unbind(1)
         named = dict(zip(self.streams_order, made, strict=True))
         q, k, v, eta, alpha = (named[name] for name in STREAMS)
+        batch = streams.shape[0]
         eta_logit, alpha_logit = (
-            torch.einsum("bhcd,hd->bhc", x.unflatten(0, (-1, self.num_heads)), vector.to(x.dtype))
+            torch.bmm(x, vector.to(x.dtype).repeat(batch, 1).unsqueeze(-1)).view(batch, self.num_heads, -1)
             for x, vector in ((eta, self.eta_vector), (alpha, self.alpha_vector))
         )
         gates = self._gates(eta_logit, alpha_logit, beta, writes)
@@ -384,16 +385,15 @@ class SelfModifyingTitans(nn.Module):
         self, streams: Tensor, beta: Tensor | None, state: SelfModifyingState | None, writes: bool, return_state: bool
     ) -> tuple[Tensor, SelfModifyingState]:
         """All rows at the start of a chunk: projections run over whole projection chunks."""
-        batch, tokens, dtype = streams.shape[0], streams.shape[-2], streams.dtype
+        (batch, tokens), dtype = streams.shape[:2], streams.dtype
         projections = None
         if self.adaptive:
             projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
         memory = single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
-        streams = streams.flatten(0, 1)
         beta = None if beta is None else beta.flatten(0, 1)
         chunk, outputs = self.projection_chunk_size, []
         size = span_length(self.memory.chunk_size, tokens)
-        streams_cut, beta_cut = streams.split(chunk, 2), None if beta is None else beta.split(chunk, 1)
+        streams_cut, beta_cut = streams.split(chunk, 1), None if beta is None else beta.split(chunk, 1)
         for j, here in enumerate(streams_cut):
             begin, end = j * chunk, min(j * chunk + chunk, tokens)
             if projections is not None:
@@ -434,7 +434,7 @@ class SelfModifyingTitans(nn.Module):
         writes: bool,
     ) -> tuple[Tensor, SelfModifyingState]:
         """Rows of any phase, masks and resets: one span of the main memory's chunk at a time."""
-        batch, tokens, dtype, device = streams.shape[0], streams.shape[-2], streams.dtype, streams.device
+        (batch, tokens), dtype, device = streams.shape[:2], streams.dtype, streams.device
         projections = None
         if self.adaptive:
             projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
@@ -442,14 +442,14 @@ class SelfModifyingTitans(nn.Module):
         position = torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.position
         size = span_length(self.memory.chunk_size, tokens)
         grid = place(position, tokens, self.projection_chunk_size, size, mask, reset, boundary=self.memory.chunk_size)
-        grid = grid.repeat(self.num_heads)
+        texts, grid = grid, grid.repeat(self.num_heads)
         row = torch.arange(batch * self.num_heads, device=device)[:, None, None]
-        streams = streams.flatten(0, 1).transpose(1, 2)
         beta = None if beta is None else torch.where(grid.valid, beta.flatten(0, 1)[row, grid.index], 1)
         outputs = []
         for i in range(grid.index.shape[1]):
             valid, flag = grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
-            here = torch.where(valid[..., None, None], streams[row[:, 0], grid.index[:, i]], 0).transpose(1, 2)
+            here = streams[row[:batch, 0], texts.index[:, i]]
+            here = torch.where(texts.valid[:, i, :, None, None, None], here, 0)
             begins = grid.phase[:, i]
             projections = None if projections is None else refresh(projections, begins == 0)
             memory = refresh(memory, begins % self.memory.chunk_size == 0)
