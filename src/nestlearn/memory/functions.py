@@ -97,12 +97,16 @@ class SolvedErasure(torch.autograd.Function):
         if torch.is_grad_enabled():  # Both again, as functions of the inputs.
             gram = product(x, x.mT)
             inverse = unit_lower_inverse(before * gram * eta.unsqueeze(-1))
-        through = product(inverse.mT, grad * eta.unsqueeze(-2))  # minus and minus
-        through = product(through, inverse.mT).tril(-1)
+        # Above its diagonal ``before`` is 0 and takes no gradient; what stands there is cut off below.
+        through = product(product(inverse.mT, grad * eta.unsqueeze(-2)), inverse.mT)  # minus and minus
         held = through * before
-        grad_eta = (held * gram).sum(-1) - (grad * inverse).sum(-2)
-        held = held * eta.unsqueeze(-1)
-        grad_before = through * gram * eta.unsqueeze(-1)
+        grad_eta = torch.linalg.vecdot(held, gram) - (grad * inverse).sum(-2)
+        if torch.is_grad_enabled():
+            held = held * eta.unsqueeze(-1)
+            grad_before = (through * gram * eta.unsqueeze(-1)).tril(-1)
+        else:
+            held.mul_(eta.unsqueeze(-1))
+            grad_before = through.mul_(gram).mul_(eta.unsqueeze(-1)).tril_(-1)
         return product(held + held.mT, x), grad_before.sum_to_size(before.shape), grad_eta.sum_to_size(eta.shape)
 
 

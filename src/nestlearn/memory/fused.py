@@ -109,22 +109,23 @@ class Answer(torch.autograd.Function):
         change: Tensor,
     ) -> Tensor:
         scores = product(q, x.mT)
-        y = product(scores * kernel, change)
+        weighted = scores * kernel
+        y = product(weighted, change)
         held = None
         if weights is not None:
             held = product(q, weights.mT)
             y.addcmul_(entry.unsqueeze(-1), held)
         if base is not None:
             y = _add(y, q, base.mT)
-        ctx.save_for_backward(q, base, weights, entry, x, kernel, change, scores, held)
+        ctx.save_for_backward(q, base, weights, entry, x, kernel, change, scores, weighted, held)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
-        q, base, weights, entry, x, kernel, change, scores, held = ctx.saved_tensors
+        q, base, weights, entry, x, kernel, change, scores, weighted, held = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(_answered, (q, base, weights, entry, x, kernel, change), grad)
-        grad_change = product((scores * kernel).mT, grad).sum_to_size(change.shape)
+        grad_change = product(weighted.mT, grad).sum_to_size(change.shape)
         grad_scores = product(grad, change.mT)
         grad_kernel = (grad_scores * scores).sum_to_size(kernel.shape)
         grad_scores.mul_(kernel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,37 +113,36 @@ BLOCK = 32
 
 
 class CausalTaps(torch.autograd.Function):
-    """``y_t = sum_j w_j * p_{t+j}`` over ``p``, the tail followed by x; then SiLU if asked. Keeps only its inputs.
+    """``y_t = sum_j w_j * p_{t+j}`` over ``p``, the tail followed by x; then SiLU if asked.
 
-    Channels last throughout: no transposes, which is where a grouped ``conv1d`` spends its time on a CPU. The value
-    before SiLU is computed again in the backward pass, block by block: cheaper than reading it back from memory.
+    Channels last throughout: no transposes, which is where a grouped ``conv1d`` spends its time on a CPU. Work goes
+    block by block, so that SiLU finds what it reads still in a core's cache.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor, silu: bool) -> Tensor:
-        ctx.save_for_backward(x, tail, weight)
-        ctx.silu = silu
-        y = torch.empty_like(x)
-        past = tail.shape[1]
-        for padded, out, _ in _regions(x, tail, y):
-            for first in range(0, padded.shape[1] - past, _block(x)):
-                block = out[:, first : first + _block(x)]
-                _taps(padded[:, first:], weight, block)
+        before = torch.empty_like(x)
+        y = torch.empty_like(x) if silu else before
+        for padded, before_here, y_here, _ in _regions(x, tail, before, y):
+            for first in range(0, y_here.shape[1], _block(x)):
+                cut = slice(first, first + _block(x))
+                _taps(padded[:, first:], weight.unbind(0), before_here[:, cut])
                 if silu:
-                    F.silu(block, inplace=True)
+                    torch.ops.aten.silu(before_here[:, cut], out=y_here[:, cut])
+        ctx.save_for_backward(x, tail, weight, before if silu else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        x, tail, weight = ctx.saved_tensors
+        x, tail, weight, before = ctx.saved_tensors
         past = tail.shape[1]
         if torch.is_grad_enabled():
-            both, grad_weight = _differentiable_gradient(torch.cat([tail, x], 1), weight, grad, ctx.silu)
+            both, grad_weight = _differentiable_gradient(torch.cat([tail, x], 1), weight, grad, before is not None)
             return both[:, past:], both[:, :past], grad_weight, None
         grad_x, grad_weight, grad_head = torch.empty_like(x), torch.zeros_like(weight), None
-        for padded, here, inside in _regions(x, tail, grad):
+        for padded, here, before_here, inside in _regions(x, tail, grad, grad if before is None else before):
             target = grad_x if inside else torch.empty_like(padded)
-            _write_gradient(padded, weight, here, ctx.silu, target, grad_weight)
+            _write_gradient(padded, weight, here, None if before is None else before_here, target, grad_weight)
             grad_head = grad_head if inside else target
         if grad_head is None:
             return grad_x, torch.zeros_like(tail), grad_weight, None
@@ -153,35 +153,33 @@ class CausalTaps(torch.autograd.Function):
         return grad_x, grad_head[:, :past], grad_weight, None
 
 
-def _regions(x: Tensor, tail: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
-    """Inputs and outputs of the first tokens, which see the tail, and (True) of the rest, which see x alone."""
+def _regions(x: Tensor, tail: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+    """Inputs and cuts of a and b: for the first tokens, which see the tail, and (True) the rest, which see x alone."""
     past = tail.shape[1]
     if past == 0:
-        return [(x, y, True)]
-    first = (torch.cat([tail, x[:, :past]], 1), y[:, :past], False)
-    return [first, (x, y[:, past:], True)] if x.shape[1] > past else [first]
+        return [(x, a, b, True)]
+    first = (torch.cat([tail, x[:, :past]], 1), a[:, :past], b[:, :past], False)
+    return [first, (x, a[:, past:], b[:, past:], True)] if x.shape[1] > past else [first]
 
 
 def _write_gradient(
-    padded: Tensor, weight: Tensor, grad: Tensor, silu: bool, grad_padded: Tensor, grad_weight: Tensor
+    padded: Tensor, weight: Tensor, grad: Tensor, before: Tensor | None, grad_padded: Tensor, grad_weight: Tensor
 ) -> None:
     """Write the gradient of one region to ``grad_padded``, which may hold anything, and add to ``grad_weight``."""
-    last = weight.shape[0] - 1
+    last, taps, sums = weight.shape[0] - 1, weight.unbind(0), grad_weight.unbind(0)
     grad_padded[:, :last] = 0
     for first in range(0, grad.shape[1], _block(padded)):
         here = grad[:, first : first + _block(padded)]
-        if silu:
-            before = torch.empty_like(here)
-            _taps(padded[:, first:], weight, before)
-            here = torch.ops.aten.silu_backward(here, before)
+        if before is not None:
+            here = torch.ops.aten.silu_backward(here, before[:, first : first + _block(padded)])
         # Backwards: what the last tap reaches, nobody wrote before.
         for j in range(last, -1, -1):
             cut = slice(first + j, first + j + here.shape[1])
             if j == last:
-                _scale(here, weight[j], grad_padded[:, cut])
+                _scale(here, taps[j], grad_padded[:, cut])
             else:
-                grad_padded[:, cut].addcmul_(here, weight[j])
-            grad_weight[j] += (here * padded[:, cut]).sum((0, 1))
+                grad_padded[:, cut].addcmul_(here, taps[j])
+            sums[j].add_((here * padded[:, cut]).sum((0, 1)))
 
 
 def _block(padded: Tensor) -> int:
@@ -189,12 +187,12 @@ def _block(padded: Tensor) -> int:
     return BLOCK if padded.device.type == "cpu" else padded.shape[1]
 
 
-def _taps(padded: Tensor, weight: Tensor, out: Tensor) -> None:
+def _taps(padded: Tensor, taps: Sequence[Tensor], out: Tensor) -> None:
     """Write ``sum_j w_j * padded_{t+j}`` for the first tokens into ``out``."""
     tokens = out.shape[1]
-    _scale(padded[:, :tokens], weight[0], out)
-    for j in range(1, weight.shape[0]):
-        out.addcmul_(padded[:, j : j + tokens], weight[j])
+    _scale(padded[:, :tokens], taps[0], out)
+    for j in range(1, len(taps)):
+        out.addcmul_(padded[:, j : j + tokens], taps[j])
 
 
 def _scale(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -290,7 +290,7 @@ class SelfModifyingTitans(nn.Module):
     def _project(
         self, group: State | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
     ) -> Projected:
-        """Keys, values, queries and gates of a span at the projection anchor; ``streams: [b, c, streams, heads, d]``."""
+        """Keys, values, queries, gates of a span at the projection anchor; ``streams: [b, c, streams, heads, d]``."""
         sizes = (len(self.adaptive), len(STREAMS) - len(self.adaptive))
         adaptive, static = (x.permute(0, 3, 2, 1, 4).flatten(0, 1) for x in streams.split(sizes, 2))
         if group is not None:
