@@ -24,9 +24,9 @@ def _again(function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], g
     # New nodes: an input may be a function of another, and each gradient is a partial one.
     own = [None if x is None else x.view_as(x) for x in inputs]
     wanted = [i for i, x in enumerate(own) if x is not None and x.requires_grad]
-    found = torch.autograd.grad(
-        function(*own), [x for x in own if x is not None and x.requires_grad], grad, create_graph=True
-    )
+    leaves = [x for x in own if x is not None and x.requires_grad]
+    # A fresh memory has no entering weights, and so no use for their coefficient.
+    found = torch.autograd.grad(function(*own), leaves, grad, create_graph=True, allow_unused=True)
     gradients: list[Tensor | None] = [None] * len(own)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
