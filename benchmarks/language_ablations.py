@@ -226,8 +226,8 @@ def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -
         f"Held-out bits per byte at positions 0-{length - 1}; difference from the row's baseline (positive: worse), "
         "standard error from the deviation between seeds pooled over the rows.",
         "",
-        "| row | parameters | seeds | writes on | writes off | off - on | difference | its part with writes off | published, "
-        "per token | sign |",
+        "| row | parameters | seeds | writes on | writes off | off - on | difference | difference with writes off | "
+        "published, per token | sign |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in found:
