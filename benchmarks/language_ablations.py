@@ -66,6 +66,8 @@ PUBLISHED = {
 }  # fmt: skip
 """Perplexities of NL (arXiv 2512.24695), Table 6."""
 CONDITIONS = ("on", "off", "shuffled")
+T_TWO_SIDED = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""How many standard errors are a difference at the 5 % level, by degrees of freedom of the error (Student's t)."""
 
 
 def parse() -> argparse.Namespace:
@@ -207,11 +209,11 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def pooled_deviation(samples: list[list[float]]) -> float:
-    """Standard deviation of one value around the mean of its sample, over all samples together."""
+def pooled_deviation(samples: list[list[float]]) -> tuple[float, int]:
+    """Standard deviation of one value around the mean of its sample, over all samples together; degrees of freedom."""
     squares = sum((x - mean(sample)) ** 2 for sample in samples for x in sample)
     freedom = sum(len(sample) - 1 for sample in samples if sample)
-    return math.sqrt(squares / freedom) if freedom else math.nan
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
 def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
@@ -221,10 +223,12 @@ def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -
     changed = [row for row in found if ROWS[row][0] != row]
     by_row = {row: differences(records, row, ROWS[row][0], "on", 0, length) for row in changed}
     without_writes = {row: mean(differences(records, row, ROWS[row][0], "off", 0, length)) for row in changed}
-    deviation = pooled_deviation(list(by_row.values()))
+    deviation, freedom = pooled_deviation(list(by_row.values()))
+    needed = T_TWO_SIDED[min(freedom, len(T_TWO_SIDED) - 1)]
     lines = [
         f"Held-out bits per byte at positions 0-{length - 1}; difference from the row's baseline (positive: worse), "
-        "standard error from the deviation between seeds pooled over the rows.",
+        f"standard error from the deviation between seeds pooled over the rows ({freedom} degrees of freedom: "
+        f"{needed} standard errors are needed at the 5 % level).",
         "",
         "| row | parameters | seeds | writes on | writes off | off - on | difference | difference with writes off | "
         "published, per token | sign |",
@@ -238,7 +242,7 @@ def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -
         if by_row.get(row):
             value, error = mean(by_row[row]), deviation / math.sqrt(len(by_row[row]))
             difference, off_part = f"{value:+.3f} ± {error:.3f}", f"{without_writes[row]:+.3f}"
-            sign = "below noise" if not abs(value) > 2 * error else ""
+            sign = "noise unknown" if math.isnan(error) else "below noise" if abs(value) < needed * error else ""
             if row in PUBLISHED:
                 theirs = math.log2(PUBLISHED[row] / PUBLISHED["hope"])
                 published = f"{theirs:+.3f}"
