@@ -225,10 +225,13 @@ def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -
     without_writes = {row: mean(differences(records, row, ROWS[row][0], "off", 0, length)) for row in changed}
     deviation, freedom = pooled_deviation(list(by_row.values()))
     needed = T_TWO_SIDED[min(freedom, len(T_TWO_SIDED) - 1)]
+    noise = (
+        f", standard error from the deviation between seeds pooled over the rows ({freedom} degrees of freedom: {needed} "
+        "standard errors are needed at the 5 % level)."
+    )
     lines = [
-        f"Held-out bits per byte at positions 0-{length - 1}; difference from the row's baseline (positive: worse), "
-        f"standard error from the deviation between seeds pooled over the rows ({freedom} degrees of freedom: "
-        f"{needed} standard errors are needed at the 5 % level).",
+        f"Held-out bits per byte at positions 0-{length - 1}; difference from the row's baseline, paired by seed (positive: "
+        "worse)" + (noise if freedom else "."),
         "",
         "| row | parameters | seeds | writes on | writes off | off - on | difference | difference with writes off | "
         "published, per token | sign |",
@@ -241,12 +244,16 @@ def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -
         difference = off_part = published = sign = ""
         if by_row.get(row):
             value, error = mean(by_row[row]), deviation / math.sqrt(len(by_row[row]))
-            difference, off_part = f"{value:+.3f} ± {error:.3f}", f"{without_writes[row]:+.3f}"
-            sign = "noise unknown" if math.isnan(error) else "below noise" if abs(value) < needed * error else ""
+            difference = f"{value:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+            off_part = f"{without_writes[row]:+.3f}"
+            sign = "below noise" if abs(value) < needed * error else ""
             if row in PUBLISHED:
                 theirs = math.log2(PUBLISHED[row] / PUBLISHED["hope"])
                 published = f"{theirs:+.3f}"
-                sign = sign or ("same" if (theirs > 0) == (value > 0) else "opposite")
+                agrees = "same" if (theirs > 0) == (value > 0) else "opposite"
+                sign = f"{agrees}, {sign}" if sign else agrees
+            if math.isnan(error):
+                sign += ", one seed" if sign else "one seed"
         lines.append(f"| {row} | {sizes} | {difference} | {off_part} | {published} | {sign} |")
     return lines
 
