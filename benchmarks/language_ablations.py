@@ -226,12 +226,12 @@ def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -
     deviation, freedom = pooled_deviation(list(by_row.values()))
     needed = T_TWO_SIDED[min(freedom, len(T_TWO_SIDED) - 1)]
     noise = (
-        f", standard error from the deviation between seeds pooled over the rows ({freedom} degrees of freedom: {needed} "
-        "standard errors are needed at the 5 % level)."
+        f", standard error from the deviation between seeds pooled over the rows ({freedom} degrees of freedom: "
+        f"{needed} standard errors are needed at the 5 % level)."
     )
     lines = [
-        f"Held-out bits per byte at positions 0-{length - 1}; difference from the row's baseline, paired by seed (positive: "
-        "worse)" + (noise if freedom else "."),
+        f"Held-out bits per byte at positions 0-{length - 1}; difference from the row's baseline, paired by seed "
+        "(positive: worse)" + (noise if freedom else "."),
         "",
         "| row | parameters | seeds | writes on | writes off | off - on | difference | difference with writes off | "
         "published, per token | sign |",
