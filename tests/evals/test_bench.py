@@ -87,6 +87,12 @@ def test_models_of_a_suite_have_equal_numbers_of_parameters(suite: str) -> None:
         assert len(counts) >= 5 and max(counts) <= 1.05 * min(counts)
 
 
+def test_projections_write_within_the_sequences_of_mad() -> None:
+    """Otherwise hope would be compared with its projections static: compression and memorization have 32 tokens."""
+    for recipe in find_suite("mad").recipes:
+        assert recipe.model["projection_chunk_size"] < recipe.task.config()["length"]
+
+
 def test_mixer_tokens_change_fields() -> None:
     assert mixer_fields("hope:adaptive=k+v:max_step=1.5:step_size=raw") == {
         "mixer": "self_modifying_titans", "adaptive": ["k", "v"], "max_step": 1.5, "step_size": "raw",

@@ -163,7 +163,7 @@ def _formal() -> tuple[Recipe, ...]:
 
 
 def _mad() -> tuple[Recipe, ...]:
-    training = Training(steps=800, batch_size=32, learning_rate=4e-3, stop=0.999)
+    training = Training(steps=800, batch_size=32, learning_rate=1e-2, stop=0.999)
     tasks = (
         Compression(train_examples=6400, eval_examples=500),
         InContextRecall(train_examples=6400, eval_examples=500, length=64),
@@ -172,7 +172,12 @@ def _mad() -> tuple[Recipe, ...]:
         SelectiveCopying(train_examples=6400, eval_examples=500, length=64, copied=8),
         Memorization(eval_examples=500),
     )
-    return tuple(Recipe(task=task, model=_TELL_APART, training=training) for task in tasks)
+    # Two chunks per sequence, for every memory: the cheapest with which projections write before a sequence ends.
+    chunks = [dict.fromkeys(("memory_chunk_size", "projection_chunk_size"), task.length // 2) for task in tasks]
+    return tuple(
+        Recipe(task=task, model=_TELL_APART | chunk, training=training)
+        for task, chunk in zip(tasks, chunks, strict=True)
+    )
 
 
 def _long_context_suites() -> list[Suite]:
