@@ -182,7 +182,7 @@ def _long_context_suites() -> list[Suite]:
     model = _model(64, heads=2, initializer_range=0.1, **_WHOLE)
     # The number alone is asked for and noise holds no digits: half the width learns it, in a third of the steps. All
     # models take all steps, since to stop at the first that is good at every length would choose on the test.
-    needle = replace(training, steps=500, learning_rate=4e-3, check_every=100, stop=None)
+    needle = replace(training, steps=400, learning_rate=4e-3, check_every=100, stop=None)
     mixers = ("hope", "titans", "gated_deltanet", "deltanet", "linear_attention", "attention")
     return [
         Suite(
