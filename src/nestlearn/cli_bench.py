@@ -40,6 +40,9 @@ def bench(
     tasks: Annotated[str | None, typer.Option(help="Only these tasks of the suite, joined by commas.")] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 10m, 1h.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates per model; repeatable, unlike a budget.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate of every model, to search for the best; default: the suite's.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads per process.")] = 1,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
@@ -51,7 +54,8 @@ def bench(
     from nestlearn.evals.bench import BenchOptions, find_suite, parse_duration, run_bench
 
     del verbose  # read by the main program
-    given = {"mixers": mixers, "seeds": seeds, "tasks": tasks, "budget": budget, "steps": steps, "workers": workers,
+    given = {"mixers": mixers, "seeds": seeds, "tasks": tasks, "budget": budget, "steps": steps,
+             "learning-rate": learning_rate, "workers": workers,
              "threads": threads if threads > 1 else None, "device": device if device != "cpu" else None,
              "out": out}  # fmt: skip
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
@@ -63,6 +67,7 @@ def bench(
         seeds=seeds,
         tasks=_words(tasks),
         steps=steps,
+        learning_rate=learning_rate,
         budget=None if budget is None else parse_duration(budget),
         workers=workers,
         threads=threads,

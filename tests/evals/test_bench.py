@@ -138,6 +138,17 @@ def test_cells_come_seed_by_seed_and_select_tasks() -> None:
         plan(QUICK, seeds=0)
 
 
+def test_one_learning_rate_replaces_those_of_the_mixers() -> None:
+    training = dataclasses.replace(QUICK.recipes[0].training, mixer_rates={"hope": 3e-2})
+    suite = dataclasses.replace(QUICK, recipes=(dataclasses.replace(QUICK.recipes[0], training=training),))
+    assert [cell.training.rate(cell.mixer) for cell in plan(suite, ["hope", "attention"])] == [3e-2, 4e-3]
+    changed = plan(suite, ["hope", "attention"], learning_rate=2e-2)
+    assert [cell.training.rate(cell.mixer) for cell in changed] == [2e-2, 2e-2]
+    assert changed[0].key != plan(suite, ["hope"])[0].key
+    with pytest.raises(ValueError, match="learning_rate=-1"):
+        plan(suite, learning_rate=-1)
+
+
 def test_a_cell_is_the_same_every_time_and_leaves_the_generator_alone() -> None:
     cell = plan(QUICK, ["hope"])[1]
     before = torch.get_rng_state()

@@ -70,6 +70,7 @@ def plan(
     seeds: int = 1,
     tasks: list[str] | None = None,
     steps: int | None = None,
+    learning_rate: float | None = None,
 ) -> list[Cell]:
     """The cells of a run, seed by seed, so that an interrupted run has compared all mixers.
 
@@ -79,9 +80,10 @@ def plan(
         seeds: how many, from 0.
         tasks: names of tasks; all without.
         steps: updates of every model, instead of the recipes'.
+        learning_rate: peak rate of every model, instead of the recipes'.
 
     Raises:
-        ValueError: an unknown mixer, field or task, or a number below 1.
+        ValueError: an unknown mixer, field or task, a number below 1, or a rate that is not positive.
     """
     if seeds < 1 or (steps is not None and steps < 1):
         raise ValueError(f"{seeds=} and {steps=} must be at least 1.")
@@ -89,6 +91,8 @@ def plan(
     cells = []
     for recipe in suite.select(tasks):
         training = recipe.training if steps is None else replace(recipe.training, steps=steps)
+        if learning_rate is not None:
+            training = replace(training, learning_rate=learning_rate, mixer_rates={})
         for mixer in tokens:
             model = sized_fields(recipe, mixer)
             cells.append(Cell(suite.name, recipe.task, mixer, model, training, 0))
