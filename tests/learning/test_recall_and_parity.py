@@ -14,7 +14,7 @@ from nestlearn.data.synthetic import IGNORE, multi_query_recall, parity
 
 
 @pytest.fixture(scope="module")
-def benchmark(repository: Path) -> ModuleType:
+def comparison(repository: Path) -> ModuleType:
     """benchmarks/recall_and_parity.py, the command that repeats these figures."""
     spec = importlib.util.spec_from_file_location("recall_and_parity", repository / "benchmarks/recall_and_parity.py")
     assert spec is not None and spec.loader is not None
@@ -24,22 +24,22 @@ def benchmark(repository: Path) -> ModuleType:
     return module
 
 
-def medians(benchmark: ModuleType, task: str) -> dict[str, float]:
-    result = benchmark.median([benchmark.learn(task, "hope", seed) for seed in range(3)])
+def medians(comparison: ModuleType, task: str) -> dict[str, float]:
+    result = comparison.median([comparison.learn(task, "hope", seed) for seed in range(3)])
     print(f"{task}, hope, median of three seeds: {result}")  # noqa: T201 - the figures are the point
     return result
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_recall_is_learned(benchmark: ModuleType) -> None:
-    assert medians(benchmark, "recall")["queries"] >= 0.95
+def test_recall_is_learned(comparison: ModuleType) -> None:
+    assert medians(comparison, "recall")["queries"] >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_parity_is_learned_and_extends_to_twice_the_length(benchmark: ModuleType) -> None:
-    scores = medians(benchmark, "parity")
+def test_parity_is_learned_and_extends_to_twice_the_length(comparison: ModuleType) -> None:
+    scores = medians(comparison, "parity")
     assert scores["2-50"] == 1.0
     assert scores["51-100"] >= 0.90
 
@@ -48,8 +48,8 @@ def test_parity_is_learned_and_extends_to_twice_the_length(benchmark: ModuleType
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("task", ["recall", "parity"])
 @pytest.mark.parametrize("mixer", ["static", "deltanet", "attention"])
-def test_the_other_mixers_are_shown_beside_it(benchmark: ModuleType, task: str, mixer: str) -> None:
-    outcome = benchmark.learn(task, mixer, 0, 400)
+def test_the_other_mixers_are_shown_beside_it(comparison: ModuleType, task: str, mixer: str) -> None:
+    outcome = comparison.learn(task, mixer, 0, 400)
     print(f"{task}, {mixer}: {outcome.scores} after {outcome.steps} steps")  # noqa: T201
     assert all(0 <= score <= 1 for score in outcome.scores.values())
 

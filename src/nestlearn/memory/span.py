@@ -236,7 +236,13 @@ def _add_product(total: Tensor | None, x: Tensor, weights: Tensor) -> Tensor:
 
 def read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Tensor | None) -> Tensor:
     """``W_t q_t`` for every token of the span; ``base`` are the initial weights if entering weights are distances."""
-    if _is_plain(kernels, start) and writes.change is not None and writes.lost is None:
+    y = _read(kernels, writes, start, q, base)
+    return y if writes.lost is None else torch.where(writes.lost.unsqueeze(-1), torch.nan, y)
+
+
+def _read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Tensor | None) -> Tensor:
+    # Which way is taken must not depend on values: it would change the last bits of the other rows.
+    if _is_plain(kernels, start) and writes.change is not None:
         return answered(q, base, start.weights, kernels.entry, writes.inputs, kernels.decay, writes.change)
     y = None if base is None else product(q, base.mT)
     for coefficient, weights in _sources(kernels, start, before=False):
@@ -250,7 +256,7 @@ def read(kernels: Kernels, writes: Writes, start: Entering, q: Tensor, base: Ten
             weighted = scores * (kernel * writes.gain.unsqueeze(-2) if scaled else kernel)
             y = _add_product(y, weighted, change.mT)
     assert y is not None
-    return y if writes.lost is None else torch.where(writes.lost.unsqueeze(-1), torch.nan, y)
+    return y
 
 
 def _changes(kernels: Kernels, writes: Writes) -> list[tuple[Tensor, Tensor | None, bool]]:
@@ -263,8 +269,19 @@ def _changes(kernels: Kernels, writes: Writes) -> list[tuple[Tensor, Tensor | No
 
 def advance(kernels: Kernels, writes: Writes, start: Entering) -> tuple[Tensor, Tensor | None]:
     """Weights (or distances) and momentum after the span."""
-    if _is_plain(kernels, start) and writes.change is not None and writes.lost is None:
-        return advanced(start.weights, kernels.through, writes.change, kernels.exit, writes.inputs), None
+    weights = _advance(kernels, writes, start)
+    if writes.lost is not None:
+        weights = torch.where(writes.lost[..., -1:, None], torch.nan, weights)
+    if kernels.impulse is None or writes.impulse is None:
+        return weights, None
+    assert kernels.momentum_exit is not None and kernels.momentum_through is not None
+    momentum = None if start.momentum is None else kernels.momentum_through[..., None, None] * start.momentum
+    return weights, _add_outer(momentum, writes.impulse, kernels.momentum_exit * writes.gain, writes.inputs)
+
+
+def _advance(kernels: Kernels, writes: Writes, start: Entering) -> Tensor:
+    if _is_plain(kernels, start) and writes.change is not None:
+        return advanced(start.weights, kernels.through, writes.change, kernels.exit, writes.inputs)
     weights = None
     for coefficient, entering in _sources(kernels, start, before=False):
         part = coefficient[..., -1, None, None] * entering
@@ -274,13 +291,7 @@ def advance(kernels: Kernels, writes: Writes, start: Entering) -> tuple[Tensor, 
             last = kernel[..., -1, :]
             weights = _add_outer(weights, change, last * writes.gain if scaled else last, writes.inputs)
     assert weights is not None
-    if writes.lost is not None:
-        weights = torch.where(writes.lost[..., -1:, None], torch.nan, weights)
-    if kernels.impulse is None or writes.impulse is None:
-        return weights, None
-    assert kernels.momentum_exit is not None and kernels.momentum_through is not None
-    momentum = None if start.momentum is None else kernels.momentum_through[..., None, None] * start.momentum
-    return weights, _add_outer(momentum, writes.impulse, kernels.momentum_exit * writes.gain, writes.inputs)
+    return weights
 
 
 def _add_outer(total: Tensor | None, left: Tensor, coefficient: Tensor, right: Tensor) -> Tensor:
