@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+Coefficients = tuple[float, float, float]
+
+COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
 """The quintic of Muon: steep at 0, so that small singular values rise to about 1 within five steps."""
+
+POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+"""One quintic per step, each the best of its degree for the interval that the steps before it leave, from singular
+values of 1e-3 on (Polar Express, arXiv 2505.16932); the last one repeats."""
 
 TINY = 1e-7
 """Matrices of a Frobenius norm below this go to zero instead of to an orthogonal matrix."""
 
 
+def per_step(coefficients: Coefficients | Sequence[Coefficients]) -> Sequence[Coefficients]:
+    """One triple per step, the last of which repeats; a single triple is that of every step."""
+    return [coefficients] if isinstance(coefficients[0], (int, float)) else coefficients  # pyright: ignore[reportReturnType]
+
+
 def newton_schulz(
-    x: Float[Tensor, "*b m n"], steps: int = 5, coefficients: tuple[float, float, float] = COEFFICIENTS
+    x: Float[Tensor, "*b m n"],
+    steps: int = 5,
+    coefficients: Coefficients | Sequence[Coefficients] = COEFFICIENTS,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*b m n"]:
     """The matrix moved toward ``U V^T`` of its singular value decomposition ``U diag(s) V^T`` (NL Eq. 42-44).
 
         X_0 = X / ||X||_F,     X_{i+1} = a X_i + (b X_i X_i^T + c (X_i X_i^T)^2) X_i
 
-    Each step applies ``a s + b s^3 + c s^5`` to every singular value; after five they lie in about [0.7, 1.2]. It runs
-    in the dtype given (half precision loses the small ones). A zero matrix stays zero, with finite gradients.
+    Each step applies ``a s + b s^3 + c s^5`` to every singular value; after five they lie in about [0.7, 1.2]. A zero
+    matrix stays zero, with finite gradients.
 
     Args:
         x: matrices; the smaller of m and n sets the cost.
         steps: iterations; 0 only normalizes.
-        coefficients: (a, b, c).
+        coefficients: (a, b, c), or one such triple per step, the last of which repeats.
+        dtype: of the iterations and of the result, that of `x` by default. Half precision loses small singular values.
 
     Example:
         >>> import torch
@@ -33,14 +59,21 @@ def newton_schulz(
         >>> s = torch.linalg.svdvals(newton_schulz(x))
         >>> bool((s > 0.6).all() and (s < 1.3).all())
         True
+        >>> s = torch.linalg.svdvals(newton_schulz(x, coefficients=POLAR_EXPRESS))
+        >>> bool((s > 0.87).all() and (s < 1.13).all())
+        True
     """
-    a, b, c = coefficients
+    triples = per_step(coefficients)
     # A large matrix first shrinks by its largest entry: its squares would not be finite.
     x = x / x.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x * (x.square().sum((-2, -1), keepdim=True) + TINY**2).rsqrt()
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    stack = (x if dtype is None else x.to(dtype)).reshape(-1, *x.shape[-2:])
+    for i in range(steps):
+        a, b, c = triples[min(i, len(triples) - 1)]
+        gram = stack @ stack.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        stack = torch.baddbmm(stack, polynomial, stack, beta=a)
+    x = stack.view(x.shape)
     return x.mT if tall else x

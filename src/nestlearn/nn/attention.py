@@ -70,6 +70,10 @@ class PersistentTokens(nn.Module):
         self.tokens = nn.Parameter(torch.empty(count, d_model))
         self.reset_parameters()
 
+    def vector_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose rows are vectors and no linear map: no matrix rule of an optimizer suits them."""
+        return [self.tokens]
+
     def reset_parameters(self) -> None:
         """Standard normal: the scale of the normalized inputs they stand beside."""
         nn.init.normal_(self.tokens)

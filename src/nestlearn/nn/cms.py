@@ -44,6 +44,10 @@ class Aggregation(nn.Module):
         self.weight = nn.Parameter(torch.empty(levels, heads))
         self.reset_parameters()
 
+    def vector_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose rows are vectors and no linear map: no matrix rule of an optimizer suits them."""
+        return [self.weight]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The plain sum."""

@@ -36,6 +36,10 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, channels))
         self.reset_parameters()
 
+    def vector_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose rows are vectors and no linear map: no matrix rule of an optimizer suits them."""
+        return [self.weight]
+
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(width), as torch's Conv1d."""
         bound = self.width**-0.5

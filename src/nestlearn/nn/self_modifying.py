@@ -174,10 +174,13 @@ class SelfModifyingTitans(nn.Module):
         self.alpha_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.alpha_bias = nn.Parameter(torch.empty(num_heads))
         self.beta_gate = nn.Linear(d_model, num_heads) if momentum else None
-        self.norm = nn.RMSNorm(self.d_head, eps=norm_eps)
-        self.norm_eps = norm_eps
+        self.norm, self.norm_eps = nn.RMSNorm(self.d_head, eps=norm_eps), norm_eps
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
+
+    def vector_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose rows are vectors and no linear map: no matrix rule of an optimizer suits them."""
+        return [self.eta_vector, self.alpha_vector]
 
     def reset_parameters(self) -> None:
         """Initial values: random memories (both maps non-zero), gates that read a little and keep nearly everything."""

@@ -1,18 +1,24 @@
-"""Optimizers of Nested Learning that wrap any torch optimizer: levels with periods, projections, nested transfer.
+"""Optimizers of Nested Learning: drop-in rules for matrices, and wrappers around any torch optimizer.
 
-base = torch.optim.Adam(model.parameters(), lr=1e-3)
-optimizer = NestedTransfer(InputProjection(base, model, alpha=100.0, period=215), rate=0.5, period=86)
+optimizer = M3(param_groups(model), lr=1e-3)
+optimizer = MultiTimescale(M3(timescale_groups(model, [(model.fast, 1), (model.slow, 16)])))
 """
 
+from nestlearn.optim.m3 import M3
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer
 from nestlearn.optim.multi_timescale import MultiTimescale, timescale_groups
+from nestlearn.optim.param_groups import param_groups
 from nestlearn.optim.projection import InputProjection
 from nestlearn.optim.transfer import NestedTransfer
 from nestlearn.optim.wrapper import OptimizerWrapper
 
 __all__ = [
+    "M3",
     "InputProjection",
+    "MatrixOptimizer",
     "MultiTimescale",
     "NestedTransfer",
     "OptimizerWrapper",
+    "param_groups",
     "timescale_groups",
 ]

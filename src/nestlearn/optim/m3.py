@@ -1,0 +1,183 @@
+"""Multi-scale Momentum Muon: a fast and a slow memory of gradients, both orthogonalized (NL Algorithm 1, Eq. 75)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nestlearn.memory.newton_schulz import Coefficients
+from nestlearn.optim.matrices import Matrices, Stack, take_step
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, not_negative, zeros
+from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coefficients, lr_factor, orthogonalize
+from nestlearn.optim.wrapper import whole_number
+
+Accumulate = Literal["ema", "paper"]
+
+
+class M3(MatrixOptimizer):
+    """Steps along the orthogonalized momenta of two timescales (NL Algorithm 1).
+
+    With gradients g, slow period f and NS the Newton-Schulz iteration, at step t:
+
+        M1 += β1 g        V += β2 g²        O1 = NS(M1)
+        M2 += β3 Σ g of the last f steps,   O2 = NS(M2)          before steps f+1, 2f+1, ...; O2 = 0 until then
+        W  -= lr (O1 + α O2) / (√V + ε)
+
+    So ``accumulate="paper"`` reads: nothing is ever forgotten. The default ``"ema"`` averages instead,
+    ``M1 ← β1 M1 + (1 - β1) g``, ``V`` likewise and corrected for its start at zero, and
+    ``M2 ← β3 M2 + (1 - β3) mean(g of the last f steps)``.
+
+    ``second_moment=False`` leaves out the division. With α = 0 too, the EMA form is Muon. Dividing by √V, which is of
+    the gradient's size, would make the step as large as 1/|g|: unless ``adjust_lr=None``, each divided update is scaled
+    back to the norm of O1 + α O2.
+
+    Cost per matrix and step: Newton-Schulz once, and once more every f steps. State in bytes per parameter (float32):
+    4 for M1; with α > 0 4 for M2 and 2 to 4 for O2, in the type of the iterations; 4 for V.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
+        lr: learning rate, also AdamW's of parameters that are no matrices.
+        betas: (β1, β2, β3).
+        alpha: α, the weight of the slow direction.
+        slow_period: f, in steps.
+        second_moment: divide by √V.
+        accumulate: ``"ema"``, or ``"paper"`` for the sums as printed.
+        nesterov: orthogonalize ``β1 M1 + (1 - β1) g`` (EMA form), ``M1 + β1 g`` (paper form) in place of M1.
+        ns_steps: Newton-Schulz iterations.
+        ns_coefficients: ``"quintic"`` (Muon's), ``"polar_express"``, or triples (a, b, c), one per iteration.
+        adjust_lr: how the step depends on the matrix's shape (`lr_factor`).
+        eps: ε.
+        weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
+        adamw: settings of AdamW (`MatrixOptimizer`).
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> optimizer = M3(layer.parameters(), lr=0.05, slow_period=5)
+        >>> x = torch.eye(4)
+        >>> for _ in range(60):
+        ...     optimizer.zero_grad()
+        ...     loss = (layer(x) - x.flip(0)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 0.01
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
+        alpha: float = 0.5,
+        slow_period: int = 10,
+        second_moment: bool = True,
+        accumulate: Accumulate = "ema",
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_coefficients: Named | Sequence[Coefficients] = "quintic",
+        adjust_lr: AdjustLr | None = "match_rms_adamw",
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "slow_period": slow_period,
+            "second_moment": second_moment,
+            "accumulate": accumulate,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "adjust_lr": adjust_lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults, adamw)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        if group["accumulate"] not in get_args(Accumulate):
+            raise ValueError(
+                f"accumulate is {group['accumulate']!r}; it must be one of {', '.join(get_args(Accumulate))}."
+            )
+        fractions("betas", group["betas"], 3)
+        not_negative("alpha", group["alpha"], "the weight of the slow direction")
+        not_negative("eps", group["eps"], "added to the root of the second moment")
+        whole_number("slow_period", group["slow_period"], "steps between two slow directions")
+        check_orthogonal(group)
+
+    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+        names = ["fast_momentum"]
+        names += ["slow_momentum", "slow_direction"] if group["alpha"] > 0 else []
+        names += ["second_moment"] if group["second_moment"] else []
+        return {name: zeros(like) for name in names}
+
+    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+        triples = coefficients(group["ns_coefficients"])
+        directions = _fast_directions(group, matrices, triples)
+        if group["alpha"] > 0:
+            torch._foreach_add_(directions, _slow_directions(group, matrices, triples), alpha=group["alpha"])
+        if group["second_moment"]:
+            directions = _divided(group, matrices, directions)
+        take_step(matrices.weights, directions, group, lr_factor(group["adjust_lr"], matrices.shape))
+
+
+def _fast_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequence[Coefficients]) -> list[Stack]:
+    """``O1``, after adding the gradients to M1."""
+    beta, momenta = group["betas"][0], matrices.state("fast_momentum")
+    if group["accumulate"] == "ema":
+        torch._foreach_lerp_(momenta, matrices.gradients, 1 - beta)
+        if group["nesterov"]:
+            momenta = torch._foreach_lerp(matrices.gradients, momenta, beta)
+    else:
+        torch._foreach_add_(momenta, matrices.gradients, alpha=beta)
+        if group["nesterov"]:
+            momenta = torch._foreach_add(momenta, matrices.gradients, alpha=beta)
+    directions = orthogonalize(matrices, momenta, group["ns_steps"], triples)
+    return [direction.to(weight) for direction, weight in zip(directions, matrices.weights, strict=True)]
+
+
+def _slow_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequence[Coefficients]) -> list[Stack]:
+    """``O2``, made anew where a slow period begins; then adds the gradients to M2."""
+    beta, period = group["betas"][2], group["slow_period"]
+    momenta, directions = matrices.state("slow_momentum"), matrices.state("slow_direction")
+    begins = (matrices.step - 1) % period == 0
+    if begins and matrices.step > 1:
+        # Kept for a period: Newton-Schulz of the slow memory is paid once in f steps.
+        torch._foreach_copy_(directions, orthogonalize(matrices, momenta, group["ns_steps"], triples))
+    # M2 takes each gradient at once: when a period ends it is what adding their sum then would make it.
+    if group["accumulate"] == "ema":
+        if begins:
+            torch._foreach_mul_(momenta, beta)
+        torch._foreach_add_(momenta, matrices.gradients, alpha=(1 - beta) / period)
+    else:
+        torch._foreach_add_(momenta, matrices.gradients, alpha=beta)
+    return directions
+
+
+def _divided(group: Mapping[str, Any], matrices: Matrices, directions: list[Stack]) -> list[Stack]:
+    """``O / (√V + ε)`` after adding the squared gradients to V; of the norm of O unless ``adjust_lr`` is None."""
+    beta, moments = group["betas"][1], matrices.state("second_moment")
+    if group["accumulate"] == "ema":
+        torch._foreach_mul_(moments, beta)
+        torch._foreach_addcmul_(moments, matrices.gradients, matrices.gradients, value=1 - beta)
+    else:
+        torch._foreach_addcmul_(moments, matrices.gradients, matrices.gradients, value=beta)
+    roots = torch._foreach_sqrt(moments)
+    if group["accumulate"] == "ema":
+        torch._foreach_mul_(roots, (1 - beta**matrices.step) ** -0.5)
+    torch._foreach_add_(roots, group["eps"])
+    divided = torch._foreach_div(directions, roots)
+    if group["adjust_lr"] is not None:
+        before, after = matrices.norms(directions), matrices.norms(divided)
+        torch._foreach_div_(before, torch._foreach_clamp_min(after, torch.finfo(before[0].dtype).tiny))
+        torch._foreach_mul_(divided, before)
+    return list(divided)

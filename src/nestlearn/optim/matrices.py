@@ -1,0 +1,118 @@
+"""Parameters as stacks of matrices: what a rule for matrices gets to see of them at one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nestlearn.optim.sharding import local, own_part, total, whole
+
+Stack = Float[Tensor, "b m n"]
+
+CPU_ELEMENTS, ELEMENTS = 2**20, 2**27
+"""Elements updated at once: on a processor what its caches hold, elsewhere what keeps temporary tensors small."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a parameter of `dtype` is updated: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_matrices(tensor: Tensor, kernels: bool) -> Stack:
+    """A parameter as matrices: 2-D as one, 3-D as a stack; kernels of convolutions [out, in, ...] as [out, in · ...].
+
+    Args:
+        tensor: at least 2-D. From 4-D on it is a kernel in any case.
+        kernels: 3-D ones are kernels too.
+    """
+    if tensor.ndim == 3 and not kernels:
+        return tensor
+    return tensor.reshape(1, tensor.shape[0], -1) if tensor.ndim > 2 else tensor[None]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Parameters of one shape and type at the same step, each a stack of matrices.
+
+    Attributes:
+        parameters: as the model has them, of whatever type, distributed or not.
+        weights: the same in float32 or wider, on this process; to be changed in place.
+        gradients: those of the weights, of the same types and shapes; not to be changed.
+        states: what the optimizer remembers, one dictionary for each parameter.
+        step: the number of this step, from 1.
+        kernels: how 3-D tensors are read (`as_matrices`).
+    """
+
+    parameters: list[Tensor]
+    weights: list[Stack]
+    gradients: list[Stack]
+    states: list[dict[str, Tensor]]
+    step: int
+    kernels: bool
+
+    def state(self, name: str) -> list[Stack]:
+        """One entry of all states, as matrices that share its memory."""
+        return [as_matrices(local(state[name]), self.kernels) for state in self.states]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of each complete matrix."""
+        shape = self.parameters[0].shape
+        stacked = len(shape) == 3 and not self.kernels
+        return (shape[1], shape[2]) if stacked else (shape[0], math.prod(shape[1:]))
+
+    def whole(self, parts: Sequence[Stack]) -> list[Stack]:
+        """Matrices complete on this process, from the parts that each process holds."""
+        return [as_matrices(whole(x, p), self.kernels) for x, p in zip(parts, self.parameters, strict=True)]
+
+    def own_parts(self, complete: Sequence[Stack]) -> list[Stack]:
+        """This process's parts of complete matrices."""
+        return [as_matrices(own_part(x, p), self.kernels) for x, p in zip(complete, self.parameters, strict=True)]
+
+    def total(self, parts: Sequence[Float[Tensor, "b *rest"]]) -> list[Float[Tensor, "b *rest"]]:
+        """Sums over the processes that hold parts of the same matrices: one row for each matrix."""
+        stacked = self.parameters[0].ndim == 3 and not self.kernels
+        return [total(part, like, stacked) for part, like in zip(parts, self.parameters, strict=True)]
+
+    def norms(self, parts: Sequence[Stack]) -> list[Float[Tensor, "b 1 1"]]:
+        """The Frobenius norm of each complete matrix."""
+        return [x.sqrt() for x in self.total([part.square().sum((-2, -1), keepdim=True) for part in parts])]
+
+    def write_back(self) -> None:
+        """Stores the weights where they are copies of the parameters and not the same memory."""
+        for parameter, weight in zip(self.parameters, self.weights, strict=True):
+            own = local(parameter)
+            if weight.data_ptr() != own.data_ptr():
+                own.copy_(weight.view(own.shape))
+
+
+def weight_of(parameter: Tensor, kernels: bool) -> Stack:
+    """The matrices of a parameter in float32 or wider: its own memory where type and layout allow."""
+    own = local(parameter)
+    return as_matrices(own.to(wide(own.dtype)).contiguous(), kernels)
+
+
+def batches(parameters: Sequence[Tensor], steps: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Parameters that can be updated together: of one shape, type, device, distribution and step, and not too many."""
+    alike: dict[tuple[object, ...], list[Tensor]] = {}
+    for parameter, step in zip(parameters, steps, strict=True):
+        placements = getattr(parameter, "placements", None), getattr(parameter, "device_mesh", None)
+        alike.setdefault((parameter.shape, parameter.dtype, parameter.device, placements, step), []).append(parameter)
+    for members in alike.values():
+        limit = CPU_ELEMENTS if members[0].device.type == "cpu" else ELEMENTS
+        count = max(1, limit // members[0].numel())
+        for first in range(0, len(members), count):
+            yield members[first : first + count]
+
+
+def take_step(weights: list[Stack], updates: list[Stack], group: Mapping[str, Any], factor: float = 1.0) -> None:
+    """``W ← (1 - lr · weight_decay) W - lr · factor · U``, in place on both."""
+    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_mul_(updates, -group["lr"] * factor)
+    torch._foreach_add_(weights, updates)

@@ -1,0 +1,80 @@
+"""The orthogonalized direction of a step: Newton-Schulz over stacks of matrices, and the size of its update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nestlearn.memory.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, Coefficients, newton_schulz
+from nestlearn.optim.matrices import Matrices, Stack
+
+Named = Literal["quintic", "polar_express"]
+AdjustLr = Literal["match_rms_adamw", "original"]
+
+NAMED: dict[str, tuple[Coefficients, ...]] = {"quintic": (COEFFICIENTS,), "polar_express": POLAR_EXPRESS}
+
+
+def coefficients(given: Named | Sequence[Coefficients]) -> tuple[Coefficients, ...]:
+    """One triple per Newton-Schulz step, the last repeating.
+
+    Raises:
+        ValueError: an unknown name, or anything but triples of numbers.
+    """
+    if isinstance(given, str):
+        if given not in NAMED:
+            raise ValueError(f"ns_coefficients is {given!r}; it must be one of {', '.join(NAMED)}, or triples.")
+        return NAMED[given]
+    triples = tuple(tuple(float(value) for value in triple) for triple in given)
+    if not triples or any(len(triple) != 3 for triple in triples):
+        raise ValueError(f"ns_coefficients is {given}; it must be a sequence of triples (a, b, c), one per step.")
+    return triples  # pyright: ignore[reportReturnType]
+
+
+def iteration_dtype(like: Tensor) -> torch.dtype:
+    """bfloat16 for what is narrower than float64, where the device multiplies in it fast; otherwise the type given."""
+    if like.dtype == torch.float64:
+        return like.dtype
+    if like.device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = like.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # there is no public question
+    return torch.bfloat16 if fast else like.dtype
+
+
+def orthogonalize(
+    matrices: Matrices, parts: Sequence[Stack], steps: int, triples: Sequence[Coefficients]
+) -> list[Stack]:
+    """Newton-Schulz of matrices that may be distributed: this process's parts, in the type of the iterations.
+
+    Distributed matrices are collected, every process orthogonalizes all of them and keeps its own part.
+    """
+    complete = matrices.whole(parts)
+    stacked = complete[0] if len(complete) == 1 else torch.cat(complete)
+    result = newton_schulz(stacked, steps, triples, dtype=iteration_dtype(stacked))
+    return matrices.own_parts(result.split([x.shape[0] for x in complete]))
+
+
+def lr_factor(adjust_lr: AdjustLr | None, shape: Sequence[int]) -> float:
+    """What the learning rate of an orthogonal update of this shape is multiplied by (as in `torch.optim.Muon`).
+
+    ``"match_rms_adamw"``: 0.2 √max(m, n), an update of root mean square 0.2, about that of AdamW, so that one learning
+    rate serves both. ``"original"``: √max(1, m / n). None: 1.
+    """
+    rows, columns = shape[-2:]
+    if adjust_lr == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns)) if adjust_lr == "original" else 1.0
+
+
+def check_orthogonal(group: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of Newton-Schulz that cannot work."""
+    steps = group["ns_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 < steps < 100:
+        raise ValueError(f"ns_steps is {steps!r}; it must be a whole number from 1 to 99: Newton-Schulz iterations.")
+    if group["adjust_lr"] is not None and group["adjust_lr"] not in get_args(AdjustLr):
+        raise ValueError(f"adjust_lr is {group['adjust_lr']!r}; it must be None or {' or '.join(get_args(AdjustLr))}.")
+    coefficients(group["ns_coefficients"])

@@ -1,0 +1,50 @@
+"""Parameters that live in parts on several processes (DTensor, FSDP2), seen by rules for whole matrices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: the same memory, all of a tensor that is not distributed."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which each process holds a part, distributed as `like` is; every process gets all of it."""
+    if not isinstance(like, DTensor):
+        return part
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(
+        part.reshape(local(like).shape), like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    ).full_tensor()
+
+
+def own_part(full: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that all have, distributed as `like` is; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return full
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(full.reshape(like.shape), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements).to_local()
+
+
+def total(part: Tensor, like: Tensor, stacked: bool) -> Tensor:
+    """The sum over the processes that hold different parts of `like`, of what each has computed from its part.
+
+    Args:
+        part: what this process has computed.
+        like: whose distribution tells which processes these are.
+        stacked: `like` is a stack of tensors along its first dimension; processes that divide the stack hold different
+            tensors, over which there is nothing to sum.
+    """
+    if not isinstance(like, DTensor):
+        return part
+
+    def placement(given: Placement) -> Placement:
+        divided = isinstance(given, Shard) and not (stacked and given.dim == 0)
+        return Partial() if divided else Replicate()
+
+    placements = [placement(given) for given in like.placements]
+    return DTensor.from_local(part, like.device_mesh, placements, run_check=False).full_tensor()
