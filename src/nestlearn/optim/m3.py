@@ -125,9 +125,8 @@ class M3(MatrixOptimizer):
         directions = _fast_directions(group, matrices, triples)
         if group["alpha"] > 0:
             torch._foreach_add_(directions, _slow_directions(group, matrices, triples), alpha=group["alpha"])
-        if group["second_moment"]:
-            directions = _divided(group, matrices, directions)
-        take_step(matrices.weights, directions, group, lr_factor(group["adjust_lr"], matrices.shape))
+        scales = _divide(group, matrices, directions) if group["second_moment"] else None
+        take_step(matrices.weights, directions, group, lr_factor(group["adjust_lr"], matrices.shape), scales)
 
 
 def _fast_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequence[Coefficients]) -> list[Stack]:
@@ -163,21 +162,26 @@ def _slow_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequ
     return directions
 
 
-def _divided(group: Mapping[str, Any], matrices: Matrices, directions: list[Stack]) -> list[Stack]:
-    """``O / (√V + ε)`` after adding the squared gradients to V; of the norm of O unless ``adjust_lr`` is None."""
-    beta, moments = group["betas"][1], matrices.state("second_moment")
+def _divide(group: Mapping[str, Any], matrices: Matrices, directions: list[Stack]) -> list[Stack] | None:
+    """``O / (√V + ε)`` in place, after adding the squared gradients to V; the scales that give O its norm back.
+
+    With ``adjust_lr=None`` there are none.
+    """
+    beta, moments, eps = group["betas"][1], matrices.state("second_moment"), group["eps"]
+    norms = matrices.norms(directions) if group["adjust_lr"] is not None else None
+    correction = 1.0
     if group["accumulate"] == "ema":
+        correction = (1 - beta**matrices.step) ** 0.5
         torch._foreach_mul_(moments, beta)
         torch._foreach_addcmul_(moments, matrices.gradients, matrices.gradients, value=1 - beta)
     else:
         torch._foreach_addcmul_(moments, matrices.gradients, matrices.gradients, value=beta)
+    # √V / c + ε = (√V + c ε) / c: the correction c of the average's start is left to the scales, which undo it.
     roots = torch._foreach_sqrt(moments)
-    if group["accumulate"] == "ema":
-        torch._foreach_mul_(roots, (1 - beta**matrices.step) ** -0.5)
-    torch._foreach_add_(roots, group["eps"])
-    divided = torch._foreach_div(directions, roots)
-    if group["adjust_lr"] is not None:
-        before, after = matrices.norms(directions), matrices.norms(divided)
-        torch._foreach_div_(before, torch._foreach_clamp_min(after, torch.finfo(before[0].dtype).tiny))
-        torch._foreach_mul_(divided, before)
-    return list(divided)
+    torch._foreach_add_(roots, correction * eps)
+    torch._foreach_div_(directions, roots)
+    if norms is None:
+        torch._foreach_mul_(directions, correction)
+        return None
+    tiny = torch.finfo(norms[0].dtype).tiny
+    return list(torch._foreach_div(norms, torch._foreach_clamp_min(matrices.norms(directions), tiny)))

@@ -82,7 +82,8 @@ class Matrices:
 
     def norms(self, parts: Sequence[Stack]) -> list[Float[Tensor, "b 1 1"]]:
         """The Frobenius norm of each complete matrix."""
-        return [x.sqrt() for x in self.total([part.square().sum((-2, -1), keepdim=True) for part in parts])]
+        squares = [torch.linalg.vector_norm(part, 2, (-2, -1), keepdim=True).square_() for part in parts]
+        return [x.sqrt() for x in self.total(squares)]
 
     def write_back(self) -> None:
         """Stores the weights where they are copies of the parameters and not the same memory."""
@@ -111,8 +112,21 @@ def batches(parameters: Sequence[Tensor], steps: Sequence[int]) -> Iterator[list
             yield members[first : first + count]
 
 
-def take_step(weights: list[Stack], updates: list[Stack], group: Mapping[str, Any], factor: float = 1.0) -> None:
-    """``W ← (1 - lr · weight_decay) W - lr · factor · U``, in place on both."""
-    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_mul_(updates, -group["lr"] * factor)
-    torch._foreach_add_(weights, updates)
+def take_step(
+    weights: list[Stack],
+    updates: list[Stack],
+    group: Mapping[str, Any],
+    factor: float = 1.0,
+    scales: list[Float[Tensor, "b 1 1"]] | None = None,
+) -> None:
+    """``W ← (1 - lr · weight_decay) W - lr · factor · scale · U``, in place; `updates` are used up."""
+    lr = group["lr"]
+    if group["weight_decay"] > 0:
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+    if scales is not None:
+        torch._foreach_addcmul_(weights, updates, torch._foreach_mul(scales, lr * factor), value=-1.0)
+    elif isinstance(lr, Tensor):
+        torch._foreach_mul_(updates, lr * -factor)
+        torch._foreach_add_(weights, updates)
+    else:
+        torch._foreach_add_(weights, updates, alpha=-lr * factor)

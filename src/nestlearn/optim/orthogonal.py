@@ -15,6 +15,9 @@ from nestlearn.optim.matrices import Matrices, Stack
 Named = Literal["quintic", "polar_express"]
 AdjustLr = Literal["match_rms_adamw", "original"]
 
+CPU_ELEMENTS = 2**18
+"""Elements orthogonalized at once on a processor: together small matrices save calls, large ones take more time."""
+
 NAMED: dict[str, tuple[Coefficients, ...]] = {"quintic": (COEFFICIENTS,), "polar_express": POLAR_EXPRESS}
 
 
@@ -53,9 +56,17 @@ def orthogonalize(
     Distributed matrices are collected, every process orthogonalizes all of them and keeps its own part.
     """
     complete = matrices.whole(parts)
-    stacked = complete[0] if len(complete) == 1 else torch.cat(complete)
-    result = newton_schulz(stacked, steps, triples, dtype=iteration_dtype(stacked))
-    return matrices.own_parts(result.split([x.shape[0] for x in complete]))
+    first = complete[0]
+    count = len(complete)
+    if first.device.type == "cpu":
+        count = max(1, CPU_ELEMENTS // first.numel())
+    results: list[Stack] = []
+    for place in range(0, len(complete), count):
+        members = complete[place : place + count]
+        stacked = members[0] if len(members) == 1 else torch.cat(members)
+        result = newton_schulz(stacked, steps, triples, dtype=iteration_dtype(stacked))
+        results += result.split([x.shape[0] for x in members])
+    return matrices.own_parts(results)
 
 
 def lr_factor(adjust_lr: AdjustLr | None, shape: Sequence[int]) -> float:
