@@ -110,8 +110,7 @@ def measure(
             if current:  # the first round makes the states
                 seconds[name].append((time.perf_counter() - began) / steps)
     return {
-        name: {"seconds": seconds[name], "bytes_per_parameter": state_bytes(optimizers[name]) / count}
-        for name in kinds
+        name: {"seconds": seconds[name], "bytes_per_parameter": state_bytes(optimizers[name]) / count} for name in kinds
     }
 
 
@@ -135,7 +134,9 @@ def main() -> None:
     shapes = of_preset(options.preset) if options.preset else squares()
     kinds = {name: make for name, make in (OTHERS | OWN).items() if name in options.optimizers}
     measured = measure(kinds, shapes, options.rounds, options.steps)
-    print("| optimizer | ms per step | to Muon | to AdamW, foreach | bytes of state per parameter |\n|---|---|---|---|---|")
+    print(
+        "| optimizer | ms per step | to Muon | to AdamW, foreach | bytes of state per parameter |\n|---|---|---|---|---|"
+    )
     with options.out.open("a") as file:
         for name, values in measured.items():
             record = {

@@ -6,19 +6,32 @@ optimizer = MultiTimescale(M3(timescale_groups(model, [(model.fast, 1), (model.s
 
 from nestlearn.optim.m3 import M3
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer
+from nestlearn.optim.momentum import AssociativeMomentum, DeltaMomentum, DeltaRule, HigherOrderMomentum, Polynomial
 from nestlearn.optim.multi_timescale import MultiTimescale, timescale_groups
+from nestlearn.optim.outputs import NewtonSchulz, Sign
 from nestlearn.optim.param_groups import param_groups
+from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
 from nestlearn.optim.projection import InputProjection
 from nestlearn.optim.transfer import NestedTransfer
 from nestlearn.optim.wrapper import OptimizerWrapper
 
 __all__ = [
     "M3",
+    "AssociativeMomentum",
+    "DeltaMomentum",
+    "DeltaRule",
+    "Diagonal",
+    "HigherOrderMomentum",
     "InputProjection",
+    "LeastSquares",
     "MatrixOptimizer",
     "MultiTimescale",
     "NestedTransfer",
+    "NewtonSchulz",
     "OptimizerWrapper",
+    "Polynomial",
+    "Sign",
+    "Whitening",
     "param_groups",
     "timescale_groups",
 ]

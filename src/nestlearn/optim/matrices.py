@@ -36,6 +36,18 @@ def as_matrices(tensor: Tensor, kernels: bool) -> Stack:
     return tensor.reshape(1, tensor.shape[0], -1) if tensor.ndim > 2 else tensor[None]
 
 
+def stack_shape(shape: Sequence[int], kernels: bool) -> tuple[int, int, int]:
+    """Matrices, rows and columns of a parameter as `as_matrices` gives them."""
+    if len(shape) == 3 and not kernels:
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
+
+
+def together(stacks: Sequence[Stack]) -> tuple[Stack, list[int]]:
+    """Stacks of matrices of one shape as one, and how many are of each: few large operations instead of many."""
+    return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks)), [len(stack) for stack in stacks]
+
+
 @dataclass(frozen=True)
 class Matrices:
     """Parameters of one shape and type at the same step, each a stack of matrices.
@@ -63,17 +75,19 @@ class Matrices:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of each complete matrix."""
-        shape = self.parameters[0].shape
-        stacked = len(shape) == 3 and not self.kernels
-        return (shape[1], shape[2]) if stacked else (shape[0], math.prod(shape[1:]))
+        return stack_shape(self.parameters[0].shape, self.kernels)[1:]
 
     def whole(self, parts: Sequence[Stack]) -> list[Stack]:
         """Matrices complete on this process, from the parts that each process holds."""
-        return [as_matrices(whole(x, p), self.kernels) for x, p in zip(parts, self.parameters, strict=True)]
+        return self._reread([whole(x, p) for x, p in zip(parts, self.parameters, strict=True)], parts)
 
     def own_parts(self, complete: Sequence[Stack]) -> list[Stack]:
         """This process's parts of complete matrices."""
-        return [as_matrices(own_part(x, p), self.kernels) for x, p in zip(complete, self.parameters, strict=True)]
+        return self._reread([own_part(x, p) for x, p in zip(complete, self.parameters, strict=True)], complete)
+
+    def _reread(self, tensors: Sequence[Tensor], given: Sequence[Stack]) -> list[Stack]:
+        """Matrices of tensors in the shape of the parameters; what was not distributed is a given stack already."""
+        return [x if x is y else as_matrices(x, self.kernels) for x, y in zip(tensors, given, strict=True)]
 
     def total(self, parts: Sequence[Float[Tensor, "b *rest"]]) -> list[Float[Tensor, "b *rest"]]:
         """Sums over the processes that hold parts of the same matrices: one row for each matrix."""
@@ -119,14 +133,13 @@ def take_step(
     factor: float = 1.0,
     scales: list[Float[Tensor, "b 1 1"]] | None = None,
 ) -> None:
-    """``W ← (1 - lr · weight_decay) W - lr · factor · scale · U``, in place; `updates` are used up."""
+    """``W ← (1 - lr · weight_decay) W - lr · factor · scale · U``, in place on W; one scale for each matrix."""
     lr = group["lr"]
     if group["weight_decay"] > 0:
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
     if scales is not None:
         torch._foreach_addcmul_(weights, updates, torch._foreach_mul(scales, lr * factor), value=-1.0)
     elif isinstance(lr, Tensor):
-        torch._foreach_mul_(updates, lr * -factor)
-        torch._foreach_add_(weights, updates)
+        torch._foreach_add_(weights, torch._foreach_mul(updates, lr * -factor))
     else:
         torch._foreach_add_(weights, updates, alpha=-lr * factor)

@@ -139,14 +139,21 @@ class MatrixOptimizer(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] = {"step": torch.tensor(0.0), **self._new_state(group, parameter)}
         steps = [int(self.state[parameter]["step"]) for parameter in parameters]
+        self._update_all(group, (self._matrices(group, members) for members in batches(parameters, steps)))
+
+    def _matrices(self, group: Mapping[str, Any], members: list[Tensor]) -> Matrices:
+        """Parameters as their rule sees them, at their next step."""
         kernels = group["kernels"]
-        for members in batches(parameters, steps):
-            states = [self.state[parameter] for parameter in members]
-            for state in states:
-                state["step"] += 1
-            weights = [weight_of(parameter, kernels) for parameter in members]
-            gradients = [as_matrices(local(self._gradient(parameter)), kernels) for parameter in members]
-            matrices = Matrices(members, weights, gradients, states, int(states[0]["step"]), kernels)
+        states = [self.state[parameter] for parameter in members]
+        for state in states:
+            state["step"] += 1
+        weights = [weight_of(parameter, kernels) for parameter in members]
+        gradients = [as_matrices(local(self._gradient(parameter)), kernels) for parameter in members]
+        return Matrices(members, weights, gradients, states, int(states[0]["step"]), kernels)
+
+    def _update_all(self, group: Mapping[str, Any], given: Iterable[Matrices]) -> None:
+        """One step of all matrices of a group, batch by batch; a rule that shares state between them overrides this."""
+        for matrices in given:
             self._update(group, matrices)
             matrices.write_back()
 
@@ -216,7 +223,8 @@ class MatrixOptimizer(Optimizer):
                 raise ValueError(f"This state is of parameters in another order: {first[0]} where {first[1]} is.")
             for parameter, key in zip(group["params"], saved_group["params"], strict=True):
                 if key in state_dict["state"]:
-                    self._check_shapes(saved_group, parameter, state_dict["state"][key])
+                    settings = {**saved_group, "params": group["params"]}
+                    self._check_shapes(settings, parameter, state_dict["state"][key])
 
     def _check_shapes(self, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> None:
         expected = self._new_state(group, parameter) if is_matrix(group, parameter) else adamw_state(parameter)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.memory.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, Coefficients, newton_schulz
-from nestlearn.optim.matrices import Matrices, Stack
+from nestlearn.optim.matrices import Matrices, Stack, together
 
 Named = Literal["quintic", "polar_express"]
 AdjustLr = Literal["match_rms_adamw", "original"]
@@ -57,15 +57,12 @@ def orthogonalize(
     """
     complete = matrices.whole(parts)
     first = complete[0]
-    count = len(complete)
-    if first.device.type == "cpu":
-        count = max(1, CPU_ELEMENTS // first.numel())
+    count = max(1, CPU_ELEMENTS // first.numel()) if first.device.type == "cpu" else len(complete)
     results: list[Stack] = []
     for place in range(0, len(complete), count):
-        members = complete[place : place + count]
-        stacked = members[0] if len(members) == 1 else torch.cat(members)
+        stacked, counts = together(complete[place : place + count])
         result = newton_schulz(stacked, steps, triples, dtype=iteration_dtype(stacked))
-        results += result.split([x.shape[0] for x in members])
+        results += result.split(counts)
     return matrices.own_parts(results)
 
 

@@ -18,7 +18,7 @@ ApplyTo = Literal["update", "gradient"]
 Unit = Literal["squares", "steps"]
 
 
-def ridge_projection(gram: Float[Tensor, "d d"], alpha: float | Float[Tensor, ""]) -> Float[Tensor, "d d"]:
+def ridge_projection(gram: Float[Tensor, "*b d d"], alpha: float | Float[Tensor, ""]) -> Float[Tensor, "*b d d"]:
     """``P = (I + XᵀX / α)⁻¹``, what recursive least squares arrives at from P = I after all rows X.
 
     Each batch of rows X changes ``P ← P - P Xᵀ (α I + X P Xᵀ)⁻¹ X P``; by Woodbury's identity the order and the size of
@@ -37,7 +37,8 @@ def ridge_projection(gram: Float[Tensor, "d d"], alpha: float | Float[Tensor, ""
     # By eigenvalues, in float64: where XᵀX / α is above 1e7, float32 loses the identity in the sum, and what is left
     # has the rounding errors of XᵀX as its small eigenvalues, of either sign. Clamped, those of P are in [0, 1] always.
     values, vectors = torch.linalg.eigh(gram.double())
-    return ((vectors * (alpha / (alpha + values.clamp(min=0.0)))) @ vectors.mT).to(gram.dtype)
+    kept = alpha / (alpha + values.clamp(min=0.0))
+    return ((vectors * kept.unsqueeze(-2)) @ vectors.mT).to(gram.dtype)
 
 
 class _Memory:

@@ -1,0 +1,311 @@
+"""Momentum as an associative memory of gradients, and the ways to make it more expressive (NL section 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import add_safe_globals
+
+from nestlearn.optim.matrices import Matrices, Stack, take_step, together
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, not_negative, zeros
+from nestlearn.optim.outputs import NewtonSchulz, Sign
+from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """The momentum's objective is regression, not the dot product: before g is added, what lies along it is erased.
+
+    ``m ← m (α I - ρ ĝᵀĝ)`` with ``ĝ = g / (‖g‖_F + ε)`` (NL Eq. 48-49). The eigenvalues of ``ĝᵀĝ`` are in [0, 1] and
+    add up to 1, so the factor of m is in [α - ρ, α]: it never grows, whatever the gradient's size. (As printed, with g
+    in place of ĝ, it diverges where ``‖g‖ > √(1 + α)``.) Cost: ``4 min(rows, columns)`` operations per element.
+
+    Args:
+        rho: ρ.
+        eps: ε.
+
+    Raises:
+        ValueError: rho outside (0, 1], or a negative eps.
+    """
+
+    rho: float = 1.0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.rho <= 1.0:
+            raise ValueError(
+                f"rho is {self.rho}; it must be in (0, 1]: the part of the momentum along the gradient that is erased. "
+                "For 0 leave the delta rule out (delta=None)."
+            )
+        not_negative("eps", self.eps, "added to the gradient's norm")
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Higher-order features of a gradient (NL Eq. 51): powers of each element, relative to the matrix's.
+
+    ``φ(g) = r Σ_k c_k sign(z) |z|^k`` with ``z = g / r``, r the root mean square of the whole g, k = 1, 2, ...
+
+    The momentum and the weights have g's shape, so φ must keep it: powers of elements, no products of two. Relative to
+    r, φ scales as g does (``φ(c g) = c φ(g)``) and the coefficients mean the same for every layer. Even powers keep the
+    sign: without it they would point uphill for half of the elements.
+
+    Args:
+        coefficients: c_1, c_2, ...: ``(1.0,)`` is the gradient itself, ``(1.0, 0.0, 0.1)`` adds cubes, which stress the
+            largest elements.
+
+    Raises:
+        ValueError: no coefficient, or only zeros.
+    """
+
+    coefficients: tuple[float, ...] = (1.0, 0.0, 0.1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
+        if not any(self.coefficients):
+            raise ValueError(
+                f"coefficients is {self.coefficients}; give those of g, g|g|, g³, ... with at least one that is not 0."
+            )
+
+    def apply(self, matrices: Matrices, gradients: list[Stack]) -> list[Stack]:
+        """``φ(g)`` of each."""
+        rows, columns = matrices.shape
+        sizes = matrices.norms(gradients)
+        torch._foreach_mul_(sizes, (rows * columns) ** -0.5)
+        torch._foreach_clamp_min_(sizes, torch.finfo(sizes[0].dtype).tiny)  # a zero matrix has zero features
+        relative = torch._foreach_div(gradients, sizes)
+        magnitudes = torch._foreach_abs(relative)
+        # Horner: r z (c_1 + |z| (c_2 + |z| (c_3 + ...))).
+        *rest, last = self.coefficients
+        factors = list(torch._foreach_mul(magnitudes, 0.0))
+        torch._foreach_add_(factors, last)
+        for c in reversed(rest):
+            torch._foreach_mul_(factors, magnitudes)
+            torch._foreach_add_(factors, c)
+        return list(torch._foreach_mul(gradients, factors))
+
+
+class AssociativeMomentum(MatrixOptimizer):
+    """Momentum with any of the extensions of NL section 4.4, each an argument of its own.
+
+    With the gradient g of a matrix W:
+
+        k = φ(g)                                    features        (NL Eq. 51)
+        m ← m (α I - ρ k̂ᵀk̂) + P k                   delta rule      (NL Eq. 48-49),  preconditioner  (NL Eq. 46-47)
+        W ← W - lr σ(m)                             output          (NL Eq. 52)
+
+    Without any of them it is `torch.optim.SGD` with momentum to the bit: a memory of gradients without values, equal to
+    linear attention over layer inputs and errors (NL Eq. 33-34). With ``output=NewtonSchulz()`` it is Muon. A
+    preconditioner that learns from layer inputs is `nestlearn.optim.InputProjection` around this.
+
+    Steps are of the gradient's size, as with SGD, unless a preconditioner (`Diagonal`, `Whitening`) or an output
+    (`NewtonSchulz`, `Sign`) normalizes them: learning rates are those of SGD (0.01 to 1) or of Adam accordingly. AdamW
+    of what is no matrix uses the same rate unless its groups have their own
+    (``nestlearn.optim.param_groups(model, adamw_lr=...)``).
+
+    State: 4 bytes per parameter for m, and those of the preconditioner.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
+        lr: learning rate, also AdamW's of parameters that are no matrices.
+        momentum: α, the part of m kept at a step; 0 for none.
+        nesterov: step along ``P k + α m`` in place of m.
+        delta: `DeltaRule`, or None.
+        features: `Polynomial`, or None for g itself.
+        preconditioner: `Diagonal`, `Whitening`, `LeastSquares`, or None.
+        output: `NewtonSchulz`, `Sign`, or None for m itself.
+        weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
+        adamw: settings of AdamW (`MatrixOptimizer`).
+
+    Raises:
+        ValueError: a setting out of range, or settings that exclude each other.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4, bias=False)
+        >>> optimizer = AssociativeMomentum(
+        ...     layer.parameters(), lr=0.1, delta=DeltaRule(), preconditioner=Whitening()
+        ... )
+        >>> x = torch.eye(4)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     loss = (layer(x) - x.flip(0)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 1e-6
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        delta: DeltaRule | None = None,
+        features: Polynomial | None = None,
+        preconditioner: Diagonal | Whitening | LeastSquares | None = None,
+        output: NewtonSchulz | Sign | None = None,
+        weight_decay: float = 0.0,
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "delta": delta,
+            "features": features,
+            "preconditioner": preconditioner,
+            "output": output,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults, adamw)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        fractions("momentum", (group["momentum"],), 1)
+        for name, kinds in AXES.items():
+            if group[name] is not None and not isinstance(group[name], kinds):
+                names = ", ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{name} is {group[name]!r}; it must be None or an object of {names}.")
+        if group["momentum"] == 0 and (group["nesterov"] or group["delta"] is not None):
+            raise ValueError(
+                "momentum is 0, where nesterov and the delta rule do nothing but flip signs: there is no past to keep. "
+                "Give a momentum between 0 and 1, or leave them out."
+            )
+
+    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+        state = {"momentum_buffer": zeros(like)} if group["momentum"] > 0 else {}
+        preconditioner = group["preconditioner"]
+        return state if preconditioner is None else state | preconditioner.new_state(like, group["kernels"])
+
+    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+        updates = momentum_of(group, matrices)
+        output = group["output"]
+        factor = 1.0 if output is None else output.lr_factor(matrices.shape)
+        updates = updates if output is None else output.apply(matrices, updates)
+        take_step(matrices.weights, updates, group, factor)
+
+
+AXES: dict[str, tuple[type, ...]] = {
+    "delta": (DeltaRule,),
+    "features": (Polynomial,),
+    "preconditioner": (Diagonal, Whitening, LeastSquares),
+    "output": (NewtonSchulz, Sign),
+}
+"""What a group's settings that are no numbers can be."""
+
+# They are in the state of an optimizer, which `torch.load` reads with weights_only=True.
+add_safe_globals([kind for kinds in AXES.values() for kind in kinds])
+
+
+def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
+    """m after this step, or what Nesterov's rule looks ahead to; not to be changed."""
+    features, preconditioner, delta = group["features"], group["preconditioner"], group["delta"]
+    keys = matrices.gradients if features is None else features.apply(matrices, matrices.gradients)
+    values = keys if preconditioner is None else preconditioner.apply(matrices, keys)
+    if group["momentum"] == 0:
+        return values
+    momenta = matrices.state("momentum_buffer")
+    if delta is None:
+        torch._foreach_mul_(momenta, group["momentum"])
+    else:
+        erase(matrices, momenta, keys, group["momentum"], delta)
+    torch._foreach_add_(momenta, values)
+    return list(torch._foreach_add(values, momenta, alpha=group["momentum"])) if group["nesterov"] else momenta
+
+
+def erase(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: float, delta: DeltaRule) -> None:
+    """``m ← m (α I - ρ k̂ᵀk̂)`` in place, through the smaller of ``m kᵀ`` and ``kᵀk``."""
+    scales = matrices.norms(keys)
+    torch._foreach_add_(scales, delta.eps)
+    torch._foreach_clamp_min_(scales, torch.finfo(scales[0].dtype).tiny)
+    scale = together(scales)[0].square().reciprocal()
+    m, counts = together(matrices.whole(momenta))
+    k, _ = together(matrices.whole(keys))
+    if m.shape[-2] <= m.shape[-1]:
+        m.baddbmm_((m @ k.mT).mul_(scale), k, beta=alpha, alpha=-delta.rho)
+    else:
+        m.copy_(torch.baddbmm(m, m, (k.mT @ k).mul_(scale), beta=alpha, alpha=-delta.rho))
+    if m is not momenta[0]:
+        torch._foreach_copy_(momenta, matrices.own_parts(m.split(counts)))
+
+
+class DeltaMomentum(AssociativeMomentum):
+    """Momentum that forgets where it is told something new: ``m ← m (α I - ρ ĝᵀĝ) + P g`` (NL Eq. 48-49).
+
+    Plain momentum averages over the last ``1 / (1 - α)`` gradients, whatever they are. Here what m holds along the
+    current gradient is replaced, so that m turns at once where the gradient does, and directions that the gradient does
+    not have are kept (`DeltaRule`). A gradient that stays the same gives ``m = g / (1 - α + ρ ‖ĝ ĝᵀ‖)``, at most
+    ``g / (1 - α)``: in the rank-one case about g itself, ten times less than plain momentum at α = 0.9. So learning
+    rates are larger.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
+        lr: learning rate, also AdamW's of parameters that are no matrices.
+        momentum: α.
+        rho: ρ, the part of m along the gradient that is erased.
+        eps: added to the gradient's norm.
+        settings: others of `AssociativeMomentum`.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1, 2))
+        >>> optimizer = DeltaMomentum([weight], lr=1.0)
+        >>> for gradient in ([1.0, 1.0], [0.0, -1.0]):
+        ...     weight.grad = torch.tensor([gradient])
+        ...     optimizer.step()
+        >>> optimizer.state[weight]["momentum_buffer"]  # the second gradient replaced nearly all of its direction
+        tensor([[ 0.9000, -1.1000]])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.9,
+        rho: float = 1.0,
+        eps: float = 1e-8,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr, momentum=momentum, delta=DeltaRule(rho, eps), **settings)
+
+
+class HigherOrderMomentum(AssociativeMomentum):
+    """Momentum of higher-order features of the gradient: ``m ← α m + P φ(g)`` (NL Eq. 51, `Polynomial`).
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
+        lr: learning rate, also AdamW's of parameters that are no matrices.
+        momentum: α.
+        coefficients: of g, g|g|, g³, ... relative to the root mean square of g.
+        settings: others of `AssociativeMomentum`.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1, 2))
+        >>> optimizer = HigherOrderMomentum([weight], lr=1.0, coefficients=(0.0, 0.0, 1.0))
+        >>> weight.grad = torch.tensor([[1.0, -7.0]])  # of root mean square 5
+        >>> optimizer.step()
+        >>> weight.detach()
+        tensor([[-0.0400, 13.7200]])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.9,
+        coefficients: tuple[float, ...] = (1.0, 0.0, 0.1),
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr, momentum=momentum, features=Polynomial(coefficients), **settings)

@@ -1,0 +1,55 @@
+"""Non-linear outputs of a momentum memory (NL Eq. 52)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nestlearn.memory.newton_schulz import Coefficients
+from nestlearn.optim.matrices import Matrices, Stack
+from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coefficients, lr_factor, orthogonalize
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """The momentum orthogonalized (NL Eq. 42-44): plain momentum becomes Muon.
+
+    Args:
+        ns_steps: iterations.
+        ns_coefficients: ``"quintic"`` (Muon's), ``"polar_express"``, or triples (a, b, c), one per iteration.
+        adjust_lr: how the step depends on the matrix's shape (`nestlearn.optim.orthogonal.lr_factor`).
+
+    Raises:
+        ValueError: a setting that cannot work.
+    """
+
+    ns_steps: int = 5
+    ns_coefficients: Named | Sequence[Coefficients] = "quintic"
+    adjust_lr: AdjustLr | None = "match_rms_adamw"
+
+    def __post_init__(self) -> None:
+        check_orthogonal(vars(self))
+
+    def apply(self, matrices: Matrices, momenta: list[Stack]) -> list[Stack]:
+        """``NS(m)``."""
+        directions = orthogonalize(matrices, momenta, self.ns_steps, coefficients(self.ns_coefficients))
+        return [direction.to(weight) for direction, weight in zip(directions, matrices.weights, strict=True)]
+
+    def lr_factor(self, shape: Sequence[int]) -> float:
+        """What the learning rate is multiplied by for a matrix of this shape."""
+        return lr_factor(self.adjust_lr, shape)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Only the signs of the momentum: sign descent with momentum. Each element moves by the learning rate."""
+
+    def apply(self, matrices: Matrices, momenta: list[Stack]) -> list[Stack]:
+        """``sign(m)``."""
+        return list(torch._foreach_sign(momenta))
+
+    def lr_factor(self, shape: Sequence[int]) -> float:
+        """1."""
+        return 1.0
