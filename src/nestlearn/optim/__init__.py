@@ -4,9 +4,17 @@ optimizer = M3(param_groups(model), lr=1e-3)
 optimizer = MultiTimescale(M3(timescale_groups(model, [(model.fast, 1), (model.slow, 16)])))
 """
 
+from nestlearn.optim.deep_memory import DeepMemory
 from nestlearn.optim.m3 import M3
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer
-from nestlearn.optim.momentum import AssociativeMomentum, DeltaMomentum, DeltaRule, HigherOrderMomentum, Polynomial
+from nestlearn.optim.momentum import (
+    AssociativeMomentum,
+    DeepMomentum,
+    DeltaMomentum,
+    DeltaRule,
+    HigherOrderMomentum,
+    Polynomial,
+)
 from nestlearn.optim.multi_timescale import MultiTimescale, timescale_groups
 from nestlearn.optim.outputs import NewtonSchulz, Sign
 from nestlearn.optim.param_groups import param_groups
@@ -18,6 +26,8 @@ from nestlearn.optim.wrapper import OptimizerWrapper
 __all__ = [
     "M3",
     "AssociativeMomentum",
+    "DeepMemory",
+    "DeepMomentum",
     "DeltaMomentum",
     "DeltaRule",
     "Diagonal",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals
 
-from nestlearn.optim.matrices import Matrices, Stack, take_step, together
-from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, not_negative, zeros
+from nestlearn.optim.deep_memory import DeepMemory
+from nestlearn.optim.matrices import Matrices, Stack, stack_shape, take_step, together, wide
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, is_matrix, not_negative, zeros
 from nestlearn.optim.outputs import NewtonSchulz, Sign
 from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
 
@@ -96,7 +97,7 @@ class AssociativeMomentum(MatrixOptimizer):
 
         k = φ(g)                                    features        (NL Eq. 51)
         m ← m (α I - ρ k̂ᵀk̂) + P k                   delta rule      (NL Eq. 48-49),  preconditioner  (NL Eq. 46-47)
-        W ← W - lr σ(m)                             output          (NL Eq. 52)
+        W ← W - lr σ(M(m))                          memory          (NL Eq. 50),  output  (NL Eq. 52)
 
     Without any of them it is `torch.optim.SGD` with momentum to the bit: a memory of gradients without values, equal to
     linear attention over layer inputs and errors (NL Eq. 33-34). With ``output=NewtonSchulz()`` it is Muon. A
@@ -117,6 +118,7 @@ class AssociativeMomentum(MatrixOptimizer):
         delta: `DeltaRule`, or None.
         features: `Polynomial`, or None for g itself.
         preconditioner: `Diagonal`, `Whitening`, `LeastSquares`, or None.
+        memory: `DeepMemory`, or None for ``M(m) = m``.
         output: `NewtonSchulz`, `Sign`, or None for m itself.
         weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
         adamw: settings of AdamW (`MatrixOptimizer`).
@@ -149,6 +151,7 @@ class AssociativeMomentum(MatrixOptimizer):
         delta: DeltaRule | None = None,
         features: Polynomial | None = None,
         preconditioner: Diagonal | Whitening | LeastSquares | None = None,
+        memory: DeepMemory | None = None,
         output: NewtonSchulz | Sign | None = None,
         weight_decay: float = 0.0,
         adamw: Mapping[str, Any] | None = None,
@@ -160,6 +163,7 @@ class AssociativeMomentum(MatrixOptimizer):
             "delta": delta,
             "features": features,
             "preconditioner": preconditioner,
+            "memory": memory,
             "output": output,
             "weight_decay": weight_decay,
         }
@@ -179,11 +183,38 @@ class AssociativeMomentum(MatrixOptimizer):
 
     def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         state = {"momentum_buffer": zeros(like)} if group["momentum"] > 0 else {}
-        preconditioner = group["preconditioner"]
-        return state if preconditioner is None else state | preconditioner.new_state(like, group["kernels"])
+        preconditioner, memory, kernels = group["preconditioner"], group["memory"], group["kernels"]
+        if preconditioner is not None:
+            state |= preconditioner.new_state(like, kernels)
+        if memory is not None and like is first_alike(group, like):
+            state |= memory.new_state(like, stack_shape(like.shape, kernels)[2])
+        return state
 
     def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
-        updates = momentum_of(group, matrices)
+        self._take(group, matrices, momentum_of(group, matrices))
+
+    def _update_all(self, group: Mapping[str, Any], given: Iterable[Matrices]) -> None:
+        if group["memory"] is None:
+            super()._update_all(group, given)
+            return
+        # One memory for each shape: it has to see the rows of all batches before it answers to any.
+        alike: dict[Tensor, list[Matrices]] = {}
+        for matrices in given:
+            alike.setdefault(first_alike(group, matrices.parameters[0]), []).append(matrices)
+        for first, members in alike.items():
+            if not self.state[first]:  # it has had no gradient yet, others of its shape have
+                self.state[first] = {"step": torch.tensor(0.0), **self._new_state(group, first)}
+            stacks = [matrices.whole(momentum_of(group, matrices)) for matrices in members]
+            rows = [stack.reshape(-1, stack.shape[-1]) for some in stacks for stack in some]
+            answers = group["memory"].apply(self.state[first], torch.cat(rows))
+            parts = iter(answers.split([len(x) for x in rows]))
+            for matrices, some in zip(members, stacks, strict=True):
+                updates = matrices.own_parts([next(parts).view(stack.shape) for stack in some])
+                self._take(group, matrices, updates)
+                matrices.write_back()
+
+    def _take(self, group: Mapping[str, Any], matrices: Matrices, updates: list[Stack]) -> None:
+        """The step along what the memory gave, through the output."""
         output = group["output"]
         factor = 1.0 if output is None else output.lr_factor(matrices.shape)
         updates = updates if output is None else output.apply(matrices, updates)
@@ -194,12 +225,19 @@ AXES: dict[str, tuple[type, ...]] = {
     "delta": (DeltaRule,),
     "features": (Polynomial,),
     "preconditioner": (Diagonal, Whitening, LeastSquares),
+    "memory": (DeepMemory,),
     "output": (NewtonSchulz, Sign),
 }
 """What a group's settings that are no numbers can be."""
 
 # They are in the state of an optimizer, which `torch.load` reads with weights_only=True.
 add_safe_globals([kind for kinds in AXES.values() for kind in kinds])
+
+
+def first_alike(group: Mapping[str, Any], parameter: Tensor) -> Tensor:
+    """The first parameter of a group that shares a memory with this one: of its shape, arithmetic and device."""
+    kind = (parameter.shape, wide(parameter.dtype), parameter.device)
+    return next(p for p in group["params"] if is_matrix(group, p) and (p.shape, wide(p.dtype), p.device) == kind)
 
 
 def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
@@ -309,3 +347,41 @@ class HigherOrderMomentum(AssociativeMomentum):
         **settings: Any,
     ) -> None:
         super().__init__(params, lr, momentum=momentum, features=Polynomial(coefficients), **settings)
+
+
+class DeepMomentum(AssociativeMomentum):
+    """The momentum is a perceptron trained online on the rows of gradients, one for each shape (NL Eq. 50).
+
+    Update = ``r M(g / r)`` row by row, after one step of the memory on all rows of all parameters of the shape: see
+    `DeepMemory` for the rule, its cost and what it can and cannot do. Parameters without a gradient at a step are left
+    out of it; rows that are not finite spoil their own parameter only.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
+        lr: learning rate, also AdamW's of parameters that are no matrices.
+        memory: shape, objective and step of the network.
+        momentum: of a plain momentum whose rows the network then reads in place of the gradient's. 0: none, as in NL.
+        settings: others of `AssociativeMomentum`.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        >>> layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(3)))
+        >>> optimizer = DeepMomentum(layers.parameters(), lr=0.1)
+        >>> layers(torch.randn(4, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> [sorted(optimizer.state[p]) for p in layers.parameters()]  # one memory for all three
+        [['memory_in', 'memory_out', 'memory_start', 'step'], ['step'], ['step']]
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        memory: DeepMemory | None = None,
+        momentum: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr, momentum=momentum, memory=memory or DeepMemory(), **settings)
