@@ -33,7 +33,7 @@ def as_matrices(tensor: Tensor, kernels: bool) -> Stack:
     """
     if tensor.ndim == 3 and not kernels:
         return tensor
-    return tensor.reshape(1, tensor.shape[0], -1) if tensor.ndim > 2 else tensor[None]
+    return tensor.flatten(1)[None]
 
 
 def stack_shape(shape: Sequence[int], kernels: bool) -> tuple[int, int, int]:

@@ -72,7 +72,7 @@ class MatrixOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
-        except ValueError:
+        except (ValueError, TypeError):
             self.param_groups.pop()
             raise
 
@@ -115,21 +115,26 @@ class MatrixOptimizer(Optimizer):
         if found_inf is not None and bool(found_inf):
             return loss
         for group in self.param_groups:
+            self._check_gradients(group)
+        for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             self._step_matrices(group, [p for p in ready if is_matrix(group, p)])
             self._step_rest(group, [p for p in ready if not is_matrix(group, p)])
         return loss
 
+    def _check_gradients(self, group: Mapping[str, Any]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"A parameter of shape {tuple(parameter.shape)} has a gradient of layout {parameter.grad.layout}; "
+                    f"{type(self).__name__} needs dense ones: make the embedding with sparse=False, or give its weight "
+                    "to torch.optim.SparseAdam."
+                )
+
     def _gradient(self, parameter: Tensor) -> Tensor:
         """The gradient in the type of the update, without the scale of a `GradScaler`."""
         gradient = parameter.grad
         assert gradient is not None
-        if gradient.layout is not torch.strided:
-            raise ValueError(
-                f"A parameter of shape {tuple(parameter.shape)} has a gradient of layout {gradient.layout}; "
-                f"{type(self).__name__} needs dense ones: make the embedding with sparse=False, or give its weight to "
-                "torch.optim.SparseAdam."
-            )
         gradient = gradient.to(wide(parameter.dtype))
         scale: Tensor | None = getattr(self, "grad_scale", None)
         return gradient if scale is None else gradient / scale.to(gradient)
