@@ -89,4 +89,6 @@ def test_zero_goes_to_zero(name, dtype):
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e18])
 def test_only_the_direction_matters(scale):
     x = torch.randn(6, 9)
-    torch.testing.assert_close(newton_schulz(x * scale), newton_schulz(x), rtol=2e-2 if scale < 1e-5 else 1e-4, atol=2e-3)
+    torch.testing.assert_close(
+        newton_schulz(x * scale), newton_schulz(x), rtol=2e-2 if scale < 1e-5 else 1e-4, atol=2e-3
+    )

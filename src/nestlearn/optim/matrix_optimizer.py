@@ -97,6 +97,9 @@ class MatrixOptimizer(Optimizer):
                 )
         self._check_group(group)
 
+    # Gradients are new tensors at each step, and rules change course where a period begins: traced as a whole, a step
+    # would be compiled again and again.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update.
@@ -197,11 +200,13 @@ class MatrixOptimizer(Optimizer):
         """
         self._check_state(state_dict)
         super().load_state_dict(state_dict)
-        # torch gives states the type of the parameter; those of half precision ones would lose what they have more.
+        # torch gives states the type of the parameter; those of half precision ones would lose what they have more. It
+        # also keeps the very tensors of `state_dict`, which both optimizers would then change.
         for parameter, saved in self._saved(state_dict):
-            for name, value in saved.items():
-                if isinstance(value, Tensor) and name != "step":
-                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+            own = {name: value for name, value in saved.items() if name != "step"}
+            for name, value in own.items():
+                self.state[parameter][name] = value.detach().to(parameter.device, wide(parameter.dtype), copy=True)
+            self.state[parameter]["step"] = saved["step"].detach().clone()
 
     def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         """Each parameter with what the state has of it, if anything."""

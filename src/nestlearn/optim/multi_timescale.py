@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nestlearn.optim.matrices import wide
 from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
 
 Reduction = Literal["mean", "sum"]
@@ -98,15 +99,16 @@ class MultiTimescale(OptimizerWrapper):
                 if parameter in self._sums:
                     self._sums[parameter].add_(parameter.grad)
                 else:
-                    self._sums[parameter] = parameter.grad.clone()
+                    # Wider than half precision, in which a long sum stops growing.
+                    self._sums[parameter] = parameter.grad.to(wide(parameter.grad.dtype), copy=True)
                 self._counts[parameter] = self._counts.get(parameter, 0) + 1
             total = self._sums.pop(parameter, None) if due else None
             # torch optimizers leave a parameter without a gradient alone: neither moments nor weight decay move.
-            parameter.grad = total
+            parameter.grad = None
             if total is not None:
                 # Fewer than the period's steps where the group was added in between, or a step did not reach it.
                 count = self._counts.pop(parameter)
-                parameter.grad = total.div_(count) if self.reduction == "mean" else total
+                parameter.grad = (total.div_(count) if self.reduction == "mean" else total).to(parameter.dtype)
 
     def settings(self) -> dict[str, Any]:
         """The reduction; periods are entries of the groups."""
@@ -121,8 +123,12 @@ class MultiTimescale(OptimizerWrapper):
     def load_own_state(self, state: dict[str, Any]) -> None:
         parameters = self.parameters()
         self._steps = state["steps"]
-        self._sums = {parameters[int(i)]: total.to(parameters[int(i)]).clone() for i, total in state["sums"].items()}
+        self._sums = {parameters[int(i)]: _like(total, parameters[int(i)]) for i, total in state["sums"].items()}
         self._counts = {parameters[int(i)]: count for i, count in state["counts"].items()}
+
+
+def _like(saved: Tensor, parameter: Tensor) -> Tensor:
+    return saved.to(parameter.device, wide(parameter.dtype), copy=True)
 
 
 def timescale_groups(

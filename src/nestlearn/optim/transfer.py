@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestlearn.optim.matrices import wide
 from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
 
 
@@ -51,12 +52,13 @@ class NestedTransfer(OptimizerWrapper):
             # At the first step, not before: weights that are loaded in between are those to start from. Later, of a
             # group that was added.
             if parameter not in self._slow:
-                self._slow[parameter] = parameter.detach().clone()
+                self._slow[parameter] = parameter.detach().to(wide(parameter.dtype), copy=True)
         self.base.step()
         self._steps += 1
         if self._steps % self.period == 0:
             for parameter in self.parameters():
-                parameter.copy_(self._slow[parameter].lerp_(parameter, self.rate))
+                slow = self._slow[parameter]
+                parameter.copy_(slow.lerp_(parameter.to(slow.dtype), self.rate))
 
     def settings(self) -> dict[str, Any]:
         """ρ and the period."""
@@ -69,5 +71,7 @@ class NestedTransfer(OptimizerWrapper):
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         parameters = self.parameters()
-        self._steps = state["steps"]
-        self._slow = {parameters[int(i)]: slow.to(parameters[int(i)]).clone() for i, slow in state["slow"].items()}
+        self._steps, self._slow = state["steps"], {}
+        for index, slow in state["slow"].items():
+            parameter = parameters[int(index)]
+            self._slow[parameter] = slow.to(parameter.device, wide(parameter.dtype), copy=True)

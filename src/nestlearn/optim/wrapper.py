@@ -60,6 +60,8 @@ class OptimizerWrapper(Optimizer):
             "load_state_dict(copy.deepcopy(optimizer.state_dict()))."
         )
 
+    # As in `MatrixOptimizer.step`: what a step does depends on where in a period it is.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update.
