@@ -74,5 +74,5 @@ def test_a_strategy_of_avalanche_learns_with_the_projection():
     benchmark = to_avalanche(stream)
     for experience in benchmark.train_stream:
         strategy.train(experience)
-    assert all(item["applied"] is not None for item in optimizer.state_dict()["wrappers"][0]["maps"])
+    assert all(item["applied"] is not None for item in optimizer.state_dict()["param_groups"][0]["wrappers"][0]["maps"])
     assert len(from_avalanche(benchmark)) == 2

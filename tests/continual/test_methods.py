@@ -153,7 +153,7 @@ def test_cms_refreshes_at_boundaries_and_stores_in_the_last_epoch():
     method = CMS(projection=Projection(period=None, last_epoch_only=True, alpha=1.0))
     learner = ContinualLearner(net(), SGD, method=method, epochs=3, batch_size=12)
     learner.fit(stream(tasks=1))
-    (state,) = learner.optimizer.state_dict()["wrappers"]
+    (state,) = learner.optimizer.state_dict()["param_groups"][0]["wrappers"]
     inputs = torch.cat([examples(0).inputs, torch.ones(12, 1)], 1)
     torch.testing.assert_close(state["maps"][0]["seen"], inputs.T @ inputs)
     assert state["maps"][0]["applied"] is not None

@@ -213,12 +213,13 @@ def test_without_a_gradient_a_parameter_and_its_state_stay(entry: Entry):
         loss_of(model, step).backward()
         if step % 3 == 2:
             model.second.weight.grad = model.scale.grad = None
-            kept = [copy.deepcopy((p.detach(), dict(innermost(optimizer).state[p]))) for p in (model.second.weight, model.scale)]  # fmt: skip
+            paused = (model.second.weight, model.scale)
+            kept = [copy.deepcopy((p.detach(), dict(innermost(optimizer).state[p]))) for p in paused]
         model.first.weight.grad = model.first.bias.grad = None
         optimizer.step()
         # Sums of the steps before, and slow weights, are due at their own time.
         if step % 3 == 2 and not isinstance(optimizer, (NestedTransfer, MultiTimescale)):
-            for p, (value, state) in zip((model.second.weight, model.scale), kept, strict=True):
+            for p, (value, state) in zip(paused, kept, strict=True):
                 assert torch.equal(p, value)
                 assert all(torch.equal(innermost(optimizer).state[p][name], x) for name, x in state.items())
     assert torch.equal(model.first.weight, mixed().first.weight)

@@ -62,8 +62,9 @@ def test_equals_the_written_out_algorithm(accumulate, nesterov, second_moment, a
     start = torch.randn(shape, dtype=torch.float64)
     gradients = [torch.randn(shape, dtype=torch.float64) for _ in range(STEPS)]
     weight = nn.Parameter(start.clone())
-    optimizer = M3([weight], lr=LR, betas=BETAS, alpha=ALPHA, slow_period=PERIOD, accumulate=accumulate,
-                   nesterov=nesterov, second_moment=second_moment, adjust_lr=adjust_lr, weight_decay=DECAY, eps=EPS)  # fmt: skip
+    form = {"accumulate": accumulate, "nesterov": nesterov, "second_moment": second_moment, "adjust_lr": adjust_lr}
+    numbers = {"lr": LR, "betas": BETAS, "alpha": ALPHA, "slow_period": PERIOD, "weight_decay": DECAY, "eps": EPS}
+    optimizer = M3([weight], **form, **numbers)
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()

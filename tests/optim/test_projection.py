@@ -179,13 +179,13 @@ def test_stores_only_while_training():
         layer.train()(torch.ones(1, 3))
     optimizer.recording = False
     layer(torch.ones(1, 3))
-    assert float(optimizer.state_dict()["wrappers"][0]["maps"][0]["seen"].sum()) == 0.0
+    assert float(optimizer.state_dict()["param_groups"][0]["wrappers"][0]["maps"][0]["seen"].sum()) == 0.0
     optimizer.recording = True
     layer(torch.ones(1, 3))
-    assert float(optimizer.state_dict()["wrappers"][0]["maps"][0]["seen"].sum()) == 9.0
+    assert float(optimizer.state_dict()["param_groups"][0]["wrappers"][0]["maps"][0]["seen"].sum()) == 9.0
     optimizer.close()
     layer(torch.ones(1, 3))
-    assert float(optimizer.state_dict()["wrappers"][0]["maps"][0]["seen"].sum()) == 9.0
+    assert float(optimizer.state_dict()["param_groups"][0]["wrappers"][0]["maps"][0]["seen"].sum()) == 9.0
 
 
 def test_what_a_copy_of_the_model_reads_is_not_stored():
@@ -212,7 +212,7 @@ def test_alpha_in_steps_means_the_same_for_inputs_of_any_size_and_number():
         optimizer.refresh()
         gram = 4 * x.T @ x
         expected = ridge_projection(gram, 7.0 * float(gram.trace()) / 5 / 4)
-        applied.append(optimizer.state_dict()["wrappers"][0]["maps"][0]["applied"])
+        applied.append(optimizer.state_dict()["param_groups"][0]["wrappers"][0]["maps"][0]["applied"])
         torch.testing.assert_close(applied[-1], expected)
     torch.testing.assert_close(*applied)
     fresh = nn.Linear(2, 2)

@@ -69,7 +69,7 @@ def newton_schulz(
 
     Each step applies ``a s + b s^3 + c s^5`` to every singular value s. After five, those that were at least 1.43e-3 of
     the Frobenius norm lie in [0.65, 1.21]; with `POLAR_EXPRESS`, those of at least 9.6e-4 in [0.85, 1.13]. Smaller ones
-    are still on their way up. So a matrix of condition number 100 is in that range whatever its spectrum where min(m, n)
+    are still on their way up. So a matrix of condition number 100 is in that range whatever its spectrum if min(m, n)
     is at most 50 (110 with `POLAR_EXPRESS`), and with singular values evenly spread on a logarithmic scale up to 450
     (1000). A zero matrix stays zero, with finite gradients.
 

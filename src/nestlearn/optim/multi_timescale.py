@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestlearn.optim.matrices import wide
+from nestlearn.optim.matrix_optimizer import zeros
 from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
 
 Reduction = Literal["mean", "sum"]
@@ -116,19 +117,20 @@ class MultiTimescale(OptimizerWrapper):
 
     def own_state(self) -> dict[str, Any]:
         """Steps taken, and of the unfinished periods sums and numbers of gradients, by the parameter's index."""
-        sums = {index: self._sums[p].clone() for index, p in enumerate(self.parameters()) if p in self._sums}
-        counts = {index: self._counts[p] for index, p in enumerate(self.parameters()) if p in self._counts}
-        return {"steps": self._steps, "sums": sums, "counts": counts}
+        waiting = {str(place): p for place, p in enumerate(self.parameters()) if p in self._slow_parameters()}
+        sums = {place: self._sums[p].clone() if p in self._sums else zeros(p) for place, p in waiting.items()}
+        return {"steps": self._steps, "sums": sums, "counts": {k: self._counts.get(p, 0) for k, p in waiting.items()}}
+
+    def _slow_parameters(self) -> set[Tensor]:
+        groups = [group for group in self.param_groups if group["update_period"] > 1]
+        return {p for group in groups for p in group["params"] if p.requires_grad or p in self._sums}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         parameters = self.parameters()
         self._steps = state["steps"]
-        self._sums = {parameters[int(i)]: _like(total, parameters[int(i)]) for i, total in state["sums"].items()}
-        self._counts = {parameters[int(i)]: count for i, count in state["counts"].items()}
-
-
-def _like(saved: Tensor, parameter: Tensor) -> Tensor:
-    return saved.to(parameter.device, wide(parameter.dtype), copy=True)
+        self._counts = {parameters[int(i)]: count for i, count in state["counts"].items() if count > 0}
+        sums = ((parameters[int(i)], total) for i, total in state["sums"].items())
+        self._sums = {p: total.to(p.device, wide(p.dtype), copy=True) for p, total in sums if p in self._counts}
 
 
 def timescale_groups(

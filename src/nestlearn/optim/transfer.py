@@ -65,13 +65,13 @@ class NestedTransfer(OptimizerWrapper):
         return {"rate": self.rate, "period": self.period}
 
     def own_state(self) -> dict[str, Any]:
-        """Steps taken and the slow weights θ₀, by the parameter's index."""
-        slow = {index: self._slow[p].clone() for index, p in enumerate(self.parameters()) if p in self._slow}
+        """Steps taken and the slow weights θ₀, by the parameter's index; before the first step those as they are."""
+        places = enumerate(self.parameters())
+        slow = {str(place): self._slow.get(p, p).detach().to(wide(p.dtype), copy=True) for place, p in places}
         return {"steps": self._steps, "slow": slow}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         parameters = self.parameters()
-        self._steps, self._slow = state["steps"], {}
-        for index, slow in state["slow"].items():
-            parameter = parameters[int(index)]
-            self._slow[parameter] = slow.to(parameter.device, wide(parameter.dtype), copy=True)
+        self._steps = state["steps"]
+        slow = ((parameters[int(i)], value) for i, value in state["slow"].items() if self._steps > 0)
+        self._slow = {p: value.to(p.device, wide(p.dtype), copy=True) for p, value in slow}

@@ -38,8 +38,8 @@ class OptimizerWrapper(Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """One list of groups for both: a group added or changed in one is seen by the other."""
-        self.param_groups = self.base.param_groups
+        """One list of groups and one state for both: what is added or changed in one is seen by the other."""
+        self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer."""
@@ -73,8 +73,21 @@ class OptimizerWrapper(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        if self._makes_state():
+            self.base.step()
+        else:
+            self._update()
         return loss
+
+    def _makes_state(self) -> bool:
+        """Whether this step is how `torch.distributed.checkpoint` has a new optimizer make its state.
+
+        All learning rates and all gradients are 0 then. It goes to all parameters at once, and is not counted.
+        """
+        if self.state or any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
+            return False
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        return bool(gradients) and not any(float(gradient.abs().sum()) for gradient in gradients)
 
     @abstractmethod
     def _update(self) -> None:
@@ -86,17 +99,25 @@ class OptimizerWrapper(Optimizer):
 
     @abstractmethod
     def own_state(self) -> dict[str, Any]:
-        """What this wrapper alone must remember between steps."""
+        """What this wrapper alone must remember between steps: numbers, tensors, and lists and dictionaries of them.
+
+        With the same entries at every step and strings as keys, a distributed checkpoint can be read into it.
+        """
 
     @abstractmethod
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Takes over what `own_state` returned."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, with this wrapper's own at the end of the list ``wrappers``."""
+        """The wrapped optimizer's state, with this wrapper's own at the end of the first group's list ``wrappers``.
+
+        (`torch.distributed.checkpoint` keeps groups and parameters' states of an optimizer, and nothing beside them.)
+        """
         state = self.base.state_dict()
         own = {"kind": type(self).__name__, **self.own_state()}
-        return state | {_KEY: [*state.get(_KEY, ()), own]}
+        first = state["param_groups"][0]
+        first[_KEY] = [*first.get(_KEY, ()), own]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, also in the middle of a period.
@@ -104,17 +125,18 @@ class OptimizerWrapper(Optimizer):
         Raises:
             ValueError: the state is of differently wrapped optimizers.
         """
-        wrappers = list(state_dict.get(_KEY, ()))
+        groups = state_dict["param_groups"]
+        wrappers = list(groups[0].get(_KEY, ()))
         kind = wrappers[-1]["kind"] if wrappers else "no wrapper"
         if kind != type(self).__name__:
             raise ValueError(
                 f"This state is of {kind} (wrappers from the inside out: {[w['kind'] for w in wrappers]}), not of "
                 f"{type(self).__name__}. Wrap the optimizer as it was when the state was saved."
             )
-        inner = {key: value for key, value in state_dict.items() if key != _KEY}
+        first = {key: value for key, value in groups[0].items() if key != _KEY}
         if wrappers[:-1]:
-            inner[_KEY] = wrappers[:-1]
-        self.base.load_state_dict(inner)
+            first[_KEY] = wrappers[:-1]
+        self.base.load_state_dict({**state_dict, "param_groups": [first, *groups[1:]]})
         self._share_groups()
         self.load_own_state(wrappers[-1])
 
