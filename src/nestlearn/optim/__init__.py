@@ -1,10 +1,12 @@
 """Optimizers of Nested Learning: drop-in rules for matrices, and wrappers around any torch optimizer.
 
 optimizer = M3(param_groups(model), lr=1e-3)
+optimizer = DGD(param_groups(model, lr=0.1, adamw_lr=1e-3), model)
 optimizer = MultiTimescale(M3(timescale_groups(model, [(model.fast, 1), (model.slow, 16)])))
 """
 
 from nestlearn.optim.deep_memory import DeepMemory
+from nestlearn.optim.dgd import DGD
 from nestlearn.optim.m3 import M3
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer
 from nestlearn.optim.momentum import (
@@ -24,6 +26,7 @@ from nestlearn.optim.transfer import NestedTransfer
 from nestlearn.optim.wrapper import OptimizerWrapper
 
 __all__ = [
+    "DGD",
     "M3",
     "AssociativeMomentum",
     "DeepMemory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -48,3 +49,21 @@ def total(part: Tensor, like: Tensor, stacked: bool) -> Tensor:
 
     placements = [placement(given) for given in like.placements]
     return DTensor.from_local(part, like.device_mesh, placements, run_check=False).full_tensor()
+
+
+def pooled(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """The sum over the processes whose gradients of a parameter are averaged, and how many they are.
+
+    Args:
+        part: what this process has computed from its part of the batch.
+        like: the parameter; if it is distributed, those are the processes of its mesh.
+        process_group: those otherwise; None: all, where torch.distributed is initialized.
+    """
+    if isinstance(like, DTensor):
+        mesh = like.device_mesh
+        return DTensor.from_local(part, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor(), mesh.size()
+    if not (dist.is_available() and dist.is_initialized()):
+        return part, 1
+    part = part.contiguous()
+    dist.all_reduce(part, group=process_group)
+    return part, dist.get_world_size(process_group)

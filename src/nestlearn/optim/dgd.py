@@ -1,0 +1,328 @@
+"""Delta gradient descent: each step also erases what a linear map answers to its inputs (NL Eq. 56-57)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nestlearn.optim.linear_layers import Form, LinearLayer, linear_layers, observe
+from nestlearn.optim.matrices import Matrices, Stack
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, not_negative
+from nestlearn.optim.sharding import local, own_part, pooled
+
+
+class DGD(MatrixOptimizer):
+    """Delta gradient descent for linear maps (NL Eq. 56-57, Appendix C), AdamW for everything else.
+
+    With x the input of a map and e the gradient of the loss by its output, each step is the exact minimizer of
+
+        ½ E‖W x + e - (1 - λ) Wₜ x‖²  +  ‖W - Wₜ‖² / 2η
+
+    With λ = 1 (`erase`, the paper's) the map is to answer -e in place of what it did: that is erased, also where the
+    loss is content. λ = 0 erases nothing: a gradient step that no input can make overshoot. With G = E[e xᵀ], the
+    gradient of a mean loss, and R = E[x xᵀ]:
+
+        batch    W ← (λ W - η G) (I + η R)⁻¹ + (1 - λ) W
+        sample   W ← E[W (I - λ η' x xᵀ) - η' e xᵀ],  η' = η / (1 + η‖x‖²)
+
+    ``"batch"`` minimizes over the whole batch, ``"sample"`` is the mean of the minimizers for single rows: cheaper by
+    the solve, and slower to learn where inputs differ. For one row they are the same. R and the sums of the sample form
+    are collected while backward runs; no sample is kept. Accumulated gradients are one large batch.
+
+    A row is an input vector: a token of a text. The mean is over those on which the loss depends, by a gradient other
+    than exactly 0: padding changes nothing.
+
+    Trained by the rule: weights of `nn.Linear` modules (and transformers' Conv1D) in groups of rule ``"auto"`` or
+    ``"matrix"``. A bias of such a layer is its weight for an input of 1 and is updated with it, by the settings of the
+    weight's group but for weight decay. All else is AdamW's, in groups of its own: groups that have both are divided.
+
+    Cost per map and step: with d inputs and N rows N d² multiplications for R; a Cholesky factorization, d³ / 3, and
+    two triangular solves. The sample form: N d (d + out), no solve. State: none. Until the step the sums take d²
+    numbers, in the sample form d (d + out), on each process.
+
+    Gradient clipping acts on G, not on the sums of the sample form. lr is that at the time of backward for η'.
+    Captured is each backward pass through a layer, also one for other gradients (`torch.autograd.grad`), until the
+    weight's step or `zero_grad`. The weights of FSDP2 may be divided by outputs only, as they are by default.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`, `nestlearn.optim.param_groups`).
+        model: whose linear layers these are; with FSDP2 after `fully_shard`.
+        lr: η, a size of plain gradient steps, of the matrices.
+        adamw_lr: of groups with rule ``"adamw"`` that have no lr, and of what is no linear map in the others.
+        form: ``"batch"`` or ``"sample"``.
+        erase: λ, in [0, 1].
+        weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
+        process_group: the processes over which DistributedDataParallel averages gradients: the default group where
+            torch.distributed is initialized. Processes that train models of their own must each give a group of one.
+        adamw: settings of AdamW (`MatrixOptimizer`).
+
+    Raises:
+        ValueError: a setting out of range, no linear layer, or one that shares parameters with other modules or
+            computes its weight. In `step`: a layer with a gradient that no input was seen of.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> optimizer = DGD(layer.parameters(), layer, lr=1e6, erase=0.0)  # no step is too large
+        >>> x, y = torch.eye(4), torch.arange(8.0).view(4, 2)
+        >>> for _ in range(30):
+        ...     optimizer.zero_grad()
+        ...     loss = (layer(x) - y).square().sum(1).mean() / 2
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 1e-6
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        model: nn.Module,
+        lr: float | Tensor = 0.1,
+        *,
+        adamw_lr: float | Tensor = 1e-3,
+        form: Form = "batch",
+        erase: float = 1.0,
+        weight_decay: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._layers, self._refused = linear_layers(model)
+        self._adamw_lr, self._process_group = adamw_lr, process_group
+        self._handles: list[Any] = []
+        super().__init__(params, {"lr": lr, "form": form, "erase": erase, "weight_decay": weight_decay}, adamw)
+        if not self._handles:
+            kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
+            raise ValueError(
+                f'No nn.Linear of the model has a weight in a group of rule "auto" or "matrix" (modules: {kinds}). '
+                "Give the model that the parameters are of, after fully_shard; for a model without, use "
+                "torch.optim.AdamW."
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; two, if it has linear layers and other parameters.
+
+        Raises:
+            ValueError: a setting out of range, or a linear layer that cannot be trained.
+        """
+        for group in self._divided(param_group):
+            super().add_param_group(group)
+            place = len(self.param_groups) - 1
+            for weight in self.param_groups[place]["params"] if group.get("rule") == "matrix" else ():
+                layer = self._layers[weight]
+                layer.group = place
+                self._handles.append(observe(layer.module, self._receiver(layer)))
+        trained = {parameter for group in self.param_groups for parameter in group["params"]}
+        for layer in self._layers.values():
+            bias: Tensor | None = getattr(layer.module, "bias", None)
+            folded = bias is not None and bias in trained and bias.requires_grad and layer.group is not None
+            layer.bias = bias if folded else None
+
+    def _divided(self, group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """What the rule trains of a group, and the rest for AdamW."""
+        if group.get("rule", "auto") not in ("auto", "matrix") or isinstance(group["params"], set):
+            yield {"lr": self._adamw_lr, **group}
+            return
+        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        linear, rest = [], []
+        for entry in given:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if parameter in self._refused:
+                raise ValueError(
+                    f"DGD cannot train a weight of shape {tuple(parameter.shape)}: {self._refused[parameter]}. Give it "
+                    'a group with rule="adamw"; nestlearn.optim.param_groups(model) does so for embeddings and heads.'
+                )
+            (linear if parameter in self._layers else rest).append(entry)
+        if linear:
+            yield {**group, "params": linear, "rule": "matrix"}
+        if rest or not linear:
+            yield {**group, "params": rest, "rule": "adamw", "lr": self._adamw_lr}
+
+    def _receiver(self, layer: LinearLayer) -> Callable[[Tensor, Tensor], None]:
+        def receive(x: Tensor, gradient: Tensor) -> None:
+            group = self.param_groups[layer.group or 0]
+            layer.add(x, gradient, group["lr"] if group["form"] == "sample" else None)
+
+        return receive
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        if group["form"] not in get_args(Form):
+            raise ValueError(f"form is {group['form']!r}; it must be one of {', '.join(get_args(Form))}.")
+        not_negative("erase", group["erase"], "the part that a step erases of what is stored")
+        if group["erase"] > 1:
+            raise ValueError(f"erase is {group['erase']}; it must be at most 1: all that is stored under an input.")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients, and what was collected with them."""
+        for layer in self._layers.values():
+            layer.forget()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update.
+
+        Args:
+            closure: computes the loss and its gradients anew; called once, before the update.
+
+        Raises:
+            ValueError: a sparse gradient, or a layer with a gradient of which no input was seen.
+        """
+        loss = super().step(closure)
+        for layer in self._layers.values():
+            # Also after a step that was left out. Where a wrapper holds a layer back, its sums go on with its gradient.
+            if layer.weight.grad is not None:
+                layer.forget()
+        return loss
+
+    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def _step_rest(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
+        with_weights = {layer.bias for layer in self._layers.values()}
+        super()._step_rest(group, [parameter for parameter in parameters if parameter not in with_weights])
+
+    def _check_shapes(self, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> None:
+        if all(parameter is not layer.bias for layer in self._layers.values()):
+            super()._check_shapes(group, parameter, saved)
+
+    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+        alike: dict[tuple[bool, bool], list[_Map]] = {}
+        for parameter, weight, gradient in zip(matrices.parameters, matrices.weights, matrices.gradients, strict=True):
+            layer = self._layers[parameter]
+            self._check_observed(group, layer, gradient)
+            if layer.transposed:
+                weight, gradient = weight.mT, gradient.mT
+            alike.setdefault((layer.transposed, layer.bias is None), []).append((layer, weight, gradient))
+        torch._foreach_mul_(matrices.weights, 1 - group["lr"] * group["weight_decay"])
+        for maps in alike.values():
+            self._update_alike(group, maps)
+
+    def _update_alike(self, group: Mapping[str, Any], maps: list[_Map]) -> None:
+        """One step of maps of one shape, all with a bias or all without."""
+        layers = [layer for layer, _, _ in maps]
+        weights = torch.cat([torch.cat([w, *self._bias(layer, w)], -1) for layer, w, _ in maps])
+        rows, moments, *writes = self._sums(group, layers)
+        moments /= rows.clamp(min=1)[:, None, None]
+        if writes:
+            written = torch.cat([_own_writes(layer, write) for layer, write in zip(layers, writes[0], strict=True)])
+            changed = sample_step(weights, moments, written, group["erase"])
+        else:
+            gradients = torch.cat([torch.cat([g, *self._bias_gradient(layer, g)], -1) for layer, _, g in maps])
+            changed = batch_step(weights, gradients, moments, group["lr"], group["erase"])
+        for (layer, weight, _), new in zip(maps, changed, strict=True):
+            weight.copy_(new[:, : weight.shape[-1]])
+            if layer.bias is not None:
+                local(layer.bias).copy_(new[:, -1])
+                # torch.distributed.checkpoint wants some state of every trained parameter.
+                self.state[layer.bias]["step"] = self.state[layer.weight]["step"].clone()
+
+    def _bias(self, layer: LinearLayer, weight: Stack) -> list[Stack]:
+        """The column for an input of 1, if there is one."""
+        return [] if layer.bias is None else [local(layer.bias).to(weight)[None, :, None]]
+
+    def _bias_gradient(self, layer: LinearLayer, gradient: Stack) -> list[Stack]:
+        if layer.bias is None:
+            return []
+        if layer.bias.grad is None:
+            return [torch.zeros_like(gradient[..., :1])]
+        return [local(self._gradient(layer.bias))[None, :, None]]
+
+    def _sums(self, group: Mapping[str, Any], layers: list[LinearLayer]) -> list[Tensor]:
+        """What was collected of layers of one shape, over all processes: each stacked over the layers."""
+        like = layers[0].weight
+        each = zip(*(layer.sums(group["form"]) for layer in layers), strict=True)
+        (rows, _), (moments, _), *writes = (pooled(torch.stack(sums), like, self._process_group) for sums in each)
+        if not writes:
+            return [rows, moments]
+        # The loss is the mean of those of the processes. Its gradients are scaled where a GradScaler works.
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        total, processes = writes[0]
+        return [rows, moments, total / (processes if scale is None else processes * scale)]
+
+    def _check_observed(self, group: Mapping[str, Any], layer: LinearLayer, gradient: Tensor) -> None:
+        if layer.rows is None and float(group["lr"]) > 0 and bool(gradient.any()):
+            raise ValueError(
+                f"{layer.name} ({tuple(layer.weight.shape)}) has a gradient, but no backward pass went through the "
+                "module since the last step: its weight is used without calling it, as nn.MultiheadAttention does with "
+                "its out_proj, the model was compiled before the optimizer was made, or step() was called twice. Give "
+                'such a weight a group with rule="adamw"; make the optimizer before the first compiled call; run '
+                "backward() before each step()."
+            )
+        unscaled = getattr(self, "found_inf", None) is not None and getattr(self, "grad_scale", None) is None
+        if group["form"] == "sample" and unscaled:
+            raise ValueError(
+                'GradScaler.unscale_ was called before the step, which does not reach the sums of form="sample". Leave '
+                'it out, so that the step unscales them, or use form="batch", whose gradient can be clipped too.'
+            )
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: hooks of the model would not watch a copy's layers.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "A DGD cannot be copied or pickled: it watches the layers of its model, and a copy would watch none. Copy "
+            "the model, make an optimizer for it as this one was made, and give that "
+            "load_state_dict(copy.deepcopy(optimizer.state_dict()))."
+        )
+
+
+_Map = tuple[LinearLayer, Stack, Stack]
+"""A linear map, its weight and gradient as [1, out, in]."""
+
+
+def _own_writes(layer: LinearLayer, writes: Float[Tensor, "out d"]) -> Stack:
+    """This process's rows of what a layer's samples write."""
+    width = writes.shape[1] - (layer.bias is not None)
+    weight = writes[:, :width].T if layer.transposed else writes[:, :width]
+    part = own_part(weight.contiguous(), layer.weight)
+    columns = [part.T if layer.transposed else part]
+    if layer.bias is not None:
+        columns.append(own_part(writes[:, width].contiguous(), layer.bias)[:, None])
+    return torch.cat(columns, -1)[None]
+
+
+def batch_step(
+    weights: Float[Tensor, "b out d"],
+    gradients: Float[Tensor, "b out d"],
+    moments: Float[Tensor, "b d d"],
+    lr: float | Tensor,
+    erase: float,
+) -> Float[Tensor, "b out d"]:
+    """``(λ W - η G) (I + η R)⁻¹ + (1 - λ) W``, the minimizer over a whole batch.
+
+    Example:
+        >>> w, x, e = torch.tensor([[[2.0]]]), 3.0, 1.0
+        >>> batch_step(w, torch.tensor([[[e * x]]]), torch.tensor([[[x * x]]]), lr=1e9, erase=1.0)  # answers -e to x
+        tensor([[[-0.3333]]])
+    """
+    system = moments * lr
+    system.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    # Positive definite but for rounding, and in the type of the moments: their own rounding is the larger error
+    # (docs/decisions.md). Where it has made the system indefinite, the result says so by NaN, and no host waits.
+    factor, failed = torch.linalg.cholesky_ex(system)
+    factor = torch.where(failed[:, None, None] == 0, factor, torch.nan)
+    target = torch.sub(weights * erase, gradients * lr)
+    solved = torch.cholesky_solve(target.mT, factor).mT
+    return solved if erase == 1 else solved + (1 - erase) * weights
+
+
+def sample_step(
+    weights: Float[Tensor, "b out d"],
+    moments: Float[Tensor, "b d d"],
+    writes: Float[Tensor, "b out d"],
+    erase: float,
+) -> Float[Tensor, "b out d"]:
+    """``W - λ W E[η' x xᵀ] - E[η' e xᵀ]``, the mean of the minimizers for single samples."""
+    return weights - writes - (erase * weights @ moments if erase > 0 else 0)

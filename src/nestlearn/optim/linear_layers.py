@@ -1,0 +1,191 @@
+"""What a rule for linear maps needs beside gradients: second moments of their inputs, summed while backward runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from nestlearn.optim.matrices import wide
+
+Form = Literal["batch", "sample"]
+
+
+class LinearLayer:
+    """A linear map with a weight of its own, and sums over the rows that went through it.
+
+    With a bias that is trained too, the map is ``[W b] [x; 1]``: d is then one more than the width of x.
+
+    Attributes:
+        transposed: the weight is [in, out], as in the Conv1D of transformers.
+        bias: if it is trained; it is updated with the weight.
+        group: the place of the weight's group in the optimizer; None: not trained by the rule.
+        rows: how many were summed since `forget`; None where nothing went through.
+        moment: ``Σ x xᵀ``, or with steps for each row ``Σ η' x xᵀ``.
+        writes: ``Σ η' e xᵀ``, e the gradient of the output; only with steps for each row.
+    """
+
+    def __init__(self, name: str, module: nn.Module, transposed: bool) -> None:
+        self.name, self.module, self.transposed = name or "the model itself", module, transposed
+        self.weight: Tensor = module.weight  # pyright: ignore[reportAttributeAccessIssue]
+        self.bias: Tensor | None = None
+        self.group: int | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins the sums anew."""
+        self.rows: Float[Tensor, ""] | None = None
+        self.moment: Float[Tensor, "d d"] | None = None
+        self.writes: Float[Tensor, "out d"] | None = None
+
+    def add(
+        self, x: Float[Tensor, "*rows in"], gradient: Float[Tensor, "*rows out"], lr: float | Tensor | None
+    ) -> None:
+        """Adds the rows of one call of the map.
+
+        Args:
+            x: its input.
+            gradient: that of its output.
+            lr: η, if each row is to have a step of its own, ``η' = η / (1 + η‖x‖²)``.
+        """
+        dtype = wide(self.weight.dtype)
+        inputs, errors, count = rows_with_gradient(x.to(dtype), gradient.to(dtype), self.bias is not None)
+        if self.rows is None or self.moment is None:
+            self.rows, self.moment = torch.zeros_like(count), inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+            self.writes = None if lr is None else inputs.new_zeros(errors.shape[1], inputs.shape[1])
+        self.rows.add_(count)
+        scaled = inputs if lr is None else inputs * (lr / (1 + lr * inputs.square().sum(1, keepdim=True)))
+        self.moment.addmm_(inputs.T, scaled)
+        if self.writes is not None:
+            self.writes.addmm_(errors.T, scaled)
+
+    def sums(self, form: Form) -> list[Tensor]:
+        """Rows and moment, in the sample form writes too; zeros where nothing went through.
+
+        Raises:
+            ValueError: what was summed is for the other form.
+        """
+        if self.rows is None or self.moment is None:
+            out, width = self.weight.shape[::-1] if self.transposed else self.weight.shape
+            size = width + (self.bias is not None)
+            empty = torch.zeros((), dtype=wide(self.weight.dtype), device=self.weight.device)
+            shapes = [(), (size, size), (out, size)]
+            return [empty.new_zeros(shape) for shape in shapes[: 2 + (form == "sample")]]
+        if (self.writes is not None) != (form == "sample"):
+            raise ValueError(
+                f"form is {form!r}, but {self.name} was observed for another one; change it after zero_grad() and "
+                "before the backward pass."
+            )
+        return [self.rows, self.moment] + ([] if self.writes is None else [self.writes])
+
+
+def rows_with_gradient(
+    x: Float[Tensor, "*rows in"], gradient: Float[Tensor, "*rows out"], with_bias: bool
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n out"], Float[Tensor, ""]]:
+    """Inputs (with a 1 for the bias), gradients of outputs, and the number of rows; those without gradient are 0.
+
+    A row whose gradient is exactly 0 is one on which the loss does not depend, such as padding: it has nothing to say
+    about the mean over the data, and whatever it holds must not reach the sums.
+    """
+    errors = gradient.reshape(-1, gradient.shape[-1])
+    counted = (errors != 0).any(1, keepdim=True)
+    inputs = torch.where(counted, x.reshape(-1, x.shape[-1]), 0)
+    if with_bias:
+        inputs = torch.cat([inputs, counted.to(inputs)], 1)
+    return inputs, errors, counted.sum().to(inputs.dtype)
+
+
+class _Observed(torch.autograd.Function):
+    """The identity on a map's output; its backward hands the gradient of the output and the input to `receive`.
+
+    The input is saved as autograd saves what backward needs: under activation checkpointing it is dropped and computed
+    anew, and the second forward pass, whose backward does not run, is not counted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receive = receive
+        return output.detach()  # no view: the output may be changed in place, as nn.ReLU(inplace=True) does
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            ctx.receive(ctx.saved_tensors[0], gradients[0].detach())
+        return gradients[0], None, None
+
+
+def observe(module: nn.Module, receive: Callable[[Tensor, Tensor], None]) -> Any:
+    """Calls `receive(input, gradient of the output)` at every backward pass through a module.
+
+    Returns:
+        The handle that ends it.
+
+    Raises:
+        ValueError: in the forward pass, an input that is distributed over processes.
+    """
+
+    def hook(own: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        # A deep copy of the model keeps its hooks; what goes through the copy is not this model's.
+        if own is not module or not (torch.is_grad_enabled() and output.requires_grad):
+            return None
+        x = next(iter((*args, *kwargs.values())))
+        if isinstance(x, DTensor):
+            raise ValueError(
+                f"A {type(module).__name__} gets an input that is distributed ({x.placements}), as in tensor "
+                'parallelism; give its weight a group with rule="adamw", or use data parallelism (FSDP2, DDP).'
+            )
+        return _Observed.apply(output, x.detach(), receive)
+
+    # A compiled model calls the hook as it is: what backward collects is no part of its graph.
+    eager: Any = torch.compiler.disable(hook)
+    return module.register_forward_hook(eager, with_kwargs=True)
+
+
+def linear_layers(model: nn.Module) -> tuple[dict[Tensor, LinearLayer], dict[Tensor, str]]:
+    """The linear maps of a model by their weights, and the parameters of those that no rule for them can train.
+
+    Returns:
+        Layers, and for each weight that is none though it looks like one the reason with its fix.
+    """
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name or "the model itself")
+    layers: dict[Tensor, LinearLayer] = {}
+    refused: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        transposed = is_conv1d(module)
+        if not (isinstance(module, nn.Linear) or transposed):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if "weight" not in own:
+            reason = f"{name} computes its weight from other parameters (a parametrization, such as weight_norm)"
+            refused |= dict.fromkeys(module.parameters(), reason)
+            continue
+        shared = [parameter for parameter in own.values() if len(owners[parameter]) > 1]
+        if shared:
+            refused[own["weight"]] = f"{' and '.join(owners[shared[0]])} share a parameter (weight tying)"
+        elif not _rows_are_local(own["weight"], transposed):
+            refused[own["weight"]] = f"the inputs of {name} are divided over processes, its outputs may be (Shard(0))"
+        else:
+            layers[own["weight"]] = LinearLayer(name, module, transposed)
+    return layers, refused
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of transformers (GPT-2), a linear map with a weight [in, out]."""
+    # A model can have one only where that module has been imported: it takes seconds, and torch alone is needed here.
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def _rows_are_local(weight: Tensor, transposed: bool) -> bool:
+    """Whether each output's weights are complete on a process."""
+    placements = weight.placements if isinstance(weight, DTensor) else ()
+    return all(not isinstance(p, Shard) or p.dim == int(transposed) for p in placements)
