@@ -313,8 +313,10 @@ def batch_step(
     # (docs/decisions.md). Where it has made the system indefinite, the result says so by NaN, and no host waits.
     factor, failed = torch.linalg.cholesky_ex(system)
     factor = torch.where(failed[:, None, None] == 0, factor, torch.nan)
-    target = torch.sub(weights * erase, gradients * lr)
-    solved = torch.cholesky_solve(target.mT, factor).mT
+    target = (gradients * -lr).add_(weights, alpha=erase)
+    # From the right, on rows as they are stored: cholesky_solve takes columns, in 1.7 times the time on a processor.
+    halved = torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False)
+    solved = torch.linalg.solve_triangular(factor, halved, upper=False, left=False)
     return solved if erase == 1 else solved + (1 - erase) * weights
 
 

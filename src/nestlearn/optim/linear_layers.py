@@ -93,7 +93,7 @@ def rows_with_gradient(
     about the mean over the data, and whatever it holds must not reach the sums.
     """
     errors = gradient.reshape(-1, gradient.shape[-1])
-    counted = (errors != 0).any(1, keepdim=True)
+    counted = errors.abs().amax(1, keepdim=True) != 0  # NaN counts: it is to be seen
     inputs = torch.where(counted, x.reshape(-1, x.shape[-1]), 0)
     if with_bias:
         inputs = torch.cat([inputs, counted.to(inputs)], 1)
