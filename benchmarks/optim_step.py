@@ -134,9 +134,8 @@ def main() -> None:
     shapes = of_preset(options.preset) if options.preset else squares()
     kinds = {name: make for name, make in (OTHERS | OWN).items() if name in options.optimizers}
     measured = measure(kinds, shapes, options.rounds, options.steps)
-    print(
-        "| optimizer | ms per step | to Muon | to AdamW, foreach | bytes of state per parameter |\n|---|---|---|---|---|"
-    )
+    print("| optimizer | ms per step | to Muon | to AdamW, foreach | bytes of state per parameter |")
+    print("|---|---|---|---|---|")
     with options.out.open("a") as file:
         for name, values in measured.items():
             record = {
