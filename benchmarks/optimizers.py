@@ -23,11 +23,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from nestlearn.optim import M3, param_groups
+from nestlearn.optim import (
+    DGD,
+    M3,
+    AssociativeMomentum,
+    DeepMomentum,
+    DeltaMomentum,
+    DeltaRule,
+    HigherOrderMomentum,
+    NewtonSchulz,
+    param_groups,
+)
 from nestlearn.train.allocator import tune_allocator
 from optimizer_tasks import EXPERIMENTS, Optimizers, Task, train
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 DECAY = 0.1
 Make = Callable[[nn.Module, float, float], Optimizers]
 
@@ -59,6 +69,15 @@ def of_package(kind: Any, **settings: Any) -> Make:
     return make
 
 
+def delta_descent(erase: float) -> Make:
+    """DGD, which watches the layers of the model."""
+
+    def make(model: nn.Module, lr: float, rest: float) -> Optimizers:
+        return [DGD(param_groups(model, lr=lr, adamw_lr=rest, weight_decay=DECAY), model, erase=erase)]
+
+    return make
+
+
 # Name: how it is made, and where on the grid the search begins.
 OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "adamw": (adamw, 3e-3),
@@ -66,10 +85,14 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "m3": (of_package(M3), 1e-2),
     "m3, no slow memory": (of_package(M3, alpha=0.0), 1e-2),
     "m3, no second moment": (of_package(M3, second_moment=False), 1e-2),
-    "m3, algorithm 1": (
-        of_package(M3, accumulate="paper", nesterov=False, adjust_lr=None),
-        1e-3,
-    ),
+    "m3, algorithm 1": (of_package(M3, accumulate="paper", nesterov=False, adjust_lr=None), 1e-4),
+    "momentum": (of_package(AssociativeMomentum), 3e-1),
+    "delta momentum": (of_package(DeltaMomentum), 3.0),
+    "delta momentum, orthogonalized": (of_package(AssociativeMomentum, delta=DeltaRule(), output=NewtonSchulz()), 3e-3),
+    "higher-order momentum": (of_package(HigherOrderMomentum), 3e-1),
+    "deep momentum": (of_package(DeepMomentum), 1.0),
+    "dgd": (delta_descent(erase=1.0), 1e-2),
+    "dgd, nothing erased": (delta_descent(erase=0.0), 1.0),
 }
 
 
