@@ -10,6 +10,7 @@ from torch import nn
 
 from nestlearn.optim import InputProjection
 from nestlearn.optim.projection import ridge_projection
+from nestlearn.optim.sketch import add_rows, closing
 
 
 def recursive_least_squares(batches: list[torch.Tensor], alpha: float) -> torch.Tensor:
@@ -249,3 +250,76 @@ def test_bad_settings_name_the_cause():
     bigger = InputProjection(torch.optim.SGD(other.parameters(), lr=0.1), other)
     with pytest.raises(ValueError, match=r"maps with inputs \[\(5, 5\)\]"):
         optimizer.load_own_state(bigger.own_state())
+
+
+def test_leading_directions_are_exact_while_they_are_all():
+    """Inputs of rank r, in batches of any size, in float64: the same projection as with the whole matrix."""
+    mixing = random(5, 40, seed=9)
+    sketch, gram = torch.zeros(5, 40, dtype=torch.float64), torch.zeros(40, 40, dtype=torch.float64)
+    for place, size in enumerate((1, 3, 5, 23, 2)):
+        rows = random(size, 5, seed=place) @ mixing
+        sketch, gram = add_rows(sketch, rows), gram + rows.T @ rows
+        torch.testing.assert_close(sketch.T @ sketch, gram, rtol=1e-9, atol=1e-9)
+    products = sketch @ sketch.T
+    assert (products - products.diagonal().diag()).abs().max() < 1e-9 * products.max()
+    for alpha in (1e-3, 10.0, torch.tensor(100.0, dtype=torch.float64)):
+        a = closing(sketch, alpha)
+        expected = torch.linalg.inv(torch.eye(40, dtype=torch.float64) + gram / alpha)
+        torch.testing.assert_close(torch.eye(40, dtype=torch.float64) - a.T @ a, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_leading_directions_of_more_are_those_of_the_decomposition():
+    """One batch of full rank: the sketch is the truncated singular value decomposition; it never holds too much."""
+    rows = random(8, 30)
+    _, s, v = torch.linalg.svd(rows, full_matrices=False)
+    sketch = add_rows(torch.zeros(8, 30, dtype=torch.float64), rows)
+    torch.testing.assert_close(sketch.T @ sketch, v.T @ (s.square()[:, None] * v), rtol=1e-9, atol=1e-9)
+    both = torch.cat([rows, random(8, 30, seed=1)])
+    _, s, v = torch.linalg.svd(both, full_matrices=False)
+    more = add_rows(sketch, both[8:])
+    torch.testing.assert_close(more.T @ more, v[:8].T @ (s[:8].square()[:, None] * v[:8]), rtol=1e-8, atol=1e-8)
+    assert torch.linalg.eigvalsh(both.T @ both - more.T @ more).min() > -1e-9
+
+
+@pytest.mark.parametrize("apply_to", ["update", "gradient"])
+@pytest.mark.parametrize("unit", ["squares", "steps"])
+def test_low_rank_equals_the_whole_matrix_where_inputs_have_that_rank(apply_to, unit):
+    def train(rank):
+        torch.manual_seed(1)
+        net = nn.ModuleList([nn.Linear(12, 3), nn.Linear(12, 3, bias=False)]).double()
+        base = torch.optim.Adam(net.parameters(), lr=0.02)
+        optimizer = InputProjection(
+            base, net, alpha=0.3, period=2, unit=unit, apply_to=apply_to, rank=rank, dtype=torch.float64
+        )
+        for step in range(7):
+            x = random(6, 3, seed=step) @ random(3, 12, seed=50)  # with the 1 of the bias of rank 4
+            optimizer.zero_grad()
+            (net[0](x) + net[1](x)).square().sum().backward()
+            optimizer.step()
+        return net, optimizer
+
+    (whole, full), (low, optimizer) = train(None), train(4)
+    for x, y in zip(whole.parameters(), low.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
+    sizes = [[m["seen"].numel() for m in o.own_state()["maps"]] for o in (full, optimizer)]
+    assert sizes == [[13 * 13, 12 * 12], [4 * 13, 4 * 12]]
+    assert optimizer.settings()["rank"] == 4
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="maps with inputs"):
+        full.load_state_dict(state)
+    again = train(4)[1]
+    again.refresh()
+    again.load_state_dict(state)
+    for old, new in zip(optimizer.own_state()["maps"], again.own_state()["maps"], strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_low_rank_names_inputs_that_are_not_finite_and_keeps_narrow_maps_whole():
+    net = nn.Sequential(nn.Linear(9, 4), nn.Linear(4, 1))
+    optimizer = InputProjection(torch.optim.SGD(net.parameters(), lr=0.1), net, rank=4)
+    assert [m["seen"].shape for m in optimizer.own_state()["maps"]] == [(4, 10), (5, 5)]
+    net(torch.full((2, 9), float("nan")))
+    with pytest.raises(ValueError, match=r"inputs of 0 .* not finite"):
+        optimizer.refresh()
+    with pytest.raises(ValueError, match="rank is 0"):
+        InputProjection(torch.optim.SGD(net.parameters(), lr=0.1), net, rank=0)

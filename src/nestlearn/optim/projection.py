@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nestlearn.optim.sketch import add_rows, closing
 from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
 
 ApplyTo = Literal["update", "gradient"]
@@ -44,14 +45,21 @@ def ridge_projection(gram: Float[Tensor, "*b d d"], alpha: float | Float[Tensor,
 class _Memory:
     """What one weight's inputs were: the sum of ``x xᵀ`` of a linear map, the count of each row of an embedding."""
 
-    def __init__(self, name: str, module: nn.Linear | nn.Embedding, dtype: torch.dtype, trained: set[Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Linear | nn.Embedding,
+        dtype: torch.dtype,
+        trained: set[Tensor],
+        rank: int | None = None,
+    ) -> None:
         self.name = name
         self.weight = module.weight
         bias = module.bias if isinstance(module, nn.Linear) else None
         self.bias = bias if bias is not None and bias in trained else None
         self.is_embedding = isinstance(module, nn.Embedding)
         size = module.weight.shape[0] if self.is_embedding else module.weight.shape[1] + (self.bias is not None)
-        shape = (size,) if self.is_embedding else (size, size)
+        shape = (size,) if self.is_embedding else (rank or size, size)
         self.seen = torch.zeros(shape, dtype=dtype, device=module.weight.device)
         self.applied: Tensor | None = None
 
@@ -62,10 +70,13 @@ class _Memory:
         if self.is_embedding:
             self.seen.add_(torch.bincount(inputs.reshape(-1), minlength=len(self.seen)).to(self.seen.dtype))
             return
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.seen.dtype)
-        if self.bias is not None:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        rows = self.rows(inputs)
         self.seen.addmm_(rows.T, rows)
+
+    def rows(self, inputs: Tensor) -> Float[Tensor, "t d"]:
+        """Inputs of a linear map, with the 1 of its bias."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.seen.dtype)
+        return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
     def mean_square(self) -> Float[Tensor, ""]:
         """Sum of squares of what is stored, per direction."""
@@ -92,10 +103,64 @@ class _Memory:
         if self.is_embedding:
             return weight * applied[:, None], None
         if self.bias is None:
-            return weight @ applied, None
+            return self.times(weight, applied), None
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
-        both = torch.cat([weight, bias[:, None]], 1) @ applied
+        both = self.times(torch.cat([weight, bias[:, None]], 1), applied)
         return both[:, :-1], both[:, -1]
+
+    def times(self, change: Tensor, applied: Tensor) -> Tensor:
+        """``D P`` of a linear map."""
+        return change @ applied
+
+    def state(self) -> dict[str, Tensor | None]:
+        """What is stored and the copy in use."""
+        return {"seen": self.seen.clone(), "applied": None if self.applied is None else self.applied.clone()}
+
+    def load(self, state: dict[str, Tensor | None]) -> None:
+        """Takes over what `state` returned."""
+        seen, applied = state["seen"], state["applied"]
+        assert seen is not None
+        self.applied = None if applied is None else applied.to(self.seen).clone()
+        self.seen = seen.to(self.seen).clone()
+
+
+class _LeadingDirections(_Memory):
+    """A linear map's memory in the r leading directions of its inputs: r x d numbers in place of d x d."""
+
+    def __init__(self, name: str, module: nn.Linear, dtype: torch.dtype, trained: set[Tensor], rank: int) -> None:
+        super().__init__(name, module, dtype, trained, rank)
+        self.squares = self.seen.new_zeros(())
+
+    def add(self, inputs: Tensor) -> None:
+        """Stores the inputs of one forward pass."""
+        if self.seen.device != inputs.device:
+            self.seen, self.squares = self.seen.to(inputs.device), self.squares.to(inputs.device)
+        rows = self.rows(inputs)
+        self.seen = add_rows(self.seen, rows)
+        self.squares += rows.square().sum()
+
+    def mean_square(self) -> Float[Tensor, ""]:
+        """Sum of squares of all inputs, per direction, of those that are not kept too."""
+        return self.squares / self.seen.shape[1]
+
+    def refresh(self, alpha: float | Float[Tensor, ""]) -> None:
+        """Applies from now on what is stored now."""
+        self.applied = closing(self.seen, alpha)
+
+    def times(self, change: Tensor, applied: Tensor) -> Tensor:
+        """``D (I - AᵀA)``."""
+        return change - (change @ applied.T) @ applied
+
+    def state(self) -> dict[str, Tensor | None]:
+        """What is stored and the copy in use."""
+        return super().state() | {"squares": self.squares.clone()}
+
+    def load(self, state: dict[str, Tensor | None]) -> None:
+        """Takes over what `state` returned."""
+        super().load(state)
+        squares = state["squares"]
+        assert squares is not None
+        self.squares = squares.to(self.seen).clone()
 
 
 class InputProjection(OptimizerWrapper):
@@ -122,6 +187,9 @@ class InputProjection(OptimizerWrapper):
             average for the map: α times its mean square per step and direction. Then α means the same for maps with
             inputs of other sizes, and for maps that see every token of a text as for those that see one vector of it.
         period: steps between two refreshes of the copy in use; None: only `refresh()` does, say at a task's end.
+        rank: r, for maps with more inputs than that: their memory is of the r leading directions of the inputs, in
+            r (d+1) numbers, ``P = I - V diag(λ / (α + λ)) Vᵀ`` (`nestlearn.optim.sketch`). Exact while inputs have rank
+            r at most; beyond, smaller directions stay open: protected is what came first and is large. None: all.
         apply_to: ``"update"`` projects the change that `base` made, whatever its rule; ``"gradient"`` what `base`
             gets, whose elementwise scaling (Adam) then points partly back into the closed directions.
         dtype: of the stored sums.
@@ -154,6 +222,7 @@ class InputProjection(OptimizerWrapper):
         *,
         alpha: float = 100.0,
         period: int | None = None,
+        rank: int | None = None,
         unit: Unit = "squares",
         apply_to: ApplyTo = "update",
         dtype: torch.dtype = torch.float32,
@@ -167,6 +236,7 @@ class InputProjection(OptimizerWrapper):
             raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(get_args(Unit))}.")
         self.alpha, self.unit, self.apply_to = alpha, unit, apply_to
         self.period = None if period is None else whole_number("period", period, "steps between two refreshes")
+        self.rank = None if rank is None else whole_number("rank", rank, "directions kept of a map's inputs")
         self.recording = True
         self._steps = self._recorded = 0
         # One memory per weight and kind: maps that share a weight share its memory, and a tied head has two.
@@ -176,7 +246,7 @@ class InputProjection(OptimizerWrapper):
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight in trained:
                 key = (module.weight, isinstance(module, nn.Embedding))
-                memory = memories.setdefault(key, _Memory(name, module, dtype, trained))
+                memory = memories.setdefault(key, self._memory(name, module, dtype, trained))
                 self._hooks.append(module.register_forward_pre_hook(self._hook(memory, module)))
         if not memories:
             kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
@@ -185,6 +255,11 @@ class InputProjection(OptimizerWrapper):
                 "the model that the optimizer trains, or leave the projection out."
             )
         self._memories = list(memories.values())
+
+    def _memory(self, name: str, module: nn.Linear | nn.Embedding, dtype: torch.dtype, trained: set[Tensor]) -> _Memory:
+        if self.rank is not None and isinstance(module, nn.Linear) and module.in_features > self.rank:
+            return _LeadingDirections(name, module, dtype, trained, self.rank)
+        return _Memory(name, module, dtype, trained)
 
     def _hook(self, memory: _Memory, own: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def store(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -259,15 +334,13 @@ class InputProjection(OptimizerWrapper):
             parameter.grad = gradient
 
     def settings(self) -> dict[str, Any]:
-        """α and its unit, the period, and what is projected."""
-        return {"alpha": self.alpha, "unit": self.unit, "period": self.period, "apply_to": self.apply_to}
+        """α and its unit, the period, what is projected, and the rank if it is limited."""
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {"alpha": self.alpha, "unit": self.unit, "period": self.period, "apply_to": self.apply_to, **rank}
 
     def own_state(self) -> dict[str, Any]:
         """Steps taken, and of each map what is stored and the copy in use."""
-        maps = [
-            {"seen": memory.seen.clone(), "applied": None if memory.applied is None else memory.applied.clone()}
-            for memory in self._memories
-        ]
+        maps = [memory.state() for memory in self._memories]
         return {"steps": self._steps, "recorded": self._recorded, "recording": self.recording, "maps": maps}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
@@ -282,5 +355,4 @@ class InputProjection(OptimizerWrapper):
             raise ValueError(f"This state is of maps with inputs {shapes}; the model's maps have {expected}.")
         self._steps, self._recorded, self.recording = state["steps"], state["recorded"], state["recording"]
         for memory, item in zip(self._memories, state["maps"], strict=True):
-            memory.seen = item["seen"].to(memory.seen).clone()
-            memory.applied = None if item["applied"] is None else item["applied"].to(memory.seen).clone()
+            memory.load(item)
