@@ -115,7 +115,11 @@ def picture(rows: Sequence[dict[str, Any]]) -> str:
         values.append(
             Line(f"{rule}: {best['steps']} steps", range(1, len(trace)), [v for _, v in trace[1:]], color, width=1.2)
         )
-    return chart([Panel(paths, "r", "θ"), Panel(values, "step", "value", y_log=True)], height=3.6)
+    panels = [
+        Panel(paths, "r", "θ"),
+        Panel(values, "step", "value", y_log=True, y_range=(1e-7, 300.0), y_format="{:.0e}".format),
+    ]
+    return chart(panels, height=3.6)
 
 
 def main() -> None:

@@ -25,9 +25,14 @@ class DeltaRule:
     add up to 1, so the factor of m is in [α - ρ, α]: it never grows, whatever the gradient's size. (As printed, with g
     in place of ĝ, it diverges where ``‖g‖ > √(1 + α)``.) Cost: ``4 min(rows, columns)`` operations per element.
 
+    ε decides whether the erasing fades with the gradient. Tiny, it does not: the rule is free of the gradient's scale.
+    With ε of the size of the first gradients, m is erased while they are large and kept when they are small, as NL
+    Eq. 49 has it (ε = 1: ĝ is g where that is small). On smooth functions that is far better: near an optimum plain
+    momentum is what accelerates (docs/log.md, the toy function of NL Eq. 53).
+
     Args:
         rho: ρ.
-        eps: ε.
+        eps: ε, the norm at which a quarter of ρ acts.
 
     Raises:
         ValueError: rho outside (0, 1], or a negative eps.
@@ -286,7 +291,7 @@ class DeltaMomentum(AssociativeMomentum):
         lr: learning rate, also AdamW's of parameters that are no matrices.
         momentum: α.
         rho: ρ, the part of m along the gradient that is erased.
-        eps: added to the gradient's norm.
+        eps: ε, the gradient's norm at which a quarter of ρ acts (`DeltaRule`).
         settings: others of `AssociativeMomentum`.
 
     Raises:
