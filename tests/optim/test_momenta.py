@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from nestlearn.memory import Gates, catalog, scan
 from nestlearn.optim import (
     M3,
+    AdaGradMemory,
+    AdamMemory,
     AssociativeMomentum,
+    DeepMomentum,
     DeltaMomentum,
     DeltaRule,
     Diagonal,
@@ -312,6 +315,7 @@ ALL: list[dict[str, Any]] = [
     {"delta": DeltaRule(), "features": Polynomial(), "preconditioner": Diagonal()},
     {"preconditioner": Whitening(period=3), "output": NewtonSchulz()},
     {"preconditioner": LeastSquares("rows", period=3), "output": Sign()},
+    {"delta": DeltaRule(eps=0.0), "features": Polynomial()},
 ]
 
 
@@ -472,3 +476,45 @@ def test_a_state_of_other_extensions_is_refused() -> None:
     state["param_groups"][0]["preconditioner"] = Whitening()
     with pytest.raises(ValueError, match="The saved state of a parameter of shape"):
         AssociativeMomentum(params).load_state_dict(state)
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS[:3] + ALL, ids=str)
+def test_a_rate_may_be_a_tensor(settings: dict[str, Any]) -> None:
+    by_number, by_tensor = parameters(), parameters()
+    train(by_number, AssociativeMomentum(by_number, lr=0.03, **settings), range(4))
+    rate = torch.tensor(0.03, dtype=torch.float64)
+    train(by_tensor, AssociativeMomentum(by_tensor, lr=rate, **settings), range(4))
+    for x, y in zip(by_number, by_tensor, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+RULES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "plain": lambda p: AssociativeMomentum(p, lr=0.1),
+    "delta": lambda p: DeltaMomentum(p, lr=0.1),
+    "delta, fading": lambda p: DeltaMomentum(p, lr=0.1, eps=1.0),
+    "higher order": lambda p: HigherOrderMomentum(p, lr=0.05),
+    "deep": lambda p: DeepMomentum(p, lr=0.08),
+    "deep, with momentum": lambda p: DeepMomentum(p, lr=0.05, momentum=0.9),
+    "diagonal": lambda p: AssociativeMomentum(p, lr=0.003, preconditioner=Diagonal(0.99)),
+    "whitening": lambda p: AssociativeMomentum(p, lr=0.003, preconditioner=Whitening()),
+    "least squares": lambda p: AssociativeMomentum(p, lr=0.3, preconditioner=LeastSquares(alpha=100.0)),
+    "orthogonal": lambda p: AssociativeMomentum(p, lr=0.1, output=NewtonSchulz()),
+    "sign": lambda p: AssociativeMomentum(p, lr=0.012, output=Sign()),
+    "adam memory": lambda p: AdamMemory(p, lr=0.02),
+    "adagrad memory": lambda p: AdaGradMemory(p, lr=0.5),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_comes_down_a_quadratic(rule: str) -> None:
+    """A least-squares problem of condition number 10 and a stack of two: to a hundredth of the loss in 300 steps."""
+    scales = torch.linspace(1.0, 10.0**0.5, 6, dtype=torch.float64)
+    params = [nn.Parameter(random(4, 6)), nn.Parameter(random(2, 4, 6, seed=1))]
+    optimizer, losses = RULES[rule](params), []
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = sum((0.5 * ((p - 1.0) * scales).square().sum() for p in params), torch.zeros(()))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.01 * losses[0]

@@ -263,12 +263,10 @@ def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
 
 def erase(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: float, delta: DeltaRule) -> None:
     """``m ← m (α I - ρ k̂ᵀk̂)`` in place, through the smaller of ``m kᵀ`` and ``kᵀk``."""
-    scales = matrices.norms(keys)
-    torch._foreach_add_(scales, delta.eps)
-    torch._foreach_clamp_min_(scales, torch.finfo(scales[0].dtype).tiny)
-    scale = together(scales)[0].square().reciprocal()
     m, counts = together(matrices.whole(momenta))
     k, _ = together(matrices.whole(keys))
+    norm = k.square().sum((-2, -1), keepdim=True).sqrt_().add_(delta.eps)
+    scale = norm.clamp_(min=torch.finfo(norm.dtype).tiny ** 0.5).square_().reciprocal_()
     if m.shape[-2] <= m.shape[-1]:
         m.baddbmm_((m @ k.mT).mul_(scale), k, beta=alpha, alpha=-delta.rho)
     else:

@@ -113,7 +113,7 @@ class Whitening:
 
     def new_state(self, like: Tensor, kernels: bool) -> dict[str, Tensor]:
         """R and the P in use, per matrix."""
-        return _square_states(like, kernels, self.side)
+        return square_states(like, kernels, self.side)
 
     def apply(self, matrices: Matrices, gradients: list[Stack]) -> list[Stack]:
         """``g (R̂ + δ I)^(-power)``."""
@@ -123,7 +123,9 @@ class Whitening:
         def inverse(gram: Float[Tensor, "b n n"]) -> Float[Tensor, "b n n"]:
             return inverse_power(gram / scale, self.power, self.damping)
 
-        return _one_sided(matrices, gradients, self.side, (keep, take), self.period, inverse)
+        complete = matrices.whole(gradients)
+        learn(matrices, complete, self.side, (keep, take), self.period, inverse)
+        return matrices.own_parts(multiply(matrices, complete, self.side))
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,13 @@ class LeastSquares:
 
     def new_state(self, like: Tensor, kernels: bool) -> dict[str, Tensor]:
         """``Σ gᵀg`` and the P in use, per matrix."""
-        return _square_states(like, kernels, self.side)
+        return square_states(like, kernels, self.side)
 
     def apply(self, matrices: Matrices, gradients: list[Stack]) -> list[Stack]:
         """``g (I + Σ gᵀg / α)⁻¹``."""
-        return _one_sided(
-            matrices, gradients, self.side, (1.0, 1.0), self.period, lambda gram: _finite(gram, self._project)
-        )
+        complete = matrices.whole(gradients)
+        learn(matrices, complete, self.side, (1.0, 1.0), self.period, lambda gram: where_finite(gram, self._project))
+        return matrices.own_parts(multiply(matrices, complete, self.side))
 
     def _project(self, gram: Float[Tensor, "b n n"]) -> Float[Tensor, "b n n"]:
         return ridge_projection(gram, self.alpha)
@@ -184,10 +186,10 @@ def inverse_power(gram: Float[Tensor, "b n n"], power: float, damping: float) ->
         powers = torch.where(mean > 0, values.clamp(min=torch.finfo(torch.float64).tiny) ** -power, 0.0)
         return ((vectors * powers[:, None]) @ vectors.mT).to(finite.dtype)
 
-    return _finite(gram, power_of)
+    return where_finite(gram, power_of)
 
 
-def _finite(gram: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def where_finite(gram: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A function of the matrices that are finite; the others become nan, as the parameters do that they belong to."""
     finite = gram.isfinite().all((-2, -1), keepdim=True)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -199,30 +201,34 @@ def _check_side(side: str) -> None:
         raise ValueError(f"side is {side!r}; it must be one of {', '.join(get_args(Side))}.")
 
 
-def _square_states(like: Tensor, kernels: bool, side: Side) -> dict[str, Tensor]:
+def square_states(like: Tensor, kernels: bool, side: Side) -> dict[str, Tensor]:
+    """A sum of products and the P in use of each matrix of a parameter, complete on every process."""
     count, rows, columns = stack_shape(like.shape, kernels)
     size = columns if side == "columns" else rows
     shape, dtype = (count, size, size), wide(like.dtype)
     return {name: torch.zeros(shape, dtype=dtype, device=like.device) for name in ("gram", "preconditioner")}
 
 
-def _one_sided(
+def learn(
     matrices: Matrices,
     gradients: Sequence[Stack],
     side: Side,
     weights: tuple[float, float],
     period: int,
     invert: Callable[[Float[Tensor, "b n n"]], Float[Tensor, "b n n"]],
-) -> list[Stack]:
-    """``g P`` or ``P g`` after adding the gradients' products to their sums, with P made anew where a period begins."""
+) -> None:
+    """Adds complete gradients to their sums ``R ← keep R + take gᵀg``, and makes P anew where a period begins."""
     keep, take = weights
-    complete = matrices.whole(gradients)
-    for gradient, state in zip(complete, matrices.states, strict=True):
+    for gradient, state in zip(gradients, matrices.states, strict=True):
         rows = gradient if side == "rows" else gradient.mT
         state["gram"].baddbmm_(rows, rows.mT, beta=keep, alpha=take)
     if (matrices.step - 1) % period == 0:
         grams, counts = together([state["gram"] for state in matrices.states])
         for state, new in zip(matrices.states, invert(grams).split(counts), strict=True):
             state["preconditioner"].copy_(new)
-    pairs = [(gradient, state["preconditioner"]) for gradient, state in zip(complete, matrices.states, strict=True)]
-    return matrices.own_parts([p @ g if side == "rows" else g @ p for g, p in pairs])
+
+
+def multiply(matrices: Matrices, stacks: Sequence[Stack], side: Side) -> list[Stack]:
+    """``g P``, or ``P g`` for rows, of complete matrices."""
+    pairs = [(stack, state["preconditioner"]) for stack, state in zip(stacks, matrices.states, strict=True)]
+    return [p @ x if side == "rows" else x @ p for x, p in pairs]
