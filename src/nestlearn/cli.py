@@ -32,12 +32,15 @@ TRAIN_HELP = """Train a model and save it, its tokenizer and its log in a folder
 
 Every field of the training run and of the model is an option too: --sequence-length 512, --batch-size 8,
 --learning-rate 3e-3, --hidden-size 64, --mixer attention, ... ; --dry-run prints them all, resolved.
+--optimizer is adamw, m3, muon, dgd, delta-momentum or deep-momentum; --optimizer.NAME sets an option of it.
 
 [bold]Examples[/bold]
 
   nestlearn train --preset hope-tiny --corpus python-docs --out runs/docs
 
   nestlearn train --preset transformer-tiny --corpus "text:notes/*.md" --tokenizer bpe:2048 --out runs/notes
+
+  nestlearn train --preset hope-tiny --optimizer m3 --optimizer.slow-period 20 --out runs/m3
 
   nestlearn train --config run.yaml --out runs/a --steps 2000 --dry-run
 

@@ -101,7 +101,9 @@ class MatrixOptimizer(Optimizer):
     # would be compiled again and again.
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None
+    ) -> Any:
         """One update.
 
         Args:
@@ -206,7 +208,9 @@ class MatrixOptimizer(Optimizer):
             own = {name: value for name, value in saved.items() if name != "step"}
             for name, value in own.items():
                 self.state[parameter][name] = value.detach().to(parameter.device, wide(parameter.dtype), copy=True)
-            self.state[parameter]["step"] = saved["step"].detach().clone()
+            self.state[parameter]["step"] = (
+                saved["step"].detach().to("cpu", copy=True)
+            )  # read without waiting for a device
 
     def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         """Each parameter with what the state has of it, if anything."""

@@ -63,7 +63,9 @@ class OptimizerWrapper(Optimizer):
     # As in `MatrixOptimizer.step`: what a step does depends on where in a period it is.
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None
+    ) -> Any:
         """One update.
 
         Args:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nestlearn.train.optimizers import ENGINE, check_optimizer, own_learning_rate
+
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 DTYPES = ("float32", "bfloat16", "float64")
 # hope and transformer: found by benchmarks/learning_rate_grid.py on one common grid (docs/log.md has the table).
@@ -25,6 +27,7 @@ PRESET_LEARNING_RATES = {
 }
 FALLBACK_LEARNING_RATE = 1e-3
 CONFIG_FILE = "train_config.json"
+NESTED = ("optimizer_options", "model", "trainer")
 # On --resume these may differ from the saved run: none of them changes what a step computes.
 FREE_ON_RESUME = frozenset({"out", "steps", "log_interval", "eval_interval", "eval_windows", "save_interval",
                             "keep_checkpoints", "threads"})  # fmt: skip
@@ -41,7 +44,9 @@ class TrainConfig:
         preset: a preset name ("hope-tiny") or a folder with a saved model to train further.
         corpus: what to read: python-docs, python-source, text:PATH, hf:NAME[:CONFIG].
         tokenizer: "byte", or "bpe:N" for a vocabulary of N learned from the corpus.
-        learning_rate: peak rate of AdamW; None takes the preset's own.
+        optimizer: "adamw", or one of `nestlearn.optim` for the matrices of the model, with AdamW for the rest: "m3",
+            "muon", "dgd", "delta-momentum", "deep-momentum".
+        learning_rate: peak rate; None takes the preset's own, or the optimizer's if its steps have another size.
         warmup: steps of linear warm-up; None takes 5 % of `steps`.
         schedule: "cosine" (to 0), "linear" (to 0) or "constant", after the warm-up.
         weight_decay: applied to tensors with two or more dimensions.
@@ -51,6 +56,7 @@ class TrainConfig:
         save_interval: steps between checkpoints; the last step is always saved.
         keep_checkpoints: how many checkpoints stay on disk.
         threads: CPU threads; None leaves torch's choice. Bit-exact resume needs an equal count.
+        optimizer_options: settings of the optimizer that differ from its own, such as {"slow_period": 20}.
         model: HopeConfig fields that differ from the preset's.
         trainer: transformers.TrainingArguments fields passed on as they are, for example
             {"report_to": "tensorboard"} or {"fsdp": "full_shard", "fsdp_config": {...}}.
@@ -68,6 +74,7 @@ class TrainConfig:
     batch_size: int = 16
     gradient_accumulation: int = 1
     steps: int = 1000
+    optimizer: str = ENGINE
     learning_rate: float | None = None
     warmup: int | None = None
     schedule: str = "cosine"
@@ -84,6 +91,7 @@ class TrainConfig:
     save_interval: int = 500
     keep_checkpoints: int = 2
     threads: int | None = None
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -101,6 +109,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a finite number of at least 0, received {value}.")
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dtype", self.dtype, DTYPES)
+        check_optimizer(self.optimizer, self.optimizer_options)
         check_tokenizer_spec(self.tokenizer)
 
     @property
@@ -114,9 +123,12 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation * self.sequence_length
 
     def peak_learning_rate(self) -> float:
-        """The learning rate after warm-up: the one given, else the preset's."""
-        if self.learning_rate is not None:
-            return self.learning_rate
+        """The learning rate after warm-up: the one given, else the optimizer's own, else the preset's."""
+        own = own_learning_rate(self.optimizer) if self.learning_rate is None else self.learning_rate
+        return self.preset_learning_rate() if own is None else own
+
+    def preset_learning_rate(self) -> float:
+        """The rate of AdamW that the preset was tuned for."""
         return PRESET_LEARNING_RATES.get(self.preset, FALLBACK_LEARNING_RATE)
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,8 +174,9 @@ def build_config(
 ) -> TrainConfig:
     """A TrainConfig from loosely typed values.
 
-    Names that are TrainConfig fields set them, `trainer.NAME` sets a TrainingArguments field and every
-    other name must be one of `model_fields` and overrides the preset. Later values win over `base`.
+    Names that are TrainConfig fields set them, `optimizer.NAME` sets an option of the optimizer, `trainer.NAME` a
+    TrainingArguments field, and every other name must be one of `model_fields` and overrides the preset. Later
+    values win over `base`.
 
     Raises:
         ValueError: for an unknown name (with close matches) or a value of the wrong type.
@@ -176,10 +189,13 @@ def build_config(
     merged = (base or TrainConfig()).to_dict()
     for raw_name, value in values.items():
         name = raw_name.replace("-", "_")
-        if name in ("model", "trainer") and isinstance(value, Mapping):
+        if name in NESTED and isinstance(value, Mapping):
             merged[name] = {**merged[name], **value}
-        elif name in hints and name not in ("model", "trainer"):
+        elif name in hints and name not in NESTED:
             merged[name] = _coerce(name, value, hints[name])
+        elif name.startswith("optimizer."):
+            option = name.removeprefix("optimizer.")
+            merged["optimizer_options"] = {**merged["optimizer_options"], option: parse_scalar(value)}
         elif name.startswith("trainer."):
             merged["trainer"] = {**merged["trainer"], name.removeprefix("trainer."): parse_scalar(value)}
         elif name.removeprefix("model.") in model_fields:
@@ -188,7 +204,7 @@ def build_config(
             known = [*hints, *model_fields]
             raise ValueError(
                 f"Unknown field {raw_name!r}.{suggestion(name, known)} "
-                f"Training fields: {', '.join(sorted(set(hints) - {'model', 'trainer'}))}. "
+                f"Training fields: {', '.join(sorted(set(hints) - set(NESTED)))}. "
                 f"Model fields: {', '.join(sorted(model_fields))}."
             )
     unknown = [name for name in merged["model"] if name not in model_fields]

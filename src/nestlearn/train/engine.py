@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, default_data_collator
 
@@ -25,6 +28,7 @@ from nestlearn.train.config import CONFIG_FILE, SCHEDULES, TrainConfig, check_re
 from nestlearn.train.errors import CheckpointError, TrainingInterrupted
 from nestlearn.train.load import load_tokenizer, prepare_model, prepare_model_config, prepare_tokenizer
 from nestlearn.train.meter import Meter, count_targets, cut_log, read_log
+from nestlearn.train.optimizers import ENGINE, build_optimizer
 from nestlearn.train.quiet import quiet_engine
 from nestlearn.train.stream import RecordedStream
 from nestlearn.train.trainer import HopeTrainer
@@ -293,9 +297,24 @@ def build_trainer(
         flops_per_token=flops(model.config, config.sequence_length),
         meter=progress,
         eval_bytes_per_target=data.eval_bytes_per_target,
+        make_optimizer=_optimizer_maker(config),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _optimizer_maker(config: TrainConfig) -> Callable[[nn.Module], Optimizer] | None:
+    if config.optimizer == ENGINE:
+        return None
+    return partial(
+        build_optimizer,
+        config.optimizer,
+        lr=config.peak_learning_rate(),
+        adamw_lr=config.preset_learning_rate() if config.learning_rate is None else config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        options=config.optimizer_options,
+    )
 
 
 def export(trainer: HopeTrainer, out: Path) -> None:

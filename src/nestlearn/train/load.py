@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nestlearn.data import byte_tokenizer, load_corpus, train_bpe
 from nestlearn.models import HopeConfig, HopeForCausalLM, presets
-from nestlearn.train.config import TrainConfig, check_tokenizer_spec, suggestion
+from nestlearn.train.config import NESTED, TrainConfig, check_tokenizer_spec, suggestion
 from nestlearn.train.errors import CheckpointError
+from nestlearn.train.optimizers import optimizer_options
 from nestlearn.train.quiet import quiet_engine
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ def initial_loss(vocab_size: int) -> float:
 
 def describe(config: TrainConfig, model_config: HopeConfig) -> dict[str, Any]:
     """The resolved settings of a run, as `--dry-run` prints them."""
-    train = {key: value for key, value in config.to_dict().items() if key not in ("model", "trainer")}
+    train = {key: value for key, value in config.to_dict().items() if key not in NESTED}
     train |= {"learning_rate": config.peak_learning_rate(), "warmup": config.warmup_steps}
     fields = model_config.to_dict()
     model = {name: fields[name] for name in sorted(model_fields()) if name in fields}
-    return {"train": train, "trainer": config.trainer, "model": model}
+    options = {**optimizer_options(config.optimizer), **config.optimizer_options}
+    return {"train": train, "optimizer": options, "trainer": config.trainer, "model": model}

@@ -8,11 +8,13 @@ torchrun and FSDP stay the engine's.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -30,6 +32,7 @@ class HopeTrainer(Trainer):
         flops_per_token: forward FLOPs of one token, a multiply-add counting 2.
         meter: the sums to continue from when a run is resumed.
         eval_bytes_per_target: bytes per predicted token of the evaluation set, to log its bits per byte.
+        make_optimizer: the optimizer for the model as it is trained; None for the engine's own.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class HopeTrainer(Trainer):
         flops_per_token: float,
         meter: meter.Meter,
         eval_bytes_per_target: float | None = None,
+        make_optimizer: Callable[[nn.Module], Optimizer] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self._make_optimizer = make_optimizer
         self.token_bytes, self.flops_per_token = token_bytes, flops_per_token
         self.meter, self.eval_bytes_per_target = meter, eval_bytes_per_target
         self._staging: Path | None = None
@@ -58,6 +63,13 @@ class HopeTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay acts on matrices and higher; norms, biases and gate biases are left alone."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """The run's optimizer, made when the engine has put the model where it is trained."""
+        if self.optimizer is None and self._make_optimizer is not None:
+            trained: Any = self.model if model is None else model
+            self.optimizer = self._make_optimizer(trained)
+        return super().create_optimizer(model)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The held-out batches; unlike in training, a last batch that is not full counts too."""

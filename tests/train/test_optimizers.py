@@ -1,0 +1,128 @@
+"""Runs with each optimizer of the package: resumed to the bit, refused by name, made as asked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from nestlearn.models import HopeConfig, HopeForCausalLM
+from nestlearn.optim import M3
+from nestlearn.train import TrainConfig, build_config, read_log, train
+from nestlearn.train import engine as engine_module
+from nestlearn.train.load import describe, model_fields
+from nestlearn.train.optimizers import RECIPES, build_optimizer, optimizer_names, optimizer_options
+
+NAMED = [name for name in optimizer_names() if name != "adamw"]
+
+
+@pytest.mark.parametrize("preset", ["transformer-tiny", "hope-tiny"])
+@pytest.mark.parametrize("name", NAMED)
+def test_a_run_resumes_to_the_bit(
+    tiny: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, preset: str
+):
+    """Four steps and then four more are eight; M3 stops in the middle of a slow period."""
+    build, made = engine_module.build_trainer, []
+    monkeypatch.setattr(engine_module, "build_trainer", lambda *given: made.append(build(*given)) or made[-1])
+    common = {"preset": preset, "optimizer": name, "schedule": "constant", "save_interval": 4,
+              "optimizer_options": {"slow_period": 3} if name == "m3" else {}}  # fmt: skip
+    train(tiny(**common, steps=8, out=str(tmp_path / "whole")))
+    train(tiny(**common, steps=4, out=str(tmp_path / "parts")))
+    torch.manual_seed(12345)
+    train(tiny(**common, steps=8, out=str(tmp_path / "parts")), resume=True)
+    left, right = (load_file(tmp_path / place / "model.safetensors") for place in ("whole", "parts"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    for trainer in made:
+        optimizer = trainer.optimizer.optimizer
+        assert type(optimizer).__name__ == RECIPES[name].symbol
+        trained = {p for p in trainer.model.parameters() if p.requires_grad}
+        assert {p for group in optimizer.param_groups for p in group["params"]} == trained
+    losses = [line["loss"] for line in read_log(tmp_path / "whole") if "loss" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_adamw_is_the_engines_own(tiny: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
+    build, made = engine_module.build_trainer, []
+    monkeypatch.setattr(engine_module, "build_trainer", lambda *given: made.append(build(*given)) or made[-1])
+    train(tiny(steps=2))
+    assert type(made[0].optimizer.optimizer) is torch.optim.AdamW
+
+
+def tiny_model() -> HopeForCausalLM:
+    return HopeForCausalLM(HopeConfig.from_preset("transformer-tiny", hidden_size=20, num_hidden_layers=1))
+
+
+def make(name: str, model: nn.Module, **options: object) -> torch.optim.Optimizer:
+    return build_optimizer(
+        name, model, lr=0.02, adamw_lr=0.003, weight_decay=0.1, betas=(0.8, 0.9), options=options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_settings_of_the_run_reach_the_groups(name: str):
+    optimizer = make(name, tiny_model())
+    for group in optimizer.param_groups:
+        assert group["lr"] == (0.02 if group["rule"] == "matrix" else 0.003)
+        assert group["weight_decay"] == (0.0 if group["params"][0].ndim < 2 else 0.1)
+        assert group["adamw_betas"] == (0.8, 0.9)
+    assert make(name, tiny_model(), adamw_lr=0.5).param_groups[-1]["lr"] == 0.5
+
+
+def test_options_reach_the_rule_and_lists_are_tuples():
+    optimizer = make("m3", tiny_model(), betas=[0.5, 0.6, 0.7], slow_period=4, adjust_lr=None)
+    assert isinstance(optimizer, M3)
+    assert (optimizer.defaults["betas"], optimizer.defaults["slow_period"]) == ((0.5, 0.6, 0.7), 4)
+    assert optimizer.defaults["adjust_lr"] is None
+
+
+def test_muon_is_m3_without_slow_memory_and_second_moment():
+    optimizer = make("muon", tiny_model())
+    assert (optimizer.defaults["alpha"], optimizer.defaults["second_moment"]) == (0.0, False)
+    assert "slow_period" not in optimizer_options("muon")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimizer": "m4"}, "Unknown optimizer 'm4'. Choose one of: adamw, m3, muon"),
+        ({"optimizer": "m3", "optimizer.period": "3"}, "m3 has no option 'period'. Its options: .*slow_period"),
+        ({"optimizer": "muon", "optimizer.alpha": "1"}, "muon has no option 'alpha'"),
+        ({"optimizer.eps": "1"}, "adamw has no option 'eps'.*--beta1"),
+        ({"optimizer": "m3", "optimizer.lr": "1"}, "m3 has no option 'lr'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_choices(values: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        build_config(values, model_fields())
+
+
+def test_a_value_out_of_range_ends_the_run_by_name(tiny: Callable[..., TrainConfig]):
+    with pytest.raises(ValueError, match="slow_period is 0"):
+        train(tiny(optimizer="m3", optimizer_options={"slow_period": 0}))
+
+
+def test_the_optimizer_cannot_change_on_resume(tiny: Callable[..., TrainConfig]):
+    train(tiny(optimizer="m3", schedule="constant", steps=2))
+    for changes in ({"optimizer": "muon"}, {"optimizer": "m3", "optimizer_options": {"slow_period": 3}}):
+        with pytest.raises(ValueError, match="cannot change"):
+            train(tiny(**changes, schedule="constant", steps=4), resume=True)
+
+
+def test_the_command_lines_values_are_typed_and_shown():
+    values = {"optimizer": "m3", "optimizer.slow-period": "20", "optimizer.betas": "[0.9, 0.9, 0.8]"}
+    config = build_config({**values, "optimizer.ns_coefficients": "polar_express"}, model_fields())
+    options = {"slow_period": 20, "betas": [0.9, 0.9, 0.8], "ns_coefficients": "polar_express"}
+    assert config.optimizer_options == options
+    shown = describe(config, HopeConfig.from_preset("hope-tiny"))["optimizer"]
+    assert options.items() <= shown.items() and shown["alpha"] == optimizer_options("m3")["alpha"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_rate_is_that_of_adamw_or_the_optimizers_own(name: str):
+    preset = TrainConfig(preset="hope-tiny").peak_learning_rate()
+    config = TrainConfig(preset="hope-tiny", optimizer=name)
+    own = make(name, tiny_model()).defaults
+    assert (config.peak_learning_rate() == preset) is (not RECIPES[name].own_rate), own
+    assert TrainConfig(optimizer=name, learning_rate=0.5).peak_learning_rate() == 0.5
