@@ -29,7 +29,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from nestlearn.optim import M3, MultiTimescale
+from nestlearn.optim import (
+    M3,
+    AdaGradMemory,
+    AssociativeMomentum,
+    DeepMomentum,
+    DeltaRule,
+    Diagonal,
+    LeastSquares,
+    MultiTimescale,
+    NewtonSchulz,
+    Polynomial,
+    Whitening,
+)
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo, the CPU backend"),
@@ -68,6 +80,17 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
     "m3": lambda model: M3(groups(model), lr=0.02, slow_period=4),
     "m3-paper": lambda model: M3(groups(model), lr=0.02, slow_period=4, accumulate="paper"),
     "m3-as-muon": lambda model: M3(groups(model), lr=0.02, alpha=0.0, second_moment=False),
+    "delta-momentum": lambda model: AssociativeMomentum(
+        groups(model), lr=0.02, delta=DeltaRule(), features=Polynomial(), preconditioner=Diagonal()
+    ),
+    "whitened": lambda model: AssociativeMomentum(
+        groups(model), lr=0.02, preconditioner=Whitening(period=3), output=NewtonSchulz()
+    ),
+    "least-squares": lambda model: AssociativeMomentum(
+        groups(model), lr=0.02, preconditioner=LeastSquares("rows", period=3)
+    ),
+    "deep-momentum": lambda model: DeepMomentum(groups(model), lr=0.02, momentum=0.5),
+    "adagrad-memory": lambda model: AdaGradMemory(groups(model), lr=0.02, momentum=0.5),
     "multi-timescale": lambda model: MultiTimescale(M3(groups(model), lr=0.02, slow_period=2), periods=[3, 4]),
 }
 

@@ -337,7 +337,7 @@ def test_resumes_to_the_bit_from_a_file(settings: dict[str, Any], dtype: torch.d
     file.seek(0)
     other = copy.deepcopy(params)
     resumed = AssociativeMomentum(other, lr=0.5)
-    resumed.load_state_dict(torch.load(file))  # weights_only: the settings of the axes are known to torch
+    resumed.load_state_dict(torch.load(file))  # with weights_only, as by default: plain values
     train(params, optimizer, range(5, 9))
     train(other, resumed, range(5, 9))
     assert all(torch.equal(x, y) for x, y in zip(params, other, strict=True))
@@ -473,6 +473,9 @@ def test_a_state_of_other_extensions_is_refused() -> None:
     state = optimizer.state_dict()
     with pytest.raises(ValueError, match="of AssociativeMomentum, not of DeltaMomentum"):
         DeltaMomentum(params).load_state_dict(state)
+    state["param_groups"][0]["preconditioner"] = {"kind": "Whitening", "side": "rows"}
+    with pytest.raises(ValueError, match="It is of another version"):
+        AssociativeMomentum(params).load_state_dict(state)
     state["param_groups"][0]["preconditioner"] = Whitening()
     with pytest.raises(ValueError, match="The saved state of a parameter of shape"):
         AssociativeMomentum(params).load_state_dict(state)

@@ -172,14 +172,15 @@ def test_adagrad_memory_equals_the_written_rule(momentum: float, period: int) ->
         if step % period == 0:
             vectors, values, _ = torch.linalg.svd(second)
             identity = torch.eye(len(second), dtype=g.dtype)
-            applied = adagrad_memory(identity, second, vectors * values.sqrt() @ vectors.T, ridge=0.2)
+            root, mean = vectors * values.sqrt() @ vectors.T, float(second.trace()) / len(second)
+            applied = adagrad_memory(identity, second, root, ridge=0.2 * mean)
         torch.testing.assert_close(update, applied @ first, rtol=1e-8, atol=1e-9)
 
 
 def test_adagrad_memory_of_single_rows_is_torch_adagrad() -> None:
     """One column per row: each row's H is its own square, as in the element-wise rule."""
     ours, theirs = (nn.Parameter(random(6, 1, 1)) for _ in range(2))
-    pairs = [(ours, AdaGradMemory([ours], lr=0.1)), (theirs, torch.optim.Adagrad([theirs], lr=0.1))]
+    pairs = [(ours, AdaGradMemory([ours], lr=0.1, ridge=1e-12)), (theirs, torch.optim.Adagrad([theirs], lr=0.1))]
     for parameter, optimizer in pairs:
         for step in range(10):
             parameter.grad = random(6, 1, 1, seed=step)

@@ -160,7 +160,9 @@ class AdamMemory(MatrixOptimizer):
 class AdaGradMemory(MatrixOptimizer):
     """Steps along the best memory with matrices: ``W ← W - lr H^(1/2) (H + λ I)⁻¹ M`` (NL Eq. 106-111).
 
-    ``H = Σ g gᵀ`` over all steps, ``M ← α M + g``: AdaGrad with a full matrix and momentum. Cost: 4 m operations per
+    ``H = Σ g gᵀ`` over all steps, ``M ← α M + g``: AdaGrad with a full matrix and momentum. λ is `ridge` times the mean
+    eigenvalue of H: a direction that H hardly has, by rounding or because it came within a period, is divided by
+    ``2 √λ`` at least. Cost: 4 m operations per
     element at every step and one eigendecomposition in float64 (about 10 m³) every `period` steps, m the number of
     rows; state: 2 m² numbers per matrix and one per element.
 
@@ -168,7 +170,7 @@ class AdaGradMemory(MatrixOptimizer):
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
         lr: learning rate, also AdamW's of parameters that are no matrices.
         momentum: α.
-        ridge: λ.
+        ridge: λ relative to the mean eigenvalue of H.
         period: steps between two decompositions; the first is at the first step.
         weight_decay: decoupled.
         adamw: settings of AdamW (`MatrixOptimizer`).
@@ -182,7 +184,7 @@ class AdaGradMemory(MatrixOptimizer):
         >>> weight.grad = torch.tensor([[3.0, 4.0]])  # of norm 5
         >>> optimizer.step()
         >>> weight.detach()
-        tensor([[-0.6000, -0.8000]])
+        tensor([[-0.5994, -0.7992]])
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class AdaGradMemory(MatrixOptimizer):
         lr: float | Tensor = 1e-2,
         *,
         momentum: float = 0.0,
-        ridge: float = 1e-10,
+        ridge: float = 1e-3,
         period: int = 1,
         weight_decay: float = 0.0,
         adamw: Mapping[str, Any] | None = None,
@@ -212,8 +214,9 @@ class AdaGradMemory(MatrixOptimizer):
         def solution(gram: Tensor) -> Tensor:
             values, vectors = torch.linalg.eigh(gram.double())
             values = values.clamp(min=0.0)
-            factors = (values.sqrt() / (values + group["ridge"])).unsqueeze(-2)
-            return ((vectors * factors) @ vectors.mT).to(gram.dtype)
+            damped = values + group["ridge"] * values.mean(-1, keepdim=True)
+            factors = values.sqrt() / damped.clamp(min=torch.finfo(damped.dtype).tiny)
+            return ((vectors * factors.unsqueeze(-2)) @ vectors.mT).to(gram.dtype)
 
         complete = matrices.whole(matrices.gradients)
         learn(matrices, complete, "rows", (1.0, 1.0), group["period"], lambda gram: where_finite(gram, solution))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import add_safe_globals
 
 from nestlearn.optim.deep_memory import DeepMemory
 from nestlearn.optim.matrices import Matrices, Stack, stack_shape, take_step, together, wide
@@ -186,6 +185,24 @@ class AssociativeMomentum(MatrixOptimizer):
                 "Give a momentum between 0 and 1, or leave them out."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """States and settings, the extensions as dictionaries of plain values."""
+        state = super().state_dict()
+        groups = [{**group, **{name: as_plain(group[name]) for name in AXES}} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, with the extensions that it names.
+
+        Raises:
+            ValueError: the state is of another optimizer, of parameters in another order or of other shapes.
+        """
+        groups = [
+            {key: from_plain(key, value) if key in AXES else value for key, value in group.items()}
+            for group in state_dict["param_groups"]
+        ]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
     def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         state = {"momentum_buffer": zeros(like)} if group["momentum"] > 0 else {}
         preconditioner, memory, kernels = group["preconditioner"], group["memory"], group["kernels"]
@@ -235,8 +252,28 @@ AXES: dict[str, tuple[type, ...]] = {
 }
 """What a group's settings that are no numbers can be."""
 
-# They are in the state of an optimizer, which `torch.load` reads with weights_only=True.
-add_safe_globals([kind for kinds in AXES.values() for kind in kinds])
+
+def as_plain(setting: Any) -> dict[str, Any] | None:
+    """A setting as what every reader of checkpoints knows: `torch.load` with weights_only, FSDP2's complete states."""
+    return None if setting is None else {"kind": type(setting).__name__, **asdict(setting)}
+
+
+def from_plain(name: str, saved: Any) -> Any:
+    """The setting that `as_plain` made this of.
+
+    Raises:
+        ValueError: no extension of this version has that name or these settings.
+    """
+    if not isinstance(saved, Mapping):
+        return saved
+    settings = {key: value for key, value in saved.items() if key != "kind"}
+    for kind in AXES[name]:
+        if kind.__name__ == saved["kind"] and settings.keys() == {field.name for field in fields(kind)}:
+            return kind(**settings)
+    raise ValueError(
+        f"This state has {name} {dict(saved)}; known are {', '.join(kind.__name__ for kind in AXES[name])} with their "
+        "settings. It is of another version."
+    )
 
 
 def first_alike(group: Mapping[str, Any], parameter: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Sign:
 
     def apply(self, matrices: Matrices, momenta: list[Stack]) -> list[Stack]:
         """``sign(m)``."""
-        return list(torch._foreach_sign(momenta))
+        # torch's sign of nan is 0: the parameter would stand still in silence, in place of showing what happened.
+        return list(torch._foreach_add(torch._foreach_sign(momenta), torch._foreach_mul(momenta, 0.0)))
 
     def lr_factor(self, shape: Sequence[int]) -> float:
         """1."""
