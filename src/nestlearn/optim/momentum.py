@@ -317,9 +317,9 @@ class DeltaMomentum(AssociativeMomentum):
 
     Plain momentum averages over the last ``1 / (1 - α)`` gradients, whatever they are. Here what m holds along the
     current gradient is replaced, so that m turns at once where the gradient does, and directions that the gradient does
-    not have are kept (`DeltaRule`). A gradient that stays the same gives ``m = g / (1 - α + ρ ‖ĝ ĝᵀ‖)``, at most
-    ``g / (1 - α)``: in the rank-one case about g itself, ten times less than plain momentum at α = 0.9. So learning
-    rates are larger.
+    not have are kept (`DeltaRule`). Under a gradient that stays the same, the part of m along a singular direction that
+    has the share p of ``‖g‖²`` is ``1 / (1 - α + ρ p)`` times the gradient's: for rank one about g itself, ten times
+    less than plain momentum at α = 0.9. So learning rates are larger.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
