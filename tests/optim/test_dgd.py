@@ -590,6 +590,34 @@ def test_what_a_copy_of_the_model_does_is_not_counted_and_hooks_can_be_taken_off
             attempt(optimizer)
 
 
+def test_a_weight_that_is_replaced_or_frozen():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = DGD(net.parameters(), net)
+    net[0].weight.requires_grad_(False)
+    frozen = joined(net[0])[:, :-1]
+    net(torch.ones(2, 3)).sum().backward()
+    assert optimizer._layers[net[0].weight].rows is None
+    optimizer.step()
+    assert torch.equal(net[0].weight, frozen)
+    optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.ones(2, 4))
+    optimizer.param_groups[0]["params"][1].grad = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="put into the optimizer in the place of another one"):
+        optimizer.step()
+
+
+def test_many_layers_with_few_outputs():
+    """Updated in portions, since second moments and not weights are what is large."""
+    net = nn.ModuleList([nn.Linear(512, 1) for _ in range(6)]).double()
+    starts, x = [joined(layer) for layer in net], random(3, 512)
+    optimizer = DGD(net.parameters(), net, lr=2.0)
+    torch.stack([layer(x)[:, 0] for layer in net]).mean(1).sum().backward()
+    optimizer.step()
+    inputs = with_one(x)
+    system = torch.eye(513).double() + 2.0 * inputs.T @ inputs / 3
+    for layer, start in zip(net, starts, strict=True):
+        torch.testing.assert_close(joined(layer) @ system, start - 2.0 * inputs.mean(0)[None])
+
+
 def test_layers_it_cannot_train_are_refused_by_name():
     tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     tied[1].weight = tied[0].weight

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nestlearn.optim.linear_layers import Form, LinearLayer, linear_layers, observe
-from nestlearn.optim.matrices import Matrices, Stack
+from nestlearn.optim.matrices import CPU_ELEMENTS, ELEMENTS, Matrices, Stack
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, not_negative
 from nestlearn.optim.sharding import local, own_part, pooled
 
@@ -24,8 +24,9 @@ class DGD(MatrixOptimizer):
         ½ E‖W x + e - (1 - λ) Wₜ x‖²  +  ‖W - Wₜ‖² / 2η
 
     With λ = 1 (`erase`, the paper's) the map is to answer -e in place of what it did: that is erased, also where the
-    loss is content. λ = 0 erases nothing: a gradient step that no input can make overshoot. With G = E[e xᵀ], the
-    gradient of a mean loss, and R = E[x xᵀ]:
+    loss is content, and training ends not where G = 0 but where G = -λ W R. λ = 0 erases nothing: it is the implicit
+    step on a squared error of the map's answers, which no size of inputs or η makes overshoot. Here G = E[e xᵀ] is the
+    gradient of a mean loss, R = E[x xᵀ], and the steps are
 
         batch    W ← (λ W - η G) (I + η R)⁻¹ + (1 - λ) W
         sample   W ← E[W (I - λ η' x xᵀ) - η' e xᵀ],  η' = η / (1 + η‖x‖²)
@@ -193,14 +194,17 @@ class DGD(MatrixOptimizer):
     def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         alike: dict[tuple[bool, bool], list[_Map]] = {}
         for parameter, weight, gradient in zip(matrices.parameters, matrices.weights, matrices.gradients, strict=True):
-            layer = self._layers[parameter]
-            self._check_observed(group, layer, gradient)
+            layer = self._observed(group, parameter, gradient)
             if layer.transposed:
                 weight, gradient = weight.mT, gradient.mT
             alike.setdefault((layer.transposed, layer.bias is None), []).append((layer, weight, gradient))
         torch._foreach_mul_(matrices.weights, 1 - group["lr"] * group["weight_decay"])
         for maps in alike.values():
-            self._update_alike(group, maps)
+            # Second moments may be much larger than weights: few outputs of many inputs.
+            size = maps[0][1].shape[-1] ** 2
+            count = max(1, (CPU_ELEMENTS if maps[0][1].device.type == "cpu" else ELEMENTS) // size)
+            for first in range(0, len(maps), count):
+                self._update_alike(group, maps[first : first + count])
 
     def _update_alike(self, group: Mapping[str, Any], maps: list[_Map]) -> None:
         """One step of maps of one shape, all with a bias or all without."""
@@ -244,7 +248,14 @@ class DGD(MatrixOptimizer):
         total, processes = writes[0]
         return [rows, moments, total / (processes if scale is None else processes * scale)]
 
-    def _check_observed(self, group: Mapping[str, Any], layer: LinearLayer, gradient: Tensor) -> None:
+    def _observed(self, group: Mapping[str, Any], weight: Tensor, gradient: Tensor) -> LinearLayer:
+        """The layer of a weight, if what was collected of it can be used."""
+        if weight not in self._layers:
+            raise ValueError(
+                f"A weight of shape {tuple(weight.shape)} was put into the optimizer in the place of another one, as "
+                "Accelerate does when it shards a model. Make the DGD after fully_shard, from the new parameters."
+            )
+        layer = self._layers[weight]
         if layer.rows is None and float(group["lr"]) > 0 and bool(gradient.any()):
             raise ValueError(
                 f"{layer.name} ({tuple(layer.weight.shape)}) has a gradient, but no backward pass went through the "
@@ -259,6 +270,7 @@ class DGD(MatrixOptimizer):
                 'GradScaler.unscale_ was called before the step, which does not reach the sums of form="sample". Leave '
                 'it out, so that the step unscales them, or use form="batch", whose gradient can be clipped too.'
             )
+        return layer
 
     def close(self) -> None:
         """Takes the hooks off the model."""

@@ -134,6 +134,8 @@ def observe(module: nn.Module, receive: Callable[[Tensor, Tensor], None]) -> Any
         # A deep copy of the model keeps its hooks; what goes through the copy is not this model's.
         if own is not module or not (torch.is_grad_enabled() and output.requires_grad):
             return None
+        if not own.weight.requires_grad:  # frozen, if only for now
+            return None
         x = next(iter((*args, *kwargs.values())))
         if isinstance(x, DTensor):
             raise ValueError(
