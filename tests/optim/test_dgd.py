@@ -536,11 +536,18 @@ def test_the_solve_in_float32_at_large_second_moments(size, tolerance):
     x, w, e = (random(*shape).float() for shape in ((32, 64), (16, 64), (32, 16)))
     moment, gradient = x.T @ x / 32, e.T @ x / 32
     lr = size / float(torch.linalg.eigvalsh(moment)[-1])
-    change = batch_step(w[None], gradient[None], moment[None], lr, 1.0)[0] - w
     exact = x.double().T @ x.double() / 32
     eye = torch.eye(64, dtype=torch.float64)
     expected = -lr * (e.double().T @ x.double() / 32 + w.double() @ exact) @ torch.linalg.inv(eye + lr * exact)
-    assert float((change - expected).norm() / expected.norm()) < tolerance
+
+    def distance(dtype: torch.dtype) -> float:
+        weight, slope, second = (tensor[None].to(dtype) for tensor in (w, gradient, moment))
+        changed = batch_step(weight, slope, second, lr, 1.0)[0].double()
+        return float((changed - w.double() - expected).norm() / expected.norm())
+
+    assert distance(torch.float32) < tolerance
+    # A solve in float64 of the same sums is hardly closer: their own rounding is what is left.
+    assert distance(torch.float32) < 2 * distance(torch.float64)
     assert bool(batch_step(w[None], gradient[None], -moment[None], lr, 1.0).isnan().all())
 
 
