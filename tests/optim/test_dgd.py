@@ -367,15 +367,49 @@ def test_a_weight_that_is_used_without_its_module_is_named():
 
     layer = nn.Linear(4, 3)
     optimizer = DGD(layer.parameters(), layer)
-    layer(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match=r"the model itself .* step\(\) was called twice"):
-        optimizer.step()
     for p in layer.parameters():
         p.grad = torch.zeros_like(p)
     before = joined(layer)
     optimizer.step()  # a gradient of 0 and nothing seen: nothing happens
     assert torch.equal(joined(layer), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_step_on_the_same_gradient(form):
+    layer, x, y = nn.Linear(4, 3).double(), random(9, 4), random(9, 3, seed=1)
+    optimizer = DGD(layer.parameters(), layer, lr=0.7, form=form)
+    output = layer(x)
+    output.retain_grad()
+    (output - y).pow(4).sum(-1).mean().backward()
+    for _ in range(2):
+        start = joined(layer)
+        optimizer.step()
+        rows = [(with_one(x), output.grad * 9)]
+        if form == "sample":
+            rows = list(zip(rows[0][0].split(1), rows[0][1].split(1), strict=True))
+        each = [minimizer(objective_of(start, *row, 0.7, 1.0), start) for row in rows]
+        torch.testing.assert_close(joined(layer), torch.stack(each).mean(0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_that_is_not_finite_spoils_its_own_weight_only(form):
+    results = []
+    for spoiled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        optimizer = DGD(net.parameters(), net, form=form)
+        x = random(5, 4).float()
+        net(x).square().mean().backward()
+        if spoiled:
+            if form == "batch":
+                net[1].weight.grad[0, 0] = torch.nan
+            else:
+                optimizer._layers[net[1].weight].writes[0, 0] = torch.nan
+        optimizer.step()
+        results.append([joined(layer) for layer in net])
+    (a, _, c), (a2, b2, c2) = results
+    assert torch.equal(a, a2) and torch.equal(c, c2)
+    assert b2[0].isnan().any() and b2[1:].isfinite().all()
 
 
 def test_state_goes_through_distributed_checkpoint():

@@ -14,6 +14,7 @@ from nestlearn.optim.linear_layers import Form, LinearLayer, linear_layers, obse
 from nestlearn.optim.matrices import CPU_ELEMENTS, ELEMENTS, Matrices, Stack
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, not_negative
 from nestlearn.optim.sharding import local, own_part, pooled
+from nestlearn.optim.wrapper import not_compiled
 
 
 class DGD(MatrixOptimizer):
@@ -47,8 +48,9 @@ class DGD(MatrixOptimizer):
     numbers, in the sample form d (d + out), on each process.
 
     Gradient clipping acts on G, not on the sums of the sample form. lr is that at the time of backward for η'.
-    Captured is each backward pass through a layer, also one for other gradients (`torch.autograd.grad`), until the
-    weight's step or `zero_grad`. The weights of FSDP2 may be divided by outputs only, as they are by default.
+    Captured is each backward pass through a layer, also one for other gradients (`torch.autograd.grad`); sums begin
+    anew with the first one after a step, or after `zero_grad`. The weights of FSDP2 may be divided by outputs only, as
+    they are by default.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`, `nestlearn.optim.param_groups`).
@@ -110,10 +112,15 @@ class DGD(MatrixOptimizer):
         Raises:
             ValueError: a setting out of range, or a linear layer that cannot be trained.
         """
-        for group in self._divided(param_group):
-            super().add_param_group(group)
-            place = len(self.param_groups) - 1
-            for weight in self.param_groups[place]["params"] if group.get("rule") == "matrix" else ():
+        first = len(self.param_groups)
+        try:
+            for group in self._divided(param_group):
+                super().add_param_group(group)
+        except ValueError:
+            del self.param_groups[first:]
+            raise
+        for place, group in enumerate(self.param_groups[first:], first):
+            for weight in group["params"] if group["rule"] == "matrix" else ():
                 layer = self._layers[weight]
                 layer.group = place
                 self._handles.append(observe(layer.module, self._receiver(layer)))
@@ -132,6 +139,9 @@ class DGD(MatrixOptimizer):
         linear, rest = [], []
         for entry in given:
             parameter = entry[1] if isinstance(entry, tuple) else entry
+            if group.get("rule") == "matrix" and parameter.ndim < 2:
+                yield {**group, "params": given}  # refused for it
+                return
             if parameter in self._refused:
                 raise ValueError(
                     f"DGD cannot train a weight of shape {tuple(parameter.shape)}: {self._refused[parameter]}. Give it "
@@ -163,6 +173,7 @@ class DGD(MatrixOptimizer):
             layer.forget()
         super().zero_grad(set_to_none)
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update.
@@ -176,8 +187,7 @@ class DGD(MatrixOptimizer):
         loss = super().step(closure)
         for layer in self._layers.values():
             # Also after a step that was left out. Where a wrapper holds a layer back, its sums go on with its gradient.
-            if layer.weight.grad is not None:
-                layer.forget()
+            layer.used |= layer.weight.grad is not None
         return loss
 
     def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
@@ -259,10 +269,9 @@ class DGD(MatrixOptimizer):
         if layer.rows is None and float(group["lr"]) > 0 and bool(gradient.any()):
             raise ValueError(
                 f"{layer.name} ({tuple(layer.weight.shape)}) has a gradient, but no backward pass went through the "
-                "module since the last step: its weight is used without calling it, as nn.MultiheadAttention does with "
-                "its out_proj, the model was compiled before the optimizer was made, or step() was called twice. Give "
-                'such a weight a group with rule="adamw"; make the optimizer before the first compiled call; run '
-                "backward() before each step()."
+                "module. Its weight is used without calling it, as nn.MultiheadAttention does with out_proj, or the "
+                'model was compiled before the optimizer was made. Give such a weight a group with rule="adamw"; make '
+                "the optimizer before the first compiled call."
             )
         unscaled = getattr(self, "found_inf", None) is not None and getattr(self, "grad_scale", None) is None
         if group["form"] == "sample" and unscaled:

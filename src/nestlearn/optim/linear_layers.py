@@ -28,6 +28,7 @@ class LinearLayer:
         rows: how many were summed since `forget`; None where nothing went through.
         moment: ``Σ x xᵀ``, or with steps for each row ``Σ η' x xᵀ``.
         writes: ``Σ η' e xᵀ``, e the gradient of the output; only with steps for each row.
+        used: a step was taken on the sums; the next rows are the first of new ones.
     """
 
     def __init__(self, name: str, module: nn.Module, transposed: bool) -> None:
@@ -39,6 +40,7 @@ class LinearLayer:
 
     def forget(self) -> None:
         """Begins the sums anew."""
+        self.used = False
         self.rows: Float[Tensor, ""] | None = None
         self.moment: Float[Tensor, "d d"] | None = None
         self.writes: Float[Tensor, "out d"] | None = None
@@ -53,6 +55,8 @@ class LinearLayer:
             gradient: that of its output.
             lr: η, if each row is to have a step of its own, ``η' = η / (1 + η‖x‖²)``.
         """
+        if self.used:
+            self.forget()
         dtype = wide(self.weight.dtype)
         inputs, errors, count = rows_with_gradient(x.to(dtype), gradient.to(dtype), self.bias is not None)
         if self.rows is None or self.moment is None:

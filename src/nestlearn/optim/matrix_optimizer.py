@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from nestlearn.optim.matrices import Matrices, as_matrices, batches, weight_of, wide
 from nestlearn.optim.sharding import local
+from nestlearn.optim.wrapper import not_compiled
 
 Rule = Literal["auto", "matrix", "adamw"]
 
@@ -99,7 +100,7 @@ class MatrixOptimizer(Optimizer):
 
     # Gradients are new tensors at each step, and rules change course where a period begins: traced as a whole, a step
     # would be compiled again and again.
-    @torch.compiler.disable
+    @not_compiled
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 _KEY = "wrappers"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: _Function) -> _Function:
+    """A function that `torch.compile` leaves alone, with all that it calls (`torch.compiler.disable`, typed)."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 class OptimizerWrapper(Optimizer):
@@ -61,7 +68,7 @@ class OptimizerWrapper(Optimizer):
         )
 
     # As in `MatrixOptimizer.step`: what a step does depends on where in a period it is.
-    @torch.compiler.disable
+    @not_compiled
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None
