@@ -70,6 +70,15 @@ def test_settings_of_the_run_reach_the_groups(name: str):
     assert make(name, tiny_model(), adamw_lr=0.5).param_groups[-1]["lr"] == 0.5
 
 
+def test_what_dgd_leaves_to_adamw_has_adamws_rate():
+    groups = make("dgd", nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(4, 3))).param_groups
+    assert [(group["rule"], group["lr"], group["params"][0].ndim) for group in groups] == [
+        ("matrix", 0.02, 2),
+        ("adamw", 0.003, 3),
+        ("adamw", 0.003, 1),
+    ]
+
+
 def test_options_reach_the_rule_and_lists_are_tuples():
     optimizer = make("m3", tiny_model(), betas=[0.5, 0.6, 0.7], slow_period=4, adjust_lr=None)
     assert isinstance(optimizer, M3)

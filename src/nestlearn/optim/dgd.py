@@ -44,7 +44,7 @@ class DGD(MatrixOptimizer):
     weight's group but for weight decay. All else is AdamW's, in groups of its own: groups that have both are divided.
 
     Cost per map and step: with d inputs and N rows N d² multiplications for R; a Cholesky factorization, d³ / 3, and
-    two triangular solves. The sample form: N d (d + out), no solve. State: none. Until the step the sums take d²
+    two triangular solves. The sample form: N d (d + out), no solve. State: none. Until `zero_grad` the sums take d²
     numbers, in the sample form d (d + out), on each process.
 
     Gradient clipping acts on G, not on the sums of the sample form. lr is that at the time of backward for η'.

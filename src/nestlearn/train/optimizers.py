@@ -134,9 +134,12 @@ def build_optimizer(
     recipe = RECIPES[name]
     settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}
     rest = settings.pop("adamw_lr", None)
-    groups = param_groups(model, lr=lr, adamw_lr=adamw_lr if rest is None else float(rest))
+    adamw_lr = adamw_lr if rest is None else float(rest)
+    groups = param_groups(model, lr=lr, adamw_lr=adamw_lr)
     if "model" in _arguments(recipe.symbol):
         settings["model"] = model
+    if "adamw_lr" in _arguments(recipe.symbol):
+        settings["adamw_lr"] = adamw_lr  # of matrices that its rule leaves to AdamW
     make = getattr(optim, recipe.symbol)
     try:
         return make(groups, lr=lr, weight_decay=weight_decay, adamw={"adamw_betas": betas}, **recipe.fixed, **settings)
