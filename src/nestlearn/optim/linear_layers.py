@@ -134,11 +134,12 @@ def observe(module: nn.Module, receive: Callable[[Tensor, Tensor], None]) -> Any
         ValueError: in the forward pass, an input that is distributed over processes.
     """
 
-    def hook(own: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def hook(own: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         # A deep copy of the model keeps its hooks; what goes through the copy is not this model's.
-        if own is not module or not (torch.is_grad_enabled() and output.requires_grad):
+        if own is not module or not torch.is_grad_enabled():
             return None
-        if not own.weight.requires_grad:  # frozen, if only for now
+        # A frozen weight needs no sums. A subclass may return more than its output: `step` then names it.
+        if not own.weight.requires_grad or not isinstance(output, Tensor) or not output.requires_grad:
             return None
         x = next(iter((*args, *kwargs.values())))
         if isinstance(x, DTensor):
