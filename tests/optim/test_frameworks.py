@@ -115,7 +115,7 @@ def test_accelerate_trains_as_the_plain_loop_and_loads_its_state(make: Make, tmp
 
 
 def test_lightnings_protocol(make: Make):
-    """``optimizer.step(closure)`` runs the training step, with gradients off elsewhere; states come from a checkpoint."""
+    """``optimizer.step(closure)`` runs the training step, with gradients off elsewhere; states are saved and loaded."""
     plain, model = language_model(), language_model()
     batch = {key: torch.stack([Texts()[i][key] for i in range(4)]) for key in ("input_ids", "labels")}
     for net, by_closure in ((plain, False), (model, True)):
