@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def measure(
                 taken = watched_step(dgd, layers)
             else:
                 taken = timed(optimizers[name].step, steps)
-            products = timed(lambda run=PRODUCTS.get(name): run and run(made), 1)
+            products = timed(partial(PRODUCTS[name], made), 1) if name in PRODUCTS else 0.0
             if current:  # the first round makes the states
                 values["seconds"].append(taken)
                 values["products"].append(products)
