@@ -8,7 +8,7 @@
 Rates are chosen on seed 100 by the task's measure, climbing the grid from a start until both neighbours are worse.
 AdamW is tuned first; its rate then is that of the parameters that are no matrices under every other rule. "Equal time"
 repeats a run with as many steps as fit into the seconds (of one core) that AdamW took. Finished runs in --out are not
-repeated; results.jsonl has a record per run, table.md the tables.
+repeated; results.jsonl has a record per run, from which benchmarks/optimizer_report.py makes tables and curves.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from nestlearn.optim import (
     param_groups,
 )
 from nestlearn.train.allocator import tune_allocator
+from optimizer_report import TUNED, final, table
 from optimizer_tasks import EXPERIMENTS, Optimizers, Task, train
 
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
@@ -86,13 +87,13 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "m3, no slow memory": (of_package(M3, alpha=0.0), 1e-2),
     "m3, no second moment": (of_package(M3, second_moment=False), 1e-2),
     "m3, algorithm 1": (of_package(M3, accumulate="paper", nesterov=False, adjust_lr=None), 1e-4),
-    "momentum": (of_package(AssociativeMomentum), 3e-1),
-    "delta momentum": (of_package(DeltaMomentum), 3.0),
+    "momentum": (of_package(AssociativeMomentum), 1e-2),
+    "delta momentum": (of_package(DeltaMomentum), 3e-2),
     "delta momentum, orthogonalized": (of_package(AssociativeMomentum, delta=DeltaRule(), output=NewtonSchulz()), 3e-3),
-    "higher-order momentum": (of_package(HigherOrderMomentum), 3e-1),
-    "deep momentum": (of_package(DeepMomentum), 1.0),
+    "higher-order momentum": (of_package(HigherOrderMomentum), 1e-2),
+    "deep momentum": (of_package(DeepMomentum), 3e-2),
     "dgd": (delta_descent(erase=1.0), 1e-2),
-    "dgd, nothing erased": (delta_descent(erase=0.0), 1.0),
+    "dgd, nothing erased": (delta_descent(erase=0.0), 3e-1),
 }
 
 
@@ -120,10 +121,6 @@ class Runs:
         print(json.dumps(key | end), flush=True)
         return record
 
-    def measure(self, record: dict[str, Any]) -> float:
-        """The measure at the end; infinite for a run that diverged."""
-        return float("inf") if record["diverged"] else record["curve"][-1][self.task.measure]
-
     def tune(self, name: str, rest: float | None, steps: int) -> float:
         """The best rate of the grid on seed 100, by climbing from the start."""
         scores: dict[int, float] = {}
@@ -131,8 +128,8 @@ class Runs:
         def score(place: int) -> float:
             if place not in scores:
                 inside = 0 <= place < len(GRID)
-                record = self.get(name, GRID[place], rest or GRID[place], 100, steps) if inside else None
-                scores[place] = self.measure(record) if record else float("inf")
+                record = self.get(name, GRID[place], rest or GRID[place], TUNED, steps) if inside else None
+                scores[place] = final(record) if record else float("inf")
             return scores[place]
 
         place = GRID.index(OPTIMIZERS[name][1])
@@ -143,34 +140,13 @@ class Runs:
             place = best
 
 
-def cell(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
-
-
-def row(runs: Runs, name: str, lr: float, rest: float, seeds: list[int], seconds: float) -> str:
-    """A line of the table: measures at equal steps and at equal time, and what a step costs."""
-    full = [runs.get(name, lr, rest, seed, runs.steps) for seed in seeds]
-    own = statistics.mean(record["cpu_seconds"] for record in full)
-    fitting = min(runs.steps, round(runs.steps * seconds / own)) if own > 1.02 * seconds else runs.steps
-    timed = [runs.get(name, lr, rest, seed, fitting) for seed in seeds]
-    if any(record["diverged"] for record in full + timed):
-        return f"| {name} | {lr:g} | diverged in {sum(r['diverged'] for r in full)} of {len(full)} seeds | | | |"
-    ends = [record["curve"][-1] for record in full]
-    others = [key for key in ends[0] if key not in ("step", "seconds", runs.task.measure)]
-    measured = [cell([end[key] for end in ends]) for key in (runs.task.measure, *others)]
-    share = statistics.mean(r["optimizer_cpu_seconds"] / r["cpu_seconds"] for r in full)
-    at_time = f"{cell([runs.measure(record) for record in timed])} ({fitting} steps)"
-    return f"| {name} | {lr:g} | {' | '.join(measured)} | {at_time} | {own / seconds:.2f} | {100 * share:.0f} % |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=EXPERIMENTS, required=True)
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of a run (the task's own by default)")
+    parser.add_argument("--equal-steps-only", action="store_true", help="no runs at equal time")
     parser.add_argument("--tune-steps", type=int, help="of a run that tunes (as many by default)")
     parser.add_argument("--out", type=Path, default=Path("runs/optimizers"))
     options = parser.parse_args()
@@ -182,14 +158,14 @@ def main() -> None:
     rest = runs.tune("adamw", None, tune_steps)
     base = [runs.get("adamw", rest, rest, seed, steps) for seed in options.seeds]
     seconds = statistics.mean(record["cpu_seconds"] for record in base)
-    others = [key for key in base[0]["curve"][-1] if key not in ("step", "seconds", task.measure)]
-    head = ["optimizer", "rate", task.measure, *others, f"{task.measure} at equal time", "time", "in the optimizer"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in options.optimizers:
         lr = rest if name == "adamw" else runs.tune(name, rest, tune_steps)
-        lines.append(row(runs, name, lr, rest, options.seeds, seconds))
-        (options.out / task.name / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        full = [runs.get(name, lr, rest, seed, steps) for seed in options.seeds]
+        own = statistics.mean(record["cpu_seconds"] for record in full)
+        if own > 1.02 * seconds and not options.equal_steps_only:
+            for seed in options.seeds:
+                runs.get(name, lr, rest, seed, round(steps * seconds / own))
+        print(table(runs.records), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Tables and curves of benchmarks/optimizers.py, from its records alone.
+
+    python benchmarks/optimizer_report.py runs/optimizers docs/results/optimizers
+
+writes docs/results/optimizers.jsonl (all records), docs/results/optimizers.svg, and prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
+
+TUNED = 100
+"""The seed on which rates are chosen; it is in no table."""
+
+MEASURES = {"vit": "held-out loss", "language": "held-out bits per token", "permuted": "errors in all tasks, %"}
+DRAWN = {"adamw": GREY, "muon": BLUE, "m3": ORANGE, "m3, no slow memory": GREEN, "dgd, nothing erased": PURPLE}
+
+Record = dict[str, Any]
+
+
+def final(record: Record) -> float:
+    """The task's measure at the end; infinite for a run that diverged."""
+    return float("inf") if record["diverged"] else record["curve"][-1][MEASURES[record["task"]]]
+
+
+def chosen(records: Sequence[Record], name: str) -> float:
+    """The best rate on the seed of the choice."""
+    tried = [record for record in records if record["optimizer"] == name and record["seed"] == TUNED]
+    return min(tried, key=final)["lr"]
+
+
+def finished(records: Sequence[Record], name: str) -> dict[int, list[Record]]:
+    """Runs at the chosen rate, other seeds, by their number of steps, most first."""
+    rate = chosen(records, name)
+    runs = [r for r in records if r["optimizer"] == name and r["lr"] == rate and r["seed"] != TUNED]
+    by_steps: dict[int, list[Record]] = {}
+    for record in sorted(runs, key=lambda r: (-r["steps"], r["seed"])):
+        by_steps.setdefault(record["steps"], []).append(record)
+    return by_steps
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and standard deviation, with three digits of the mean."""
+    mean = statistics.mean(values)
+    digits = 3 if mean < 10 else 1
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}" if mean >= 0.01 else f"{mean:.1e}"
+
+
+def table(records: Sequence[Record]) -> str:
+    """One line per optimizer: measures at equal steps and at equal time, and what a step costs."""
+    names = [name for name in dict.fromkeys(r["optimizer"] for r in records) if finished(records, name)]
+    measure = MEASURES[records[0]["task"]]
+    steps = max(finished(records, "adamw"))
+    seconds = statistics.mean(r["cpu_seconds"] for r in finished(records, "adamw")[steps])
+    some = finished(records, "adamw")[steps][0]["curve"][-1]
+    others = [key for key in some if key not in ("step", "seconds", measure)]
+    head = ["optimizer", "rate", "seeds", measure, *others, "the first at equal time", "time", "in the optimizer"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in names:
+        runs = finished(records, name)
+        full = runs.get(steps, [])
+        good = [record for record in full if not record["diverged"]]
+        if len(good) < len(full) or not full:
+            lines.append(f"| {name} | {chosen(records, name):g} | {len(full)} | diverged |" + " |" * (len(head) - 4))
+            continue
+        ends = [record["curve"][-1] for record in full]
+        own = statistics.mean(record["cpu_seconds"] for record in full)
+        fewer = next((some for some in runs if some < steps), None)
+        timed = f"{cell([final(r) for r in runs[fewer]])} ({fewer} steps)" if fewer else ""
+        timed = timed or (cell([final(r) for r in full]) if own <= 1.02 * seconds else "")
+        share = statistics.mean(r["optimizer_cpu_seconds"] / r["cpu_seconds"] for r in full)
+        measured = " | ".join(cell([end[key] for end in ends]) for key in (measure, *others))
+        rate = f"{chosen(records, name):g}"
+        cost = f"{own / seconds:.2f} | {100 * share:.0f} %"
+        lines.append(f"| {name} | {rate} | {len(full)} | {measured} | {timed} | {cost} |")
+    return "\n".join(lines)
+
+
+def panel(records: Sequence[Record], x: str) -> Panel:
+    """Mean curves of the measure, by step or by seconds of a core."""
+    measure = MEASURES[records[0]["task"]]
+    lines = []
+    for name, color in DRAWN.items():
+        if not any(r["optimizer"] == name and r["seed"] != TUNED for r in records):
+            continue
+        runs = next(iter(finished(records, name).values()))
+        curves = [record["curve"] for record in runs if not record["diverged"]]
+        points = list(zip(*curves, strict=True))
+        means = {key: [statistics.mean(p[key] for p in point) for point in points] for key in (x, measure)}
+        lines.append(Line(name, means[x], means[measure], color))
+    logarithmic = records[0]["task"] == "vit"
+    label = {"step": "steps", "seconds": "seconds of one core"}[x]
+    return Panel(lines, f"{records[0]['task']}: {label}", measure, y_log=logarithmic)
+
+
+def read(folder: Path) -> dict[str, list[Record]]:
+    """Records by task."""
+    files = {task: folder / task / "results.jsonl" for task in MEASURES}
+    return {
+        task: [json.loads(line) for line in file.read_text().splitlines()]
+        for task, file in files.items()
+        if file.exists()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="--out of benchmarks/optimizers.py")
+    parser.add_argument("target", type=Path, help="where to write, without suffix")
+    arguments = parser.parse_args()
+    tasks = read(arguments.folder)
+    for task, records in tasks.items():
+        print(f"{task}\n\n{table(records)}\n")
+    shown = [panel(records, x) for task, records in tasks.items() if task != "permuted" for x in ("step", "seconds")]
+    # A file of its own is shown on whatever the reader's page has: give it paper.
+    svg = chart(shown, width=3.6 * len(shown), height=3.6).replace("<svg ", '<svg style="background:white" ', 1)
+    arguments.target.with_suffix(".svg").write_text(svg, encoding="utf-8")
+    with arguments.target.with_suffix(".jsonl").open("w") as file:
+        for records in tasks.values():
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+if __name__ == "__main__":
+    main()
