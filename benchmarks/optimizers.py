@@ -38,7 +38,7 @@ from nestlearn.train.allocator import tune_allocator
 from optimizer_report import TUNED, final, table
 from optimizer_tasks import EXPERIMENTS, Optimizers, Task, train
 
-GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 DECAY = 0.1
 Make = Callable[[nn.Module, float, float], Optimizers]
 
@@ -93,7 +93,7 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "higher-order momentum": (of_package(HigherOrderMomentum), 1e-2),
     "deep momentum": (of_package(DeepMomentum), 3e-2),
     "dgd": (delta_descent(erase=1.0), 1e-2),
-    "dgd, nothing erased": (delta_descent(erase=0.0), 3e-1),
+    "dgd, nothing erased": (delta_descent(erase=0.0), 3.0),
 }
 
 
