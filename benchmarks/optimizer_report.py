@@ -104,11 +104,13 @@ def panel(records: Sequence[Record], x: str) -> Panel:
 def read(folder: Path) -> dict[str, list[Record]]:
     """Records by task."""
     files = {task: folder / task / "results.jsonl" for task in MEASURES}
-    return {
+    tasks = {
         task: [json.loads(line) for line in file.read_text().splitlines()]
         for task, file in files.items()
         if file.exists()
     }
+    # Before AdamW's own runs are there, there is nothing to compare with.
+    return {task: records for task, records in tasks.items() if finished(records, "adamw")}
 
 
 def main() -> None:
