@@ -93,7 +93,7 @@ def dgd(form: str) -> Make:
 OPTIMIZERS: dict[str, Entry] = {
     "m3": Entry(of(M3, slow_period=3)),
     # It forgets no gradient, so it swings around a minimum and hardly comes to rest.
-    "m3-paper": Entry(of(M3, slow_period=3, accumulate="paper"), lr=0.1, remains=0.6),
+    "m3-paper": Entry(of(M3, alpha=0.5, slow_period=3, accumulate="paper"), lr=0.1, remains=0.6),
     "m3-polar-express": Entry(of(M3, slow_period=4, ns_coefficients="polar_express", adjust_lr="original"), lr=0.3),
     "m3-as-muon": Entry(of(M3, alpha=0.0, second_moment=False)),
     "momentum": Entry(of(AssociativeMomentum), lr=0.3, rosenbrock_lr=1e-3),

@@ -75,7 +75,7 @@ class M3(MatrixOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
-        alpha: float = 0.5,
+        alpha: float = 0.1,
         slow_period: int = 10,
         second_moment: bool = True,
         accumulate: Accumulate = "ema",
