@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from continual_rows import Bench, Row, arguments, chosen
 from nestlearn import HopeConfig, HopeForCausalLM
-from nestlearn.continual import CMS, ElasticWeights, ExperienceReplay, JointTraining, Projection, Transfer
+from nestlearn.continual import CMS, ElasticWeights, ExperienceReplay, JointTraining, LoRA, Projection, Transfer
 from nestlearn.data import IntentTexts, TaskStream, load_banking77, load_clinc150, load_corpus, train_bpe
 from nestlearn.data.continual_text import ngram_features, token_ids
 
