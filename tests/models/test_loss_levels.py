@@ -433,7 +433,7 @@ def test_what_cannot_be_taught_is_refused(make, ids):
         HopeModel(model.config)(ids)
     with pytest.raises(ValueError, match="must be a multiple"):
         make("three", cms=[{"period": 4}, {"period": 6}])
-    for field in ("cms_variant", "cms_signal", "cms_meta"):
+    for field in ("cms_variant", "cms_signal", "cms_meta", "cms_transfer_by"):
         with pytest.raises(ValueError, match=f"unknown {field}"):
             make("three", **{field: "other"})
     cache = HopeCache()

@@ -295,3 +295,33 @@ def test_a_model_of_a_changed_configuration_is_checked():
     config.num_attention_heads = 5
     with pytest.raises(ValueError, match="num_attention_heads=5"):
         HopeForCausalLM(config)
+
+
+def test_levels_that_move_by_the_meta_gradient_go_on_from_a_file_and_train(build, tmp_path):
+    """Any split, also through a saved cache and without gradients, equals one call; checkpointed layers train alike."""
+    levels = [{"period": 2, "hidden": 5}, {"period": 6, "hidden": 4}, {"expansion": 1}]
+    fields = {"cms": levels, "cms_variant": "nested"}
+    model = build(cms_transfer_by="gradient", **fields)
+    ids = torch.randint(3, 50, (2, 20), generator=torch.Generator().manual_seed(1))
+    whole = model(ids).logits
+    other = build(**fields)(ids).logits
+    torch.testing.assert_close(whole[:, :6], other[:, :6], rtol=1e-9, atol=1e-10)
+    assert (whole - other)[:, 6:].abs().max() > 1e-4
+    with torch.inference_mode():
+        cache = HopeCache()
+        parts = [model(ids[:, :9], past_key_values=cache).logits]
+        cache.save(tmp_path / "a.cache")
+        cache = HopeCache.load(tmp_path / "a.cache", model)
+        parts += [model(part, past_key_values=cache).logits for part in ids[:, 9:].split([1, 2, 8], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError, match="cms_transfer_by"):
+        build(**fields)(ids, past_key_values=cache)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(cms_transfer_by="gradient", **fields).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        assert all(g is not None and g.isfinite().all() for g in gradients[-1])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)

@@ -23,6 +23,12 @@ CASES = {
     "nested two": ("nested", [Level(2, 2), Level(6, 1)], "swiglu"),
     "nested three": ("nested", [Level(2, 1), Level(4, 1, rule="momentum"), Level(8, 1), Level(None, 1)], "gelu"),
     "nested orthogonalized": ("nested", [Level(2, 1, rule="orthogonalized"), Level(4, 1)], "gelu"),
+    "nested by gradient": ("nested by gradient", [Level(2, 2), Level(6, 1)], "swiglu"),
+    "nested three by gradient": (
+        "nested by gradient",
+        [Level(2, 1, rank=2), Level(4, 1, rule="momentum", retain=0.7), Level(8, 1), Level(None, 1)],
+        "gelu",
+    ),
     "independent": ("independent", [Level(2, 1), Level(5, 2, rank=2), Level(None, 1)], "swiglu"),
     "independent delta": ("independent", [Level(3, 1, rule="delta"), Level(4, 1)], "gelu"),
 }
@@ -31,8 +37,9 @@ CASES = {
 def make(case: str, levels: list[Level] | None = None) -> ContinuumMemory:
     """A float64 system that writes: value maps, gates, parts of low rank and aggregation weights are random."""
     variant, chain, activation = CASES[case]
-    heads = 3 if variant == "independent" else 1
-    cms = ContinuumMemory(D, levels or chain, activation, variant, transfer=0.6, heads=heads).double()
+    variant, _, by = variant.partition(" by ")
+    options = {"transfer": 0.6, "transfer_by": by or "difference", "heads": 3 if variant == "independent" else 1}
+    cms = ContinuumMemory(D, levels or chain, activation, variant, **options).double()
     with torch.no_grad():
         for level in cms.networks:
             if isinstance(level, FastLevel):
@@ -100,6 +107,10 @@ class Learner:
             else torch.tensor(level.level.retain, dtype=torch.float64)
         )
         self.retain = kept ** (1 / level.period)
+        self.losses: list[Tensor] = []
+        # How much of each token's gradient is in the momentum, and in the weights.
+        self.carried: list[Tensor] = []
+        self.written: list[Tensor] = []
 
     def learn(self, tokens: Tensor) -> None:
         """One period: errors of all tokens at the weights before it, by autograd of the objective."""
@@ -125,6 +136,11 @@ class Learner:
                 eta = eta / (4 * level.period * growth(level))
             if rule == "momentum":
                 eta = eta * (1 - beta) * min(1.0, level.period * (1 - beta))
+            self.losses.append(objective(self.weights))
+            past = beta if rule == "momentum" else 0.0
+            self.carried = [past * c for c in self.carried] + [eta]
+            self.written = [self.retain * w for w in self.written] + [torch.zeros_like(eta)]
+            self.written = [w + c for w, c in zip(self.written, self.carried, strict=True)]
             for name, w in new.items():
                 distance, z = w - self.start[name], inputs[name]
                 kept = self.start[name] + self.retain * distance
@@ -142,10 +158,21 @@ class Learner:
                     new[name] = kept - eta * gradients[name]
         self.weights = new
 
-    def transfer(self, rho: float) -> None:
-        self.start = {n: w + rho * (self.weights[n] - w) for n, w in self.start.items()}
+    def transfer(self, rho: float, by: str, window: Tensor) -> None:
+        change = {n: self.weights[n] - w for n, w in self.start.items()}
+        if by == "gradient":
+            change = {n: -g for n, g in torch.func.grad(lambda w: self.objective(w, window))(self.start).items()}
+        self.start = {n: w + rho * change[n] for n, w in self.start.items()}
         self.weights = dict(self.start)
         self.momentum = {n: torch.zeros_like(w) for n, w in self.start.items()}
+
+    def objective(self, start: dict[str, Tensor], window: Tensor) -> Tensor:
+        """J(theta_0): losses of the window's tokens as they are read, each with the weight of its gradient's write."""
+        again = Learner(self.level)
+        again.start, again.weights = start, dict(start)
+        for tokens in window.split(self.level.period):
+            again.learn(tokens)
+        return sum((w * loss for w, loss in zip(again.written, again.losses, strict=True)), torch.zeros(()))
 
 
 def naive_level(level: FastLevel | FeedForward, x: Tensor) -> Tensor:
@@ -156,7 +183,7 @@ def naive_level(level: FastLevel | FeedForward, x: Tensor) -> Tensor:
         if t and t % level.period == 0:
             learner.learn(x[t - level.period : t])
         if t and level.outer and t % level.outer == 0:
-            learner.transfer(level.transfer)
+            learner.transfer(level.transfer, level.transfer_by, x[t - level.outer : t])
         outputs.append(network(level, learner.weights, token)[0])
     return torch.stack(outputs)
 
@@ -313,6 +340,38 @@ def test_knowledge_transfer_by_the_formula():
     assert at.position.tolist() == [0, 0] and at.aligned
 
 
+@pytest.mark.parametrize("rule", ["descent", "momentum"])
+def test_the_difference_is_the_meta_gradient_with_writes_as_constants(rule):
+    """theta - theta_0 = - sum_t w_t dL_t / d theta_c(t), the gradient of J when the Jacobians of the writes are 1."""
+    level = make("nested by gradient", [Level(2, 1, rule=rule, retain=0.8), Level(6, 1)]).networks[0]
+    assert isinstance(level, FastLevel)
+    learner, tokens, anchors = Learner(level), torch.randn(6, D, dtype=torch.float64), []
+    for part in tokens.split(2):
+        anchors += [{n: w.detach().requires_grad_() for n, w in learner.weights.items()}]
+        learner.weights = anchors[-1]
+        learner.learn(part)
+    first = sum(w.detach() * loss for w, loss in zip(learner.written, learner.losses, strict=True))
+    for name, start in learner.start.items():
+        slopes = torch.autograd.grad(first, [anchor[name] for anchor in anchors], retain_graph=True)
+        torch.testing.assert_close(learner.weights[name] - start, -sum(slopes), **TOLERANCE)
+
+
+def test_the_meta_gradient_by_finite_differences():
+    """Initial weights move by - rho times the slope of J, which a loop over tokens computes at both sides."""
+    cms = make("nested by gradient", [Level(2, 1), Level(6, 1)])
+    level, x = cms.networks[0], torch.randn(1, 6, D, dtype=torch.float64)
+    assert isinstance(level, FastLevel)
+    moved, window = cms(x)[1].levels[0].initial, cms.norms[0](x)[0].detach()
+    for name, weight in level.initial.items():
+        start = {n: w.detach().clone() for n, w in level.initial.items()}
+        sides = []
+        for step in (1e-5, -1e-5):
+            start[name][1, 2] = weight[1, 2].detach() + step
+            sides.append(Learner(level).objective(start, window))
+        slope = (sides[0] - sides[1]) / 2e-5
+        torch.testing.assert_close(moved[name][0, 1, 2] - weight[1, 2], -0.6 * slope, rtol=1e-6, atol=1e-9)
+
+
 def saturated(cms: ContinuumMemory, keep: float) -> ContinuumMemory:
     for level in cms.networks:
         assert isinstance(level, FastLevel)
@@ -323,7 +382,9 @@ def saturated(cms: ContinuumMemory, keep: float) -> ContinuumMemory:
 
 
 @pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
-@pytest.mark.parametrize("case", ["momentum", "momentum gelu", "low rank", "orthogonalized", "nested two"])
+@pytest.mark.parametrize(
+    "case", ["momentum", "momentum gelu", "low rank", "orthogonalized", "nested two", "nested by gradient"]
+)
 def test_finite_at_extreme_inputs(case, kind):
     """A long stream of noise, of one token and of two opposite ones, with the gate fully open."""
     chain = CASES[case][1]
@@ -354,6 +415,16 @@ def test_finite_at_extreme_inputs(case, kind):
         ({"levels": [Level(4, rule="orthogonalized", retain=1.0)]}, "retain below 1"),
         ({"levels": [Level(4, rule="delta", rank=2)], "activation": "gelu"}, "unstable with rank"),
         ({"levels": [Level(4, rule="delta"), Level(8)], "activation": "gelu", "variant": "nested"}, "no bound"),
+        ({"levels": [Level(4), Level(8)], "transfer_by": "gradient"}, "only nested levels"),
+        (
+            {"levels": [Level(4), Level(8)], "variant": "nested", "signal": "loss", "transfer_by": "gradient"},
+            "graph of the whole model",
+        ),
+        (
+            {"levels": [Level(4, rule="orthogonalized"), Level(8)], "variant": "nested", "transfer_by": "gradient"},
+            "no meta-gradient",
+        ),
+        ({"levels": [Level(4), Level(8)], "variant": "nested", "transfer_by": "exact"}, "'difference' or 'gradient'"),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.nn.cms import Meta, Signal, Variant
 from nestlearn.nn.ffn import Activation
 from nestlearn.nn.levels import Level
+from nestlearn.nn.nested import TransferBy
 
 ATTENTION_MIXERS = ("attention", "sliding_attention")
 WINDOWED_MIXERS = ("sliding_attention", "titans_mag", "titans_mal")
@@ -92,6 +93,8 @@ class HopeConfig(PreTrainedConfig):
         cms_meta: ``"first"`` order outer gradients take what a loss writes as a constant, ``"second"`` order ones go
             through it.
         cms_transfer: rho of the nested variant: the part of what a level learned that its initial weights keep.
+        cms_transfer_by: whether they move by what was learned, the ``"difference"``, or by the exact meta-
+            ``"gradient"``.
         ffn_activation: ``"swiglu"`` or ``"gelu"``.
         conv_size: width of the depthwise causal convolutions of the mixers; 0 for none.
         rope_theta: base of the rotary frequencies of attention.
@@ -142,6 +145,7 @@ class HopeConfig(PreTrainedConfig):
     cms_signal: Signal = "local"
     cms_meta: Meta = "first"
     cms_transfer: float = 0.5
+    cms_transfer_by: TransferBy = "difference"
     ffn_activation: Activation = "swiglu"
     conv_size: int = 4
     rope_theta: float = 10000.0
@@ -243,6 +247,7 @@ class HopeConfig(PreTrainedConfig):
             ("cms_variant", [self.cms_variant], get_args(Variant)),
             ("cms_signal", [self.cms_signal], get_args(Signal)),
             ("cms_meta", [self.cms_meta], get_args(Meta)),
+            ("cms_transfer_by", [self.cms_transfer_by], get_args(TransferBy)),
             ("ffn_activation", [self.ffn_activation], ("swiglu", "gelu")),
             ("adaptive stream", self.adaptive, ("q", "k", "v", "eta", "alpha")),
         ):
@@ -265,7 +270,7 @@ class HopeConfig(PreTrainedConfig):
                  "persistent_tokens", "local_windows", "local_chunk_sizes", "global_chunk_size")  # fmt: skip
         found = {"mixers": self.mixers} | {name: getattr(self, name) for name in names}
         # Left out at their first values, so that caches saved before there were others still fit.
-        later = {"cms_variant": "sequential", "cms_signal": "local"}
+        later = {"cms_variant": "sequential", "cms_signal": "local", "cms_transfer_by": "difference"}
         found |= {name: getattr(self, name) for name, value in later.items() if getattr(self, name) != value}
         if self.cms_variant == "nested":
             found["cms_transfer"] = self.cms_transfer

@@ -115,6 +115,7 @@ def build_cms(config: HopeConfig) -> ContinuumMemory:
         config.cms_transfer,
         config.num_attention_heads if config.cms_variant == "independent" else 1,
         config.rms_norm_eps,
+        config.cms_transfer_by,
     )
 
 

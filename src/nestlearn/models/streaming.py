@@ -13,8 +13,7 @@ Either way the result is the same function of the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Hashable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -24,8 +23,8 @@ from torch.nn import functional as F
 
 from nestlearn.models.cache import LayerState, Segment
 from nestlearn.nn.cms import ContinuumMemory
-from nestlearn.nn.state import Tree, detach, index_rows, map_tensors, put_rows
-from nestlearn.nn.tape import Factors, Tape, segment_factors
+from nestlearn.nn.state import detach, index_rows, put_rows
+from nestlearn.nn.tape import Factors, Tape, gradients, segment_factors, usable
 
 if TYPE_CHECKING:
     from nestlearn.models.modeling import HopeModel
@@ -49,18 +48,6 @@ class Reading(NamedTuple):
     layers: Layers
     segments: list[Segment]
     visited: list[Tensor] | None
-
-
-@contextmanager
-def gradients() -> Iterator[None]:
-    """Gradients on, whatever the caller's mode: a level learns under ``inference_mode`` and ``no_grad`` too."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def usable(tree: Tree) -> Tree:
-    """The tree with tensors that autograd may save: those made in inference mode are copied."""
-    return map_tensors(lambda x: x.clone() if x.is_inference() else x, tree)
 
 
 class SegmentReader:

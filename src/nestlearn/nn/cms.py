@@ -17,7 +17,7 @@ from .fast_level import FastLevel
 from .ffn import Activation, FeedForward
 from .levels import Level
 from .loss_level import LossLevel
-from .nested import NestedState
+from .nested import NestedState, TransferBy
 from .tape import Factors, Tape
 
 Variant = Literal["sequential", "nested", "independent"]
@@ -66,7 +66,8 @@ class ContinuumMemory(nn.Module):
 
     - ``sequential``: ``z^0 = x,  z^l = z^{l-1} + M^l(norm(z^{l-1})),  y = z^k - z^0``           (NL Eq. 70, 73)
     - ``nested``: the same chain, in which the initial weights of a level belong to the next slower one: every
-      ``C_{l+1}`` tokens ``theta_0 <- theta_0 + rho (theta - theta_0)``, then ``theta <- theta_0``   (NL Eq. 72)
+      ``C_{l+1}`` tokens ``theta_0 <- theta_0 + rho (theta - theta_0)``, then ``theta <- theta_0``   (NL Eq. 72); or
+      theta_0 takes a step of the exact meta-gradient (``transfer_by="gradient"``, `nestlearn.nn.nested`)
     - ``independent``: ``y = sum_l w_l M^l(norm_l(x))`` with learned weights w, one per level and head    (NL Eq. 74)
 
     What teaches them (``signal``): ``local``, an associative objective of each level inside the layer (`FastLevel`);
@@ -91,6 +92,9 @@ class ContinuumMemory(nn.Module):
         meta: whether outer gradients take the factors of a loss as constants (``"first"`` order) or go through them
             (``"second"``); for whoever calls `absorb`.
         transfer: rho of the nested variant.
+        transfer_by: how the nested variant moves initial weights: by what was learned, the ``"difference"``, or by the
+            ``"gradient"`` of the window's objective through all its writes. The latter reads every window once more
+            (about four times the cost), keeps its tokens in the state, and is for levels that teach themselves.
         heads: parts of the width that the independent variant weighs separately.
         norm_eps: epsilon of the levels' norms.
 
@@ -117,27 +121,41 @@ class ContinuumMemory(nn.Module):
         transfer: float = 0.5,
         heads: int = 1,
         norm_eps: float = 1e-6,
+        transfer_by: TransferBy = "difference",
     ) -> None:
         super().__init__()
-        for name, value, known in (("variant", variant, Variant), ("signal", signal, Signal), ("meta", meta, Meta)):
+        for name, value, known in (
+            ("variant", variant, Variant),
+            ("signal", signal, Signal),
+            ("meta", meta, Meta),
+            ("transfer_by", transfer_by, TransferBy),
+        ):
             if value not in get_args(known):
                 raise ValueError(f"{name}={value!r} does not exist; use {' or '.join(map(repr, get_args(known)))}.")
         if d_model < 1 or heads < 1 or d_model % heads:
             raise ValueError(f"d_model={d_model!r} must be positive and divisible by heads={heads!r}.")
         if not 0 < transfer <= 1:
             raise ValueError(f"transfer={transfer!r} must be above 0 and at most 1.")
+        if transfer_by == "gradient" and (variant != "nested" or signal != "local"):
+            raise ValueError(
+                f"transfer_by='gradient' with {variant=}, {signal=}: only nested levels have initial weights that "
+                "move, and through writes of a loss a meta-gradient would need the graph of the whole model over a "
+                "period of the slower level. Use variant='nested' with signal='local', or transfer_by='difference'."
+            )
         _check_levels(levels)
         _check_periods(levels, variant, signal)
         self.d_model, self.variant, self.signal, self.meta = d_model, variant, signal, meta
         self.periods = tuple(level.period for level in levels)
-        kind = FastLevel if signal == "local" else LossLevel
         slower = [*self.periods[1:], None] if variant == "nested" else [None] * len(levels)
-        self.networks = nn.ModuleList(
-            FeedForward(d_model, level.expansion, activation, level.hidden)
-            if level.period is None
-            else kind(d_model, level, activation, outer, transfer)
-            for level, outer in zip(levels, slower, strict=True)
-        )
+
+        def network(level: Level, outer: int | None) -> nn.Module:
+            if level.period is None:
+                return FeedForward(d_model, level.expansion, activation, level.hidden)
+            if signal == "loss":
+                return LossLevel(d_model, level, activation, outer, transfer)
+            return FastLevel(d_model, level, activation, outer, transfer, transfer_by)
+
+        self.networks = nn.ModuleList(network(level, outer) for level, outer in zip(levels, slower, strict=True))
         self.norms = nn.ModuleList(
             nn.Identity() if i == 0 and level.period is None else nn.RMSNorm(d_model, eps=norm_eps)
             for i, level in enumerate(levels)

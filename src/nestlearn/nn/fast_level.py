@@ -18,7 +18,7 @@ from .fast import FastState, GateProjection, InitialWeights, full_precision, pac
 from .ffn import Activation
 from .flops import scan_flops
 from .levels import Level, level_memory
-from .nested import Nest, NestedState, scan_nested
+from .nested import Nest, NestedState, TransferBy, scan_nested
 from .network import LowRank, Network
 from .stability import outgrown
 from .tape import read
@@ -140,15 +140,22 @@ class FastLevel(LevelWeights):
         level: its `Level`.
         activation: ``"swiglu"`` or ``"gelu"``.
         outer: tokens after which the initial weights move by ``transfer`` of what was learned; None never moves them.
-        transfer: see `nestlearn.nn.nested`.
+        transfer, transfer_by: see `nestlearn.nn.nested`.
     """
 
     def __init__(
-        self, d_model: int, level: Level, activation: Activation, outer: int | None = None, transfer: float = 0.5
+        self,
+        d_model: int,
+        level: Level,
+        activation: Activation,
+        outer: int | None = None,
+        transfer: float = 0.5,
+        transfer_by: TransferBy = "difference",
     ) -> None:
-        _check_local(level, activation, outer)
+        _check_local(level, activation, outer, transfer_by)
         super().__init__(d_model, level, activation, DotProduct() if level.rule == "delta" else L2())
         self.outer, self.transfer = outer, transfer
+        self.transfer_by: TransferBy = transfer_by
         self.value = nn.Parameter(torch.empty(d_model, d_model))
         self.keep = self.learned_keep()
         self.gate = GateProjection(d_model, {"lr": (CLOSED if level.rule == "orthogonalized" else 0.0,)})
@@ -185,7 +192,7 @@ class FastLevel(LevelWeights):
                 start = self.start(None, initial, x.shape[0], x.dtype, x.device)
                 return read(memory.architecture, start.anchor, x).to(dtype), None
             if self.outer is not None:
-                nest = Nest(self.outer, self.transfer, initial)
+                nest = Nest(self.outer, self.transfer, initial, self.transfer_by)
                 nested = cast("NestedState | None", state)
                 value, gates = self._value(x, initial), self._gates(x, initial, writes)
                 y, nested = scan_nested(memory, nest, nested, x, value, gates, mask, reset)
@@ -245,13 +252,17 @@ class FastLevel(LevelWeights):
             read, write = read + slow, write + 2 * slow
         outer = 2 * width * (width + 1) + (0 if self.level.rule == "delta" else read)
         written = (context_length - 1) // self.period * self.period
-        return read + outer + write * written // context_length
+        total = read + outer + write * written // context_length
+        if self.outer is not None and self.transfer_by == "gradient":
+            # Whole windows run once more, forward and back.
+            total += 3 * (read + write) * (context_length // self.outer * self.outer) // context_length
+        return total
 
     def extra_repr(self) -> str:
         return f"period={self.period}, rule={self.level.rule}, lr={self.level.lr}"
 
 
-def _check_local(level: Level, activation: Activation, outer: int | None) -> None:
+def _check_local(level: Level, activation: Activation, outer: int | None, transfer_by: TransferBy) -> None:
     """Refuse what no bound keeps stable."""
     if level.lr > 1:
         raise ValueError(
@@ -265,6 +276,11 @@ def _check_local(level: Level, activation: Activation, outer: int | None) -> Non
     if level.rule == "orthogonalized" and level.retain == 1:
         raise ValueError(
             "rule='orthogonalized' with retain=1 would add up writes of equal size for ever. Use retain below 1."
+        )
+    if level.rule == "orthogonalized" and outer is not None and transfer_by == "gradient":
+        raise ValueError(
+            "rule='orthogonalized' writes matrices whose size says nothing of the gradient's, so that no meta-gradient "
+            "belongs to them. Use transfer_by='difference', or rule='descent' or 'momentum'."
         )
     if level.rule != "delta":
         return

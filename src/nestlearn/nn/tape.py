@@ -8,7 +8,8 @@ momentum, delta, orthogonalized) and retention do the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,22 @@ from nestlearn.memory.functions import product
 from nestlearn.memory.layout import span_length
 from nestlearn.memory.types import Weights
 
+from .state import Tree, map_tensors
+
 Factors = dict[str, Factor]
 """Factors of the maps of one level."""
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Gradients on, whatever the caller's mode: a level learns under ``inference_mode`` and ``no_grad`` too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def usable(tree: Tree) -> Tree:
+    """The tree with tensors that autograd may save: those made in inference mode are copied."""
+    return map_tensors(lambda x: x.clone() if x.is_inference() else x, tree)
 
 
 class Record(NamedTuple):
