@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Set before any import that reads them: tests never reach for the network.
@@ -30,6 +31,13 @@ hypothesis.settings.load_profile("nestlearn")
 def _one_thread() -> None:
     """Processes run side by side, and results of one thread are the same on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_arrives() -> None:
+    """A shell without job control starts background processes with Ctrl-C ignored, which their children inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
