@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nestlearn import cli
+from nestlearn import HopeConfig, HopeForCausalLM, cli
 from nestlearn.cli_learn import parse_levels
 from nestlearn.data import byte_tokenizer
 from nestlearn.nn import Level
@@ -178,6 +178,27 @@ class TestChat:
         self.talk(monkeypatch, "/levels", "/quit")
         code, out, error = run(capsys, "chat", stacked, "--session", file)
         assert code == 0 and "a new memory" not in out and "Nothing new to save." in out, error
+
+    def test_the_levels_of_a_hope_model_are_listed_and_forgotten(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(0)
+        levels = [{"period": 16, "hidden": 8, "lr": 0.01}, {"period": 64, "rank": 2, "lr": 0.01}, {"period": None}]
+        config = HopeConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, cms=levels, cms_signal="loss")
+        HopeForCausalLM(config).save_pretrained(tmp_path / "hope")
+        byte_tokenizer().save_pretrained(tmp_path / "hope")
+        story = folder / "texts" / "a.txt"
+        self.talk(monkeypatch, f"/read {story}", "/levels", "/forget 0", "/levels", "/forget 2", "/quit")
+        code, out, error = run(capsys, "chat", tmp_path / "hope", "--session", tmp_path / "mine")
+        assert code == 0, error
+        assert "level 0 brought" in out and "level 1 brought" in out and "Forgotten: level 0." in out
+        assert "levels [2] cannot be forgotten" in out + error
+        tables = [[line.split() for line in out.splitlines() if line.split()[:1] == [name]] for name in "01"]
+        (learned, forgotten), slow = tables
+        tokens = f"{len(STORY) // 16 * 16:,}"
+        assert learned[1:4] == ["2", "16", tokens] and float(learned[4]) > 0
+        assert forgotten[1:] == ["2", "16", "0", "0.0000", "0"]
+        assert slow[0] == slow[1] and slow[0][1:4] == ["2", "64", tokens]
 
     def test_a_session_of_another_model_is_refused(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, stacked: Path,

@@ -263,6 +263,109 @@ def test_forget_levels(model):
     assert states_equal(session, fresh) and session.nbytes == 0
 
 
+# ------------------------------------------------------------------------------------------ levels of Hope models
+
+
+def hope_levels(*, still=(), **fields):
+    """One layer of attention and levels that do not see each other, so that what one writes changes no other; levels
+    in ``still`` never write (signal "local": their targets are what they say)."""
+    torch.manual_seed(0)
+    levels = [{"period": 5, "hidden": 6}, {"period": 16, "rank": 2}, {"period": None, "expansion": 1}]
+    fields = {"cms": levels, "cms_variant": "independent"} | fields
+    config = HopeConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer="attention",
+        initializer_range=0.3, **fields,
+    )  # fmt: skip
+    model = HopeForCausalLM(config).eval()
+    for i, network in enumerate(model.model.layers[0].cms.networks):
+        if hasattr(network, "value"):
+            torch.nn.init.normal_(network.value, std=0.0 if i in still else 1.0)
+            torch.nn.init.constant_(network.gate.bias, 3.0)
+    return model
+
+
+def nats_of(report):
+    return [segment.nats for segment in report.segments]
+
+
+def test_a_hope_models_levels_are_reported_one_by_one():
+    """Without level l is the text read by a model whose level l never writes."""
+    model, text = hope_levels(), TEXT[:300]
+    report = MemorySession(model, TOKENIZER).read(text)
+    assert report.by_level.keys() == {0, 1} and len(report.segments) == 3
+    for level in (0, 1):
+        still = MemorySession(hope_levels(still=(level,)), TOKENIZER, compare="none").read(text)
+        found = [segment.without[level] for segment in report.segments]
+        assert found == pytest.approx(nats_of(still), rel=1e-5)
+        assert abs(found[-1] - report.segments[-1].nats) > 1e-2
+    neither = MemorySession(hope_levels(still=(0, 1)), TOKENIZER, compare="none").read(text)
+    assert [segment.off for segment in report.segments] == pytest.approx(nats_of(neither), rel=1e-5)
+
+
+def test_a_hope_models_only_level_taught_by_the_loss_is_its_writes():
+    """... also where a piece ends inside a segment of the loss."""
+    levels = [{"period": 24, "hidden": 6, "lr": 0.05}, {"period": None, "expansion": 1}]
+    session = MemorySession(hope_levels(cms=levels, cms_signal="loss"), TOKENIZER)
+    for text in (TEXT[:100], TEXT[100:400]):
+        before = session.fork()
+        report = session.read(text)
+        assert [s.without[0] for s in report.segments] == pytest.approx([s.off for s in report.segments], rel=1e-5)
+        assert abs(report.segments[-1].off - report.segments[-1].nats) > 1e-2
+        assert before.tokens + len(text) == session.tokens
+    assert session.describe()[1].tokens == 400 // 24 * 24
+
+
+@pytest.mark.parametrize("signal", ["local", "loss"])
+def test_a_hope_models_levels_are_forgotten_one_by_one(signal, tmp_path):
+    fields = {"cms_signal": signal}
+    if signal == "loss":
+        fields["cms"] = [{"period": 24, "hidden": 6, "lr": 0.05}, {"period": 48, "rank": 2, "lr": 0.1}]
+    model, other = hope_levels(**fields), TEXT[500:600]
+    session, fresh = (MemorySession(model, TOKENIZER, compare="none") for _ in range(2))
+    assert [row.change for row in session.describe()] == [0.0, 0.0]
+    session.read(TEXT[:310])
+    learned = session.fork()
+    session.forget([0])
+    mixer, fast, slow = session.describe()
+    assert (fast.change, fast.tokens, fast.bytes) == (0.0, 0, 0) and mixer.level is None
+    assert slow == learned.describe()[2] and slow.change > 0 and slow.level == 1 and slow.rule == "descent"
+    # What is left is what a session has in which only the slow level has learned; its attention is not forgotten.
+    if signal == "local":
+        alone = MemorySession(hope_levels(still=(0,)), TOKENIZER, compare="none")
+        alone.read(TEXT[:310])
+        score = lambda one: one._engine.read(one._place.mind, list(other.encode()), False, start=False).nats[1:]  # noqa: E731
+        assert score(session) == pytest.approx(score(alone), rel=1e-5)
+    session.save(tmp_path / "s")
+    loaded = MemorySession.load(tmp_path / "s", model, TOKENIZER)
+    assert states_equal(session, loaded)
+    one, two = session.read(other), loaded.read(other)
+    assert nats_of(one) == nats_of(two) and states_equal(session, loaded)
+    assert 0 < session.describe()[1].tokens <= 100 and session.describe()[1] == loaded.describe()[1]
+    session.forget([0, 1])
+    assert [row.change for row in session.describe()[1:]] == [0.0, 0.0] and session.tokens == 410
+    with pytest.raises(ValueError, match=r"\[2\] cannot be forgotten; those .* are \[0, 1\]"):
+        session.forget([2])
+    session.forget()
+    assert states_equal(session, fresh)
+
+
+def test_changes_of_a_hope_models_levels_are_those_of_their_weights():
+    model = hope_levels()
+    a, b = MemorySession(model, TOKENIZER, compare="none"), MemorySession(model, TOKENIZER, compare="none")
+    a.read(TEXT[:160])
+    b.read(TEXT[:50])
+    for (_, *one), (_, *two) in ((a.diff(b), b.diff(a)),):
+        assert [r.change for r in one] == pytest.approx([r.change for r in two])
+    level = model.model.layers[0].cms.networks[1]
+    params, base = (s._place.mind.cache.layers[0].cms.levels[1].params for s in (a, b))
+    moved = size = 0.0
+    for name, w in level.fixed.items():
+        new, old = (p[f"{name}_B"][0] @ p[f"{name}_A"][0] for p in (params, base))
+        start = w + level.initial[f"{name}_B"] @ level.initial[f"{name}_A"]
+        moved, size = moved + (new - old).square().sum().item(), size + start.square().sum().item()
+    assert a.diff(b)[2].change == pytest.approx((moved / size) ** 0.5, rel=1e-4)
+
+
 def test_diff_says_how_far_levels_are_apart(model):
     a, b = MemorySession(model, TOKENIZER, compare="none"), MemorySession(model, TOKENIZER, compare="none")
     a.read(TEXT[:400])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from nestlearn.memory import newton_schulz
 from nestlearn.nn import ContinuumMemory, FeedForward, Level
 from nestlearn.nn.fast_level import FastLevel
-from nestlearn.nn.state import index_rows, map_tensors, state_bytes
+from nestlearn.nn.state import index_rows, map_tensors, state_bytes, tensors_of
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
 D = 6
@@ -301,6 +301,19 @@ def test_a_level_that_does_not_reset_keeps_what_it_learned(variant):
     total = cms.aggregation([first, second]) if cms.aggregation is not None else first + second
     torch.testing.assert_close(y, total, **TOLERANCE)
     assert state.levels[1].position.tolist() == [11 % 4]
+
+
+@pytest.mark.parametrize("case", ["independent", "nested by gradient"])
+def test_levels_that_do_not_write_are_chosen_by_number(case):
+    """Of levels with the same inputs, those that are named learn as if all did, the others as if none did."""
+    cms = make(case)
+    x = torch.randn(2, 13, D, dtype=torch.float64)
+    states = [cms(x, writes=writes)[1].levels for writes in (True, False, [0], [0, 1])]
+    everyone, nobody, first, both = ([[*tensors_of(level)] for level in levels[:2]] for levels in states)
+    torch.testing.assert_close([first[0], both], [everyone[0], everyone])
+    if case == "independent":
+        torch.testing.assert_close(first[1], nobody[1])
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(everyone[1], nobody[1], strict=True))
 
 
 @pytest.mark.parametrize("tokens", [11, 12, 24])

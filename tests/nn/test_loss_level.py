@@ -51,6 +51,18 @@ def test_a_level_has_read_whole_periods_in_order(periods, tokens):
             assert changed.nonzero().flatten().tolist() == list(range(known)), (segment, period)
 
 
+def test_levels_that_do_not_write_are_chosen_by_number():
+    """A level that is not named passes over the segment, the others absorb it."""
+    cms = ContinuumMemory(D, [Level(4, 2, lr=0.1), Level(8, 2, lr=0.1)], signal="loss").double()
+    tape = Tape()
+    y, state = cms(torch.randn(2, 4, D, dtype=torch.float64), tape=tape)
+    factors = segment_factors(y.sin().sum(), tape)
+    ends = [cms.absorb(state, factors), cms.pass_over(state, 4), cms.absorb(state, factors, writes=[1])]
+    everyone, nobody, second = ([[*tensors_of(level)] for level in end.levels] for end in ends)
+    torch.testing.assert_close(second, [nobody[0], everyone[1]])
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(everyone[0], nobody[0], strict=True))
+
+
 @pytest.mark.parametrize("tokens", [12, 13])
 def test_a_nested_level_lets_go_but_for_the_part_rho(tokens):
     """After the slower level's period a token is known to the faster one by its initial weights alone."""

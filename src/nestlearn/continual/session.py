@@ -59,8 +59,9 @@ class MemorySession:
         tokenizer: its tokenizer.
         context_length: tokens after which a stacked model's attention starts anew (default: the model's positions, at
             most 1,024), rounded down to whole segments. What was learned stays.
-        compare: what `read` measures beside: ``"levels"`` the same text with writes off, and with each level's writes
-            ignored (one more forward pass each); ``"off"`` with writes off only; ``"none"``.
+        compare: what `read` measures beside: ``"levels"`` the same text with writes off (all of them, those of a Hope
+            model's mixers too), and with each level's writes ignored (one more forward pass each; on a Hope model one
+            more reading); ``"off"`` with writes off only; ``"none"``.
 
     Raises:
         ValueError: a model without levels or in training mode, or a context too short for a segment.
@@ -272,7 +273,10 @@ class MemorySession:
             chosen = list(levels)
             wrong = [level for level in chosen if level not in self._engine.levels]
             if wrong:
-                raise ValueError(f"levels {wrong} cannot be forgotten; this model's learn are {self._engine.levels}.")
+                raise ValueError(
+                    f"levels {wrong} cannot be forgotten; those of this model that learn are "
+                    f"{list(self._engine.levels)}. Without levels, everything is forgotten."
+                )
             place = self._place.ended(self._engine)
             self._place = Place(self._engine.forget(place.mind, chosen), tokens=place.tokens)
 

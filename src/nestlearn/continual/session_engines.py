@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -44,8 +44,11 @@ class Engine(Protocol):
         """Read up to one segment; ``start`` where a document starts."""
         ...
 
-    def ignoring(self, mind: Any, before: Any, levels: Iterable[int], view: Any) -> Any:
-        """What ``view`` would read now, had these levels written nothing since ``before``; ``mind`` has learned on."""
+    def ignoring(self, mind: Any, before: Any, levels: Iterable[int] | None, view: Any) -> Any:
+        """What ``view`` would read now, had these levels written nothing since ``before``; ``mind`` has learned on.
+
+        None: had nothing been written at all. The result is read with ``writes=False``.
+        """
         ...
 
     def end_document(self, mind: Any) -> Any:
@@ -136,8 +139,11 @@ class StackedEngine:
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.device)
 
-    def ignoring(self, mind: StackedMind, before: StackedMind, levels: Iterable[int], view: StackedMind) -> StackedMind:
-        return replace(view, levels=mind.levels.with_levels(levels, before.levels))
+    def ignoring(
+        self, mind: StackedMind, before: StackedMind, levels: Iterable[int] | None, view: StackedMind
+    ) -> StackedMind:
+        chosen = self.levels if levels is None else levels
+        return replace(view, levels=mind.levels.with_levels(chosen, before.levels))
 
     def end_document(self, mind: StackedMind) -> StackedMind:
         return StackedMind(mind.levels)
@@ -185,18 +191,23 @@ class StackedEngine:
 
 @dataclass(frozen=True)
 class HopeMind:
-    """The cache of a Hope model, never changed in place, and the log probabilities of the next token."""
+    """The cache of a Hope model, never changed in place, and the log probabilities of the next token.
+
+    ``began`` is the token at which a level began anew, of levels that were forgotten. ``still`` are levels that do not
+    write although the others do, where this is a view that a reading is compared with.
+    """
 
     cache: HopeCache
     last: Float[Tensor, "v"] | None = None
+    began: Mapping[int, int] = field(default_factory=dict)
+    still: tuple[int, ...] = ()
 
 
 class HopeEngine:
-    """Reads by the model's own forward pass: the model learns in it, all its levels together."""
+    """Reads by the model's own forward pass, in which its mixers learn and the levels of its continuum memories."""
 
     kind = "hope"
     segment = 128
-    levels: tuple[int, ...] = ()
     context_length: int | None = None
     positions: int | None = None
 
@@ -208,6 +219,7 @@ class HopeEngine:
                 "Leave it out."
             )
         self.model = model
+        self.levels = tuple(i for i, level in enumerate(model.config.cms) if level.get("period") is not None)
 
     def fresh(self) -> HopeMind:
         return HopeMind(HopeCache())
@@ -217,17 +229,19 @@ class HopeEngine:
         del start  # a document's first token is predicted from what was read before it
         cache = mind.cache.detach()
         inputs = torch.tensor([ids], device=self.model.device)
-        logs = _log_probabilities(self.model(inputs, past_key_values=cache, writes=writes).logits)[0]
+        allowed = [level for level in self.levels if level not in mind.still] if mind.still else writes
+        logs = _log_probabilities(self.model(inputs, past_key_values=cache, writes=allowed).logits)[0]
         given = [] if mind.last is None else [mind.last]
         predicted = torch.stack([*given, *logs[:-1]]) if given or len(ids) > 1 else logs[:0]
         found: list[float | None] = [
             -x for x in predicted.gather(1, inputs[0, len(ids) - len(predicted) :, None])[:, 0].tolist()
         ]
-        return Read([None] * (len(ids) - len(found)) + found, HopeMind(cache, logs[-1]))
+        return Read([None] * (len(ids) - len(found)) + found, replace(mind, cache=cache, last=logs[-1]))
 
-    def ignoring(self, mind: HopeMind, before: HopeMind, levels: Iterable[int], view: HopeMind) -> HopeMind:
-        del mind, before, levels
-        return view
+    def ignoring(self, mind: HopeMind, before: HopeMind, levels: Iterable[int] | None, view: HopeMind) -> HopeMind:
+        # What a mixer has learned depends on the levels below: the view is a reading of its own, without these writes.
+        del mind, before
+        return view if levels is None else replace(view, still=tuple(levels))
 
     def end_document(self, mind: HopeMind) -> HopeMind:
         return mind
@@ -240,11 +254,13 @@ class HopeEngine:
         return mind.cache.seen
 
     def forget(self, mind: HopeMind, levels: Iterable[int]) -> HopeMind:
-        del levels
-        return mind
+        chosen = list(levels)
+        began = {**mind.began, **dict.fromkeys(chosen, mind.cache.seen)}
+        # What the next token will be was said with what is forgotten now.
+        return HopeMind(mind.cache.forget(chosen), None, began)
 
     def rows(self, mind: HopeMind, other: HopeMind) -> list[LevelRow]:
-        return compare_layers(mind.cache, other.cache)
+        return compare_layers(self.model, mind.cache, other.cache, mind.began)
 
     def nbytes(self, mind: HopeMind) -> int:
         return mind.cache.nbytes()
@@ -255,12 +271,15 @@ class HopeEngine:
 
     def to_tree(self, mind: HopeMind) -> Tree:
         tensors, header = mind.cache.to_tree()
-        return {"tensors": tensors, "header": json.dumps(header), "last": mind.last}
+        began = [list(pair) for pair in mind.began.items()]
+        return {"tensors": tensors, "header": json.dumps(header), "last": mind.last, "began": began}
 
     def from_tree(self, tree: Tree) -> HopeMind:
         cache = HopeCache.from_tree(tree["tensors"], json.loads(tree["header"])).to(self.model.device)
         last: Tensor | None = tree["last"]
-        return HopeMind(cache, None if last is None else last.to(self.model.device))
+        # Sessions saved before levels could be forgotten say nothing about it.
+        began = dict(tree.get("began", []))
+        return HopeMind(cache, None if last is None else last.to(self.model.device), began)
 
 
 def _without_anchor(level: LevelFast) -> LevelFast:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from nestlearn.memory.types import Weights
 from nestlearn.models import HopeCache
+from nestlearn.models.cache import LayerState
 from nestlearn.models.stacking import LevelState, stacked_model
 from nestlearn.models.stacking.network import StackedMLP
-from nestlearn.nn.state import state_bytes, tensors_of
+from nestlearn.nn.cms import ContinuumMemory
+from nestlearn.nn.fast_level import LevelWeights
+from nestlearn.nn.nested import NestedState
+from nestlearn.nn.state import Tree, state_bytes, tensors_of
 
 
 @dataclass(frozen=True)
 class LevelRow:
-    """One level of one MLP, or (``level`` None) all that a layer of a Hope model holds.
+    """One level of one MLP or continuum memory, or (``level`` None) what the mixer of a Hope model's layer holds.
 
     ``change`` is ``|W - W_other| / |W_0|`` (Frobenius norms over all maps), ``tokens`` what it has learned from in
     whole segments, ``bytes`` what it holds.
@@ -61,22 +66,57 @@ def _learned(module: StackedMLP, index: int, state: LevelState) -> Weights:
 
 
 @torch.no_grad()
-def compare_layers(cache: HopeCache, other: HopeCache) -> list[LevelRow]:
-    """How far the caches of a Hope model are from each other, layer by layer; ``change`` is relative to ``other``.
+def compare_layers(model: Any, cache: HopeCache, other: HopeCache, began: Mapping[int, int]) -> list[LevelRow]:
+    """How far the caches of a Hope model are from each other: of each layer the mixer, then its levels.
 
-    Infinite where the other cache holds nothing, NaN where the two hold tensors of different shapes.
+    The change of a mixer is relative to what ``other`` holds of it: infinite where that is nothing, NaN where the two
+    hold tensors of different shapes. ``began`` says at which token a level has started to learn, 0 if not named.
     """
-    rows = []
-    for number, layer in enumerate(cache.layers):
-        mine = [x.double() for x in tensors_of(layer) if x.is_floating_point()]
-        before = other.layers[number] if other.layers else None
-        theirs = [x.double() for x in tensors_of(before) if x.is_floating_point()]
-        change = float("inf")
-        if theirs:
-            same = [x.shape for x in mine] == [x.shape for x in theirs]
-            change = _relative(mine, theirs) if same else float("nan")
-        rows.append(LevelRow(f"model.layers.{number}", None, None, None, cache.seen, change, state_bytes(layer)))
+    rows: list[LevelRow] = []
+    read = cache.seen - sum(segment.ids.shape[1] for segment in cache.segments)
+    for number, block in enumerate(model.model.layers):
+        path = f"model.layers.{number}"
+        mine = cache.layers[number] if cache.layers else LayerState()
+        theirs = other.layers[number] if other.layers else LayerState()
+        if mine.mixer is not None:
+            change, held = _mixer_change(mine.mixer, theirs.mixer), state_bytes(mine.mixer)
+            rows.append(LevelRow(f"{path}.mixer", None, None, None, cache.seen, change, held))
+        cms = cast(ContinuumMemory, block.cms)
+        for index, network in enumerate(cms.networks):
+            if isinstance(network, LevelWeights):
+                fast, before = (None if layer.cms is None else layer.cms.levels[index] for layer in (mine, theirs))
+                tokens = 0 if fast is None else max(read - began.get(index, 0), 0)
+                change = _level_change(network, fast, before)
+                rule = network.level.rule
+                rows.append(LevelRow(f"{path}.cms", index, network.period, rule, tokens, change, state_bytes(fast)))
     return rows
+
+
+def _mixer_change(mine: Tree, theirs: Tree) -> float:
+    ours, others = ([x.double() for x in tensors_of(tree) if x.is_floating_point()] for tree in (mine, theirs))
+    if not others:
+        return float("inf")
+    return _relative(ours, others) if [x.shape for x in ours] == [x.shape for x in others] else float("nan")
+
+
+def _level_change(network: LevelWeights, state: Tree, other: Tree) -> float:
+    """``|W - W_other| / |W_0|`` of a level of a continuum memory, dense weights of all its maps together."""
+    start, mine, theirs = (_dense(network, held) for held in (None, state, other))
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in start)
+    return (apart / max(sum(float(w.square().sum()) for w in start.values()), 1e-30)) ** 0.5
+
+
+def _dense(network: LevelWeights, state: Tree) -> Weights:
+    """Weights of a level with all that was written; None: at their start."""
+    held = network.initial_weights(torch.float64) if state is None else _params(state)
+    held = {name: w.double() for name, w in held.items()}
+    if network.fixed is None:
+        return held
+    return {name: w.double() + held[f"{name}_B"] @ held[f"{name}_A"] for name, w in network.fixed.items()}
+
+
+def _params(state: Tree) -> Weights:
+    return (state.fast if isinstance(state, NestedState) else state).params
 
 
 def _relative(mine: list[Tensor], theirs: list[Tensor]) -> float:

@@ -49,14 +49,14 @@ class Walk:
         tokens_of: turns blocks into tokens.
         place: where it stands; follows every step.
         writes: whether anything is learned.
-        views: levels whose writes each compared view ignores, by name of the view.
+        views: levels whose writes each compared view ignores (None: all writes of the model), by name of the view.
     """
 
     engine: Engine
     tokens_of: TokenReader
     place: Place
     writes: bool = True
-    views: dict[str | int, tuple[int, ...]] = field(default_factory=dict)
+    views: dict[str | int, tuple[int, ...] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._before = self.place.mind
@@ -113,11 +113,11 @@ class Walk:
         return Step(self.place, score)
 
 
-def views_of(engine: Engine, compare: str) -> dict[str | int, tuple[int, ...]]:
-    """What `Walk` compares with: writes off, and each level's writes ignored where there are several."""
+def views_of(engine: Engine, compare: str) -> dict[str | int, tuple[int, ...] | None]:
+    """What `Walk` compares with: writes off, and each level's writes ignored."""
     if compare == "none":
         return {}
-    views: dict[str | int, tuple[int, ...]] = {OFF: engine.levels}
+    views: dict[str | int, tuple[int, ...] | None] = {OFF: None}
     if compare == "levels":
         views |= {level: (level,) for level in engine.levels}
     return views

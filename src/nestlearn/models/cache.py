@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nestlearn.models.files import whole_file
+from nestlearn.nn.cms import ContinuumState
 from nestlearn.nn.state import Tree, clone, detach, flatten_state, index_rows, map_tensors, state_bytes, tensors_of
 from nestlearn.nn.state import unflatten_state as rebuild
 
@@ -159,6 +160,24 @@ class HopeCache:
         """The cache cut from the autograd graph (truncated backpropagation through time)."""
         return self._map(detach)
 
+    def forget(self, levels: Iterable[int]) -> HopeCache:
+        """The cache with some levels of every continuum memory (by number, 0 the fastest) at their initial weights.
+
+        A segment that is not complete goes on without what they had learned, too. Tensors are shared.
+
+        Example:
+            >>> from nestlearn import HopeConfig, HopeForCausalLM
+            >>> levels = [{"period": 4, "hidden": 8}, {"period": 6, "hidden": 8}]
+            >>> model = HopeForCausalLM(HopeConfig(hidden_size=16, num_hidden_layers=1, cms=levels)).eval()
+            >>> cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
+            >>> [level is None for level in cache.forget([0]).layers[0].cms.levels]
+            [True, False]
+        """
+        chosen, other = set(levels), self._map(lambda tree: tree)
+        other.layers = [_forget(layer, chosen) for layer in self.layers]
+        other.segments = [s._replace(layers=tuple(_forget(layer, chosen) for layer in s.layers)) for s in self.segments]
+        return other
+
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return state_bytes((self.layers, self.segments))
@@ -271,6 +290,14 @@ class HopeCache:
         if model is not None:
             cache.check(getattr(model, "config", model).state_signature(), cache.batch_size)
         return cache.to(device)
+
+
+def _forget(layer: LayerState, levels: set[int]) -> LayerState:
+    """The layer's state with some levels at their initial weights, which None is."""
+    if layer.cms is None:
+        return layer
+    kept = (None if i in levels else level for i, level in enumerate(layer.cms.levels))
+    return layer._replace(cms=ContinuumState(tuple(kept)))
 
 
 def _moved(segment: Segment, index: Tensor) -> Segment | None:

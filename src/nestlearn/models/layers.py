@@ -15,7 +15,7 @@ from nestlearn.memory import MLP, AssociativeMemory, catalog
 from nestlearn.models.cache import LayerState
 from nestlearn.models.config import TITANS_MIXERS, HopeConfig
 from nestlearn.nn.attention import CausalAttention
-from nestlearn.nn.cms import ContinuumMemory
+from nestlearn.nn.cms import ContinuumMemory, Writes
 from nestlearn.nn.hierarchical import HierarchicalMemory
 from nestlearn.nn.levels import Level
 from nestlearn.nn.mixer import GATE_RULES, MemoryMixer
@@ -135,7 +135,7 @@ class HopeBlock(GradientCheckpointingLayer):
         state: LayerState | None = None,
         mask: Bool[Tensor, "b t"] | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
-        writes: bool = True,
+        writes: Writes = True,
         return_state: bool = True,
         tape: Tape | None = None,
         key: int = 0,
@@ -154,15 +154,18 @@ class HopeBlock(GradientCheckpointingLayer):
         before: LayerState,
         mask: Tensor | None,
         reset: Tensor | None,
-        writes: bool,
+        writes: Writes,
         return_state: bool,
         tape: Tape | None,
         key: int,
     ) -> tuple[Tensor, LayerState | None]:
-        options = {"writes": writes, "return_state": return_state}
-        y, mixer_state = self.mixer(self.mixer_norm(x), before.mixer, mask, reset, **options)
+        y, mixer_state = self.mixer(
+            self.mixer_norm(x), before.mixer, mask, reset, writes=writes is not False, return_state=return_state
+        )
         x = x + y
-        y, cms_state = self.cms(self.cms_norm(x), before.cms, mask, reset, **options, tape=tape, key=key)
+        y, cms_state = self.cms(
+            self.cms_norm(x), before.cms, mask, reset, writes=writes, return_state=return_state, tape=tape, key=key
+        )
         return x + y, LayerState(mixer_state, cms_state) if return_state else None
 
     def flops_per_token(self, context_length: int) -> int:

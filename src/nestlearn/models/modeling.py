@@ -17,6 +17,7 @@ from nestlearn.models.documents import find_documents, put_back, take
 from nestlearn.models.inputs import check_embeds, check_ids, may_look, merge_resets, token_mask
 from nestlearn.models.layers import HopeBlock
 from nestlearn.models.streaming import SegmentReader
+from nestlearn.nn.cms import Writes
 from nestlearn.nn.tape import Tape
 
 
@@ -95,7 +96,7 @@ class HopeModel(HopePreTrainedModel):
         past_key_values: HopeCache | None = None,
         use_cache: bool | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
-        writes: bool = True,
+        writes: Writes = True,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_layer: nn.Module | None = None,
@@ -151,7 +152,7 @@ class HopeModel(HopePreTrainedModel):
         return SegmentReader(self, output_layer, self.segment_length)
 
     def _document(
-        self, reader: SegmentReader | None, x: Tensor, ids: Tensor | None, tokens: Tensor, writes: bool
+        self, reader: SegmentReader | None, x: Tensor, ids: Tensor | None, tokens: Tensor, writes: Writes
     ) -> Tensor:
         """The output for documents that have a row each."""
         if reader is None or ids is None:
@@ -164,7 +165,7 @@ class HopeModel(HopePreTrainedModel):
         before: list[LayerState],
         mask: Tensor | None,
         reset: Tensor | None,
-        writes: bool,
+        writes: Writes,
         keep: bool,
         visited: list[Tensor] | None = None,
         tape: Tape | None = None,
@@ -235,7 +236,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         reset: Bool[Tensor, "b t"] | None = None,
-        writes: bool = True,
+        writes: Writes = True,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -251,7 +252,8 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions to compute logits for (or their indices); 0 for all.
             reset: True at a token that starts a new document; joined with ``input_ids == config.reset_token_id`` and
                 with ``position_ids == 0`` where position ids are given.
-            writes: False lets every memory be read but learn nothing (inner step 0).
+            writes: False lets every memory be read but learn nothing (inner step 0); numbers name the levels of the
+                continuum memories that learn, 0 the fastest, beside the mixers.
             kwargs: ``num_items_in_batch`` (divides the summed loss), ``output_hidden_states``, ``position_ids``.
 
         Raises:

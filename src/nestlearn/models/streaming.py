@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.models.cache import LayerState, Segment
-from nestlearn.nn.cms import ContinuumMemory
+from nestlearn.nn.cms import ContinuumMemory, Writes
 from nestlearn.nn.state import detach, index_rows, put_rows
 from nestlearn.nn.tape import Factors, Tape, gradients, segment_factors, usable
 
@@ -71,7 +71,7 @@ class SegmentReader:
         segments: list[Segment],
         mask: Bool[Tensor, "b t"] | None,
         reset: Bool[Tensor, "b t"] | None,
-        writes: bool,
+        writes: Writes,
         keep: bool,
         visit: bool = False,
     ) -> Reading:
@@ -146,7 +146,7 @@ class SegmentReader:
         one = len(self.segments) == 1 and len(self.segments[0].rows) == self.x.shape[0]
         return (
             one
-            and self.writes
+            and self.writes is not False
             and self.segments[0].ids.shape[1] == 0
             and piece.last - piece.first == self.length
             and self._is_read_again(piece)
@@ -181,7 +181,8 @@ class SegmentReader:
         for i, segment in enumerate(self.segments):
             if segment.rows.tolist()[0] in piece.real:
                 ids = torch.cat((segment.ids, self.ids[segment.rows, columns]), 1)
-                learns = torch.full_like(ids[:, segment.learns.shape[1] :], self.writes, dtype=torch.bool)
+                taught = ids[:, segment.learns.shape[1] :]
+                learns = torch.full_like(taught, self.writes is not False, dtype=torch.bool)
                 self.segments[i] = segment._replace(ids=ids, learns=torch.cat((segment.learns, learns), 1))
         due = [segment for segment in self.segments if segment.ids.shape[1] == self.length]
         self.segments = [segment for segment in self.segments if segment.ids.shape[1] < self.length]
@@ -253,7 +254,7 @@ class SegmentReader:
     ) -> Layers:
         """The states after a segment is written into every layer's levels."""
         return [
-            state._replace(cms=self._cms(i).absorb(state.cms, factors, i, learns, idle))
+            state._replace(cms=self._cms(i).absorb(state.cms, factors, i, learns, idle, self.writes))
             for i, state in enumerate(layers)
         ]
 

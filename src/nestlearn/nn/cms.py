@@ -23,6 +23,8 @@ from .tape import Factors, Tape
 Variant = Literal["sequential", "nested", "independent"]
 Signal = Literal["local", "loss"]
 Meta = Literal["first", "second"]
+Writes = bool | Sequence[int]
+"""Whether levels learn from what they read: all, none, or those with these numbers (0 the fastest)."""
 
 
 class ContinuumState(NamedTuple):
@@ -175,7 +177,7 @@ class ContinuumMemory(nn.Module):
         mask: Bool[Tensor, "b t"] | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
         *,
-        writes: bool = True,
+        writes: Writes = True,
         return_state: bool = True,
         tape: Tape | None = None,
         key: Hashable = None,
@@ -183,6 +185,7 @@ class ContinuumMemory(nn.Module):
         """What the levels add to the residual stream; arguments as in every layer of `nestlearn.nn`.
 
         Args:
+            writes: see `Writes`; the step of a level that does not write is 0, and time goes on.
             tape: what records the maps of levels that a loss teaches, level i under ``(key, i)``.
             key: of this layer on the tape.
 
@@ -204,7 +207,7 @@ class ContinuumMemory(nn.Module):
         for i, (network, norm, fast) in enumerate(zip(self.networks, self.norms, before, strict=True)):
             here = norm(x if total is None or self.aggregation is not None else x + total)
             if isinstance(network, FastLevel):
-                y, end = network(here, fast, mask, reset, writes, return_state)
+                y, end = network(here, fast, mask, reset, _writes(writes, i), return_state)
             elif isinstance(network, LossLevel):
                 y, end = network(here, fast, reset, return_state, tape, (key, i))
             else:
@@ -224,6 +227,7 @@ class ContinuumMemory(nn.Module):
         key: Hashable = None,
         learns: Bool[Tensor, "b t"] | None = None,
         idle: Collection[int] = (),
+        writes: Writes = True,
     ) -> ContinuumState:
         """The state after a segment that a loss teaches.
 
@@ -232,6 +236,7 @@ class ContinuumMemory(nn.Module):
             factors: by ``(key, level)``, as `nestlearn.nn.tape.segment_factors` returns them.
             learns: tokens whose step is not 0; None for all.
             idle: periods of levels to leave as they are, since nobody will read what they learn.
+            writes: see `Writes`; every step of a level that does not write is 0.
 
         Raises:
             ValueError: factors of another tape or key, or of more tokens than a segment has.
@@ -246,12 +251,12 @@ class ContinuumMemory(nn.Module):
             torch.Size([2, 21, 8])
         """
         self._check_factors(state, factors, key, idle)
-        after = [
-            network.absorb(fast, factors[key, i], learns)
-            if isinstance(network, LossLevel) and fast is not None and network.period not in idle
-            else fast
-            for i, (network, fast) in enumerate(zip(self.networks, state.levels, strict=True))
-        ]
+        after: list[FastState | NestedState | None] = []
+        for i, (network, fast) in enumerate(zip(self.networks, state.levels, strict=True)):
+            if isinstance(network, LossLevel) and fast is not None and network.period not in idle:
+                here = factors[key, i]
+                fast = network.absorb(fast, here, learns if _writes(writes, i) else _none_of(here))
+            after.append(fast)
         return ContinuumState(tuple(after))
 
     def _check_factors(
@@ -302,6 +307,16 @@ class ContinuumMemory(nn.Module):
         for module in (*self.networks, *self.norms, self.aggregation):
             if isinstance(module, FastLevel | LossLevel | FeedForward | nn.RMSNorm | Aggregation):
                 module.reset_parameters()
+
+
+def _writes(writes: Writes, level: int) -> bool:
+    return writes if isinstance(writes, bool) else level in writes
+
+
+def _none_of(factors: Factors) -> Bool[Tensor, "b t"]:
+    """That no token of a segment teaches."""
+    x = next(iter(factors.values())).input
+    return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
 def _check_levels(levels: Sequence[Level]) -> None:
