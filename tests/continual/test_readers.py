@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from nestlearn.continual import FineTuningReader, InContextReader
+from nestlearn.continual import FineTuning, FineTuningReader, InContextReader
+from nestlearn.continual.methods import OptimizerFactory
 from nestlearn.data import byte_tokenizer
 from nestlearn.models import HopeConfig, HopeForCausalLM
 
@@ -71,6 +74,22 @@ class TestFineTuning:
         scale = 0.1 * min(1.0, 1.0 / norm.item())
         for old, new, gradient in zip(model.parameters(), reader.model.parameters(), gradients, strict=True):
             torch.testing.assert_close(new, old - scale * gradient, rtol=1e-4, atol=1e-6)
+
+    def test_only_gradients_of_what_is_trained_are_bounded(self, model: HopeForCausalLM) -> None:
+        class Head(FineTuning):
+            def make_optimizer(self, model: nn.Module, factory: OptimizerFactory) -> torch.optim.Optimizer:
+                assert isinstance(model, HopeForCausalLM)
+                return factory(model.lm_head.parameters())
+
+        reader = FineTuningReader(model, TOKENIZER, partial(torch.optim.SGD, lr=1.0), method=Head())
+        for text in ("hello world", "another text"):
+            before = copy.deepcopy(reader.model)
+            ids = torch.tensor([[256, *text.encode()]])
+            loss = torch.nn.functional.cross_entropy(before(ids[:, :-1]).logits[0], ids[0, 1:])
+            (gradient,) = torch.autograd.grad(loss, [before.lm_head.weight])
+            reader.read(text)
+            expected = before.lm_head.weight - gradient * min(1.0, 1.0 / gradient.norm().item())
+            torch.testing.assert_close(reader.model.lm_head.weight, expected, rtol=1e-4, atol=1e-6)
 
     def test_copies_are_independent(self, model: HopeForCausalLM) -> None:
         reader = FineTuningReader(model, TOKENIZER, partial(torch.optim.AdamW, lr=1e-3))

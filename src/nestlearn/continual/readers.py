@@ -134,6 +134,8 @@ class FineTuningReader:
     def read(self, text: str) -> list[float]:
         """Train on the text; returns the mean loss of every step, in nats per token."""
         was_training, losses = self.model.training, []
+        # What the optimizer does not step keeps the gradients of all steps so far, which are no part of this one.
+        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         self.model.train()
         for _ in range(self.passes):
             for ids in self._sequences(text):
@@ -141,7 +143,7 @@ class FineTuningReader:
                 logits = self.model(ids[:, :-1]).logits
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(trained, 1.0)
                 self._optimizer.step()
                 losses.append(loss.item())
         self.model.train(was_training)
