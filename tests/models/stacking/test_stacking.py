@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from nestlearn import Level, LevelState, freeze_backbone, stack_levels, unstack_levels
+from nestlearn import HopeConfig, HopeForCausalLM, Level, LevelState, freeze_backbone, stack_levels, unstack_levels
 from nestlearn.data import byte_tokenizer
 from nestlearn.models import level_parameters, load_stacked
 from nestlearn.models.stacking import read_segment
@@ -240,6 +240,9 @@ def test_what_cannot_work_is_refused_and_the_model_left_alone(make, arguments, m
 def test_models_that_cannot_be_stacked(make):
     with pytest.raises(TypeError, match="transformers"):
         stack_levels(nn.Linear(2, 2), LEVELS)
+    hope = HopeForCausalLM(HopeConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match=r"levels of its own.*HopeConfig\(cms="):
+        stack_levels(hope, LEVELS)
     small = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
     with pytest.raises(ValueError, match="`mlp`"):
         stack_levels(OPTForCausalLM(OPTConfig(**small, word_embed_proj_dim=16)), LEVELS)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from nestlearn.models.config import HopeConfig
 from nestlearn.nn.levels import Level
 
 from .classes import StackedModel, stacked_config_class, stacked_model_class
@@ -79,6 +80,12 @@ def stack_levels(
 def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"stack_levels needs a model of the transformers library, got {type(model).__name__}.")
+    if isinstance(model.config, HopeConfig):
+        raise ValueError(
+            f"{type(model).__name__} has levels of its own, which nothing can be stacked on. Set them in its "
+            'configuration before training, e.g. HopeConfig(cms=[{"period": 64}, {"period": None}]), with '
+            "cms_signal='loss' for levels that the next-token loss teaches."
+        )
     if isinstance(model, StackedModel):
         raise ValueError("the model has levels already; take them off with unstack_levels(model) first.")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
