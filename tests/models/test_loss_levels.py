@@ -425,6 +425,13 @@ def test_hidden_states_of_all_layers(make, ids):
         assert torch.equal(output.hidden_states[0], model.model.embed_tokens(ids))
 
 
+def test_a_level_that_names_no_step_takes_one_that_suits_its_signal(make):
+    for signal, lr, expected in (("loss", {}, 0.01), ("local", {}, 1.0), ("loss", {"lr": 1.0}, 1.0)):
+        levels = [{"period": 4, "expansion": 1} | lr, {"period": 8, "expansion": 1} | lr]
+        model = make("three", cms=levels, cms_signal=signal, cms_variant="sequential")
+        assert [level.level.lr for level in model.model.layers[0].cms.networks] == [expected] * 2
+
+
 def test_what_cannot_be_taught_is_refused(make, ids):
     model = make("three")
     with pytest.raises(ValueError, match="hold no targets"):

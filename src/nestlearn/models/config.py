@@ -86,7 +86,8 @@ class HopeConfig(PreTrainedConfig):
         memory_read: ``"token"`` reads the main memory after the token's own write, ``"chunk"`` at its chunk's start.
         memory_self_values: whether each memory generates its own target; False gives it the value of the token.
         cms: levels of the feed-forward network, fastest first, as mappings of the fields of `nestlearn.nn.Level`;
-            ``{"period": None, "expansion": 4}`` alone is an ordinary frozen FFN.
+            ``{"period": None, "expansion": 4}`` alone is an ordinary frozen FFN. Without ``lr`` a level takes steps of
+            1, and of 0.01 if a loss teaches it.
         cms_variant: how levels are connected: ``"sequential"``, ``"nested"`` or ``"independent"``.
         cms_signal: what teaches levels: ``"local"``, an objective of their own, or ``"loss"``, the next-token loss of
             the tokens just read, in segments of the smallest period.

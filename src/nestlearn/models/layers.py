@@ -99,6 +99,14 @@ def _self_modifying(config: HopeConfig) -> nn.Module:
     )
 
 
+LOSS_STEP = 0.01
+"""Step of a level that a loss teaches, where the configuration names none: it multiplies a sum of losses in nats."""
+
+
+def _level_defaults(config: HopeConfig) -> dict[str, Any]:
+    return {"lr": LOSS_STEP} if config.cms_signal == "loss" else {}
+
+
 def build_cms(config: HopeConfig) -> ContinuumMemory:
     """The continuum memory of a layer: its levels, connected and taught as configured.
 
@@ -107,7 +115,7 @@ def build_cms(config: HopeConfig) -> ContinuumMemory:
     """
     return ContinuumMemory(
         config.hidden_size,
-        [Level(**level) for level in config.cms],
+        [Level(**(_level_defaults(config) | level)) for level in config.cms],
         config.ffn_activation,
         config.cms_variant,
         config.cms_signal,
