@@ -2,6 +2,7 @@
 
     python benchmarks/language_ablations.py --out runs/language_ablations
     python benchmarks/language_ablations.py --rows default "default, static projections" --steps 1000 --out runs/longer
+    python benchmarks/language_ablations.py --rows nested "nested, by gradient" "nested, sequential" --out runs/nested
 
 All rows of a seed see the same batches and start from the same weights where they have the same parameters, so the
 difference from their baseline is paired. Finished runs in --out are not repeated: the command can be stopped and
@@ -35,6 +36,10 @@ COMMON: dict[str, Any] = {
     "cms": [{"period": 64, "expansion": 0.5}, {"expansion": 3}],
 }  # fmt: skip
 NO_CMS = [{"period": None, "expansion": 3.5}]
+NESTED: dict[str, Any] = {
+    "cms": [{"period": 16, "expansion": 0.5}, {"period": 64, "expansion": 0.5}, {"expansion": 3}],
+    "cms_variant": "nested",
+}  # fmt: skip
 
 
 def _without(*names: str) -> dict[str, Any]:
@@ -60,6 +65,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "default, static projections": ("default", DEFAULT | {"adaptive": []}),
     "default, given values": ("default", DEFAULT | {"memory_self_values": False}),
     "default, trained without writes": ("default", DEFAULT),
+    "nested": ("nested", DEFAULT | NESTED),
+    "nested, by gradient": ("nested", DEFAULT | NESTED | {"cms_transfer_by": "gradient"}),
+    "nested, sequential": ("nested", DEFAULT | NESTED | {"cms_variant": "sequential"}),
 }
 PUBLISHED = {
     "hope": 12.24, "w/o DGD": 13.41, "w/o momentum": 13.58, "w/o weight decay": 13.71, "w/o CMS": 13.04,
