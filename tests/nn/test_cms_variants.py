@@ -267,6 +267,21 @@ def test_future_tokens_and_other_rows_change_no_bit(case):
         assert torch.equal(cms(changed)[0][::2], before[::2])
 
 
+@pytest.mark.parametrize("case", ["nested two", "nested by gradient"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_token_that_is_not_finite_spoils_its_row_from_there_on(case, whole):
+    cms = make(case)
+    level, x = cms.networks[0], torch.randn(2, 20, D, dtype=torch.float64)
+    assert isinstance(level, FastLevel)
+    x[0, 8] = float("nan")
+    parts, state, outputs = [x] if whole else [*x.split([7, 6, 7], 1)], None, []
+    for part in parts:
+        y, state = level(part, state, None, None, True, True)
+        outputs.append(y)
+    y = torch.cat(outputs, 1)
+    assert y[0, :8].isfinite().all() and y[0, 8:].isnan().all() and y[1].isfinite().all()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_evaluation_equals_training_and_rows_can_be_reordered(case):
     cms = make(case)

@@ -95,8 +95,8 @@ class ContinuumMemory(nn.Module):
             (``"second"``); for whoever calls `absorb`.
         transfer: rho of the nested variant.
         transfer_by: how the nested variant moves initial weights: by what was learned, the ``"difference"``, or by the
-            ``"gradient"`` of the window's objective through all its writes. The latter reads every window once more
-            (about four times the cost), keeps its tokens in the state, and is for levels that teach themselves.
+            ``"gradient"`` of the window's objective through all its writes. The latter reads every window once more,
+            forward and back, keeps its tokens in the state, and is for levels that teach themselves.
         heads: parts of the width that the independent variant weighs separately.
         norm_eps: epsilon of the levels' norms.
 

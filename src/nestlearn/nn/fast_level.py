@@ -254,8 +254,8 @@ class FastLevel(LevelWeights):
         written = (context_length - 1) // self.period * self.period
         total = read + outer + write * written // context_length
         if self.outer is not None and self.transfer_by == "gradient":
-            # Whole windows run once more, forward and back.
-            total += 3 * (read + write) * (context_length // self.outer * self.outer) // context_length
+            # Whole windows run once more, forward and back to the initial weights.
+            total += 2 * (read + write) * (context_length // self.outer * self.outer) // context_length
         return total
 
     def extra_repr(self) -> str:
