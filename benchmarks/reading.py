@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--book", type=Path, default=Path("../shared/data/gutenberg_books/alice.txt"))
     parser.add_argument("--tasks", default="knowledge,translation")
     parser.add_argument("--methods", default=",".join(METHODS).replace(", ", ";"), help="commas in a name as ;")
+    parser.add_argument("--rates", type=float, nargs="+", help="to choose from; default: those of each method")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -160,7 +161,7 @@ def main() -> None:
     chosen: dict[tuple[str, str], float] = {}
     for task in options.tasks.split(","):
         for method in (name.replace(";", ", ") for name in options.methods.split(",")):
-            rates = METHODS[method][1]
+            rates = options.rates or METHODS[method][1]
             best = max(rates, key=lambda rate, t=task, m=method: merit(t, cell(t, m, rate, TUNING_SEED)))
             chosen[task, method] = best
             for seed in options.seeds:
