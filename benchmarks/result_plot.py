@@ -22,10 +22,11 @@ _COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY)
 
 def points(run: dict[str, Any]) -> list[tuple[float, float]]:
     """(length or number of pairs, accuracy in percent) of one run."""
-    if run["details"]["by_length"] and run["task"] != "niah_single_1":
-        return [(point["length"], 100 * point["value"]) for point in run["details"]["by_length"]]
-    scores = run["details"]["scores"].items()
-    return [(float(re.findall(r"\d+", name)[-1]), 100 * score["value"]) for name, score in scores]
+    scores, ranges = run["details"]["scores"], run["details"]["by_length"]
+    # As many ranges as splits: every split has one length, which its name says exactly.
+    if len(ranges) > len(scores):
+        return [(point["length"], 100 * point["value"]) for point in ranges]
+    return [(float(re.findall(r"\d+", name)[-1]), 100 * score["value"]) for name, score in scores.items()]
 
 
 def label(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
