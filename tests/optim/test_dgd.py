@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from nestlearn.memory import AssociativeMemory, Delta, Factor, Gates, Matrix, absorb
-from nestlearn.optim import DGD, InputProjection, MultiTimescale, param_groups
+from nestlearn.optim import DGD, InputProjection, MultiTimescale, NestedTransfer, param_groups
 from nestlearn.optim.dgd import batch_step
 
 FORMS = ("batch", "sample")
@@ -699,3 +699,19 @@ def test_bad_settings_name_the_cause():
     optimizer.param_groups[0]["form"] = "sample"
     with pytest.raises(ValueError, match="form is 'sample', but the model itself was observed for another"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("wrap", [lambda o, m: NestedTransfer(o, period=9), InputProjection])
+def test_zero_grad_of_a_wrapper_forgets_what_was_collected(wrap):
+    ends = []
+    for discarded in (False, True):
+        layer = nn.Linear(4, 2, bias=False, dtype=torch.float64)
+        layer.weight.data.copy_(random(2, 4))
+        optimizer = wrap(DGD(layer.parameters(), layer), layer)
+        if discarded:
+            layer(random(7, 4, seed=1)).square().mean().backward()
+        optimizer.zero_grad()
+        layer(random(5, 4, seed=2)).square().mean().backward()
+        optimizer.step()
+        ends.append(layer.weight.detach())
+    assert torch.equal(*ends)

@@ -30,17 +30,21 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from nestlearn.optim import (
+    DGD,
     M3,
     AdaGradMemory,
     AssociativeMomentum,
     DeepMomentum,
     DeltaRule,
     Diagonal,
+    InputProjection,
     LeastSquares,
     MultiTimescale,
+    NestedTransfer,
     NewtonSchulz,
     Polynomial,
     Whitening,
+    matrices,
 )
 
 pytestmark = [
@@ -50,7 +54,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
 ]
 
-PROCESSES, STEPS, STOP = 2, 20, 11  # it stops within a slow period, and within a period of every level
+PROCESSES, STEPS, STOP = 2, 20, 14  # it stops within a slow period, and within a period of every level
 
 
 class Mixed(nn.Module):
@@ -91,6 +95,8 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
     ),
     "deep-momentum": lambda model: DeepMomentum(groups(model), lr=0.02, momentum=0.5),
     "adagrad-memory": lambda model: AdaGradMemory(groups(model), lr=0.02, momentum=0.5),
+    "dgd": lambda model: DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1),
+    "nested-transfer": lambda model: NestedTransfer(M3(groups(model), lr=0.02, slow_period=4), period=4),
     "multi-timescale": lambda model: MultiTimescale(M3(groups(model), lr=0.02, slow_period=2), periods=[3, 4]),
 }
 
@@ -150,7 +156,36 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
             train(model, optimizer, range(STOP, STEPS))
             found[way] = complete(model)
         torch.save(found, folder / f"{name}-{rank}.pt")
+    (folder / f"stack-{rank}").write_text(stacks_that_are_collected())
+    torch.save(refusals(), folder / f"refused-{rank}.pt")
     dist.destroy_process_group()
+
+
+def stacks_that_are_collected() -> str:
+    """Divided along the first dimension; more processes than matrices of the second one."""
+    collected: list[tuple[int, ...]] = []
+    model = nn.ParameterList([torch.ones(3, 4, 5), torch.ones(1, 4, 5)])
+    fully_shard(model)
+    for optimizer in (M3(model), AssociativeMomentum(model, delta=DeltaRule())):
+        for parameter in model:
+            parameter.grad = torch.ones_like(parameter)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matrices, "whole", lambda part, like: collected.append(tuple(like.shape)))
+            optimizer.step()
+    return str(collected)
+
+
+def refusals() -> list[str]:
+    """What `InputProjection` says to a model in parts, and to one that is the same on all processes."""
+    said = []
+    for shard in (True, False):
+        model = nn.Linear(4, 4)
+        if shard:
+            fully_shard(model)
+        with pytest.raises(ValueError) as refused:
+            InputProjection(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        said.append(str(refused.value))
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +229,13 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name: str, found: Path):
     model, optimizer = load(name, found / name)
     train(model, optimizer, range(STOP, STEPS))
     close(complete(model), torch.load(found / f"{name}-0.pt")["end"])
+
+
+def test_matrices_that_are_whole_on_a_process_are_not_collected(found: Path):
+    assert [(found / f"stack-{rank}").read_text() for rank in range(PROCESSES)] == ["[]"] * PROCESSES
+
+
+def test_a_projection_by_the_inputs_of_one_process_is_refused(found: Path):
+    for rank in range(PROCESSES):
+        for said in torch.load(found / f"refused-{rank}.pt"):
+            assert "inputs of its own process only" in said and "on one process" in said

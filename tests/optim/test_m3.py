@@ -201,13 +201,17 @@ def test_the_step_has_the_size_that_adjust_lr_says():
         ({"lr": float("nan")}, "lr is nan"),
         ({"betas": (0.9, 0.95)}, "3 numbers"),
         ({"betas": (0.9, 0.95, 1.0)}, r"\[0, 1\)"),
+        ({"betas": 0.9}, "betas is 0.9; it must be 3 numbers"),
+        ({"lr": "0.1"}, "lr is '0.1'"),
         ({"alpha": -0.1}, "alpha is -0.1"),
+        ({"alpha": None}, "alpha is None"),
         ({"slow_period": 0}, "slow_period is 0"),
         ({"slow_period": 2.5}, "slow_period is 2.5"),
         ({"ns_steps": 0}, "ns_steps is 0"),
         ({"ns_steps": 100}, "ns_steps is 100"),
         ({"ns_coefficients": "cubic"}, "quintic, polar_express"),
         ({"ns_coefficients": [(1.0, 2.0)]}, "triples"),
+        ({"ns_coefficients": (3.4, -4.8, 2.0)}, "triples"),
         ({"accumulate": "sum"}, "ema, paper"),
         ({"adjust_lr": "spectral"}, "match_rms_adamw"),
         ({"eps": -1.0}, "eps is -1.0"),
@@ -238,3 +242,57 @@ def test_factors_of_the_learning_rate():
     assert orthogonal.lr_factor("original", (100, 25)) == 2.0
     assert orthogonal.lr_factor("original", (25, 100)) == 1.0
     assert orthogonal.lr_factor(None, (100, 25)) == 1.0
+
+
+def steps_of(weight: nn.Parameter, optimizer: M3, steps: range) -> None:
+    for step in steps:
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)).to(weight)
+        optimizer.step()
+
+
+def test_the_slow_memory_begins_empty_when_alpha_is_raised_and_stays_when_it_is_0_again():
+    weight, other = (nn.Parameter(torch.zeros(4, 6, dtype=torch.float64)) for _ in range(2))
+    optimizer, whole = (M3([w], alpha=alpha, slow_period=3) for w, alpha in ((weight, 0.0), (other, 0.4)))
+    steps_of(weight, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["alpha"] = 0.4
+    for name in ("slow_momentum", "slow_direction"):
+        state["state"][0][name] = torch.zeros(4, 6, dtype=torch.float64)
+    whole.load_state_dict(state)
+    other.data.copy_(weight)
+    optimizer.param_groups[0]["alpha"] = 0.4
+    for w, o in ((weight, optimizer), (other, whole)):
+        steps_of(w, o, range(2, 8))
+    assert torch.equal(weight, other)
+
+    optimizer.param_groups[0]["alpha"] = 0.0
+    again = M3([other])
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for w, o in ((weight, optimizer), (other, again)):
+        steps_of(w, o, range(8, 12))
+    assert torch.equal(weight, other) and "slow_momentum" in again.state[other]
+
+
+def test_a_second_moment_that_comes_late_is_refused():
+    weight = nn.Parameter(torch.zeros(4, 6))
+    optimizer = M3([weight], second_moment=False)
+    steps_of(weight, optimizer, range(2))
+    optimizer.param_groups[0]["second_moment"] = True
+    with pytest.raises(ValueError, match=r"no state 'second_moment': a setting .*state\[parameter\].clear\(\)"):
+        steps_of(weight, optimizer, range(1))
+    optimizer.state[weight].clear()
+    steps_of(weight, optimizer, range(1))
+
+
+def test_epsilon_is_what_keeps_the_step_from_elements_without_gradients():
+    """The others have gradients of size 1: they get next to nothing, or nearly all."""
+    gradient = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    gradient[0, 0] = 0.0
+    shares = []
+    for eps in (1e-8, 1.0):
+        weight = nn.Parameter(torch.zeros(16, 16))
+        optimizer = M3([weight], eps=eps)
+        weight.grad = gradient
+        optimizer.step()
+        shares.append(float(weight[0, 0].detach() / weight.detach().norm()) ** 2)
+    assert shares[0] > 0.99 and shares[1] < 0.05

@@ -17,6 +17,7 @@ from nestlearn.optim import (
     AdaGradMemory,
     AdamMemory,
     AssociativeMomentum,
+    DeepMemory,
     DeepMomentum,
     DeltaMomentum,
     DeltaRule,
@@ -293,6 +294,39 @@ def test_features_keep_signs_and_scale() -> None:
     assert ((outputs[0] * random(4, 6)) < 0).all()
     torch.testing.assert_close(outputs[1], -outputs[0])
     torch.testing.assert_close(outputs[2], 1e-12 * outputs[0], rtol=1e-10, atol=0)
+
+
+def test_features_of_gradients_whose_squares_are_0_stay_small() -> None:
+    weight = nn.Parameter(torch.zeros(3, 4))
+    optimizer = HigherOrderMomentum([weight], lr=1.0)
+    weight.grad = torch.full((3, 4), 1e-23)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), -weight.grad, rtol=0.2, atol=0.0)
+
+
+def test_momentum_may_be_raised_from_0_and_lowered_again() -> None:
+    weight, other = (nn.Parameter(random(3, 4)) for _ in range(2))
+    optimizer, torchs = AssociativeMomentum([weight], lr=0.1, momentum=0.0), torch.optim.SGD([other], lr=0.1)
+    for step in range(9):
+        for w, o in ((weight, optimizer), (other, torchs)):
+            o.param_groups[0]["momentum"] = 0.9 if 3 <= step < 6 else 0.0
+            w.grad = random(3, 4, seed=step)
+            o.step()
+        assert torch.equal(weight, other)
+    AssociativeMomentum([weight]).load_state_dict(optimizer.state_dict())
+
+
+def test_extensions_that_come_late() -> None:
+    """The memory of a shape begins when it is named, a preconditioner must know all gradients."""
+    weight = nn.Parameter(random(3, 4))
+    optimizer = AssociativeMomentum([weight])
+    train([weight], optimizer, range(2))
+    optimizer.param_groups[0]["memory"] = DeepMemory()
+    train([weight], optimizer, range(2, 4))
+    assert float(optimizer.state[weight]["memory_out"].abs().sum()) > 0
+    optimizer.param_groups[0]["preconditioner"] = Whitening()
+    with pytest.raises(ValueError, match=r"no state 'gram': a setting .* changed after the first step"):
+        train([weight], optimizer, range(4, 5))
 
 
 def test_whitening_of_one_gradient_is_its_polar_factor() -> None:

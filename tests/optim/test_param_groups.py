@@ -122,6 +122,11 @@ def test_a_tied_head_is_an_embedding_whichever_comes_first():
         assert rules["middle.weight"] == "matrix"
 
 
+def test_a_rate_of_0_for_the_rest_is_0():
+    groups = param_groups(nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 3)), lr=0.1, adamw_lr=0.0)
+    assert [(group["rule"], group["lr"]) for group in groups] == [("matrix", 0.1), ("adamw", 0.0), ("adamw", 0.0)]
+
+
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         param_groups(nn.Linear(2, 2).requires_grad_(False))

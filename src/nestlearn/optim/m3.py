@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -69,6 +70,8 @@ class M3(MatrixOptimizer):
         True
     """
 
+    optional_states = MappingProxyType({"slow_momentum": "alpha", "slow_direction": "alpha"})
+
     def __init__(
         self,
         params: Any,
@@ -115,9 +118,7 @@ class M3(MatrixOptimizer):
         check_orthogonal(group)
 
     def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-        names = ["fast_momentum"]
-        names += ["slow_momentum", "slow_direction"] if group["alpha"] > 0 else []
-        names += ["second_moment"] if group["second_moment"] else []
+        names = ["fast_momentum", *(["second_moment"] if group["second_moment"] else [])]
         return {name: zeros(like) for name in names}
 
     def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:

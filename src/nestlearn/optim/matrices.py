@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestlearn.optim.sharding import local, own_part, total, whole
+from nestlearn.optim.sharding import local, own_part, total, undivided, whole
 
 Stack = Float[Tensor, "b m n"]
 
@@ -70,12 +70,36 @@ class Matrices:
 
     def state(self, name: str) -> list[Stack]:
         """One entry of all states, as matrices that share its memory."""
-        return [as_matrices(local(state[name]), self.kernels) for state in self.states]
+        return [as_matrices(local(entry), self.kernels) for entry in self.entries(name)]
+
+    def entries(self, name: str) -> list[Tensor]:
+        """One entry of all states, as it is kept.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if any(name not in state for state in self.states):
+            raise ValueError(
+                f"Parameters of shape {tuple(self.parameters[0].shape)} have no state {name!r}: a setting of their "
+                "group that needs it was changed after the first step. Give it when the optimizer is made, or begin "
+                "anew for them: optimizer.state[parameter].clear()."
+            )
+        return [state[name] for state in self.states]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of each complete matrix."""
         return stack_shape(self.parameters[0].shape, self.kernels)[1:]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a parameter is a stack of matrices along its first dimension."""
+        return self.parameters[0].ndim == 3 and not self.kernels
+
+    @property
+    def undivided(self) -> bool:
+        """Whether each matrix is whole on one process, as where stacks are divided along their first dimension."""
+        return undivided(self.parameters[0], self.stacked)
 
     def whole(self, parts: Sequence[Stack]) -> list[Stack]:
         """Matrices complete on this process, from the parts that each process holds."""
@@ -91,8 +115,7 @@ class Matrices:
 
     def total(self, parts: Sequence[Float[Tensor, "b *rest"]]) -> list[Float[Tensor, "b *rest"]]:
         """Sums over the processes that hold parts of the same matrices: one row for each matrix."""
-        stacked = self.parameters[0].ndim == 3 and not self.kernels
-        return [total(part, like, stacked) for part, like in zip(parts, self.parameters, strict=True)]
+        return [total(part, like, self.stacked) for part, like in zip(parts, self.parameters, strict=True)]
 
     def norms(self, parts: Sequence[Stack]) -> list[Float[Tensor, "b 1 1"]]:
         """The Frobenius norm of each complete matrix."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +34,8 @@ class MatrixOptimizer(Optimizer):
     are unscaled here; a step with non-finite ones is left out. Without it, a non-finite gradient spoils its own
     parameter only, as in torch. With FSDP2, states are distributed as their parameters are.
 
-    A subclass has `_new_state` and `_update`, and `_check_group` for its settings.
+    A subclass has `_new_state` and `_update`, `_check_group` for its settings, and may have `optional_states`: those of
+    a parameter's shape that begin at zero when a setting of its group is above 0 for the first time.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups.
@@ -45,6 +48,9 @@ class MatrixOptimizer(Optimizer):
 
     # torch.amp.GradScaler then leaves unscaling to `step`, and sets `grad_scale` and `found_inf` for it.
     _step_supports_amp_scaling = True
+
+    optional_states: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """The setting that each of them needs, by the state's name."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
         unknown = set(adamw or {}) - set(ADAMW)
@@ -147,8 +153,12 @@ class MatrixOptimizer(Optimizer):
 
     def _step_matrices(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = {"step": torch.tensor(0.0), **self._new_state(group, parameter)}
+            state = self.state[parameter]
+            if not state:
+                state |= {"step": torch.tensor(0.0), **self._new_state(group, parameter)}
+            for name, setting in self.optional_states.items():
+                if group[setting] > 0 and name not in state:
+                    state[name] = zeros(parameter)
         steps = [int(self.state[parameter]["step"]) for parameter in parameters]
         self._update_all(group, (self._matrices(group, members) for members in batches(parameters, steps)))
 
@@ -245,10 +255,12 @@ class MatrixOptimizer(Optimizer):
         expected = self._new_state(group, parameter) if is_matrix(group, parameter) else adamw_state(parameter)
         shapes = {name: tuple(value.shape) for name, value in expected.items() if name != "step"}
         received = {name: tuple(value.shape) for name, value in saved.items() if name != "step"}
-        if shapes != received:
+        # Settings may have changed since the last step: what they need begins then, what they needed stays.
+        allowed = shapes | dict.fromkeys(self.optional_states, tuple(parameter.shape))
+        if not shapes.items() <= received.items() <= allowed.items():
             raise ValueError(
                 f"The saved state of a parameter of shape {tuple(parameter.shape)} has {received}; it must have "
-                f"{shapes}. Give the optimizer the same parameters in the same order as when it was saved."
+                f"{allowed}. Give the optimizer the same parameters in the same order as when it was saved."
             )
 
 
@@ -269,12 +281,12 @@ def adamw_state(like: Tensor) -> dict[str, Tensor]:
 
 def not_negative(name: str, value: float | Tensor, meaning: str) -> None:
     """Raises ValueError unless the value is 0 or more."""
-    if not float(value) >= 0.0:
-        raise ValueError(f"{name} is {value}; it must be 0 or more: {meaning}.")
+    if not isinstance(value, (Real, Tensor)) or not float(value) >= 0.0:
+        raise ValueError(f"{name} is {value!r}; it must be 0 or more: {meaning}.")
 
 
-def fractions(name: str, values: Iterable[float], count: int) -> None:
+def fractions(name: str, values: Sequence[float], count: int) -> None:
     """Raises ValueError unless these are `count` numbers in [0, 1)."""
-    values = tuple(values)
-    if len(values) != count or not all(0.0 <= value < 1.0 for value in values):
+    numbers = isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
+    if not numbers or len(values) != count or not all(0.0 <= value < 1.0 for value in values):
         raise ValueError(f"{name} is {values}; it must be {count} numbers in [0, 1), each the part kept at a step.")

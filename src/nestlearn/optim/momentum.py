@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nestlearn.optim.deep_memory import DeepMemory
 from nestlearn.optim.matrices import Matrices, Stack, stack_shape, take_step, together, wide
-from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, is_matrix, not_negative, zeros
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, is_matrix, not_negative
 from nestlearn.optim.outputs import NewtonSchulz, Sign
 from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
 
@@ -81,7 +82,8 @@ class Polynomial:
         rows, columns = matrices.shape
         sizes = matrices.norms(gradients)
         torch._foreach_mul_(sizes, (rows * columns) ** -0.5)
-        torch._foreach_clamp_min_(sizes, torch.finfo(sizes[0].dtype).tiny)  # a zero matrix has zero features
+        # A zero matrix has zero features; below this a norm's own squares are rounded to 0.
+        torch._foreach_clamp_min_(sizes, torch.finfo(sizes[0].dtype).tiny ** 0.5)
         relative = torch._foreach_div(gradients, sizes)
         magnitudes = torch._foreach_abs(relative)
         # Horner: r z (c_1 + |z| (c_2 + |z| (c_3 + ...))).
@@ -145,6 +147,8 @@ class AssociativeMomentum(MatrixOptimizer):
         True
     """
 
+    optional_states = MappingProxyType({"momentum_buffer": "momentum"})
+
     def __init__(
         self,
         params: Any,
@@ -204,7 +208,7 @@ class AssociativeMomentum(MatrixOptimizer):
         super().load_state_dict(state_dict | {"param_groups": groups})
 
     def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-        state = {"momentum_buffer": zeros(like)} if group["momentum"] > 0 else {}
+        state: dict[str, Tensor] = {}
         preconditioner, memory, kernels = group["preconditioner"], group["memory"], group["kernels"]
         if preconditioner is not None:
             state |= preconditioner.new_state(like, kernels)
@@ -224,8 +228,9 @@ class AssociativeMomentum(MatrixOptimizer):
         for matrices in given:
             alike.setdefault(first_alike(group, matrices.parameters[0]), []).append(matrices)
         for first, members in alike.items():
-            if not self.state[first]:  # it has had no gradient yet, others of its shape have
-                self.state[first] = {"step": torch.tensor(0.0), **self._new_state(group, first)}
+            state = self.state[first]
+            if "memory_in" not in state:  # it has had no gradient yet, others of its shape have
+                self.state[first] = {"step": torch.tensor(0.0), **self._new_state(group, first), **state}
             stacks = [matrices.whole(momentum_of(group, matrices)) for matrices in members]
             rows = [stack.reshape(-1, stack.shape[-1]) for some in stacks for stack in some]
             answers = group["memory"].apply(self.state[first], torch.cat(rows))
@@ -300,8 +305,8 @@ def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
 
 def erase(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: float, delta: DeltaRule) -> None:
     """``m ← m (α I - ρ k̂ᵀk̂)`` in place, through the smaller of ``m kᵀ`` and ``kᵀk``."""
-    m, counts = together(matrices.whole(momenta))
-    k, _ = together(matrices.whole(keys))
+    m, counts = together(momenta if matrices.undivided else matrices.whole(momenta))
+    k, _ = together(keys if matrices.undivided else matrices.whole(keys))
     norm = k.square().sum((-2, -1), keepdim=True).sqrt_().add_(delta.eps)
     scale = norm.clamp_(min=torch.finfo(norm.dtype).tiny ** 0.5).square_().reciprocal_()
     if m.shape[-2] <= m.shape[-1]:
@@ -309,7 +314,8 @@ def erase(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: fl
     else:
         m.copy_(torch.baddbmm(m, m, (k.mT @ k).mul_(scale), beta=alpha, alpha=-delta.rho))
     if m is not momenta[0]:
-        torch._foreach_copy_(momenta, matrices.own_parts(m.split(counts)))
+        changed = m.split(counts)
+        torch._foreach_copy_(momenta, changed if matrices.undivided else matrices.own_parts(changed))
 
 
 class DeltaMomentum(AssociativeMomentum):
@@ -345,7 +351,7 @@ class DeltaMomentum(AssociativeMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 1e-2,
         *,
         momentum: float = 0.9,
         rho: float = 1.0,
@@ -380,7 +386,7 @@ class HigherOrderMomentum(AssociativeMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 1e-2,
         *,
         momentum: float = 0.9,
         coefficients: tuple[float, ...] = (1.0, 0.0, 0.1),
@@ -418,7 +424,7 @@ class DeepMomentum(AssociativeMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 1e-2,
         *,
         memory: DeepMemory | None = None,
         momentum: float = 0.0,

@@ -77,6 +77,11 @@ class MultiTimescale(OptimizerWrapper):
         whole_number("update_period of the added group", period, "steps between two updates")
         super().add_param_group(param_group)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients, but nothing that was collected in unfinished periods."""
+        # Not the base's: what `DGD` sums with gradients goes on until its group steps, as their sums do.
+        Optimizer.zero_grad(self, set_to_none)
+
     def is_due(self, group: Mapping[str, Any]) -> bool:
         """Whether the step taken last changed this group."""
         return self._steps % group["update_period"] == 0

@@ -31,7 +31,10 @@ def coefficients(given: Named | Sequence[Coefficients]) -> tuple[Coefficients, .
         if given not in NAMED:
             raise ValueError(f"ns_coefficients is {given!r}; it must be one of {', '.join(NAMED)}, or triples.")
         return NAMED[given]
-    triples = tuple(tuple(float(value) for value in triple) for triple in given)
+    try:
+        triples = tuple(tuple(float(value) for value in triple) for triple in given)
+    except TypeError:  # numbers in place of triples
+        triples = ()
     if not triples or any(len(triple) != 3 for triple in triples):
         raise ValueError(f"ns_coefficients is {given}; it must be a sequence of triples (a, b, c), one per step.")
     return triples  # pyright: ignore[reportReturnType]
@@ -53,17 +56,17 @@ def orthogonalize(
 ) -> list[Stack]:
     """Newton-Schulz of matrices that may be distributed: this process's parts, in the type of the iterations.
 
-    Distributed matrices are collected, every process orthogonalizes all of them and keeps its own part.
+    Divided matrices are collected, every process orthogonalizes all of them and keeps its own part.
     """
-    complete = matrices.whole(parts)
+    complete = parts if matrices.undivided else matrices.whole(parts)
     first = complete[0]
-    count = max(1, CPU_ELEMENTS // first.numel()) if first.device.type == "cpu" else len(complete)
+    count = max(1, CPU_ELEMENTS // max(1, first.numel())) if first.device.type == "cpu" else len(complete)
     results: list[Stack] = []
     for place in range(0, len(complete), count):
         stacked, counts = together(complete[place : place + count])
         result = newton_schulz(stacked, steps, triples, dtype=iteration_dtype(stacked))
         results += result.split(counts)
-    return matrices.own_parts(results)
+    return results if matrices.undivided else matrices.own_parts(results)
 
 
 def lr_factor(adjust_lr: AdjustLr | None, shape: Sequence[int]) -> float:

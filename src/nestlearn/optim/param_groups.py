@@ -50,11 +50,12 @@ def param_groups(
     taken = {*flat, *rest}
     convolutions = [p for p in trained if p in kernels and p not in taken]
     matrices = [p for p in trained if p not in kernels and p not in taken]
+    rest_lr = lr if adamw_lr is None else adamw_lr
     groups = [
         {"params": matrices, "rule": "matrix", "lr": lr, "weight_decay": weight_decay},
         {"params": convolutions, "rule": "matrix", "kernels": True, "lr": lr, "weight_decay": weight_decay},
-        {"params": rest, "rule": "adamw", "lr": adamw_lr or lr, "weight_decay": weight_decay},
-        {"params": flat, "rule": "adamw", "lr": adamw_lr or lr, "weight_decay": 0.0},
+        {"params": rest, "rule": "adamw", "lr": rest_lr, "weight_decay": weight_decay},
+        {"params": flat, "rule": "adamw", "lr": rest_lr, "weight_decay": 0.0},
     ]
     # An entry that is left out is the optimizer's own.
     return [{key: value for key, value in group.items() if value is not None} for group in groups if group["params"]]

@@ -219,16 +219,17 @@ def learn(
 ) -> None:
     """Adds complete gradients to their sums ``R ← keep R + take gᵀg``, and makes P anew where a period begins."""
     keep, take = weights
-    for gradient, state in zip(gradients, matrices.states, strict=True):
+    sums = matrices.entries("gram")
+    for gradient, gram in zip(gradients, sums, strict=True):
         rows = gradient if side == "rows" else gradient.mT
-        state["gram"].baddbmm_(rows, rows.mT, beta=keep, alpha=take)
+        gram.baddbmm_(rows, rows.mT, beta=keep, alpha=take)
     if (matrices.step - 1) % period == 0:
-        grams, counts = together([state["gram"] for state in matrices.states])
-        for state, new in zip(matrices.states, invert(grams).split(counts), strict=True):
-            state["preconditioner"].copy_(new)
+        grams, counts = together(sums)
+        for preconditioner, new in zip(matrices.entries("preconditioner"), invert(grams).split(counts), strict=True):
+            preconditioner.copy_(new)
 
 
 def multiply(matrices: Matrices, stacks: Sequence[Stack], side: Side) -> list[Stack]:
     """``g P``, or ``P g`` for rows, of complete matrices."""
-    pairs = [(stack, state["preconditioner"]) for stack, state in zip(stacks, matrices.states, strict=True)]
+    pairs = zip(stacks, matrices.entries("preconditioner"), strict=True)
     return [p @ x if side == "rows" else x @ p for x, p in pairs]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nestlearn.optim.sketch import add_rows, closing
@@ -198,7 +200,8 @@ class InputProjection(OptimizerWrapper):
         recording: whether forward passes in training mode store their inputs.
 
     Raises:
-        ValueError: alpha not positive, an unknown `apply_to`, or nothing in the model to project.
+        ValueError: alpha not positive, an unknown `apply_to`, nothing in the model to project, or a model that several
+            processes train.
 
     Example:
         >>> layer = torch.nn.Linear(3, 1, bias=False)
@@ -228,6 +231,14 @@ class InputProjection(OptimizerWrapper):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(base)
+        divided = any(isinstance(parameter, DTensor) for parameter in self.parameters())
+        if divided or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            raise ValueError(
+                "InputProjection learns from the inputs of its own process only: replicas of a model "
+                "(DistributedDataParallel) would drift apart, and weights in parts (FSDP2) cannot be projected. Train "
+                "with it on one process; processes that each train a model of their own make it before "
+                "torch.distributed.init_process_group."
+            )
         if not alpha > 0.0:
             raise ValueError(f"alpha is {alpha}; it must be positive: the sum of squares that half closes a direction.")
         if apply_to not in get_args(ApplyTo):

@@ -42,13 +42,17 @@ def total(part: Tensor, like: Tensor, stacked: bool) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return part
-
-    def placement(given: Placement) -> Placement:
-        divided = isinstance(given, Shard) and not (stacked and given.dim == 0)
-        return Partial() if divided else Replicate()
-
-    placements = [placement(given) for given in like.placements]
+    placements = [Partial() if _divides(given, stacked) else Replicate() for given in like.placements]
     return DTensor.from_local(part, like.device_mesh, placements, run_check=False).full_tensor()
+
+
+def undivided(like: Tensor, stacked: bool) -> bool:
+    """Whether each process has whole matrices: all of them, or some of a stack (`total`)."""
+    return not isinstance(like, DTensor) or not any(_divides(given, stacked) for given in like.placements)
+
+
+def _divides(given: Placement, stacked: bool) -> bool:
+    return isinstance(given, Shard) and not (stacked and given.dim == 0)
 
 
 def pooled(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, int]:

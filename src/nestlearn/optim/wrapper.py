@@ -98,6 +98,10 @@ class OptimizerWrapper(Optimizer):
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         return bool(gradients) and not any(float(gradient.abs().sum()) for gradient in gradients)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients, and what the wrapped optimizer collected with them."""
+        self.base.zero_grad(set_to_none)
+
     @abstractmethod
     def _update(self) -> None:
         """What one step does, without gradients."""
