@@ -715,3 +715,30 @@ def test_zero_grad_of_a_wrapper_forgets_what_was_collected(wrap):
         optimizer.step()
         ends.append(layer.weight.detach())
     assert torch.equal(*ends)
+
+
+def test_within_a_period_a_state_has_the_gradients_and_no_sums():
+    """After a resume the step is that of all gradients and of the inputs since."""
+
+    def made() -> tuple[nn.Linear, MultiTimescale]:
+        layer = nn.Linear(4, 2, bias=False, dtype=torch.float64)
+        layer.weight.data.copy_(random(2, 4))
+        group = {"params": layer.parameters(), "update_period": 2}
+        return layer, MultiTimescale(DGD([group], layer, lr=0.3))
+
+    def half(layer: nn.Linear, optimizer: MultiTimescale, seed: int) -> Tensor:
+        optimizer.zero_grad()
+        layer(random(5, 4, seed=seed)).square().sum(1).mean().backward()
+        assert layer.weight.grad is not None
+        gradient = layer.weight.grad.clone()
+        optimizer.step()
+        return gradient
+
+    layer, optimizer = made()
+    first = half(layer, optimizer, 1)
+    again, resumed = made()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    second = half(again, resumed, 2)
+    x = random(5, 4, seed=2)
+    expected = batch_step(random(2, 4)[None], (first + second)[None] / 2, (x.T @ x / 5)[None], 0.3, 1.0)[0]
+    torch.testing.assert_close(again.weight.detach(), expected)

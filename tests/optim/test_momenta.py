@@ -172,6 +172,11 @@ def test_equals_the_written_rule(settings: dict[str, Any]) -> None:
             torch.testing.assert_close(got, twin.w, rtol=1e-8, atol=1e-9)
 
 
+def test_rules_whose_steps_are_of_the_gradients_size_begin_at_rates_of_descent() -> None:
+    for kind in (DeltaMomentum, HigherOrderMomentum, DeepMomentum):
+        assert kind([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]["lr"] == 0.01
+
+
 def test_named_rules_are_settings_of_the_general_one() -> None:
     named: list[tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
         (lambda p: DeltaMomentum(p, 0.03, rho=0.6, momentum=0.8), {"delta": DeltaRule(0.6), "momentum": 0.8}),

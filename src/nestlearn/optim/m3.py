@@ -33,7 +33,8 @@ class M3(MatrixOptimizer):
 
     ``second_moment=False`` leaves out the division. With α = 0 too, the EMA form is Muon. Dividing by √V, which is of
     the gradient's size, would make the step as large as 1/|g|: unless ``adjust_lr=None``, each divided update is scaled
-    back to the norm of O1 + α O2.
+    back to the norm of O1 + α O2. An element that has had no gradient is divided by ε alone, and takes nearly all of
+    that norm: where that can be (ReLU), give ε the size of gradients, or leave the second moment out.
 
     Cost per matrix and step: Newton-Schulz once, and once more every f steps. State in bytes per parameter (float32):
     4 for M1; with α > 0 4 for M2 and 4 for O2; 4 for V.

@@ -289,4 +289,4 @@ def fractions(name: str, values: Sequence[float], count: int) -> None:
     """Raises ValueError unless these are `count` numbers in [0, 1)."""
     numbers = isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
     if not numbers or len(values) != count or not all(0.0 <= value < 1.0 for value in values):
-        raise ValueError(f"{name} is {values}; it must be {count} numbers in [0, 1), each the part kept at a step.")
+        raise ValueError(f"{name} is {values!r}; it must be {count} numbers in [0, 1), each the part kept at a step.")
