@@ -137,7 +137,7 @@ def test_a_language_model_learns_with_them():
     optimizer = M3(param_groups(model), lr=0.02)
     tokens = torch.arange(24).remainder(7).view(2, 12)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
