@@ -20,7 +20,16 @@ TUNED = 100
 """The seed on which rates are chosen; it is in no table."""
 
 MEASURES = {"vit": "held-out loss", "language": "held-out bits per token", "permuted": "errors in all tasks, %"}
-DRAWN = {"adamw": GREY, "muon": BLUE, "m3": ORANGE, "m3, no slow memory": GREEN, "dgd, nothing erased": PURPLE}
+DRAWN = {
+    "adamw": GREY,
+    "muon": BLUE,
+    "m3": ORANGE,
+    "m3, no slow memory, damping 0": GREEN,
+    "dgd, nothing erased": PURPLE,
+}
+
+FIRST = ("adamw", "muon", "m3")
+"""First in the tables."""
 
 Record = dict[str, Any]
 
@@ -33,7 +42,7 @@ def final(record: Record) -> float:
 def chosen(records: Sequence[Record], name: str) -> float:
     """The best rate on the seed of the choice."""
     tried = [record for record in records if record["optimizer"] == name and record["seed"] == TUNED]
-    return min(tried, key=final)["lr"]
+    return min(tried, key=final)["lr"] if tried else float("nan")
 
 
 def finished(records: Sequence[Record], name: str) -> dict[int, list[Record]]:
@@ -56,7 +65,7 @@ def cell(values: Sequence[float]) -> str:
 
 def table(records: Sequence[Record]) -> str:
     """One line per optimizer: measures at equal steps and at equal time, and what a step costs."""
-    names = [name for name in dict.fromkeys(r["optimizer"] for r in records) if finished(records, name)]
+    names = [name for name in dict.fromkeys([*FIRST, *(r["optimizer"] for r in records)]) if finished(records, name)]
     measure = MEASURES[records[0]["task"]]
     steps = max(finished(records, "adamw"))
     seconds = statistics.mean(r["cpu_seconds"] for r in finished(records, "adamw")[steps])

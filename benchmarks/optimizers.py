@@ -83,9 +83,10 @@ def delta_descent(erase: float) -> Make:
 OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "adamw": (adamw, 3e-3),
     "muon": (muon, 1e-2),
-    "m3": (of_package(M3), 1e-2),
-    "m3, no slow memory": (of_package(M3, alpha=0.0), 1e-2),
-    "m3, α = 0.5": (of_package(M3, alpha=0.5), 3e-3),
+    "m3": (of_package(M3), 3e-3),
+    "m3, damping 0": (of_package(M3, damping=0.0), 1e-2),
+    "m3, no slow memory, damping 0": (of_package(M3, alpha=0.0, damping=0.0), 1e-2),
+    "m3, α = 0.5, damping 0": (of_package(M3, alpha=0.5, damping=0.0), 3e-3),
     "m3, α = 0.5, no second moment": (of_package(M3, alpha=0.5, second_moment=False), 3e-3),
     "m3, algorithm 1": (of_package(M3, alpha=0.5, accumulate="paper", nesterov=False, adjust_lr=None), 1e-4),
     "momentum": (of_package(AssociativeMomentum), 1e-2),

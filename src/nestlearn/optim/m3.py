@@ -32,9 +32,11 @@ class M3(MatrixOptimizer):
     ``M2 ← β3 M2 + (1 - β3) mean(g of the last f steps)``.
 
     ``second_moment=False`` leaves out the division. With α = 0 too, the EMA form is Muon. Dividing by √V, which is of
-    the gradient's size, would make the step as large as 1/|g|: unless ``adjust_lr=None``, each divided update is scaled
-    back to the norm of O1 + α O2. An element that has had no gradient is divided by ε alone, and takes nearly all of
-    that norm: where that can be (ReLU), give ε the size of gradients, or leave the second moment out.
+    the gradient's size, would make the step as large as 1/|g|: unless ``adjust_lr=None``, the divisor is
+    ``√V + δ rms(√V) + ε``, rms over the matrix, and each update is scaled back to the norm of O1 + α O2. Without δ an
+    element that has had no gradient, as behind a ReLU that is never open, would be divided by ε alone and take nearly
+    all of that norm. Algorithm 1 to the letter is ``accumulate="paper", nesterov=False, adjust_lr=None,
+    weight_decay=0.0``.
 
     Cost per matrix and step: Newton-Schulz once, and once more every f steps. State in bytes per parameter (float32):
     4 for M1; with α > 0 4 for M2 and 4 for O2; 4 for V.
@@ -52,6 +54,7 @@ class M3(MatrixOptimizer):
         ns_coefficients: ``"quintic"`` (Muon's), ``"polar_express"``, or triples (a, b, c), one per iteration.
         adjust_lr: how the step depends on the matrix's shape (`lr_factor`).
         eps: ε.
+        damping: δ; without effect where ``adjust_lr=None``.
         weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
         adamw: settings of AdamW (`MatrixOptimizer`).
 
@@ -88,6 +91,7 @@ class M3(MatrixOptimizer):
         ns_coefficients: Named | Sequence[Coefficients] = "quintic",
         adjust_lr: AdjustLr | None = "match_rms_adamw",
         eps: float = 1e-8,
+        damping: float = 0.1,
         weight_decay: float = 0.1,
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
@@ -103,6 +107,7 @@ class M3(MatrixOptimizer):
             "ns_coefficients": ns_coefficients,
             "adjust_lr": adjust_lr,
             "eps": eps,
+            "damping": damping,
             "weight_decay": weight_decay,
         }
         super().__init__(params, defaults, adamw)
@@ -115,6 +120,7 @@ class M3(MatrixOptimizer):
         fractions("betas", group["betas"], 3)
         not_negative("alpha", group["alpha"], "the weight of the slow direction")
         not_negative("eps", group["eps"], "added to the root of the second moment")
+        not_negative("damping", group["damping"], "added to the root of the second moment, relative to its size")
         whole_number("slow_period", group["slow_period"], "steps between two slow directions")
         check_orthogonal(group)
 
@@ -180,6 +186,10 @@ def _divide(group: Mapping[str, Any], matrices: Matrices, directions: list[Stack
         torch._foreach_addcmul_(moments, matrices.gradients, matrices.gradients, value=beta)
     # √V / c + ε = (√V + c ε) / c: the correction c of the average's start is left to the scales, which undo it.
     roots = torch._foreach_sqrt(moments)
+    if norms is not None and group["damping"] > 0:
+        rows, columns = matrices.shape
+        sums = matrices.total([v.sum((-2, -1), keepdim=True) for v in moments])
+        torch._foreach_add_(roots, [(x / (rows * columns)).sqrt_().mul_(group["damping"]) for x in sums])
     torch._foreach_add_(roots, correction * eps)
     torch._foreach_div_(directions, roots)
     if norms is None:
