@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
+from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, Line, Panel, chart
 
 TUNED = 100
 """The seed on which rates are chosen; it is in no table."""
@@ -25,7 +25,6 @@ DRAWN = {
     "muon": BLUE,
     "m3": ORANGE,
     "m3, no slow memory, damping 0": GREEN,
-    "dgd, nothing erased": PURPLE,
 }
 
 FIRST = ("adamw", "muon", "m3")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nestlearn.optim import M3, m3, orthogonal
 
-STEPS, PERIOD, BETAS, ALPHA, LR, DECAY, EPS = 20, 6, (0.9, 0.95, 0.8), 0.3, 0.01, 0.1, 1e-8
+STEPS, PERIOD, BETAS, ALPHA, LR, DECAY, EPS, DAMPING = 20, 6, (0.9, 0.95, 0.8), 0.3, 0.01, 0.1, 1e-8, 0.2
 
 # The shape of a parameter and how many matrices it is.
 SHAPES = {"wide": (5, 7), "tall": (9, 4), "stack": (3, 4, 5), "kernel": (6, 2, 3, 2)}
@@ -45,7 +45,9 @@ def written_out(
             momentum, corrected = (b1 * fast + (1 - b1) * g if nesterov else fast), moment / (1 - b2**t)
         update = quintic(momentum) + ALPHA * slow_direction
         if second_moment:
-            divided = update / (corrected.sqrt() + EPS)
+            root = corrected.sqrt()
+            damped = root if adjust_lr is None else root + DAMPING * corrected.mean().sqrt()
+            divided = update / (damped + EPS)
             update = divided if adjust_lr is None else divided * update.norm() / divided.norm()
         m, n = weight.shape
         scale = {None: 1.0, "original": max(1.0, m / n) ** 0.5, "match_rms_adamw": 0.2 * max(m, n) ** 0.5}[adjust_lr]
@@ -64,7 +66,7 @@ def test_equals_the_written_out_algorithm(accumulate, nesterov, second_moment, a
     weight = nn.Parameter(start.clone())
     form = {"accumulate": accumulate, "nesterov": nesterov, "second_moment": second_moment, "adjust_lr": adjust_lr}
     numbers = {"lr": LR, "betas": BETAS, "alpha": ALPHA, "slow_period": PERIOD, "weight_decay": DECAY, "eps": EPS}
-    optimizer = M3([weight], **form, **numbers)
+    optimizer = M3([weight], damping=DAMPING, **form, **numbers)
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
@@ -215,6 +217,7 @@ def test_the_step_has_the_size_that_adjust_lr_says():
         ({"accumulate": "sum"}, "ema, paper"),
         ({"adjust_lr": "spectral"}, "match_rms_adamw"),
         ({"eps": -1.0}, "eps is -1.0"),
+        ({"damping": -0.1}, "damping is -0.1"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"adamw": {"betas": (0.9, 0.9)}}, "adamw has"),
         ({"adamw": {"adamw_betas": (0.9, 1.5)}}, "adamw_betas"),
@@ -284,15 +287,16 @@ def test_a_second_moment_that_comes_late_is_refused():
     steps_of(weight, optimizer, range(1))
 
 
-def test_epsilon_is_what_keeps_the_step_from_elements_without_gradients():
-    """The others have gradients of size 1: they get next to nothing, or nearly all."""
+def test_damping_keeps_the_step_from_elements_without_gradients():
+    """The others have gradients of size 1: without damping they get next to nothing. It is relative to their size."""
     gradient = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     gradient[0, 0] = 0.0
     shares = []
-    for eps in (1e-8, 1.0):
+    for damping, size in ((0.0, 1.0), (0.1, 1.0), (0.1, 1e-4)):
         weight = nn.Parameter(torch.zeros(16, 16))
-        optimizer = M3([weight], eps=eps)
-        weight.grad = gradient
+        optimizer = M3([weight], damping=damping)
+        weight.grad = gradient * size
         optimizer.step()
         shares.append(float(weight[0, 0].detach() / weight.detach().norm()) ** 2)
     assert shares[0] > 0.99 and shares[1] < 0.05
+    assert abs(shares[2] - shares[1]) < 0.01
