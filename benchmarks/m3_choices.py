@@ -28,6 +28,7 @@ LANGUAGE: list[dict[str, Any]] = [
     {"alpha": 0.0, "damping": 0.0},
     {"alpha": 0.1, "damping": 0.01},
     {"alpha": 0.1, "damping": 0.1},
+    {"alpha": 0.1, "damping": 0.3},
     {"alpha": 0.1, "damping": 1.0},
 ]
 DAMPING = (0.0, 0.01, 0.1, 0.3, 1.0)
