@@ -12,6 +12,8 @@ from nestlearn.nn import ContinuumMemory, FeedForward, Level
 from nestlearn.nn.fast_level import FastLevel
 from nestlearn.nn.state import index_rows, map_tensors, state_bytes, tensors_of
 
+from .cms_checks import assert_past_and_other_rows_keep_every_bit, assert_rows_are_separate
+
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
 D = 6
 CASES = {
@@ -232,39 +234,12 @@ def test_any_split_equals_one_call(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_padding_phases_and_resets_equal_separate_runs(case):
-    cms = make(case)
-    x = torch.randn(3, 15, D, dtype=torch.float64)
-    lengths = (15, 6, 12)
-    padded, mask = torch.full_like(x, float("nan")), torch.zeros(3, 15, dtype=torch.bool)
-    reset = torch.zeros(3, 15, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        padded[row, 15 - length :] = x[row, :length]
-        mask[row, 15 - length :] = True
-    reset[2, 3 + 5] = True
-    y, state = cms(padded, mask=mask, reset=reset)
-    assert (y[~mask] == 0).all()
-    more = torch.randn(3, 9, D, dtype=torch.float64)
-    later, _ = cms(more, state)
-    for row, length in enumerate(lengths):
-        pieces = [x[row : row + 1, :length]] if row < 2 else [x[2:, :5], x[2:, 5:12]]
-        alone = torch.cat([cms(piece)[0] for piece in pieces], 1)
-        torch.testing.assert_close(y[row : row + 1, 15 - length :], alone, **TOLERANCE)
-        alone, _ = cms(torch.cat([pieces[-1], more[row : row + 1]], 1))
-        torch.testing.assert_close(later[row : row + 1], alone[:, -9:], **TOLERANCE)
+    assert_rows_are_separate(make(case))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_future_tokens_and_other_rows_change_no_bit(case):
-    cms = make(case).float()
-    x = torch.randn(3, 13, D)
-    before, _ = cms(x)
-    for value in (3.0, 1e30, float("nan")):
-        changed = x.clone()
-        changed[:, 7:] = value
-        assert torch.equal(cms(changed)[0][:, :7], before[:, :7])
-        changed = x.clone()
-        changed[1] = value
-        assert torch.equal(cms(changed)[0][::2], before[::2])
+    assert_past_and_other_rows_keep_every_bit(make(case).float())
 
 
 @pytest.mark.parametrize("case", ["nested two", "nested by gradient"])
