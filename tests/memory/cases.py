@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -236,6 +236,19 @@ class Inputs:
             named["threshold"] = self.gates.threshold
         return named | {f"initial {name}": w for name, w in self.initial.items()}
 
+    def nudged(self, relative: float) -> Inputs:
+        """The same case with every number changed by about that part of itself."""
+        generator = torch.Generator().manual_seed(7)
+
+        def nudge(x: Tensor) -> Tensor:
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            return (x * (1 + relative * noise)).detach().requires_grad_()
+
+        initial = {name: nudge(w) for name, w in self.initial.items()}
+        return replace(
+            self, q=nudge(self.q), k=nudge(self.k), v=nudge(self.v), gates=self.gates.map(nudge), initial=initial
+        )
+
     def cut(self, first: int, last: int) -> tuple[tuple[Tensor, Tensor, Tensor, Gates], dict[str, Tensor | None]]:
         """Arguments of `scan` for tokens ``first .. last - 1``."""
 
@@ -318,8 +331,14 @@ def results(inputs: Inputs, y: Tensor, state: State) -> dict[str, Tensor]:
     return {name: x.detach() for name, x in outputs.items()}
 
 
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], label: object, tolerance: float = 1e-9) -> None:
-    """Equal to ``tolerance`` relative to the norm of each expected tensor, and finite."""
+def assert_same(
+    got: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    label: object,
+    tolerance: float = 1e-9,
+    noise: Mapping[str, float] | None = None,
+) -> None:
+    """Equal to ``tolerance`` relative to the norm of each expected tensor, or to more ``noise``, and finite."""
     assert got.keys() == expected.keys(), label
     for name, want in expected.items():
         have = got[name]
@@ -327,5 +346,5 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], label: obje
         assert torch.isfinite(want.double()).all(), f"{label}: {name} is not finite: the case proves nothing"
         error = (have.double() - want.double()).norm().item()
         # A tensor that is zero but for rounding has no relative scale.
-        bound = tolerance * max(want.double().norm().item(), 1e-3)
+        bound = max(tolerance * max(want.double().norm().item(), 1e-3), (noise or {}).get(name, 0.0))
         assert error <= bound, f"{label}: {name} differs by {error:.3g}, allowed {bound:.3g}"
