@@ -79,6 +79,11 @@ def test_what_dgd_leaves_to_adamw_has_adamws_rate():
     ]
 
 
+def test_dgd_of_a_training_run_does_not_erase_unless_it_is_told_to():
+    assert make("dgd", tiny_model()).defaults["erase"] == optimizer_options("dgd")["erase"] == 0.0
+    assert make("dgd", tiny_model(), erase=1.0).defaults["erase"] == 1.0
+
+
 def test_options_reach_the_rule_and_lists_are_tuples():
     optimizer = make("m3", tiny_model(), betas=[0.5, 0.6, 0.7], slow_period=4, adjust_lr=None)
     assert isinstance(optimizer, M3)

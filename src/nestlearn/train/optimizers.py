@@ -27,12 +27,14 @@ class Recipe:
     Attributes:
         symbol: its name there.
         fixed: settings that make it what its name says.
+        defaults: settings that train networks where the class has other ones.
         unused: settings that then do nothing.
         own_rate: it has a learning rate of its own; otherwise its steps are as large as AdamW's, and so is its rate.
     """
 
     symbol: str
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     unused: tuple[str, ...] = ()
     own_rate: bool = False
 
@@ -42,7 +44,8 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "m3": Recipe("M3"),
     "muon": Recipe("M3", {"alpha": 0.0, "second_moment": False, "accumulate": "ema"}, unused=("slow_period", "eps")),
-    "dgd": Recipe("DGD", own_rate=True),
+    # As printed (erase 1) the step also pulls every answer to zero, and a network stops learning there (decision 44).
+    "dgd": Recipe("DGD", defaults={"erase": 0.0}, own_rate=True),
     "delta-momentum": Recipe("DeltaMomentum", own_rate=True),
     "deep-momentum": Recipe("DeepMomentum", own_rate=True),
 }
@@ -65,7 +68,8 @@ def optimizer_options(name: str) -> dict[str, Any]:
     recipe = RECIPES[name]
     given = {key: x for key, x in _arguments(recipe.symbol).items() if isinstance(x, PLAIN)}
     taken = {"lr", "weight_decay", *recipe.fixed, *recipe.unused}
-    return {"adamw_lr": None, **{key: default for key, default in given.items() if key not in taken}}
+    options = {key: default for key, default in given.items() if key not in taken}
+    return {"adamw_lr": None, **options, **recipe.defaults}
 
 
 def _arguments(symbol: str) -> dict[str, Any]:
@@ -132,7 +136,8 @@ def build_optimizer(
     """
     check_optimizer(name, options)
     recipe = RECIPES[name]
-    settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}
+    settings: dict[str, Any] = {**recipe.defaults, **options}
+    settings = {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
     rest = settings.pop("adamw_lr", None)
     adamw_lr = adamw_lr if rest is None else float(rest)
     groups = param_groups(model, lr=lr, adamw_lr=adamw_lr)
