@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -75,8 +76,6 @@ PUBLISHED = {
 }  # fmt: skip
 """Perplexities of NL (arXiv 2512.24695), Table 6."""
 CONDITIONS = ("on", "off", "shuffled")
-T_TWO_SIDED = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""How many standard errors are a difference at the 5 % level, by degrees of freedom of the error (Student's t)."""
 
 
 def parse() -> argparse.Namespace:
@@ -259,10 +258,10 @@ def ablation_table(records: list[dict[str, Any]], options: argparse.Namespace) -
     by_row = {row: differences(records, row, ROWS[row][0], "on", 0, length) for row in changed}
     without_writes = {row: mean(differences(records, row, ROWS[row][0], "off", 0, length)) for row in changed}
     deviation, freedom = pooled_deviation(list(by_row.values()))
-    needed = T_TWO_SIDED[min(freedom, len(T_TWO_SIDED) - 1)]
+    needed = float(student.ppf(0.975, freedom)) if freedom else math.inf
     noise = (
         f", standard error from the deviation between seeds pooled over the rows ({freedom} degrees of freedom: "
-        f"{needed} standard errors are needed at the 5 % level)."
+        f"{needed:.2f} standard errors are needed at the 5 % level)."
     )
     lines = [
         f"Held-out bits per byte at positions 0-{length - 1}; difference from the row's baseline, paired by seed "

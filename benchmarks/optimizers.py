@@ -62,7 +62,7 @@ def muon(model: nn.Module, lr: float, rest: float) -> Optimizers:
 
 
 def of_package(kind: Any, **settings: Any) -> Make:
-    """An optimizer of this package on the groups of the model."""
+    """An optimizer of this package on the groups of the model; its steps are of AdamW's size at AdamW's rate."""
 
     def make(model: nn.Module, lr: float, rest: float) -> Optimizers:
         return [kind(param_groups(model, lr=lr, adamw_lr=rest, weight_decay=DECAY), **settings)]
@@ -70,11 +70,20 @@ def of_package(kind: Any, **settings: Any) -> Make:
     return make
 
 
-def delta_descent(erase: float) -> Make:
-    """DGD, which watches the layers of the model."""
+def gradient_sized(kind: Any, **settings: Any) -> Make:
+    """One whose steps are of the gradient's size, at rates of SGD.
+
+    Decoupled decay is by the rate: at 3 in place of 1e-3 it would take a third of every weight in one step. So matrices
+    lose as much in a step as AdamW's do.
+    """
 
     def make(model: nn.Module, lr: float, rest: float) -> Optimizers:
-        return [DGD(param_groups(model, lr=lr, adamw_lr=rest, weight_decay=DECAY), model, erase=erase)]
+        groups = param_groups(model, lr=lr, adamw_lr=rest, weight_decay=DECAY)
+        for group in groups:
+            if group["rule"] == "matrix":
+                group["weight_decay"] *= rest / lr
+        watched = {"model": model} if kind is DGD else {}
+        return [kind(groups, **watched, **settings)]
 
     return make
 
@@ -89,13 +98,14 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "m3, α = 0.5, damping 0": (of_package(M3, alpha=0.5, damping=0.0), 3e-3),
     "m3, α = 0.5, no second moment": (of_package(M3, alpha=0.5, second_moment=False), 3e-3),
     "m3, algorithm 1": (of_package(M3, alpha=0.5, accumulate="paper", nesterov=False, adjust_lr=None), 1e-4),
-    "momentum": (of_package(AssociativeMomentum), 1e-2),
-    "delta momentum": (of_package(DeltaMomentum), 3e-2),
-    "delta momentum, orthogonalized": (of_package(AssociativeMomentum, delta=DeltaRule(), output=NewtonSchulz()), 3e-3),
-    "higher-order momentum": (of_package(HigherOrderMomentum), 1e-2),
-    "deep momentum": (of_package(DeepMomentum), 3e-2),
-    "dgd": (delta_descent(erase=1.0), 1e-2),
-    "dgd, nothing erased": (delta_descent(erase=0.0), 3.0),
+    "momentum": (gradient_sized(AssociativeMomentum), 1e-1),
+    "delta momentum": (gradient_sized(DeltaMomentum), 1e-1),
+    "delta momentum, orthogonalized": (of_package(AssociativeMomentum, delta=DeltaRule(), output=NewtonSchulz()), 1e-3),
+    "higher-order momentum": (gradient_sized(HigherOrderMomentum), 1e-1),
+    "deep momentum": (gradient_sized(DeepMomentum), 1e-1),
+    "deep momentum, orthogonalized": (of_package(DeepMomentum, momentum=0.9, output=NewtonSchulz()), 1e-3),
+    "dgd": (gradient_sized(DGD, erase=1.0), 1.0),
+    "dgd, nothing erased": (gradient_sized(DGD, erase=0.0), 3.0),
 }
 
 

@@ -151,7 +151,7 @@ _WHOLE = {"memory_chunk_size": 32, "projection_chunk_size": 64}
 
 def _formal() -> tuple[Recipe, ...]:
     # No weight decay: once the loss is 0, it alone moves the gates, away from the eigenvalue -1 (docs/log.md).
-    tracking = Training(steps=800, weight_decay=0.0)
+    tracking = Training(steps=800, weight_decay=0.0, check_every=10)
     repeating = Training(steps=400, batch_size=16, weight_decay=0.0)
     counting = Training(steps=2000, batch_size=16, learning_rate=1e-2, weight_decay=0.0)
     return (
