@@ -1,28 +1,38 @@
 """What a step costs: python benchmarks/optim_step.py writes docs/results/optim_step.jsonl and prints the table.
 
 (a) 100 matrices of 446 x 446, 19.9 million parameters; (b) with --preset hope-340m, the shapes of a preset, random
-weights and gradients. All optimizers take turns in one process, a whole slow period of ten steps each per round;
-reported are medians over rounds of the time and of the ratio to `torch.optim.Muon` and to AdamW (foreach) of the same
-round, and the bytes of state per parameter. For the delta rules also the ratio of what is left to AdamW (foreach) when
-the time of their matrix products (of DGD: its solve) alone is taken off. DGD's inputs, 512 rows per layer, are seen
-outside the time. Before timing, each step of this package is compared with the same step in float64, and Muon's with
-that of M3 without slow memory and second moment.
+weights and gradients. The optimizers take turns in one process. In each round each is made anew and dropped after its
+turn, so that memory is that of one at a time. Reported are medians over rounds of the time and of the ratio to
+`torch.optim.Muon` and to AdamW (foreach) of the same round, and the bytes of state per parameter.
+
+Steps of a kind do the same work, whatever their number: M3 has two, those that make the slow direction anew and those
+that do not. Each is timed by itself, the median of --steps ordinary ones and one slow, and the time of a step is
+(9 x ordinary + slow) / 10, that of a period of ten. Ordinary steps are repeated for half a second; the first one, which
+makes the states, is left out. Where it takes more than 20 s it is the only one: states are a small part of it then.
+
+For the delta rules there is also the ratio of what is left to AdamW (foreach) when the time inside their matrix
+products (of DGD: inside the Cholesky factorization and the two triangular solves) is taken off, both of the same step.
+torch.optim.Muon refuses stacks, and DGD is for linear layers: they get the matrices of stacks one by one. DGD's inputs,
+512 rows per layer, are seen outside the time. Before timing, each step of this package is compared with the same step
+in float64, and Muon's with that of M3 without slow memory and second moment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.optim import DGD, M3, DeepMomentum, DeltaMomentum, HigherOrderMomentum, param_groups
@@ -47,38 +57,68 @@ OWN: dict[str, Make] = {
 }
 
 
-ROWS = 512
+ROWS, ENOUGH, LONG = 512, 0.5, 20.0
+"""Inputs of a layer that DGD sees; seconds for which a step is repeated, and from which on it is taken once."""
+
+BASE, MUON, DELTA_RULES = "AdamW, foreach", "torch.optim.Muon", ("DeltaMomentum", "DGD")
 
 
-def linear_layers(made: list[nn.Parameter]) -> nn.ModuleList:
-    """Layers with these weights; those of stacks are left out."""
-    layers = nn.ModuleList()
+class Products(TorchFunctionMode):
+    """Sums the seconds inside matrix products, factorizations and triangular solves."""
+
+    COUNTED = frozenset({
+        torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.baddbmm_, Tensor.addmm_,
+        torch.linalg.cholesky_ex, torch.linalg.solve_triangular,
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.COUNTED:
+            return func(*args, **(kwargs or {}))
+        began = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self.seconds += time.perf_counter() - began
+        return result
+
+
+def matrices_of(made: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The same memory with each matrix of a stack as a parameter of its own."""
+    found = []
     for parameter in made:
         if parameter.ndim == 2:
-            layer = nn.Linear(parameter.shape[1], parameter.shape[0], bias=False, device="meta")
-            layer.weight = parameter
-            layers.append(layer)
+            found.append(parameter)
+            continue
+        assert parameter.grad is not None
+        for weight, gradient in zip(parameter.detach(), parameter.grad, strict=True):
+            found.append(nn.Parameter(weight))
+            found[-1].grad = gradient
+    return found
+
+
+def linear_layers(matrices: list[nn.Parameter]) -> nn.ModuleList:
+    """Layers with these weights."""
+    layers = nn.ModuleList()
+    for matrix in matrices:
+        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+        layer.weight = matrix
+        layers.append(layer)
     return layers
 
 
-def delta_products(made: list[nn.Parameter]) -> None:
-    """The two products of the delta rule, on every matrix."""
-    for parameter in made:
-        m = parameter.detach()
-        wide = m.shape[-2] <= m.shape[-1]
-        torch.matmul(m @ m.mT, m) if wide else torch.matmul(m, m.mT @ m)
-
-
-def solves(made: list[nn.Parameter]) -> None:
-    """A Cholesky factorization and two triangular solves, for every matrix."""
-    for parameter in made:
-        m = parameter.detach()
-        factor = torch.linalg.cholesky_ex(torch.eye(m.shape[-1]))[0]
-        half = torch.linalg.solve_triangular(factor.mT, m, upper=True, left=False)
-        torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-
-
-PRODUCTS: dict[str, Callable[[list[nn.Parameter]], None]] = {"DeltaMomentum": delta_products, "DGD": solves}
+def dgd_of(matrices: list[nn.Parameter]) -> DGD:
+    """A DGD that has seen inputs of every layer."""
+    layers = linear_layers(matrices)
+    dgd = DGD(layers.parameters(), layers, lr=1e-9, erase=0.0)
+    for layer in layers:
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        gradient, weight.grad = weight.grad, None
+        layer(torch.randn(ROWS, weight.shape[1])).square().mean().backward()
+        weight.grad = gradient
+    return dgd
 
 
 def squares() -> list[tuple[int, int]]:
@@ -131,78 +171,80 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def measure(
-    kinds: dict[str, Make], shapes: Sequence[tuple[int, ...]], rounds: int, steps: int
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], rounds: int, steps: int
 ) -> dict[str, dict[str, Any]]:
-    """Seconds per step of each round, and bytes of state per parameter, by optimizer."""
+    """Seconds of each kind of step in each round, those in products, and bytes of state per parameter, by optimizer."""
     made = parameters(shapes)
-    count = sum(parameter.numel() for parameter in made)
-    # All train the same parameters: only states take memory of their own.
-    optimizers = {name: make(made) for name, make in kinds.items() if name != "DGD"}
-    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "products": []} for name in kinds}
-    layers = linear_layers(made)
-    dgd = DGD(layers.parameters(), layers, lr=1e-9, erase=0.0) if "DGD" in kinds else None
-    for current in range(rounds + 1):
+    matrices, count = matrices_of(made), sum(parameter.numel() for parameter in made)
+    kinds = OTHERS | OWN
+    found: dict[str, dict[str, Any]] = {
+        name: {"seconds": [], "ordinary": [], "slow": [], "beside": []} for name in names
+    }
+    for _ in range(rounds):
         for name, values in found.items():
-            if dgd is not None and name == "DGD":
-                taken = watched_step(dgd, layers)
-            else:
-                taken = timed(optimizers[name].step, steps)
-            products = timed(partial(PRODUCTS[name], made), 1) if name in PRODUCTS else 0.0
-            if current:  # the first round makes the states
-                values["seconds"].append(taken)
-                values["products"].append(products)
-    for name, values in found.items():
-        values["bytes_per_parameter"] = state_bytes(optimizers[name]) / count if name in optimizers else 0.0
+            # All train the same parameters: only states take memory of their own, and of one optimizer at a time.
+            optimizer = dgd_of(matrices) if name == "DGD" else kinds[name](matrices if name == MUON else made)
+            ordinary, beside = timed(optimizer, steps)
+            values["bytes_per_parameter"] = state_bytes(optimizer) / count
+            slow = slow_step(optimizer) if any("slow_direction" in s for s in optimizer.state.values()) else ordinary
+            values["ordinary"].append(ordinary)
+            values["slow"].append(slow)
+            values["seconds"].append(((PERIOD - 1) * ordinary + slow) / PERIOD)
+            values["beside"].append(beside)
+            if isinstance(optimizer, DGD):
+                optimizer.close()
     return found
 
 
-def timed(run: Callable[[], object], times: int) -> float:
-    """Seconds per call."""
-    began = time.perf_counter()
-    for _ in range(times):
-        run()
-    return (time.perf_counter() - began) / times
+def timed(optimizer: torch.optim.Optimizer, times: int) -> tuple[float, float]:
+    """Median seconds of ordinary steps, and of what they take beside their products."""
+    first = once(optimizer)
+    if first[0] > LONG:
+        return first
+    taken = []
+    while len(taken) < times or sum(seconds for seconds, _ in taken) < ENOUGH:
+        taken.append(once(optimizer))
+    seconds, beside = (statistics.median(values) for values in zip(*taken, strict=True))
+    return seconds, beside
 
 
-def watched_step(dgd: DGD, layers: nn.ModuleList) -> float:
-    """Seconds of a step of DGD; the passes through the layers before it are not in the time."""
-    for layer in layers:
-        weight = layer.weight
-        assert isinstance(weight, nn.Parameter)
-        gradient, weight.grad = weight.grad, None
-        layer(torch.randn(ROWS, weight.shape[1])).square().mean().backward()
-        weight.grad = gradient
-    return timed(dgd.step, 1)
+def slow_step(optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of the first step of a slow period, which M3 takes where its count of steps is a multiple of ten."""
+    for state in optimizer.state.values():
+        state["step"].fill_(PERIOD)
+    return once(optimizer)[0]
 
 
-def ratio(measured: dict[str, dict[str, Any]], name: str, base: str) -> float:
-    """Median over rounds of the ratio of two times of the same round."""
-    rounds = zip(measured[name]["seconds"], measured[base]["seconds"], strict=True)
+def once(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Seconds of a step, and of what it takes beside its products."""
+    with Products() as products:
+        began = time.perf_counter()
+        optimizer.step()
+        seconds = time.perf_counter() - began
+    return seconds, seconds - products.seconds
+
+
+def ratio(measured: dict[str, dict[str, Any]], name: str, what: str, base: str) -> float:
+    """Median over rounds of the ratio of a time to that of a step of another optimizer in the same round."""
+    rounds = zip(measured[name][what], measured[base]["seconds"], strict=True)
     return statistics.median(own / other for own, other in rounds)
-
-
-def beside_products(measured: dict[str, dict[str, Any]], name: str) -> float:
-    """Median over rounds of the ratio to AdamW (foreach) of what a step takes beside its products."""
-    own, base = measured[name], measured["AdamW, foreach"]["seconds"]
-    rounds = zip(own["seconds"], own["products"], base, strict=True)
-    return statistics.median((taken - products) / other for taken, products, other in rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = [*OTHERS, *OWN, "DGD"]
     parser.add_argument("--preset", help="the shapes of a preset in place of 100 squares")
-    parser.add_argument("--optimizers", nargs="*", choices=[*OTHERS, *OWN, "DGD"], default=[*OTHERS, *OWN, "DGD"])
+    parser.add_argument("--optimizers", nargs="*", choices=everything, default=everything)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=PERIOD, help="per round; a slow period is ten")
+    parser.add_argument("--steps", type=int, default=2, help="ordinary steps per round, at the least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     check()
     shapes = of_preset(options.preset) if options.preset else squares()
-    # DGD is made where its layers are.
-    kinds = {name: make for name, make in (OTHERS | OWN | {"DGD": M3}).items() if name in options.optimizers}
-    measured = measure(kinds, shapes, options.rounds, options.steps)
+    names = [name for name in everything if name in {*options.optimizers, BASE, MUON}]
+    measured = measure(names, shapes, options.rounds, options.steps)
     print("| optimizer | ms per step | to Muon | to AdamW, foreach | beside products | bytes of state per parameter |")
     print("|---|---|---|---|---|---|")
     with options.out.open("a") as file:
@@ -211,16 +253,25 @@ def main() -> None:
                 "optimizer": name, "shapes": options.preset or "100 x 446 x 446", "threads": options.threads,
                 "parameters": sum(torch.Size(shape).numel() for shape in shapes), "rounds": options.rounds,
                 "milliseconds": 1e3 * statistics.median(values["seconds"]),
-                "to_muon": ratio(measured, name, "torch.optim.Muon"),
-                "to_adamw_foreach": ratio(measured, name, "AdamW, foreach"),
-                "to_adamw_foreach_beside_products": beside_products(measured, name),
+                "ordinary_milliseconds": 1e3 * statistics.median(values["ordinary"]),
+                "slow_milliseconds": 1e3 * statistics.median(values["slow"]),
+                "combined": f"({PERIOD - 1} x ordinary + slow) / {PERIOD}",
+                "matrices_of_stacks_one_by_one": name in (MUON, "DGD") and any(len(shape) > 2 for shape in shapes),
+                "to_muon": ratio(measured, name, "seconds", MUON),
+                "to_adamw_foreach": ratio(measured, name, "seconds", BASE),
+                "to_adamw_foreach_beside_products": (
+                    ratio(measured, name, "beside", BASE) if name in DELTA_RULES else None
+                ),
                 "bytes_per_parameter": values["bytes_per_parameter"],
+                "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime()),
                 "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
             }  # fmt: skip
             file.write(json.dumps(record) + "\n")
+            beside = record["to_adamw_foreach_beside_products"]
             print(
                 f"| {name} | {record['milliseconds']:.1f} | {record['to_muon']:.2f} | {record['to_adamw_foreach']:.2f} "
-                f"| {record['to_adamw_foreach_beside_products']:.2f} | {record['bytes_per_parameter']:.1f} |"
+                f"| {'' if beside is None else f'{beside:.2f}'} | {record['bytes_per_parameter']:.1f} |"
             )
 
 
