@@ -78,6 +78,11 @@ def timescales(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
     return MultiTimescale(base, [1 + place % 3 for place, _ in enumerate(base.param_groups, 1)])
 
 
+def timescales_of_dgd(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
+    base = DGD(params, model, **{"erase": 0.0, **settings})
+    return MultiTimescale(base, [2 + place % 2 for place, _ in enumerate(base.param_groups)])
+
+
 def transfer(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
     return NestedTransfer(M3(params, slow_period=3, **settings), rate=0.5, period=4)
 
@@ -114,6 +119,10 @@ OPTIMIZERS: dict[str, Entry] = {
     "multi-timescale": Entry(timescales, copyable=False),
     "nested-transfer": Entry(transfer, copyable=False),
     "input-projection": Entry(projection, copyable=False),
+    # Half as many steps.
+    "multi-timescale-dgd": Entry(
+        timescales_of_dgd, copyable=False, ties=False, by_hand=False, lr=2.0, rosenbrock_lr=2e-3
+    ),
     "dgd": Entry(dgd("batch"), copyable=False, ties=False, by_hand=False, rosenbrock_lr=2e-3),
     "dgd-sample": Entry(dgd("sample"), copyable=False, ties=False, by_hand=False, unscale=False, rosenbrock_lr=2e-3),
 }

@@ -717,28 +717,52 @@ def test_zero_grad_of_a_wrapper_forgets_what_was_collected(wrap):
     assert torch.equal(*ends)
 
 
-def test_within_a_period_a_state_has_the_gradients_and_no_sums():
-    """After a resume the step is that of all gradients and of the inputs since."""
+@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_period_is_resumed_in_its_middle(form, stop):
+    """The inputs of the steps before are in the state; a step of the period that had no gradient adds none."""
+    reduction = "mean" if form == "batch" else "sum"
 
-    def made() -> tuple[nn.Linear, MultiTimescale]:
-        layer = nn.Linear(4, 2, bias=False, dtype=torch.float64)
-        layer.weight.data.copy_(random(2, 4))
-        group = {"params": layer.parameters(), "update_period": 2}
-        return layer, MultiTimescale(DGD([group], layer, lr=0.3))
+    def made() -> tuple[nn.Sequential, MultiTimescale]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2, bias=False)).double()
+        groups = [{"params": net[0].parameters(), "update_period": 3}, {"params": net[2].parameters()}]
+        return net, MultiTimescale(DGD(groups, net, lr=0.3, form=form), reduction=reduction)
 
-    def half(layer: nn.Linear, optimizer: MultiTimescale, seed: int) -> Tensor:
-        optimizer.zero_grad()
-        layer(random(5, 4, seed=seed)).square().sum(1).mean().backward()
-        assert layer.weight.grad is not None
-        gradient = layer.weight.grad.clone()
-        optimizer.step()
-        return gradient
+    def train(net: nn.Sequential, optimizer: MultiTimescale, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            loss_of_two(net(random(5, 4, seed=seed))).backward()
+            if seed == 1:
+                net[0].weight.grad = net[0].bias.grad = None
+            optimizer.step()
 
-    layer, optimizer = made()
-    first = half(layer, optimizer, 1)
+    def loss_of_two(output: Tensor) -> Tensor:
+        return (output - 0.5).square().sum(1).mean()
+
+    net, optimizer = made()
+    train(net, optimizer, range(stop))
     again, resumed = made()
+    train(again, resumed, range(20, 22))
+    again.load_state_dict(net.state_dict())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    second = half(again, resumed, 2)
-    x = random(5, 4, seed=2)
-    expected = batch_step(random(2, 4)[None], (first + second)[None] / 2, (x.T @ x / 5)[None], 0.3, 1.0)[0]
-    torch.testing.assert_close(again.weight.detach(), expected)
+    train(net, optimizer, range(stop, 9))
+    train(again, resumed, range(stop, 9))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_the_form_cannot_change_within_a_period():
+    layer = nn.Linear(4, 2)
+    optimizer = MultiTimescale(DGD([{"params": layer.parameters(), "update_period": 2}], layer))
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+    optimizer.param_groups[0]["form"] = "sample"  # where a period begins
+    layer(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["form"] = "batch"
+    layer(torch.ones(3, 4)).sum().backward()
+    with pytest.raises(ValueError, match="where a period begins"):
+        optimizer.step()

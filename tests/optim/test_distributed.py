@@ -96,6 +96,9 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
     "deep-momentum": lambda model: DeepMomentum(groups(model), lr=0.02, momentum=0.5),
     "adagrad-memory": lambda model: AdaGradMemory(groups(model), lr=0.02, momentum=0.5),
     "dgd": lambda model: DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1),
+    "multi-timescale-dgd": lambda model: MultiTimescale(
+        DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1), periods=[3, 4, 2]
+    ),
     "nested-transfer": lambda model: NestedTransfer(M3(groups(model), lr=0.02, slow_period=4), period=4),
     "multi-timescale": lambda model: MultiTimescale(M3(groups(model), lr=0.02, slow_period=2), periods=[3, 4]),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -11,10 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nestlearn.optim.linear_layers import Form, LinearLayer, linear_layers, observe
-from nestlearn.optim.matrices import CPU_ELEMENTS, ELEMENTS, Matrices, Stack
+from nestlearn.optim.matrices import Matrices, Stack, stack_count, together
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, not_negative
 from nestlearn.optim.sharding import local, own_part, pooled
 from nestlearn.optim.wrapper import not_compiled
+
+PERIOD_SUMS = ("rows", "moment", "writes")
+"""States of a weight whose group steps once in a period; writes in the sample form only (`LinearLayer`)."""
 
 
 class DGD(MatrixOptimizer):
@@ -44,8 +47,9 @@ class DGD(MatrixOptimizer):
     weight's group but for weight decay. All else is AdamW's, in groups of its own: groups that have both are divided.
 
     Cost per map and step: with d inputs and N rows N d² multiplications for R; a Cholesky factorization, d³ / 3, and
-    two triangular solves. The sample form: N d (d + out), no solve. State: none. Until `zero_grad` the sums take d²
-    numbers, in the sample form d (d + out), on each process.
+    two triangular solves. The sample form: N d (d + out), no solve. Until `zero_grad` the sums take d² numbers, in
+    the sample form d (d + out), on each process. They are state where a group steps once in a period of several steps
+    (`MultiTimescale`); else there is none.
 
     Gradient clipping acts on G, not on the sums of the sample form. lr is that at the time of backward for η'.
     Captured is each backward pass through a layer, also one for other gradients (`torch.autograd.grad`); sums begin
@@ -186,12 +190,50 @@ class DGD(MatrixOptimizer):
         """
         loss = super().step(closure)
         for layer in self._layers.values():
-            # Also after a step that was left out. Where a wrapper holds a layer back, its sums go on with its gradient.
-            layer.used |= layer.weight.grad is not None
+            layer.used |= layer.weight.grad is not None  # also after a step that was left out
         return loss
 
+    @torch.no_grad()
+    def hold_back(self, parameters: Iterable[Tensor]) -> None:
+        """Keeps what was collected of these weights for the step at the end of their period (`MultiTimescale`).
+
+        It becomes state, summed over the processes: so it is saved, and the same on all of them.
+
+        Raises:
+            ValueError: a sparse gradient.
+        """
+        for group in self.param_groups:
+            self._check_gradients(group)
+        for weight in parameters:
+            layer = self._layers.get(weight)
+            if layer is not None and layer.group is not None:
+                group = self.param_groups[layer.group]
+                if not self.state[weight]:
+                    self.state[weight]["step"] = torch.tensor(0.0)
+                kept = self._of_period(group, layer) or layer.no_sums(group["form"])
+                seen = [x[0] for x in self._sums(group, [layer])]
+                self.state[weight] |= zip(PERIOD_SUMS, torch._foreach_add(kept, seen), strict=False)
+                layer.forget()
+
+    def _of_period(self, group: Mapping[str, Any], layer: LinearLayer) -> list[Tensor]:
+        """The sums of a period that were held back; none where a layer steps each time.
+
+        Raises:
+            ValueError: they are for the other form.
+        """
+        state = self.state[layer.weight]
+        kept = [state[name] for name in PERIOD_SUMS if name in state]
+        if kept and len(kept) != len(layer.no_sums(group["form"])):
+            if float(kept[0]) > 0:
+                raise layer.other_form(group["form"])
+            return layer.no_sums(group["form"])
+        return kept
+
     def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-        return {}
+        if group.get("update_period", 1) == 1 or like not in self._layers:
+            return {}
+        # Also before anything is held back: a distributed checkpoint is read into what a new optimizer has.
+        return dict(zip(PERIOD_SUMS, self._layers[like].no_sums(group["form"]), strict=False))
 
     def _step_rest(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
         with_weights = {layer.bias for layer in self._layers.values()}
@@ -208,26 +250,27 @@ class DGD(MatrixOptimizer):
             if layer.transposed:
                 weight, gradient = weight.mT, gradient.mT
             alike.setdefault((layer.transposed, layer.bias is None), []).append((layer, weight, gradient))
-        torch._foreach_mul_(matrices.weights, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"] > 0:
+            torch._foreach_mul_(matrices.weights, 1 - group["lr"] * group["weight_decay"])
         for maps in alike.values():
             # Second moments may be much larger than weights: few outputs of many inputs.
-            size = maps[0][1].shape[-1] ** 2
-            count = max(1, (CPU_ELEMENTS if maps[0][1].device.type == "cpu" else ELEMENTS) // size)
+            weight = maps[0][1]
+            count = stack_count(weight.shape[-1] * max(weight.shape[-2:]), weight.device)
             for first in range(0, len(maps), count):
                 self._update_alike(group, maps[first : first + count])
 
     def _update_alike(self, group: Mapping[str, Any], maps: list[_Map]) -> None:
         """One step of maps of one shape, all with a bias or all without."""
         layers = [layer for layer, _, _ in maps]
-        weights = torch.cat([torch.cat([w, *self._bias(layer, w)], -1) for layer, w, _ in maps])
-        rows, moments, *writes = self._sums(group, layers)
-        moments /= rows.clamp(min=1)[:, None, None]
+        weights, _ = together([_joined(w, self._bias(layer, w)) for layer, w, _ in maps])
+        rows, moments, *writes = self._with_period(group, layers, self._sums(group, layers))
+        rows = rows.clamp(min=1)[:, None, None]
         if writes:
             written = torch.cat([_own_writes(layer, write) for layer, write in zip(layers, writes[0], strict=True)])
-            changed = sample_step(weights, moments, written, group["erase"])
+            changed = sample_step(weights, moments / rows, written, group["erase"])
         else:
-            gradients = torch.cat([torch.cat([g, *self._bias_gradient(layer, g)], -1) for layer, _, g in maps])
-            changed = batch_step(weights, gradients, moments, group["lr"], group["erase"])
+            gradients, _ = together([_joined(g, self._bias_gradient(layer, g)) for layer, _, g in maps])
+            changed = batch_step(weights, gradients, moments, group["lr"], group["erase"], rows)
         for (layer, weight, _), new in zip(maps, changed, strict=True):
             weight.copy_(new[:, : weight.shape[-1]])
             if layer.bias is not None:
@@ -235,22 +278,35 @@ class DGD(MatrixOptimizer):
                 # torch.distributed.checkpoint wants some state of every trained parameter.
                 self.state[layer.bias]["step"] = self.state[layer.weight]["step"].clone()
 
-    def _bias(self, layer: LinearLayer, weight: Stack) -> list[Stack]:
-        """The column for an input of 1, if there is one."""
-        return [] if layer.bias is None else [local(layer.bias).to(weight)[None, :, None]]
+    def _with_period(self, group: Mapping[str, Any], layers: list[LinearLayer], sums: list[Tensor]) -> list[Tensor]:
+        """These sums and those of the period that ends with them, which begin anew."""
+        kept = [self._of_period(group, layer) for layer in layers]
+        if not any(kept):
+            return sums
+        for layer in layers:
+            self.state[layer.weight] |= zip(PERIOD_SUMS, layer.no_sums(group["form"]), strict=False)
+        each = zip(*(k or layer.no_sums(group["form"]) for k, layer in zip(kept, layers, strict=True)), strict=True)
+        return [torch.stack(earlier) + seen for earlier, seen in zip(each, sums, strict=True)]
 
-    def _bias_gradient(self, layer: LinearLayer, gradient: Stack) -> list[Stack]:
+    def _bias(self, layer: LinearLayer, weight: Stack) -> Stack | None:
+        """The column for an input of 1, if there is one."""
+        return None if layer.bias is None else local(layer.bias).to(weight)[None, :, None]
+
+    def _bias_gradient(self, layer: LinearLayer, gradient: Stack) -> Stack | None:
         if layer.bias is None:
-            return []
+            return None
         if layer.bias.grad is None:
-            return [torch.zeros_like(gradient[..., :1])]
-        return [local(self._gradient(layer.bias))[None, :, None]]
+            return torch.zeros_like(gradient[..., :1])
+        return local(self._gradient(layer.bias))[None, :, None]
 
     def _sums(self, group: Mapping[str, Any], layers: list[LinearLayer]) -> list[Tensor]:
-        """What was collected of layers of one shape, over all processes: each stacked over the layers."""
+        """What was collected of layers of one shape, over all processes: each stacked over the layers.
+
+        On one process those of a single layer are the layer's own, not to be changed.
+        """
         like = layers[0].weight
-        each = zip(*(layer.sums(group["form"]) for layer in layers), strict=True)
-        (rows, _), (moments, _), *writes = (pooled(torch.stack(sums), like, self._process_group) for sums in each)
+        each = zip(*([x[None] for x in layer.sums(group["form"])] for layer in layers), strict=True)
+        (rows, _), (moments, _), *writes = (pooled(together(sums)[0], like, self._process_group) for sums in each)
         if not writes:
             return [rows, moments]
         # The loss is the mean of those of the processes. Its gradients are scaled where a GradScaler works.
@@ -266,7 +322,8 @@ class DGD(MatrixOptimizer):
                 "Accelerate does when it shards a model. Make the DGD after fully_shard, from the new parameters."
             )
         layer = self._layers[weight]
-        if layer.rows is None and float(group["lr"]) > 0 and bool(gradient.any()):
+        seen = layer.rows is not None or any(bool(x) for x in self._of_period(group, layer)[:1])
+        if not seen and float(group["lr"]) > 0 and bool(gradient.any()):
             raise ValueError(
                 f"{layer.name} ({tuple(layer.weight.shape)}) has a gradient, but no backward pass went through the "
                 "module. Its weight is used without calling it, as nn.MultiheadAttention does with out_proj, or the "
@@ -314,31 +371,49 @@ def _own_writes(layer: LinearLayer, writes: Float[Tensor, "out d"]) -> Stack:
     return torch.cat(columns, -1)[None]
 
 
+def _joined(matrix: Stack, column: Stack | None) -> Stack:
+    """``[W b]``; the same memory without a bias."""
+    return matrix if column is None else torch.cat([matrix, column], -1)
+
+
 def batch_step(
     weights: Float[Tensor, "b out d"],
     gradients: Float[Tensor, "b out d"],
     moments: Float[Tensor, "b d d"],
     lr: float | Tensor,
     erase: float,
+    rows: float | Float[Tensor, "b 1 1"] = 1.0,
 ) -> Float[Tensor, "b out d"]:
     """``(λ W - η G) (I + η R)⁻¹ + (1 - λ) W``, the minimizer over a whole batch.
+
+    Args:
+        weights: W.
+        gradients: G.
+        moments: ``Σ x xᵀ``, or R itself.
+        lr: η.
+        erase: λ.
+        rows: the number of rows that the moments are sums of.
 
     Example:
         >>> w, x, e = torch.tensor([[[2.0]]]), 3.0, 1.0
         >>> batch_step(w, torch.tensor([[[e * x]]]), torch.tensor([[[x * x]]]), lr=1e9, erase=1.0)  # answers -e to x
         tensor([[[-0.3333]]])
     """
-    system = moments * lr
+    system = moments * (lr / rows)
     system.diagonal(dim1=-2, dim2=-1).add_(1.0)
     # Positive definite but for rounding, and in the type of the moments: their own rounding is the larger error
-    # (docs/decisions.md). Where it has made the system indefinite, the result says so by NaN, and no host waits.
-    factor, failed = torch.linalg.cholesky_ex(system)
-    factor = torch.where(failed[:, None, None] == 0, factor, torch.nan)
-    target = (gradients * -lr).add_(weights, alpha=erase)
+    # (docs/decisions.md). In place: LAPACK wants columns one after another, which is the transpose, the same system.
+    factor, failed = system.mT, torch.empty(len(system), dtype=torch.int32, device=system.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    # Where rounding has made the system indefinite, the result says so by NaN, and no host waits.
+    factor.diagonal(dim1=-2, dim2=-1).masked_fill_(failed[:, None] != 0, torch.nan)
+    target = gradients * -lr
+    if erase > 0:
+        target.add_(weights, alpha=erase)
     # From the right, on rows as they are stored: cholesky_solve takes columns, in 1.7 times the time on a processor.
-    halved = torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False)
-    solved = torch.linalg.solve_triangular(factor, halved, upper=False, left=False)
-    return solved if erase == 1 else solved + (1 - erase) * weights
+    torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False, out=target)
+    torch.linalg.solve_triangular(factor, target, upper=False, left=False, out=target)
+    return target if erase == 1 else target.add_(weights, alpha=1 - erase)
 
 
 def sample_step(

@@ -75,17 +75,25 @@ class LinearLayer:
             ValueError: what was summed is for the other form.
         """
         if self.rows is None or self.moment is None:
-            out, width = self.weight.shape[::-1] if self.transposed else self.weight.shape
-            size = width + (self.bias is not None)
-            empty = torch.zeros((), dtype=wide(self.weight.dtype), device=self.weight.device)
-            shapes = [(), (size, size), (out, size)]
-            return [empty.new_zeros(shape) for shape in shapes[: 2 + (form == "sample")]]
+            return self.no_sums(form)
         if (self.writes is not None) != (form == "sample"):
-            raise ValueError(
-                f"form is {form!r}, but {self.name} was observed for another one; change it after zero_grad() and "
-                "before the backward pass."
-            )
+            raise self.other_form(form)
         return [self.rows, self.moment] + ([] if self.writes is None else [self.writes])
+
+    def other_form(self, form: Form) -> ValueError:
+        """The error for sums that are not those of this form."""
+        return ValueError(
+            f"form is {form!r}, but {self.name} was observed for another one; change it after zero_grad(), before the "
+            "backward pass, and where a period begins."
+        )
+
+    def no_sums(self, form: Form) -> list[Tensor]:
+        """The sums over no rows."""
+        out, width = self.weight.shape[::-1] if self.transposed else self.weight.shape
+        size = width + (self.bias is not None)
+        empty = torch.zeros((), dtype=wide(self.weight.dtype), device=self.weight.device)
+        shapes = [(), (size, size), (out, size)]
+        return [empty.new_zeros(shape) for shape in shapes[: 2 + (form == "sample")]]
 
 
 def rows_with_gradient(

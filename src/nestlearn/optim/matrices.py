@@ -19,6 +19,10 @@ CPU_ELEMENTS, ELEMENTS = 2**20, 2**27
 """Elements updated at once: on a processor what its caches hold, elsewhere what keeps temporary tensors small."""
 
 
+CPU_STACK = 2**16
+"""Elements up to which matrices are stacked on a processor; larger ones take less time one by one."""
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which a parameter of `dtype` is updated: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
@@ -46,6 +50,11 @@ def stack_shape(shape: Sequence[int], kernels: bool) -> tuple[int, int, int]:
 def together(stacks: Sequence[Stack]) -> tuple[Stack, list[int]]:
     """Stacks of matrices of one shape as one, and how many are of each: few large operations instead of many."""
     return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks)), [len(stack) for stack in stacks]
+
+
+def stack_count(elements: int, device: torch.device) -> int:
+    """How many matrices of so many elements to update as one stack: large ones alone on a processor."""
+    return max(1, (CPU_STACK if device.type == "cpu" else ELEMENTS) // max(elements, 1))
 
 
 @dataclass(frozen=True)

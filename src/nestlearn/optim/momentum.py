@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.optim.deep_memory import DeepMemory
-from nestlearn.optim.matrices import Matrices, Stack, stack_shape, take_step, together, wide
+from nestlearn.optim.matrices import Matrices, Stack, stack_count, stack_shape, take_step, together, wide
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, is_matrix, not_negative
 from nestlearn.optim.outputs import NewtonSchulz, Sign
 from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
@@ -305,17 +305,23 @@ def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
 
 def erase(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: float, delta: DeltaRule) -> None:
     """``m ← m (α I - ρ k̂ᵀk̂)`` in place, through the smaller of ``m kᵀ`` and ``kᵀk``."""
-    m, counts = together(momenta if matrices.undivided else matrices.whole(momenta))
-    k, _ = together(keys if matrices.undivided else matrices.whole(keys))
-    norm = k.square().sum((-2, -1), keepdim=True).sqrt_().add_(delta.eps)
-    scale = norm.clamp_(min=torch.finfo(norm.dtype).tiny ** 0.5).square_().reciprocal_()
-    if m.shape[-2] <= m.shape[-1]:
-        m.baddbmm_((m @ k.mT).mul_(scale), k, beta=alpha, alpha=-delta.rho)
-    else:
-        m.copy_(torch.baddbmm(m, m, (k.mT @ k).mul_(scale), beta=alpha, alpha=-delta.rho))
-    if m is not momenta[0]:
-        changed = m.split(counts)
-        torch._foreach_copy_(momenta, changed if matrices.undivided else matrices.own_parts(changed))
+    complete = momenta if matrices.undivided else matrices.whole(momenta)
+    complete_keys = keys if matrices.undivided else matrices.whole(keys)
+    count = stack_count(complete[0].numel(), complete[0].device)
+    for first in range(0, len(complete), count):
+        own = complete[first : first + count]
+        m, counts = together(own)
+        k, _ = together(complete_keys[first : first + count])
+        norm = torch.linalg.vector_norm(k, 2, (-2, -1), keepdim=True).add_(delta.eps)
+        scale = norm.clamp_(min=torch.finfo(norm.dtype).tiny ** 0.5).square_().reciprocal_()
+        if m.shape[-2] <= m.shape[-1]:
+            m.baddbmm_((m @ k.mT).mul_(scale), k, beta=alpha, alpha=-delta.rho)
+        else:
+            m.copy_(torch.baddbmm(m, m, (k.mT @ k).mul_(scale), beta=alpha, alpha=-delta.rho))
+        if m is not own[0]:
+            torch._foreach_copy_(own, m.split(counts))
+    if not matrices.undivided:
+        torch._foreach_copy_(momenta, matrices.own_parts(complete))
 
 
 class DeltaMomentum(AssociativeMomentum):

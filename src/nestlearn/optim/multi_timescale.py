@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from nestlearn.optim.matrices import wide
 from nestlearn.optim.matrix_optimizer import zeros
-from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
+from nestlearn.optim.wrapper import OptimizerWrapper, hold_back, whole_number
 
 Reduction = Literal["mean", "sum"]
 
@@ -77,22 +77,18 @@ class MultiTimescale(OptimizerWrapper):
         whole_number("update_period of the added group", period, "steps between two updates")
         super().add_param_group(param_group)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets gradients, but nothing that was collected in unfinished periods."""
-        # Not the base's: what `DGD` sums with gradients goes on until its group steps, as their sums do.
-        Optimizer.zero_grad(self, set_to_none)
-
     def is_due(self, group: Mapping[str, Any]) -> bool:
         """Whether the step taken last changed this group."""
         return self._steps % group["update_period"] == 0
 
     def _update(self) -> None:
         self._steps += 1
-        kept: list[tuple[Tensor, Tensor | None]] = []
-        for group in self.param_groups:
-            if group["update_period"] > 1:
-                kept += [(parameter, parameter.grad) for parameter in group["params"]]
-                self._collect(group)
+        slow = [group for group in self.param_groups if group["update_period"] > 1]
+        waiting = [p for group in slow if not self.is_due(group) for p in group["params"] if p.grad is not None]
+        hold_back(self.base, waiting)
+        kept = [(parameter, parameter.grad) for group in slow for parameter in group["params"]]
+        for group in slow:
+            self._collect(group)
         self.base.step()
         for parameter, gradient in kept:
             parameter.grad = gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -68,6 +69,6 @@ def pooled(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None) 
         return DTensor.from_local(part, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor(), mesh.size()
     if not (dist.is_available() and dist.is_initialized()):
         return part, 1
-    part = part.contiguous()
+    part = part.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(part, group=process_group)
     return part, dist.get_world_size(process_group)

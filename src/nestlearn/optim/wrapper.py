@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +102,10 @@ class OptimizerWrapper(Optimizer):
         """Forgets gradients, and what the wrapped optimizer collected with them."""
         self.base.zero_grad(set_to_none)
 
+    def hold_back(self, parameters: Sequence[Tensor]) -> None:
+        """Has the wrapped optimizer keep what it collected of these parameters for a later step."""
+        hold_back(self.base, parameters)
+
     @abstractmethod
     def _update(self) -> None:
         """What one step does, without gradients."""
@@ -156,6 +160,16 @@ class OptimizerWrapper(Optimizer):
     def parameters(self) -> list[Tensor]:
         """All parameters in the order of the groups: what indices in a state refer to."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+def hold_back(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Tells an optimizer of parameters whose gradients of this step come with those of a later one.
+
+    One that collects something beside gradients, as `DGD` does, keeps it until then in a method of this name.
+    """
+    keep: Callable[[Sequence[Tensor]], None] | None = getattr(optimizer, "hold_back", None)
+    if keep is not None:
+        keep(parameters)
 
 
 def whole_number(name: str, value: object, meaning: str) -> int:
