@@ -1,4 +1,4 @@
-"""Two processes that each hold a part of every parameter (FSDP2) against one process that holds all.
+"""Two processes that each hold a part of every parameter (FSDP2), or all (DDP), against one process that holds all.
 
 All cases run in one start of two processes, which leave what they found in a folder; the tests read it there.
 """
@@ -24,9 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from nestlearn.optim import (
@@ -53,6 +55,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
 ]
+
+REPLICAS = {"whole": None, "low rank": 8, "low rank, exceeded": 2, "models of their own": None}
+"""The rank of the memory of inputs."""
 
 PROCESSES, STEPS, STOP = 2, 20, 14  # it stops within a slow period, and within a period of every level
 
@@ -98,6 +103,18 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
     "dgd": lambda model: DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1),
     "multi-timescale-dgd": lambda model: MultiTimescale(
         DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1), periods=[3, 4, 2]
+    ),
+    "input-projection": lambda model: InputProjection(
+        M3(groups(model), lr=0.02, slow_period=4), model, alpha=10.0, period=4, dtype=torch.float64
+    ),
+    "input-projection-of-gradients": lambda model: InputProjection(
+        MultiTimescale(torch.optim.Adam(model.parameters(), lr=0.02), periods=[3]),
+        model,
+        alpha=10.0,
+        period=4,
+        dtype=torch.float64,
+        apply_to="gradient",
+        unit="steps",
     ),
     "nested-transfer": lambda model: NestedTransfer(M3(groups(model), lr=0.02, slow_period=4), period=4),
     "multi-timescale": lambda model: MultiTimescale(M3(groups(model), lr=0.02, slow_period=2), periods=[3, 4]),
@@ -160,6 +177,8 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
             found[way] = complete(model)
         torch.save(found, folder / f"{name}-{rank}.pt")
     (folder / f"stack-{rank}").write_text(stacks_that_are_collected())
+    for name in REPLICAS:
+        torch.save(replicas(name), folder / f"replicas, {name}-{rank}.pt")
     torch.save(refusals(), folder / f"refused-{rank}.pt")
     dist.destroy_process_group()
 
@@ -179,16 +198,45 @@ def stacks_that_are_collected() -> str:
 
 
 def refusals() -> list[str]:
-    """What `InputProjection` says to a model in parts, and to one that is the same on all processes."""
-    said = []
-    for shard in (True, False):
-        model = nn.Linear(4, 4)
-        if shard:
-            fully_shard(model)
-        with pytest.raises(ValueError) as refused:
-            InputProjection(torch.optim.SGD(model.parameters(), lr=0.1), model)
-        said.append(str(refused.value))
+    """What `InputProjection` says to a weight that is divided along its inputs, and to inputs that are divided."""
+    said, mesh = [], init_device_mesh("cpu", (PROCESSES,))
+    across, plain = nn.Linear(4, 4), nn.Linear(4, 4)
+    fully_shard(across, mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
+    with pytest.raises(ValueError) as refused:
+        InputProjection(torch.optim.SGD(across.parameters(), lr=0.1), across)
+    said.append(str(refused.value))
+    InputProjection(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
+    with pytest.raises(ValueError) as refused:
+        plain(distribute_tensor(torch.ones(2, 4), mesh, [Shard(0)]))
+    said.append(str(refused.value))
     return said
+
+
+def replicas(name: str) -> dict[str, Any]:
+    """A network and the memory of its inputs after eight steps, each of two passes through replicas of it (DDP)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 2, bias=False)).double()
+    own_group, replica, rows, scale = None, net, slice(0, 6), 1.0
+    if dist.is_initialized() and name == "models of their own":
+        own_group = [dist.new_group([rank]) for rank in range(PROCESSES)][dist.get_rank()]
+    elif dist.is_initialized():
+        replica, rows, scale = DistributedDataParallel(net), [slice(0, 2), slice(2, 6)][dist.get_rank()], PROCESSES
+    optimizer = InputProjection(
+        torch.optim.Adam(net.parameters(), lr=0.02), net, alpha=0.5, rank=REPLICAS[name], unit="steps",
+        dtype=torch.float64, process_group=own_group,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(3, 9, generator=generator, dtype=torch.float64)  # with the 1 of the bias of rank 4
+    for step in range(8):
+        optimizer.zero_grad()
+        for _ in range(2):
+            x = torch.randn(6, 3, generator=generator, dtype=torch.float64) @ mixing
+            ((replica(x[rows]) - 1).square().sum() * scale / 6).backward()
+        optimizer.step()
+        if step in (3, 6):
+            optimizer.refresh()
+    seen = {str(place): memory["seen"] for place, memory in enumerate(optimizer.own_state()["maps"])}
+    return net.state_dict() | {f"products {k}": x if len(x) == x.shape[1] else x.T @ x for k, x in seen.items()}
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +286,19 @@ def test_matrices_that_are_whole_on_a_process_are_not_collected(found: Path):
     assert [(found / f"stack-{rank}").read_text() for rank in range(PROCESSES)] == ["[]"] * PROCESSES
 
 
-def test_a_projection_by_the_inputs_of_one_process_is_refused(found: Path):
+@pytest.mark.parametrize("name", REPLICAS)
+def test_replicas_share_one_memory_of_inputs(name: str, found: Path):
+    first, second = (torch.load(found / f"replicas, {name}-{rank}.pt") for rank in range(PROCESSES))
+    assert all(torch.equal(x, second[key]) for key, x in first.items())
+    expected = replicas(name)
+    if name == "low rank, exceeded":  # each process has reduced its own rows before
+        assert not torch.allclose(first["products 0"], expected["products 0"])
+    else:
+        close(first, expected)
+
+
+def test_weights_and_inputs_that_a_projection_cannot_read_are_refused(found: Path):
     for rank in range(PROCESSES):
-        for said in torch.load(found / f"refused-{rank}.pt"):
-            assert "inputs of its own process only" in said and "on one process" in said
+        across, divided = torch.load(found / f"refused-{rank}.pt")
+        assert "is divided as" in across and "(Shard(0))" in across
+        assert "input that is distributed" in divided and "data parallelism" in divided

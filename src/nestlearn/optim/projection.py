@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from nestlearn.optim.sharding import distributed, gathered, is_shared, local, own_rows, pooled
 from nestlearn.optim.sketch import add_rows, closing
 from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
 
@@ -45,7 +46,13 @@ def ridge_projection(gram: Float[Tensor, "*b d d"], alpha: float | Float[Tensor,
 
 
 class _Memory:
-    """What one weight's inputs were: the sum of ``x xᵀ`` of a linear map, the count of each row of an embedding."""
+    """What one weight's inputs were: the sum of ``x xᵀ`` of a linear map, the count of each row of an embedding.
+
+    Attributes:
+        seen: what is stored.
+        fresh: what this process has seen since the last `join`; only where several processes train the weight.
+        applied: the copy in use, made of what was stored at a `refresh`; None before the first one.
+    """
 
     def __init__(
         self,
@@ -63,17 +70,43 @@ class _Memory:
         size = module.weight.shape[0] if self.is_embedding else module.weight.shape[1] + (self.bias is not None)
         shape = (size,) if self.is_embedding else (rank or size, size)
         self.seen = torch.zeros(shape, dtype=dtype, device=module.weight.device)
+        self.fresh: list[Tensor] = []
         self.applied: Tensor | None = None
 
-    def add(self, inputs: Tensor) -> None:
-        """Stores the inputs of one forward pass."""
+    def sums(self) -> list[Tensor]:
+        """What is stored of the inputs."""
+        return [self.seen]
+
+    def set_sums(self, sums: list[Tensor]) -> None:
+        """Stores other sums."""
+        (self.seen,) = sums
+
+    def add(self, inputs: Tensor, shared: bool) -> None:
+        """Stores the inputs of one forward pass; where processes share the memory, until they `join`."""
         if self.seen.device != inputs.device:  # the model moved after the optimizer was made
-            self.seen = self.seen.to(inputs.device)
-        if self.is_embedding:
-            self.seen.add_(torch.bincount(inputs.reshape(-1), minlength=len(self.seen)).to(self.seen.dtype))
+            self.set_sums([x.to(inputs.device) for x in self.sums()])
+        if not shared:
+            self.set_sums(self.added(self.sums(), inputs))
             return
+        self.fresh = self.added(self.fresh or [torch.zeros_like(x) for x in self.sums()], inputs)
+
+    def added(self, sums: list[Tensor], inputs: Tensor) -> list[Tensor]:
+        """Sums with these inputs; their memory may be the same."""
+        (seen,) = sums
+        if self.is_embedding:
+            return [seen.add_(torch.bincount(inputs.reshape(-1), minlength=len(seen)).to(seen.dtype))]
         rows = self.rows(inputs)
-        self.seen.addmm_(rows.T, rows)
+        return [seen.addmm_(rows.T, rows)]
+
+    def join(self, process_group: dist.ProcessGroup | None) -> None:
+        """Stores what all processes have seen since they did so last: the same on each of them."""
+        fresh = self.fresh or [torch.zeros_like(x) for x in self.sums()]
+        self.fresh = []
+        self.set_sums(self.joined(fresh, process_group))
+
+    def joined(self, fresh: list[Tensor], process_group: dist.ProcessGroup | None) -> list[Tensor]:
+        """Sums with what each process has seen."""
+        return [self.seen + pooled(fresh[0], self.weight, process_group)[0]]
 
     def rows(self, inputs: Tensor) -> Float[Tensor, "t d"]:
         """Inputs of a linear map, with the 1 of its bias."""
@@ -99,11 +132,11 @@ class _Memory:
             )
 
     def project(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``D P`` of a change (or gradient) D of the weight, its bias as the last column."""
+        """``D P`` of a change (or gradient) D of the weight, its bias as the last column: of this process's rows."""
         assert self.applied is not None
         applied = self.applied.to(weight)
         if self.is_embedding:
-            return weight * applied[:, None], None
+            return weight * own_rows(applied, self.weight)[:, None], None
         if self.bias is None:
             return self.times(weight, applied), None
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
@@ -114,16 +147,15 @@ class _Memory:
         """``D P`` of a linear map."""
         return change @ applied
 
-    def state(self) -> dict[str, Tensor | None]:
-        """What is stored and the copy in use."""
-        return {"seen": self.seen.clone(), "applied": None if self.applied is None else self.applied.clone()}
+    def state(self) -> dict[str, Any]:
+        """What is stored and the copy in use, with the same entries before the first copy."""
+        applied = torch.zeros_like(self.seen) if self.applied is None else self.applied.clone()
+        return {"seen": self.seen.clone(), "applied": applied, "refreshed": self.applied is not None}
 
-    def load(self, state: dict[str, Tensor | None]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned."""
-        seen, applied = state["seen"], state["applied"]
-        assert seen is not None
-        self.applied = None if applied is None else applied.to(self.seen).clone()
-        self.seen = seen.to(self.seen).clone()
+        self.applied = state["applied"].to(self.seen, copy=True) if state["refreshed"] else None
+        self.seen, self.fresh = state["seen"].to(self.seen, copy=True), []
 
 
 class _LeadingDirections(_Memory):
@@ -133,13 +165,24 @@ class _LeadingDirections(_Memory):
         super().__init__(name, module, dtype, trained, rank)
         self.squares = self.seen.new_zeros(())
 
-    def add(self, inputs: Tensor) -> None:
-        """Stores the inputs of one forward pass."""
-        if self.seen.device != inputs.device:
-            self.seen, self.squares = self.seen.to(inputs.device), self.squares.to(inputs.device)
+    def sums(self) -> list[Tensor]:
+        """What is stored of the inputs: directions, and the squares of all."""
+        return [self.seen, self.squares]
+
+    def set_sums(self, sums: list[Tensor]) -> None:
+        """Stores other sums."""
+        self.seen, self.squares = sums
+
+    def added(self, sums: list[Tensor], inputs: Tensor) -> list[Tensor]:
+        """Sums with these inputs."""
         rows = self.rows(inputs)
-        self.seen = add_rows(self.seen, rows)
-        self.squares += rows.square().sum()
+        return [add_rows(sums[0], rows), sums[1] + rows.square().sum()]
+
+    def joined(self, fresh: list[Tensor], process_group: dist.ProcessGroup | None) -> list[Tensor]:
+        """Sums with what each process has seen, of which it sends its leading directions."""
+        directions = gathered(fresh[0], self.weight, process_group).flatten(0, 1)
+        squares, _ = pooled(fresh[1], self.weight, process_group)
+        return [add_rows(self.seen, directions), self.squares + squares]
 
     def mean_square(self) -> Float[Tensor, ""]:
         """Sum of squares of all inputs, per direction, of those that are not kept too."""
@@ -153,16 +196,14 @@ class _LeadingDirections(_Memory):
         """``D (I - AᵀA)``."""
         return change - (change @ applied.T) @ applied
 
-    def state(self) -> dict[str, Tensor | None]:
+    def state(self) -> dict[str, Any]:
         """What is stored and the copy in use."""
         return super().state() | {"squares": self.squares.clone()}
 
-    def load(self, state: dict[str, Tensor | None]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned."""
         super().load(state)
-        squares = state["squares"]
-        assert squares is not None
-        self.squares = squares.to(self.seen).clone()
+        self.squares = state["squares"].to(self.seen, copy=True)
 
 
 class InputProjection(OptimizerWrapper):
@@ -180,10 +221,15 @@ class InputProjection(OptimizerWrapper):
     Under activation checkpointing without reentry (`torch.utils.checkpoint` with ``use_reentrant=False``) the forward
     pass of a map runs twice with gradients, and its inputs count twice, as if its α were half as large.
 
+    Several processes, replicas of the model (DistributedDataParallel) or parts of it (FSDP2, divided along the first
+    dimension of weights, as they are by default), have one memory of what all of them read. They join what they have
+    seen at each step and in `refresh`, which all of them must call: (d+1)² numbers per map are summed, of low-rank ones
+    the r (d+1) of each process are collected. A state has what was joined.
+
     Args:
         base: any torch optimizer, this package's wrappers included.
         model: whose linear maps and embeddings with parameters of `base` are projected; its other parameters, such as
-            norms, are left to `base`.
+            norms, are left to `base`. With FSDP2 after `fully_shard`.
         alpha: α, the sum of squares of a direction's inputs at which it is half closed.
         unit: of alpha: "squares" as the formula has it, the same for all maps; "steps" for steps whose inputs are
             average for the map: α times its mean square per step and direction. Then α means the same for maps with
@@ -195,13 +241,15 @@ class InputProjection(OptimizerWrapper):
         apply_to: ``"update"`` projects the change that `base` made, whatever its rule; ``"gradient"`` what `base`
             gets, whose elementwise scaling (Adam) then points partly back into the closed directions.
         dtype: of the stored sums.
+        process_group: the processes that train replicas of the model: the default group where torch.distributed is
+            initialized. Processes that train models of their own must each give a group of one.
 
     Attributes:
         recording: whether forward passes in training mode store their inputs.
 
     Raises:
-        ValueError: alpha not positive, an unknown `apply_to`, nothing in the model to project, or a model that several
-            processes train.
+        ValueError: alpha not positive, an unknown `apply_to`, nothing in the model to project, or a weight that is
+            divided along its inputs. In the forward pass: inputs that are divided (tensor parallelism).
 
     Example:
         >>> layer = torch.nn.Linear(3, 1, bias=False)
@@ -229,16 +277,9 @@ class InputProjection(OptimizerWrapper):
         unit: Unit = "squares",
         apply_to: ApplyTo = "update",
         dtype: torch.dtype = torch.float32,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(base)
-        divided = any(isinstance(parameter, DTensor) for parameter in self.parameters())
-        if divided or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            raise ValueError(
-                "InputProjection learns from the inputs of its own process only: replicas of a model "
-                "(DistributedDataParallel) would drift apart, and weights in parts (FSDP2) cannot be projected. Train "
-                "with it on one process; processes that each train a model of their own make it before "
-                "torch.distributed.init_process_group."
-            )
         if not alpha > 0.0:
             raise ValueError(f"alpha is {alpha}; it must be positive: the sum of squares that half closes a direction.")
         if apply_to not in get_args(ApplyTo):
@@ -249,6 +290,7 @@ class InputProjection(OptimizerWrapper):
         self.period = None if period is None else whole_number("period", period, "steps between two refreshes")
         self.rank = None if rank is None else whole_number("rank", rank, "directions kept of a map's inputs")
         self.recording = True
+        self._process_group, self._shared = process_group, is_shared(self.parameters(), process_group)
         self._steps = self._recorded = 0
         # One memory per weight and kind: maps that share a weight share its memory, and a tied head has two.
         memories: dict[tuple[Tensor, bool], _Memory] = {}
@@ -256,6 +298,7 @@ class InputProjection(OptimizerWrapper):
         trained = set(self.parameters())
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight in trained:
+                check_rows_are_whole(name, module.weight)
                 key = (module.weight, isinstance(module, nn.Embedding))
                 memory = memories.setdefault(key, self._memory(name, module, dtype, trained))
                 self._hooks.append(module.register_forward_pre_hook(self._hook(memory, module)))
@@ -276,17 +319,26 @@ class InputProjection(OptimizerWrapper):
         def store(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             # A deep copy of the model keeps its hooks; what the copy reads is not this model's past.
             if module is own and self.recording and module.training and torch.is_grad_enabled():
+                if isinstance(inputs[0], DTensor):
+                    raise ValueError(
+                        f"{memory.name} gets an input that is distributed ({inputs[0].placements}), as in tensor "
+                        "parallelism; InputProjection works with data parallelism (FSDP2, DistributedDataParallel)."
+                    )
                 with torch.no_grad():
-                    memory.add(inputs[0].detach())
+                    memory.add(inputs[0].detach(), self._shared)
 
         return store
 
     def refresh(self) -> None:
-        """Takes the copy in use from all inputs stored so far.
+        """Takes the copy in use from all inputs stored so far; of several processes all must call it.
 
         Raises:
             ValueError: inputs of a map were not finite; the copies in use stay as they were.
         """
+        self._join()
+        self._refresh()
+
+    def _refresh(self) -> None:
         for memory in self._memories:
             memory.check()
         with torch.no_grad():
@@ -296,6 +348,11 @@ class InputProjection(OptimizerWrapper):
                     # Without any input the mean square is 0, and so is all that is divided by it.
                     alpha = (memory.mean_square() * (self.alpha / max(self._recorded, 1))).clamp_min(1e-12)
                 memory.refresh(alpha)
+
+    @torch.no_grad()
+    def _join(self) -> None:
+        for memory in self._memories if self._shared else ():
+            memory.join(self._process_group)
 
     def close(self) -> None:
         """Takes the hooks off the model."""
@@ -310,36 +367,37 @@ class InputProjection(OptimizerWrapper):
             self._step_and_project()
         else:
             self._project_and_step()
+        self._join()
         self._steps += 1
         self._recorded += self.recording
         if self.period is not None and self._steps % self.period == 0:
-            self.refresh()
+            self._refresh()
 
     def _step_and_project(self) -> None:
-        before = {
-            parameter: parameter.detach().clone()
+        before = [
+            [None if p is None else local(p).detach().clone() for p in (memory.weight, memory.bias)]
             for memory in self._active()
-            for parameter in (memory.weight, memory.bias)
-            if parameter is not None
-        }
+        ]
         self.base.step()
-        for memory in self._active():
-            weight, bias = memory.weight, memory.bias
-            changes = (weight - before[weight], None if bias is None else bias - before[bias])
-            changed, shifted = memory.project(*changes)
-            weight.copy_(before[weight] + changed)
-            if bias is not None and shifted is not None:
-                bias.copy_(before[bias] + shifted)
+        for memory, (weight, bias) in zip(self._active(), before, strict=True):
+            assert weight is not None
+            own, own_bias = local(memory.weight), None if memory.bias is None else local(memory.bias)
+            shift = None if own_bias is None or bias is None else own_bias - bias
+            changed, shifted = memory.project(own - weight, shift)
+            own.copy_(weight + changed)
+            if own_bias is not None and bias is not None and shifted is not None:
+                own_bias.copy_(bias + shifted)
 
     def _project_and_step(self) -> None:
         kept = [(parameter, parameter.grad) for parameter in self.parameters()]
         for memory in self._active():
             weight, bias = memory.weight, memory.bias
             if weight.grad is not None:
-                projected, shifted = memory.project(weight.grad, None if bias is None else bias.grad)
-                weight.grad = projected
-                if bias is not None:
-                    bias.grad = shifted
+                slope = None if bias is None or bias.grad is None else local(bias.grad)
+                projected, shifted = memory.project(local(weight.grad), slope)
+                weight.grad = distributed(projected, weight)
+                if bias is not None and shifted is not None:
+                    bias.grad = distributed(shifted, bias)
         self.base.step()
         for parameter, gradient in kept:
             parameter.grad = gradient
@@ -367,3 +425,13 @@ class InputProjection(OptimizerWrapper):
         self._steps, self._recorded, self.recording = state["steps"], state["recorded"], state["recording"]
         for memory, item in zip(self._memories, state["maps"], strict=True):
             memory.load(item)
+
+
+def check_rows_are_whole(name: str, weight: Tensor) -> None:
+    """Raises ValueError if a weight is divided over processes along its inputs."""
+    placements = weight.placements if isinstance(weight, DTensor) else ()
+    if any(isinstance(given, Shard) and given.dim > 0 for given in placements):
+        raise ValueError(
+            f"The weight of {name or 'the model itself'} ({tuple(weight.shape)}) is divided as {placements}; "
+            "InputProjection needs its first dimension divided, as fully_shard does by default (Shard(0))."
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,21 +17,32 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
     """The tensor of which each process holds a part, distributed as `like` is; every process gets all of it."""
+    joined = distributed(part, like)
+    return joined.full_tensor() if isinstance(joined, DTensor) else joined
+
+
+def distributed(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which each process holds a part, distributed as `like` is; nothing is sent."""
     if not isinstance(like, DTensor):
         return part
     shape, stride = like.shape, like.stride()
     return DTensor.from_local(
         part.reshape(local(like).shape), like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
-    ).full_tensor()
+    )
+
+
+def own_rows(full: Tensor, like: Tensor) -> Tensor:
+    """What belongs to this process's rows of `like`, whose first dimension alone may be divided."""
+    if not isinstance(like, DTensor):
+        return full
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements).to_local()
 
 
 def own_part(full: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that all have, distributed as `like` is; nothing is sent."""
-    if not isinstance(like, DTensor):
-        return full
-    mesh = like.device_mesh
-    everywhere = DTensor.from_local(full.reshape(like.shape), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements).to_local()
+    return own_rows(full.reshape(like.shape), like) if isinstance(like, DTensor) else full
 
 
 def total(part: Tensor, like: Tensor, stacked: bool) -> Tensor:
@@ -72,3 +85,21 @@ def pooled(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None) 
     part = part.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(part, group=process_group)
     return part, dist.get_world_size(process_group)
+
+
+def gathered(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """The parts of the processes that `pooled` sums over, stacked in their order."""
+    part = part.contiguous()
+    if isinstance(like, DTensor):
+        mesh = like.device_mesh
+        return DTensor.from_local(part[None], mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor()
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(parts, part, group=process_group)
+    return torch.stack(parts)
+
+
+def is_shared(parameters: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> bool:
+    """Whether several processes train these parameters, in parts or as replicas."""
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return True
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
