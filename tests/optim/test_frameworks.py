@@ -1,7 +1,4 @@
-"""The optimizers inside the training loops of others: transformers' Trainer, Accelerate, and Lightning's protocol.
-
-Lightning is not installed here; the last test does by hand what its loop does with an optimizer.
-"""
+"""The optimizers inside the training loops of others: transformers' Trainer, Accelerate, Lightning."""
 
 from __future__ import annotations
 
@@ -16,13 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
-from nestlearn.optim import M3, DeltaMomentum, MultiTimescale, NestedTransfer, param_groups
+from nestlearn.optim import DGD, M3, DeltaMomentum, InputProjection, MultiTimescale, NestedTransfer, param_groups
 
 Make = Callable[[nn.Module], Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "m3": lambda model: M3(param_groups(model), lr=0.02, slow_period=3),
     "delta-momentum": lambda model: DeltaMomentum(param_groups(model), lr=0.02),
     "multi-timescale": lambda model: MultiTimescale(M3(param_groups(model), lr=0.02), [2, 1, 3]),
+    "dgd": lambda model: DGD(param_groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.0),
+    "multi-timescale-dgd": lambda model: MultiTimescale(
+        DGD(param_groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.0), [3, 1, 2]
+    ),
+    "input-projection": lambda model: InputProjection(M3(param_groups(model), lr=0.02), model, period=3),
     "nested-transfer": lambda model: NestedTransfer(M3(param_groups(model), lr=0.02), period=3),
 }
 pytestmark = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -114,32 +116,46 @@ def test_accelerate_trains_as_the_plain_loop_and_loads_its_state(make: Make, tmp
     assert not same(prepared, language_model())
 
 
-def test_lightnings_protocol(make: Make):
-    """``optimizer.step(closure)`` runs the training step, with gradients off elsewhere; states are saved and loaded."""
-    plain, model = language_model(), language_model()
-    batch = {key: torch.stack([Texts()[i][key] for i in range(4)]) for key in ("input_ids", "labels")}
-    for net, by_closure in ((plain, False), (model, True)):
-        optimizer = make(net)
-        for step in range(6):
-            if step == 3:  # toggle_optimizer: parameters of other optimizers need no gradients meanwhile
-                for parameter in net.parameters():
-                    parameter.requires_grad_(False)
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        parameter.requires_grad_(True)
-                saved = optimizer.state_dict()
-                optimizer = make(net)
-                optimizer.load_state_dict(saved)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # theirs
+def test_lightning_trains_as_the_plain_loop_and_resumes_to_the_bit(make: Make, tmp_path: Path):
+    lightning = pytest.importorskip("pytorch_lightning")
 
-            def closure(net: nn.Module = net, optimizer: Optimizer = optimizer) -> Tensor:
-                optimizer.zero_grad()
-                loss = net(**batch).loss
-                loss.backward()
-                return loss
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = language_model()
 
-            if by_closure:
-                assert float(optimizer.step(closure).detach()) > 0
-            else:
-                closure()
-                optimizer.step()
-    assert same(plain, model)
+        def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> dict[str, Any]:
+            optimizer = make(self.model)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def fit(epochs: int, resume: Path | None = None) -> nn.Module:
+        module = Module()
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", devices=1, accumulate_grad_batches=2, gradient_clip_val=1.0,
+            default_root_dir=tmp_path, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(Texts(), batch_size=3), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module.model
+
+    plain = language_model()
+    optimizer = make(plain)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for number, batch in enumerate([b for _ in range(2) for b in torch.utils.data.DataLoader(Texts(), batch_size=3)]):
+        (plain(**batch).loss / 2).backward()
+        if number % 2:
+            # In the optimizer's order, as Lightning does: the norm is rounded.
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    whole = fit(2)
+    assert same(whole, plain) and not same(whole, language_model())
+    fit(1)  # four steps: in the middle of periods
+    assert same(whole, fit(2, tmp_path / "1.ckpt"))
