@@ -9,6 +9,7 @@ Steps of a kind do the same work, whatever their number: M3 has two, those that 
 that do not. Each is timed by itself, the median of --steps ordinary ones and one slow, and the time of a step is
 (9 x ordinary + slow) / 10, that of a period of ten. Ordinary steps are repeated for half a second; the first one, which
 makes the states, is left out. Where it takes more than 20 s it is the only one: states are a small part of it then.
+With one thread times are those of the process, which others on the machine do not lengthen by taking turns with it.
 
 For the delta rules there is also the ratio of what is left to AdamW (foreach) when the time inside their matrix
 products (of DGD: inside the Cholesky factorization and the two triangular solves) is taken off, both of the same step.
@@ -26,13 +27,14 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.optim import DGD, M3, DeepMomentum, DeltaMomentum, HigherOrderMomentum, param_groups
@@ -41,6 +43,7 @@ from nestlearn.train.allocator import tune_allocator
 OUT = Path(__file__).parents[1] / "docs" / "results" / "optim_step.jsonl"
 PERIOD = 10
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Clock = Callable[[], float]
 
 OTHERS: dict[str, Make] = {
     "AdamW, foreach": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
@@ -63,25 +66,30 @@ ROWS, ENOUGH, LONG = 512, 0.5, 20.0
 BASE, MUON, DELTA_RULES = "AdamW, foreach", "torch.optim.Muon", ("DeltaMomentum", "DGD")
 
 
-class Products(TorchFunctionMode):
-    """Sums the seconds inside matrix products, factorizations and triangular solves."""
+PRODUCTS = (
+    (torch, "matmul"), (torch, "bmm"), (torch, "baddbmm"), (Tensor, "matmul"), (Tensor, "__matmul__"),
+    (Tensor, "baddbmm_"), (Tensor, "addmm_"), (torch.linalg, "cholesky_ex"), (torch.linalg, "solve_triangular"),
+)  # fmt: skip
 
-    COUNTED = frozenset({
-        torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.baddbmm_, Tensor.addmm_,
-        torch.linalg.cholesky_ex, torch.linalg.solve_triangular,
-    })  # fmt: skip
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds = 0.0
+@contextmanager
+def seconds_in_products(clock: Clock) -> Iterator[list[float]]:
+    """The seconds of each matrix product, factorization and triangular solve."""
+    taken: list[float] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self.COUNTED:
-            return func(*args, **(kwargs or {}))
-        began = time.perf_counter()
-        result = func(*args, **(kwargs or {}))
-        self.seconds += time.perf_counter() - began
-        return result
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            began = clock()
+            result = function(*args, **settings)
+            taken.append(clock() - began)
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for owner, name in PRODUCTS:
+            patches.enter_context(patch.object(owner, name, counted(getattr(owner, name))))
+        yield taken
 
 
 def matrices_of(made: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -171,7 +179,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def measure(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...]], rounds: int, steps: int
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], rounds: int, steps: int, clock: Clock
 ) -> dict[str, dict[str, Any]]:
     """Seconds of each kind of step in each round, those in products, and bytes of state per parameter, by optimizer."""
     made = parameters(shapes)
@@ -184,9 +192,10 @@ def measure(
         for name, values in found.items():
             # All train the same parameters: only states take memory of their own, and of one optimizer at a time.
             optimizer = dgd_of(matrices) if name == "DGD" else kinds[name](matrices if name == MUON else made)
-            ordinary, beside = timed(optimizer, steps)
+            ordinary, beside = timed(optimizer, steps, clock)
             values["bytes_per_parameter"] = state_bytes(optimizer) / count
-            slow = slow_step(optimizer) if any("slow_direction" in s for s in optimizer.state.values()) else ordinary
+            has_periods = any("slow_direction" in state for state in optimizer.state.values())
+            slow = slow_step(optimizer, clock) if has_periods else ordinary
             values["ordinary"].append(ordinary)
             values["slow"].append(slow)
             values["seconds"].append(((PERIOD - 1) * ordinary + slow) / PERIOD)
@@ -196,32 +205,32 @@ def measure(
     return found
 
 
-def timed(optimizer: torch.optim.Optimizer, times: int) -> tuple[float, float]:
+def timed(optimizer: torch.optim.Optimizer, times: int, clock: Clock) -> tuple[float, float]:
     """Median seconds of ordinary steps, and of what they take beside their products."""
-    first = once(optimizer)
+    first = once(optimizer, clock)
     if first[0] > LONG:
         return first
     taken = []
     while len(taken) < times or sum(seconds for seconds, _ in taken) < ENOUGH:
-        taken.append(once(optimizer))
+        taken.append(once(optimizer, clock))
     seconds, beside = (statistics.median(values) for values in zip(*taken, strict=True))
     return seconds, beside
 
 
-def slow_step(optimizer: torch.optim.Optimizer) -> float:
+def slow_step(optimizer: torch.optim.Optimizer, clock: Clock) -> float:
     """Seconds of the first step of a slow period, which M3 takes where its count of steps is a multiple of ten."""
     for state in optimizer.state.values():
         state["step"].fill_(PERIOD)
-    return once(optimizer)[0]
+    return once(optimizer, clock)[0]
 
 
-def once(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+def once(optimizer: torch.optim.Optimizer, clock: Clock) -> tuple[float, float]:
     """Seconds of a step, and of what it takes beside its products."""
-    with Products() as products:
-        began = time.perf_counter()
+    with seconds_in_products(clock) as products:
+        began = clock()
         optimizer.step()
-        seconds = time.perf_counter() - began
-    return seconds, seconds - products.seconds
+        seconds = clock() - began
+    return seconds, seconds - sum(products)
 
 
 def ratio(measured: dict[str, dict[str, Any]], name: str, what: str, base: str) -> float:
@@ -244,7 +253,8 @@ def main() -> None:
     check()
     shapes = of_preset(options.preset) if options.preset else squares()
     names = [name for name in everything if name in {*options.optimizers, BASE, MUON}]
-    measured = measure(names, shapes, options.rounds, options.steps)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    measured = measure(names, shapes, options.rounds, options.steps, clock)
     print("| optimizer | ms per step | to Muon | to AdamW, foreach | beside products | bytes of state per parameter |")
     print("|---|---|---|---|---|---|")
     with options.out.open("a") as file:
@@ -264,7 +274,7 @@ def main() -> None:
                 ),
                 "bytes_per_parameter": values["bytes_per_parameter"],
                 "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "clock": clock.__name__, "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime()),
                 "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
             }  # fmt: skip
             file.write(json.dumps(record) + "\n")

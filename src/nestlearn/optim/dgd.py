@@ -410,10 +410,13 @@ def batch_step(
     target = gradients * -lr
     if erase > 0:
         target.add_(weights, alpha=erase)
-    # From the right, on rows as they are stored: cholesky_solve takes columns, in 1.7 times the time on a processor.
-    torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False, out=target)
-    torch.linalg.solve_triangular(factor, target, upper=False, left=False, out=target)
-    return target if erase == 1 else target.add_(weights, alpha=1 - erase)
+    # From the right: cholesky_solve takes columns, in 1.7 times the time on a processor. The first solve moves rows to
+    # LAPACK's layout, in which the second one is in place; both in place, on rows, are 1.6 times slower.
+    solved = torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False)
+    torch.linalg.solve_triangular(factor, solved, upper=False, left=False, out=solved)
+    if erase == 1:
+        return solved
+    return (weights if erase == 0 else weights * (1 - erase)) + solved
 
 
 def sample_step(
