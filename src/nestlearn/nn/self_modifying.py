@@ -61,7 +61,7 @@ from .self_modifying_state import (
 from .stability import MAX_MOMENTUM, check_self_modifying_step
 
 GRADIENT_LIMIT = 1e6
-"""Norm beyond which the gradient of carried weights is scaled down, in the modes that are not contractive."""
+"""Norm beyond which the gradient of carried weights is scaled down."""
 
 
 class SelfModifyingTitans(nn.Module):
@@ -81,9 +81,9 @@ class SelfModifyingTitans(nn.Module):
     ``eta < max_step (1 - beta)``. Proximal steps contract at any max_step. ``normalized`` steps have max_step <= 2,
     eigenvalues in [-1, 1]. The L2 objective feeds back the error at the anchor, so eta is also divided by
     projection_chunk_size. Without delta retention ``eta < max_step (1 - alpha)`` with max_step <= 1/2: what is written
-    stays smaller than the initial weights. With eigenvalues near -1 a memory that writes its own targets is bounded but
-    chaotic: gradients through it grow exponentially. In every mode but the proximal one, the gradient of the weights
-    that pass from one span to the next is therefore scaled down to norm 1e6 where it is larger; below it is exact.
+    stays smaller than the initial weights. A memory that writes its own targets is bounded but can be chaotic, with
+    eigenvalues near -1 above all: gradients through it grow exponentially. The gradient of the weights that pass from
+    one span to the next is therefore scaled down to norm 1e6 where it is larger; below it is exact.
 
     Args:
         d_model: width of input and output.
@@ -157,8 +157,6 @@ class SelfModifyingTitans(nn.Module):
                 f"got {projection_chunk_size} and {memory_chunk_size}"
             )
         self.max_step = check_self_modifying_step(self.memory, max_step)
-        proximal = all(self.memory.step_size_of(m) == "proximal" for m in ("in", "out"))
-        self.contractive = delta and proximal and objective == "dot" and not momentum
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.projection_chunk_size = projection_chunk_size
         self.adaptive = tuple(name for name in STREAMS if name in adaptive)
@@ -379,8 +377,6 @@ class SelfModifyingTitans(nn.Module):
 
     def _carry(self, group: State) -> State:
         """The group as it goes on to the next span, its gradients finite whatever the gates were."""
-        if self.contractive:
-            return group
         params = {m: limit_gradient(w, GRADIENT_LIMIT) for m, w in group.params.items()}
         return group._replace(params=params, extra={})
 
