@@ -5,6 +5,7 @@
     python benchmarks/continual_text.py --data FOLDER --stream clinc150 --encoder model
     python benchmarks/continual_text.py --data FOLDER --stream banking77 --encoder model
     python benchmarks/continual_text.py --data FOLDER --stream banking77 --encoder model --thawed last|blocks|all
+    python benchmarks/continual_text.py --data FOLDER --stream banking77 --group in-context
     python benchmarks/continual_text.py ... --group grid --seeds 100                       (tuning)
 
 FOLDER holds clinc150/data_full.json, banking77/train.csv and test.csv, and, for the model, gutenberg_books/*.txt. The
@@ -30,14 +31,27 @@ from torch import Tensor, nn
 
 from continual_rows import Bench, Row, arguments, chosen
 from intent_language_model import PooledOutputs, pretrained
-from nestlearn.continual import CMS, ElasticWeights, ExperienceReplay, JointTraining, LoRA, Projection, Transfer
+from nestlearn import HopeForCausalLM
+from nestlearn.continual import (
+    CMS,
+    ElasticWeights,
+    ExperienceReplay,
+    InContextLearner,
+    JointTraining,
+    LoRA,
+    Projection,
+    Transfer,
+)
 from nestlearn.data import IntentTexts, TaskStream, load_banking77, load_clinc150
 from nestlearn.data.continual_text import Encoder, ngram_features, token_ids
+from nestlearn.evals.bench.store import ResultStore
+from nestlearn.evals.continual import continual_key, to_eval_result
 
 TASKS = {"clinc150": 10, "banking77": 7}
 LENGTH = {"clinc150": 20, "banking77": 32}
 EPOCHS = {"features": 10, "model": 10, "thawed": 3}
-DIMENSIONS, HIDDEN, SLOW = 300, 512, 16
+DIMENSIONS, HIDDEN, SLOW = 300, 512, 64
+SHOWN = 20  # test texts per task for in-context learning
 
 
 class FeatureNet(nn.Module):
@@ -52,14 +66,17 @@ class FeatureNet(nn.Module):
 
 
 class TextNet(nn.Module):
-    """A language model of which a part is trained, a hidden layer, classes."""
+    """A language model of which a part is trained, a hidden layer, classes.
+
+    Features are scaled to a mean square of 1: a language model that learns would change their size.
+    """
 
     def __init__(self, body: PooledOutputs, classes: int) -> None:
         super().__init__()
         self.body, self.head = body, FeatureNet(body.width, classes)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(ids))
+        return self.head(nn.functional.rms_norm(self.body(ids), (self.body.width,)))
 
 
 def load(name: str, data: Path) -> IntentTexts:
@@ -76,8 +93,8 @@ def levels(model: Any) -> list[Any]:
 
 def method_rows(tuned: dict[str, Any]) -> dict[str, Row]:
     """All methods, with what the grid chose for the stream."""
-    projection = Projection(alpha=tuned["alpha"], period=300)
-    transfer = Transfer(rate=tuned["transfer"], period=100)
+    projection = Projection(alpha=tuned["alpha"], period=tuned["periods"][0])
+    transfer = Transfer(rate=tuned["transfer"], period=tuned["periods"][1])
     ends = Projection(alpha=tuned["alpha_at_ends"], period=None, last_epoch_only=True)
     rate = tuned["cms_rate"]
     return {
@@ -125,11 +142,15 @@ def grid_rows() -> dict[str, Row]:
 TUNED: dict[str, dict[str, Any]] = {
     "features": {
         "rate": 3e-5, "strength": 10.0, "ewc_rate": 5e-5,
-        "alpha": 1e4, "alpha_at_ends": 300.0, "transfer": 0.5, "cms_rate": 1e-3,
+        "alpha": 1e4, "alpha_at_ends": 300.0, "transfer": 0.5, "periods": (300, 100), "cms_rate": 1e-3,
     },
     "model": {
         "rate": 7e-5, "strength": 10.0, "ewc_rate": 1e-4,
-        "alpha": 1e4, "alpha_at_ends": 300.0, "transfer": 0.5, "cms_rate": 1e-3,
+        "alpha": 1e4, "alpha_at_ends": 300.0, "transfer": 0.5, "periods": (300, 100), "cms_rate": 1e-3,
+    },
+    "thawed": {
+        "rate": 1e-4, "strength": 10.0, "ewc_rate": 1e-4,
+        "alpha": 1e4, "alpha_at_ends": 300.0, "transfer": 0.5, "periods": (90, 30), "cms_rate": 1e-3,
     },
 }  # fmt: skip
 
@@ -152,12 +173,17 @@ def references(stream: TaskStream) -> dict[str, float]:
     return {"nearest class mean": accuracy(means.T), "streaming ridge regression": accuracy(ridge)}
 
 
+def language_model(options: argparse.Namespace) -> tuple[HopeForCausalLM, Any]:
+    """The language model and its tokenizer."""
+    unlabelled = [text for name in sorted(TASKS) for text in load(name, options.data).train]
+    return pretrained(options.out / "language-model", options.data / "gutenberg_books", unlabelled)
+
+
 def encoder(options: argparse.Namespace, texts: IntentTexts) -> tuple[Encoder, PooledOutputs | None]:
     """From texts to what the model reads, and the language model if there is one."""
     if options.encoder == "features":
         return ngram_features(texts.train, dimensions=DIMENSIONS), None
-    unlabelled = [text for name in sorted(TASKS) for text in load(name, options.data).train]
-    base, tokenizer = pretrained(options.out / "language-model", options.data / "gutenberg_books", unlabelled)
+    base, tokenizer = language_model(options)
     tokens = token_ids(tokenizer, LENGTH[options.stream])
     body = PooledOutputs(base.eval(), tokens(texts.train))
     body.thaw(options.thawed)
@@ -166,17 +192,40 @@ def encoder(options: argparse.Namespace, texts: IntentTexts) -> tuple[Encoder, P
     return lambda batch: torch.cat([body(part).detach() for part in tokens(batch).split(256)]), body
 
 
+def in_context(options: argparse.Namespace, texts: IntentTexts) -> None:
+    """The language model is not trained; one example of each class stands in its prompt, as far as it fits."""
+    base, tokenizer = language_model(options)
+    settings = {"group": options.group, "stream": options.stream, "encoder": "model"}
+    folder = options.out / f"{options.group}-{options.stream}"
+    store = ResultStore(folder)
+    labels = [name.replace("_", " ") for name in texts.classes]
+    for seed in options.seeds:
+        if continual_key("in-context", seed, settings) in store.finished():
+            continue
+        stream = texts.stream(token_ids(tokenizer, 8), tasks=TASKS[options.stream], order_seed=seed)
+        learner = InContextLearner(base, tokenizer, labels=labels, context=256, test_limit=SHOWN, seed=seed)
+        result = learner.fit(stream, texts.texts_by_task(stream))
+        command = f"python benchmarks/continual_text.py --data FOLDER --stream {options.stream} --group in-context"
+        store.append(
+            to_eval_result(result, row="in-context", settings=settings, n=SHOWN * len(stream), command=command)
+        )
+        print(f"in-context, seed {seed}: {100 * result.metrics.average_accuracy:.1f} %, {result.config}", flush=True)
+
+
 def main() -> None:
     """Run what is missing and print the tables after every seed."""
-    parser = arguments(__doc__, ["methods", "grid"], "runs/continual_text")
+    parser = arguments(__doc__, ["methods", "grid", "in-context"], "runs/continual_text")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--stream", choices=list(TASKS), default="clinc150")
-    parser.add_argument("--encoder", choices=list(TUNED), default="features")
+    parser.add_argument("--encoder", choices=["features", "model"], default="features")
     parser.add_argument("--thawed", choices=["none", "last", "blocks", "all"], default="none")
     options = parser.parse_args()
     torch.set_num_threads(1)
     texts, thawed = load(options.stream, options.data), options.thawed != "none"
-    classes, epochs = len(texts.classes), EPOCHS["thawed" if thawed else options.encoder]
+    if options.group == "in-context":
+        in_context(options, texts)
+        return
+    classes, kind = len(texts.classes), "thawed" if thawed else options.encoder
     encode, body = encoder(options, texts)
     encode = cache(encode)
     shown = {"thawed": options.thawed} if thawed else {}
@@ -191,15 +240,21 @@ def main() -> None:
             return TextNet(copy.deepcopy(body), classes)
         return FeatureNet(DIMENSIONS if body is None else body.width, classes)
 
-    tuned = TUNED[options.encoder] | {"classes": classes, "thawed": thawed}
+    best = "CMS: levels, projection, transfer" if thawed else "CMS: projection, transfer"
+    tuned = TUNED[kind] | {"classes": classes, "thawed": thawed}
     rows = grid_rows() if options.group == "grid" else method_rows(tuned)
-    settings = {"group": options.group, "stream": options.stream, "encoder": options.encoder, "epochs": epochs} | shown
+    settings = {
+        "group": options.group,
+        "stream": options.stream,
+        "encoder": options.encoder,
+        "epochs": EPOCHS[kind],
+    } | shown
     command = f"python benchmarks/continual_text.py --data FOLDER --stream {options.stream} --encoder {options.encoder}"
     bench = Bench(
         "-".join([options.group, options.stream, options.encoder, *shown.values()]), stream=stream, model=model,
-        epochs=epochs, settings=settings, command=command + (f" --thawed {options.thawed}" if thawed else ""),
-        matched=method_rows(tuned)["CMS: projection, transfer"],
-        curves=("fine-tuning, best rate", "EWC", "CMS: projection, transfer", "replay, 5 per class", "joint"),
+        epochs=EPOCHS[kind], settings=settings, command=command + (f" --thawed {options.thawed}" if thawed else ""),
+        matched=method_rows(tuned)[best],
+        curves=("fine-tuning, best rate", "EWC", best, "replay, 5 per class", "joint"),
     )  # fmt: skip
     bench.run_all(chosen(rows, options.rows), options.seeds, options.out)
     if not thawed:

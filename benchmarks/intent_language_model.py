@@ -113,6 +113,7 @@ class PooledOutputs(nn.Module):
         return self._pooled(ids)
 
     def _pooled(self, ids: Tensor) -> Tensor:
+        ids = ids[:, : int((ids != self.padding).sum(1).max())]  # padding that no text of the batch needs
         mask = ids != self.padding
         layers = self.base(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         return torch.cat([(layer * mask[..., None]).sum(1) for layer in layers], 1) / mask.sum(1, keepdim=True)
