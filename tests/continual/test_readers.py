@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from nestlearn.continual import FineTuning, FineTuningReader, InContextReader
+from nestlearn.continual import (
+    CMS,
+    ElasticWeights,
+    ExperienceReplay,
+    FineTuning,
+    FineTuningReader,
+    InContextReader,
+    LoRA,
+    Method,
+    Projection,
+    Transfer,
+)
 from nestlearn.continual.methods import OptimizerFactory
 from nestlearn.data import byte_tokenizer
 from nestlearn.models import HopeConfig, HopeForCausalLM
@@ -100,6 +111,97 @@ class TestFineTuning:
         fork.read("something else")
         assert reader.read("the end") != fork.read("the end")
 
-    def test_bad_sizes(self, model: HopeForCausalLM) -> None:
+    def test_bad_arguments(self, model: HopeForCausalLM) -> None:
         with pytest.raises(ValueError, match="passes=0 at least 1"):
             FineTuningReader(model, TOKENIZER, torch.optim.SGD, passes=0)
+        with pytest.raises(ValueError, match="EWC acts at the ends of tasks, and boundaries is 'unknown'. Use CMS or"):
+            FineTuningReader(model, TOKENIZER, torch.optim.SGD, method=ElasticWeights(1.0), boundaries="unknown")
+        with pytest.raises(ValueError, match="nothing to predict"):
+            FineTuningReader(model, TOKENIZER, torch.optim.SGD).read("")
+
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class TestMethods:
+    @pytest.mark.parametrize(
+        "method",
+        [
+            CMS(projection=Projection(alpha=1.0, unit="steps", period=None)),
+            CMS(projection=Projection(alpha=1.0, unit="steps", period=3), transfer=Transfer(period=2)),
+            ElasticWeights(10.0),
+            ExperienceReplay(4),
+            LoRA(2),
+        ],
+        ids=lambda method: method.name,
+    )
+    def test_a_copy_learns_as_the_reader_does(self, model: HopeForCausalLM, method: Method) -> None:
+        reader = FineTuningReader(model, TOKENIZER, SGD, context_length=8, method=method)
+        reader.read("some text of several windows")
+        fork = reader.fork()
+        expected = reader.read("more of it, in other words")
+        assert fork.read("more of it, in other words") == expected
+        fork.read("something else")
+        assert reader.read("the end") != fork.read("the end")
+
+    def test_the_given_method_stays_as_it_was(self, model: HopeForCausalLM) -> None:
+        method = ElasticWeights(10.0)
+        FineTuningReader(model, TOKENIZER, SGD, method=method).read("some text")
+        assert not method.fisher
+
+    def test_ewc_pulls_each_step_and_is_not_in_the_loss_reported(self, model: HopeForCausalLM) -> None:
+        method = ElasticWeights(1e3, labels="data")
+        reader = FineTuningReader(model, TOKENIZER, SGD, context_length=8, method=method)
+        reader.read("one text")
+        twin = copy.deepcopy(reader.model)
+        weights, centre = list(twin.parameters()), [p.detach().clone() for p in twin.parameters()]
+        ids = torch.tensor([[256, *b"one text"]])
+        loss = torch.nn.functional.cross_entropy(twin(ids[:, :8]).logits[0], ids[0, 1:9], reduction="sum")
+        fisher = [gradient.square() for gradient in torch.autograd.grad(loss, weights)]
+        ids, losses = torch.tensor([[256, *b"in sixteen bytes"]]), []
+        for first in (0, 8):
+            logits = twin(ids[:, first : first + 8]).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, first + 1 : first + 9])
+            losses.append(loss.item())
+            gradients = torch.autograd.grad(loss, weights)
+            pulls = [1e3 * f * (w - c) for f, w, c in zip(fisher, weights, centre, strict=True)]
+            whole = [(g + p).detach() for g, p in zip(gradients, pulls, strict=True)]
+            scale = 0.1 * min(1.0, 1.0 / torch.stack([g.norm() for g in whole]).norm().item())
+            for weight, gradient in zip(weights, whole, strict=True):
+                weight.data -= scale * gradient
+        assert reader.read("in sixteen bytes") == pytest.approx(losses, rel=1e-4)
+        for found, expected in zip(reader.model.parameters(), weights, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_projection_without_a_period_is_refreshed_where_a_text_ends(self, model: HopeForCausalLM) -> None:
+        method = CMS(projection=Projection(alpha=1e-6, unit="steps", period=None))
+        plain = FineTuningReader(model, TOKENIZER, SGD, context_length=8)
+        guarded = FineTuningReader(model, TOKENIZER, SGD, context_length=8, method=method)
+        # Nothing is closed while the first text is read.
+        assert plain.read("a text of some windows") == guarded.read("a text of some windows")
+        ids = torch.tensor([[256, *b"a text "]])
+        kept = guarded.model(ids).logits.detach(), plain.model(ids).logits.detach()
+        for reader in (plain, guarded):
+            reader.read("b other b other")
+        moved = [float((r.model(ids).logits - k).detach().norm()) for r, k in zip((guarded, plain), kept, strict=True)]
+        assert 0.0 < moved[0] < 0.5 * moved[1]
+
+    def test_replay_of_texts_of_other_lengths_asks_for_no_padding(self, model: HopeForCausalLM) -> None:
+        reader = FineTuningReader(model, TOKENIZER, SGD, context_length=16, method=ExperienceReplay(4))
+        reader.read("short")
+        before = copy.deepcopy(reader.model)
+        both = [torch.tensor([[256, *text]]) for text in (b"a longer one", b"short")]
+        losses = [
+            torch.nn.functional.cross_entropy(before(ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum").item()
+            for ids in both
+        ]
+        assert reader.read("a longer one") == [pytest.approx(sum(losses) / (12 + 5), rel=1e-5)]
+
+    def test_adapters_after_the_first_text(self, model: HopeForCausalLM) -> None:
+        reader = FineTuningReader(model, TOKENIZER, SGD, method=LoRA(2, after_task=0))
+        reader.read("in full")
+        assert sum(p.requires_grad for p in reader.model.parameters()) < len(list(reader.model.parameters()))
+        frozen = [p.detach().clone() for p in reader.model.parameters() if not p.requires_grad]
+        reader.read("by adapters")
+        still = [p for p in reader.model.parameters() if not p.requires_grad]
+        assert all(torch.equal(a, b) for a, b in zip(still, frozen, strict=True))

@@ -6,21 +6,19 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from nestlearn.continual.methods import FineTuning, Method, OptimizerFactory
+from nestlearn.continual.methods import Boundaries, FineTuning, Method, OptimizerFactory
 from nestlearn.continual.progress import Progress
 from nestlearn.continual.result import ContinualResult
 from nestlearn.continual.scoring import Score, device_of, loss_of, score_examples
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.documents import stable_hash
 from nestlearn.optim import OptimizerWrapper
-
-Boundaries = Literal["known", "unknown"]
 
 
 class ContinualLearner:
@@ -68,18 +66,12 @@ class ContinualLearner:
         max_grad_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        if boundaries not in get_args(Boundaries):
-            raise ValueError(f"boundaries is {boundaries!r}; it must be one of {', '.join(get_args(Boundaries))}.")
         if score not in get_args(Score):
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(get_args(Score))}.")
         if epochs < 1 or batch_size < 1:
             raise ValueError(f"epochs is {epochs} and batch_size {batch_size}; both must be at least 1.")
         self.method = method or FineTuning()
-        if self.method.needs_boundaries and boundaries == "unknown":
-            raise ValueError(
-                f"{self.method.name} acts at the ends of tasks, and boundaries is 'unknown'. "
-                f"{self.method.without_boundaries}"
-            )
+        self.method.check_boundaries(boundaries)
         self.epochs, self.batch_size, self.max_grad_norm, self.seed = epochs, batch_size, max_grad_norm, seed
         self.boundaries: Boundaries = boundaries
         self.score: Score = score

@@ -16,6 +16,9 @@ from nestlearn.data.synthetic import IGNORE
 OptimizerFactory = Callable[[Any], Optimizer]
 """Makes an optimizer of parameters or parameter groups."""
 
+Boundaries = Literal["known", "unknown"]
+"""Whether a method is told where a task or text ends."""
+
 Labels = Literal["model", "data"]
 """Where the labels of a Fisher matrix are from: drawn from the model, or given."""
 
@@ -38,6 +41,15 @@ class Method:
     def config(self) -> dict[str, Any]:
         """The method's settings."""
         return {}
+
+    def check_boundaries(self, boundaries: Boundaries) -> None:
+        """Raises ValueError for an unknown word, or where the method needs boundaries and they are unknown."""
+        if boundaries not in get_args(Boundaries):
+            raise ValueError(f"boundaries is {boundaries!r}; it must be one of {', '.join(get_args(Boundaries))}.")
+        if self.needs_boundaries and boundaries == "unknown":
+            raise ValueError(
+                f"{self.name} acts at the ends of tasks, and boundaries is 'unknown'. {self.without_boundaries}"
+            )
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model to train, before the stream."""
@@ -268,8 +280,8 @@ class ExperienceReplay(Method):
         if not self.inputs:
             return batch
         chosen = torch.randperm(len(self.inputs), generator=generator)[: self.batch_size or len(batch)].tolist()
-        inputs, targets = ([store[i] for i in chosen] for store in (self.inputs, self.targets))
-        return Examples.concatenate([batch, Examples(torch.stack(inputs), torch.stack(targets))])
+        stored = (Examples(self.inputs[i][None], self.targets[i][None]) for i in chosen)
+        return Examples.concatenate([batch, *stored])
 
     def observe(self, batch: Examples, generator: torch.Generator, first_pass: bool) -> None:
         """Stores some of the batch."""

@@ -7,15 +7,16 @@ take any.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from nestlearn.continual.methods import FineTuning, Method, OptimizerFactory
+from nestlearn.continual.methods import Boundaries, FineTuning, Method, OptimizerFactory
+from nestlearn.continual.scoring import loss_of
 from nestlearn.continual.session_generation import cut_at, generation_arguments
+from nestlearn.data.continual import Examples
+from nestlearn.data.synthetic import IGNORE
 
 
 class Reader(Protocol):
@@ -100,8 +101,26 @@ class InContextReader:
         return other
 
 
+def windows(tokenizer: Any, text: str, length: int) -> Examples:
+    """A document as windows of next-token targets; the last one is padded, and its padding not asked for.
+
+    Raises:
+        ValueError: the text has no token to predict.
+    """
+    ids = torch.tensor(start_ids(tokenizer) + token_ids(tokenizer, text))
+    if len(ids) < 2:
+        raise ValueError(f"a document of {len(text)} characters has nothing to predict; leave it out.")
+    length = min(length, len(ids) - 1)
+    rows = -(-(len(ids) - 1) // length)
+    padded = torch.full((rows * length + 1,), IGNORE)
+    padded[: len(ids)] = ids
+    return Examples(padded[:-1].clamp_min(0).view(rows, length), padded[1:].view(rows, length))
+
+
 class FineTuningReader:
-    """Trains the weights on each text when it is read: plain fine-tuning, or a method that makes its own optimizer.
+    """Trains the weights on each text when it is read: plain fine-tuning, or any method of `ContinualLearner`.
+
+    A text is to the method what a task is there; its windows are learned in order, one a step.
 
     Args:
         model: a causal language model; it is copied, never changed.
@@ -109,7 +128,13 @@ class FineTuningReader:
         optimizer: makes the optimizer from the parameters, e.g. ``partial(torch.optim.AdamW, lr=1e-4)``.
         context_length: tokens of a training sequence.
         passes: times each text is gone through.
-        method: makes the optimizer from the model, e.g. `CMS`; plain fine-tuning, which guards nothing, by default.
+        method: against forgetting, e.g. `CMS` or `ElasticWeights`; it is copied. Plain fine-tuning, which guards
+            nothing, by default.
+        boundaries: "known" tells the method where a text ends, "unknown" does not: it sees one long stream.
+        seed: of the method's random choices.
+
+    Raises:
+        ValueError: sizes that are too small, or a method that needs boundaries where they are unknown.
 
     Example:
         >>> reader = FineTuningReader(model, tokenizer, partial(torch.optim.SGD, lr=0.1))     # doctest: +SKIP
@@ -123,36 +148,55 @@ class FineTuningReader:
         context_length: int = 1024,
         passes: int = 1,
         method: Method | None = None,
+        boundaries: Boundaries = "known",
+        seed: int = 0,
     ) -> None:
         if context_length < 2 or passes < 1:
             raise ValueError(f"{context_length=} must be at least 2 tokens and {passes=} at least 1.")
-        self.model: Any = copy.deepcopy(model)
+        self._given = method or FineTuning()
+        self._given.check_boundaries(boundaries)
         self.tokenizer, self.context_length, self.passes = tokenizer, context_length, passes
-        self._factory, self.method = optimizer, method or FineTuning()
+        self._factory, self.boundaries, self._texts = optimizer, boundaries, 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self.method = copy.deepcopy(self._given)
+        self.model: Any = self.method.prepare(copy.deepcopy(model))
         self._optimizer = self.method.make_optimizer(self.model, optimizer)
 
     def read(self, text: str) -> list[float]:
         """Train on the text; returns the mean loss of every step, in nats per token."""
-        was_training, losses = self.model.training, []
-        # What the optimizer does not step keeps the gradients of all steps so far, which are no part of this one.
-        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        was_training, known = self.model.training, self.boundaries == "known"
+        examples = windows(self.tokenizer, text, self.context_length)
         self.model.train()
-        for _ in range(self.passes):
-            for ids in self._sequences(text):
-                self._optimizer.zero_grad(set_to_none=True)
-                logits = self.model(ids[:, :-1]).logits
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                self._optimizer.step()
-                losses.append(loss.item())
+        losses = []
+        for epoch in range(self.passes):
+            self.method.begin_epoch(epoch, self.passes, known)
+            for row in range(len(examples)):
+                losses.append(self._step(examples[torch.tensor([row])], first_pass=epoch == 0))
+        if known:
+            self.method.end_task(self.model, examples, self._generator)
+            self._replace_model()
+        self._texts += 1
         self.model.train(was_training)
         return losses
 
-    def _sequences(self, text: str) -> Iterator[Tensor]:
-        ids = start_ids(self.tokenizer) + token_ids(self.tokenizer, text)
-        for first in range(0, len(ids) - 1, self.context_length):
-            yield torch.tensor([ids[first : first + self.context_length + 1]], device=self.model.device)
+    def _step(self, window: Examples, first_pass: bool) -> float:
+        # What the optimizer does not step keeps the gradients of all steps so far, which are no part of this one.
+        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        batch = self.method.batch(window, self._generator).to(self.model.device)
+        loss, penalty = loss_of(self.model, batch), self.method.penalty()
+        self._optimizer.zero_grad(set_to_none=True)
+        (loss if penalty is None else loss + penalty).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        self._optimizer.step()
+        self.method.observe(window, self._generator, first_pass)
+        return loss.item()
+
+    def _replace_model(self) -> None:
+        """Adapters in place of training in full have parameters of their own, and these an optimizer."""
+        changed = self.method.replace_model(self.model, self._texts)
+        if changed is not None:
+            self.model = changed
+            self._optimizer = self.method.make_optimizer(changed, self._factory)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64, stop: str = "\n") -> str:
         """See `Reader.generate`; the prompt stands alone, what was read is in the weights."""
@@ -165,9 +209,13 @@ class FineTuningReader:
             self.model.train(was_training)
 
     def fork(self) -> FineTuningReader:
-        """An independent copy, optimizer included."""
-        other = FineTuningReader(
-            self.model, self.tokenizer, self._factory, self.context_length, self.passes, self.method
-        )
+        """An independent copy, optimizer and method included."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model)
+        other.method = copy.deepcopy(self._given)
+        other._optimizer = other.method.make_optimizer(other.model, self._factory)
         other._optimizer.load_state_dict(copy.deepcopy(self._optimizer.state_dict()))
+        other.method.load_state_dict(copy.deepcopy(self.method.state_dict()), other.model)
+        other._generator = torch.Generator()
+        other._generator.set_state(self._generator.get_state())
         return other

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestlearn.data.documents import Document, stable_hash
 from nestlearn.data.synthetic import IGNORE
@@ -42,9 +42,14 @@ class Examples:
 
     @classmethod
     def concatenate(cls, parts: Iterable[Examples]) -> Examples:
-        """All examples of several, in order."""
+        """All examples of several, in order; token sequences are padded to the longest, their padding not asked for."""
         every = list(parts)
-        return cls(torch.cat([part.inputs for part in every]), torch.cat([part.targets for part in every]))
+        inputs, targets = [part.inputs for part in every], [part.targets for part in every]
+        lengths = {part.shape[1] for part in targets if part.ndim > 1}
+        if len(lengths) > 1:
+            inputs = [nn.functional.pad(part, (0, max(lengths) - part.shape[1])) for part in inputs]
+            targets = [nn.functional.pad(part, (0, max(lengths) - part.shape[1]), value=IGNORE) for part in targets]
+        return cls(torch.cat(inputs), torch.cat(targets))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.methods import ElasticWeights, ExperienceReplay, FineTuning, Method
-from nestlearn.continual.readers import start_ids, token_ids
+from nestlearn.continual.readers import windows
 from nestlearn.continual.session import MemorySession
 from nestlearn.continual.session_report import now_and_then
-from nestlearn.data.continual import Examples
 from nestlearn.data.documents import Document
 from nestlearn.data.synthetic import IGNORE
 from nestlearn.train.checkpoint import write_text
@@ -219,22 +218,6 @@ def training_method(name: str, *, strength: float = 1.0, capacity: int = 256, ra
 
         return LoRA(rank)
     raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}.")
-
-
-def windows(tokenizer: Any, text: str, length: int) -> Examples:
-    """A document as windows of next-token targets; the last one is padded, and its padding not asked for.
-
-    Raises:
-        ValueError: the text has no token to predict.
-    """
-    ids = torch.tensor(start_ids(tokenizer) + token_ids(tokenizer, text))
-    if len(ids) < 2:
-        raise ValueError(f"a document of {len(text)} characters has nothing to predict; leave it out.")
-    length = min(length, len(ids) - 1)
-    rows = -(-(len(ids) - 1) // length)
-    padded = torch.full((rows * length + 1,), IGNORE)
-    padded[: len(ids)] = ids
-    return Examples(padded[:-1].clamp_min(0).view(rows, length), padded[1:].view(rows, length))
 
 
 @torch.inference_mode()
