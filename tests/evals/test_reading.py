@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -134,6 +134,16 @@ class TestTranslation:
         assert result.details["exact"][2] == [value / 100 for value in after_two]
         assert result.value == pytest.approx(sum(after_two) / 2)
         assert student.known == []
+
+    def test_something_else_can_be_asked_and_the_courses_alone_left_out(self) -> None:
+        courses = [invented_course(seed, sentences=20, exam=6) for seed in (1, 2)]
+        languages = {course.name: InventedLanguage.invent(seed) for seed, course in zip((1, 2), courses, strict=True)}
+        student = Student(languages, {course.name: course.lessons for course in courses}, 2)
+        result = continual_translation(
+            student, courses, alone=False, probe=lambda reader: float(len(cast(Student, reader).known))
+        )
+        assert result.details["probe"] == [0.0, 1.0, 2.0]
+        assert result.details["alone"] == pytest.approx([100.0])
 
     def test_no_exam_sentence_is_in_the_lessons(self) -> None:
         course = invented_course(seed=4, sentences=300, exam=50)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from nestlearn.continual.readers import Reader
 from nestlearn.data.invented_languages import InventedLanguage, SentencePair
@@ -118,6 +119,8 @@ def continual_translation(
     courses: Sequence[Course],
     *,
     max_new_tokens: int = 64,
+    alone: bool = True,
+    probe: Callable[[Reader], float] | None = None,
     seed: int = 0,
     command: str = "",
     progress: Callable[[str], None] = lambda _: None,
@@ -126,11 +129,14 @@ def continual_translation(
 
     The matrix ``chrf[i][j]`` is the score in language j after course i; row 0 is before any. ``details["alone"]`` has
     the score of each language when its course is the only one: what sequence costs is the difference to the last row.
+    ``details["probe"]`` has what `probe` returned before the first course and after each.
 
     Args:
         reader: any `Reader`; it is left as it was.
         courses: in the order of study.
         max_new_tokens: the longest translation.
+        alone: whether courses after the first are studied by themselves too, which takes their time again.
+        probe: a score of something else, such as what the reader knew before; it gets a copy.
         seed: recorded.
         command: recorded, what repeats this.
         progress: told each score as it is found.
@@ -144,44 +150,56 @@ def continual_translation(
     if not courses:
         raise ValueError("there are no courses to study; make some with invented_course(seed).")
     started = time.perf_counter()
-    matrix, exact, alone = _study(reader, courses, max_new_tokens, progress)
+    details = _study(reader, courses, max_new_tokens, alone, probe, progress)
     n = sum(len(course.exam) for course in courses)
     return EvalResult(
         task="continual_translation",
         version=1,
         metric="ChRF",
-        value=sum(matrix[-1]) / len(courses),
+        value=sum(details["chrf"][-1]) / len(courses),
         stderr=None,
         n=n,
         seed=seed,
         seconds=time.perf_counter() - started,
         command=command,
         config={"courses": [course.name for course in courses], "max_new_tokens": max_new_tokens},
-        details={"chrf": matrix, "exact": exact, "alone": alone},
+        details=details,
     )
 
 
 def _study(
-    reader: Reader, courses: Sequence[Course], max_new_tokens: int, progress: Callable[[str], None]
-) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    reader: Reader,
+    courses: Sequence[Course],
+    max_new_tokens: int,
+    by_themselves: bool,
+    probe: Callable[[Reader], float] | None,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
     """ChRF and exact shares of every exam before and after each course, and ChRF of each language alone."""
     matrix: list[list[float]] = []
     exact: list[list[float]] = []
     alone: list[float] = []
+    probed: list[float] = []
 
     def take_exams(studied: Reader, label: str) -> None:
         scores = [examine(studied.fork(), course, max_new_tokens) for course in courses]
         matrix.append([score for score, _ in scores])
         exact.append([share for _, share in scores])
+        if probe is not None:
+            probed.append(probe(studied.fork()))
         shown = (f"{course.name} {value:.1f}" for course, (value, _) in zip(courses, scores, strict=True))
         progress(f"{label}: ChRF {', '.join(shown)}")
 
     take_exams(reader, "before any course")
     studying = reader.fork()
     for number, course in enumerate(courses):
-        only = reader.fork()
-        only.read(course.lessons)
-        alone.append(examine(only, course, max_new_tokens)[0])
+        if number and by_themselves:
+            only = reader.fork()
+            only.read(course.lessons)
+            alone.append(examine(only, course, max_new_tokens)[0])
         studying.read(course.lessons)
         take_exams(studying, f"after course {number + 1}")
-    return matrix, exact, alone
+        if not number:
+            # Before the first course nothing was studied: it is alone.
+            alone.append(matrix[1][0])
+    return {"chrf": matrix, "exact": exact, "alone": alone} | ({} if probe is None else {"probe": probed})
