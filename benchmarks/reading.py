@@ -21,15 +21,26 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nestlearn import Level, MemorySession, stack_levels
-from nestlearn.continual import FineTuningReader, InContextReader, Reader
+from nestlearn.continual import (
+    CMS,
+    ElasticWeights,
+    ExperienceReplay,
+    FineTuningReader,
+    InContextReader,
+    Method,
+    Projection,
+    Reader,
+    Transfer,
+)
 from nestlearn.data.invented_facts import invent_facts
 from nestlearn.data.text_files import read_text
-from nestlearn.evals.knowledge import knowledge_incorporation
+from nestlearn.evals.knowledge import ask, knowledge_incorporation
 from nestlearn.evals.translation import continual_translation, invented_course
 from nestlearn.train.allocator import tune_allocator
 from reading_base import WORLD_PEOPLE, WORLD_SEED
@@ -38,11 +49,36 @@ LENGTHS = (0, 1000, 4000, 16000)
 TUNING_SEED = 900
 CONTEXT = 256
 Make = Callable[[Any, Any, float], Reader]
+# Chosen on the tuning seed (group grid).
+AT_ENDS = Projection(alpha=30.0, unit="steps", period=None)
+LAGGED = Projection(alpha=30.0, unit="steps", period=150)
+TRANSFER = Transfer(rate=0.5, period=12)
 
 
-def trained(model: Any, tokenizer: Any, rate: float) -> Reader:
-    """All weights, AdamW."""
-    return FineTuningReader(model, tokenizer, partial(torch.optim.AdamW, lr=rate), CONTEXT)
+def trained(
+    model: Any, tokenizer: Any, rate: float, method: Method | None = None, ends: bool = False, fixed_norms: bool = False
+) -> Reader:
+    """Weights by AdamW and a method: all of them, or those of linear maps and embeddings."""
+    if fixed_norms:
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(isinstance(module, (nn.Linear, nn.Embedding)))
+    optimizer = partial(torch.optim.AdamW, lr=rate)
+    return FineTuningReader(
+        model, tokenizer, optimizer, CONTEXT, method=method, boundaries="known" if ends else "unknown"
+    )
+
+
+def ewc(strength: float, fixed_norms: bool = False) -> Make:
+    """EWC with the gradients of 64 windows of each text."""
+    method = ElasticWeights(strength, samples=64, labels="data")
+    return partial(trained, method=method, ends=True, fixed_norms=fixed_norms)
+
+
+def cms(projection: Projection | None = None, transfer: Transfer | None = None, fixed_norms: bool = True) -> Make:
+    """The memory of inputs and nested transfer; what the memory does not cover, norms, stays as it is."""
+    ends = projection is not None and projection.period is None
+    return partial(trained, method=CMS(projection=projection, transfer=transfer), ends=ends, fixed_norms=fixed_norms)
 
 
 def levels(model: Any, tokenizer: Any, rate: float, periods: Sequence[int], rule: Any = "descent") -> Reader:
@@ -54,12 +90,41 @@ def levels(model: Any, tokenizer: Any, rate: float, periods: Sequence[int], rule
 
 METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "in context": (lambda model, tokenizer, _: InContextReader(model, tokenizer, 1024), (0.0,)),
-    "fine-tuning": (trained, (3e-4, 1e-3, 3e-3)),
+    "fine-tuning": (trained, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "fine-tuning, small steps": (trained, (1e-3,)),
+    "fine-tuning, norms fixed": (partial(trained, fixed_norms=True), (3e-3,)),
+    "EWC": (ewc(1e-3), (3e-3,)),
+    "EWC, norms fixed": (ewc(1.0, fixed_norms=True), (3e-3,)),
+    "CMS: transfer": (cms(transfer=TRANSFER), (3e-3,)),
+    "CMS: projection": (cms(LAGGED), (3e-3,)),
+    "CMS: projection, transfer": (cms(LAGGED, TRANSFER), (3e-3,)),
+    "CMS: projection at ends": (cms(AT_ENDS), (3e-3,)),
+    "CMS: projection at ends, transfer": (cms(AT_ENDS, TRANSFER), (3e-3,)),
+    "replay": (partial(trained, method=ExperienceReplay(1000)), (3e-3,)),
     "levels 32": (partial(levels, periods=(32,)), (2.0, 4.0, 8.0)),
     "levels 32, 256": (partial(levels, periods=(32, 256)), (2.0, 4.0, 8.0)),
     "levels 32, 256, 2048": (partial(levels, periods=(32, 256, 2048)), (2.0, 4.0, 8.0)),
     "levels 32, orthogonalized": (partial(levels, periods=(32,), rule="orthogonalized"), (1.0, 2.0, 4.0)),
 }
+
+
+def grid() -> dict[str, tuple[Make, tuple[float, ...]]]:
+    """What is tried on the tuning seed."""
+    rates, rows = (3e-3,), {}
+    for strength in (1e-3, 1e-2, 0.1, 1.0):
+        rows[f"EWC, λ {strength:g}"] = (ewc(strength), rates)
+    for strength in (0.1, 1.0, 10.0):
+        rows[f"EWC, λ {strength:g}, norms fixed"] = (ewc(strength, fixed_norms=True), rates)
+    for alpha in (1.0, 10.0, 30.0, 100.0):
+        ends = Projection(alpha=alpha, unit="steps", period=None)
+        rows[f"at ends, α {alpha:g}, norms trained"] = (cms(ends, fixed_norms=False), rates)
+        rows[f"at ends, α {alpha:g}"] = (cms(ends), rates)
+        rows[f"at ends, α {alpha:g}, transfer"] = (cms(ends, TRANSFER), rates)
+    for alpha, period in ((100.0, 24), (30.0, 96), (30.0, 150)):
+        lagged = Projection(alpha=alpha, unit="steps", period=period)
+        rows[f"period {period}, α {alpha:g}"] = (cms(lagged), rates)
+        rows[f"period {period}, α {alpha:g}, transfer"] = (cms(lagged, TRANSFER), rates)
+    return rows
 
 
 def knowledge(reader: Reader, seed: int, book: str) -> dict[str, Any]:
@@ -72,7 +137,12 @@ def knowledge(reader: Reader, seed: int, book: str) -> dict[str, Any]:
 def translation(reader: Reader, seed: int, _: str) -> dict[str, Any]:
     """Two languages, one after the other."""
     courses = [invented_course(2 * seed + i, sentences=120, exam=20, repeats=12) for i in range(2)]
-    return continual_translation(reader, courses, max_new_tokens=40, seed=seed).details
+    facts = invent_facts(WORLD_PEOPLE, WORLD_SEED)[:60]
+
+    def probe(studied: Reader) -> float:
+        return mean(ask(studied, facts))
+
+    return continual_translation(reader, courses, max_new_tokens=40, alone=False, probe=probe, seed=seed).details
 
 
 TASKS = {"knowledge": knowledge, "translation": translation}
@@ -85,12 +155,15 @@ def merit(task: str, details: dict[str, Any]) -> float:
     return mean(details["chrf"][-1])
 
 
-def run_cell(options: argparse.Namespace, task: str, method: str, rate: float, seed: int, book: str) -> dict[str, Any]:
+def run_cell(
+    options: argparse.Namespace, task: str, named: tuple[str, Make], rate: float, seed: int, book: str
+) -> dict[str, Any]:
     """One method, rate and seed."""
+    method, make = named
     model = AutoModelForCausalLM.from_pretrained(options.base).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     started = time.perf_counter()
-    details = TASKS[task](METHODS[method][0](model, tokenizer, rate), seed, book)
+    details = TASKS[task](make(model, tokenizer, rate), seed, book)
     seconds = time.perf_counter() - started
     return {"task": task, "method": method, "rate": rate, "seed": seed, "seconds": round(seconds, 1)} | details
 
@@ -102,29 +175,38 @@ def plus_minus(values: Sequence[float], scale: float = 100) -> str:
     return f"{scale * middle:.1f} ± {scale * error:.1f}"
 
 
+def knowledge_cells(rows: list[dict[str, Any]]) -> list[str]:
+    """Facts after each length, and what was known before."""
+    cells = [plus_minus([r["accuracy"][i] for r in rows]) for i in range(len(LENGTHS))]
+    return [*cells, plus_minus([r["known"][0] for r in rows]), plus_minus([r["known"][-1] for r in rows])]
+
+
+def translation_cells(rows: list[dict[str, Any]]) -> list[str]:
+    """The first language after its course and at the end, the second, their mean, and the facts known before."""
+    values = [(r["chrf"][1][0], *r["chrf"][-1], mean(r["chrf"][-1])) for r in rows]
+    cells = [plus_minus(column, 1) for column in zip(*values, strict=True)]
+    known = [r["probe"][-1] for r in rows if "probe" in r]
+    return [*cells, plus_minus(known) if known else ""]
+
+
+COLUMNS = {
+    "knowledge": [*(f"facts after {length:,}" for length in LENGTHS), "known before", "known at the end"],
+    "translation": ["first language after its course", "at the end", "second at the end", "mean", "known facts"],
+}
+CELLS = {"knowledge": knowledge_cells, "translation": translation_cells}
+
+
 def table(records: list[dict[str, Any]], chosen: dict[tuple[str, str], float], seeds: Sequence[int]) -> str:
     """Both tasks as Markdown."""
-    header = " | ".join(f"facts after {length:,}" for length in LENGTHS)
-    lines = [f"| | rate | {header} | known before | known at the end | seconds |", "|---|--:|" + "--:|" * 7]
-    for task in TASKS:
-        if task == "translation":
-            lines += ["", "| | rate | first language | second | first, alone | mean at the end | seconds |"]
-            lines.append("|---|--:|" + "--:|" * 5)
-        for method in METHODS:
-            rate = chosen.get((task, method))
+    lines = []
+    for task, columns in COLUMNS.items():
+        lines += ["", f"| | rate | {' | '.join(columns)} | seconds |", "|---|--:|" + "--:|" * (len(columns) + 1)]
+        for (of, method), rate in chosen.items():
             rows = [r for r in records if (r["task"], r["method"], r["rate"]) == (task, method, rate)
                     and r["seed"] in seeds]  # fmt: skip
-            if not rows:
-                continue
-            seconds = f"{mean(r['seconds'] for r in rows):.0f}"
-            if task == "knowledge":
-                cells = [plus_minus([r["accuracy"][i] for r in rows]) for i in range(len(LENGTHS))]
-                cells += [plus_minus([r["known"][0] for r in rows]), plus_minus([r["known"][-1] for r in rows])]
-            else:
-                cells = [plus_minus([r["chrf"][-1][i] for r in rows], 1) for i in range(2)]
-                cells.append(plus_minus([r["alone"][0] for r in rows], 1))
-                cells.append(plus_minus([mean(r["chrf"][-1]) for r in rows], 1))
-            lines.append(f"| {method} | {rate:g} | " + " | ".join(cells) + f" | {seconds} |")
+            if of == task and rows:
+                cells = [method, f"{rate:g}", *CELLS[task](rows), f"{mean(r['seconds'] for r in rows):.0f}"]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -134,7 +216,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reading"))
     parser.add_argument("--book", type=Path, default=Path("../shared/data/gutenberg_books/alice.txt"))
     parser.add_argument("--tasks", default="knowledge,translation")
-    parser.add_argument("--methods", default=",".join(METHODS).replace(", ", ";"), help="commas in a name as ;")
+    parser.add_argument("--group", choices=("methods", "grid"), default="methods")
+    parser.add_argument("--methods", help="some of the group, with commas; commas in a name as ;")
     parser.add_argument("--rates", type=float, nargs="+", help="to choose from; default: those of each method")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
@@ -147,11 +230,15 @@ def main() -> None:
     file, book = options.out / "results.jsonl", read_text(options.book)
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
+    group = METHODS if options.group == "methods" else grid()
+    names = [name.replace(";", ", ") for name in options.methods.split(",")] if options.methods else list(group)
+    seeds = options.seeds if options.group == "methods" else [TUNING_SEED]
+
     def cell(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         for record in records:
             if (record["task"], record["method"], record["rate"], record["seed"]) == (task, method, rate, seed):
                 return record
-        record = run_cell(options, task, method, rate, seed, book)
+        record = run_cell(options, task, (method, group[method][0]), rate, seed, book)
         records.append(record)
         with file.open("a") as out:
             out.write(json.dumps(record) + "\n")
@@ -160,13 +247,15 @@ def main() -> None:
 
     chosen: dict[tuple[str, str], float] = {}
     for task in options.tasks.split(","):
-        for method in (name.replace(";", ", ") for name in options.methods.split(",")):
-            rates = options.rates or METHODS[method][1]
-            best = max(rates, key=lambda rate, t=task, m=method: merit(t, cell(t, m, rate, TUNING_SEED)))
+        for method in names:
+            rates = options.rates or group[method][1]
+            best = rates[0]
+            if len(rates) > 1:
+                best = max(rates, key=lambda rate, t=task, m=method: merit(t, cell(t, m, rate, TUNING_SEED)))
             chosen[task, method] = best
-            for seed in options.seeds:
+            for seed in seeds:
                 cell(task, method, best, seed)
-    text = table(records, chosen, options.seeds)
+    text = table(records, chosen, seeds)
     (options.out / "table.md").write_text(text)
     print(text)
 
