@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -49,10 +50,25 @@ LENGTHS = (0, 1000, 4000, 16000)
 TUNING_SEED = 900
 CONTEXT = 256
 Make = Callable[[Any, Any, float], Reader]
-# Chosen on the tuning seed (group grid).
-AT_ENDS = Projection(alpha=30.0, unit="steps", period=None)
-LAGGED = Projection(alpha=30.0, unit="steps", period=150)
-TRANSFER = Transfer(rate=0.5, period=12)
+Row = tuple[Make, tuple[float, ...]]
+"""What makes the reader, and the rates to choose from."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the grid chose for a task: α at the ends of texts, α and period of the stream, transfer, rate."""
+
+    at_ends: float
+    alpha: float
+    period: int
+    transfer: Transfer
+    rate: float
+
+
+TUNED = {
+    "translation": Tuned(30.0, 30.0, 150, Transfer(rate=0.5, period=12), 3e-3),
+    "knowledge": Tuned(1.0, 1.0, 12, Transfer(rate=0.5, period=4), 1e-3),
+}
 
 
 def trained(
@@ -75,6 +91,11 @@ def ewc(strength: float, fixed_norms: bool = False) -> Make:
     return partial(trained, method=method, ends=True, fixed_norms=fixed_norms)
 
 
+def steps_projection(alpha: float, period: int | None = None) -> Projection:
+    """The memory of inputs with α in steps; without a period it is refreshed where a text ends."""
+    return Projection(alpha=alpha, unit="steps", period=period)
+
+
 def cms(projection: Projection | None = None, transfer: Transfer | None = None, fixed_norms: bool = True) -> Make:
     """The memory of inputs and nested transfer; what the memory does not cover, norms, stays as it is."""
     ends = projection is not None and projection.period is None
@@ -88,42 +109,54 @@ def levels(model: Any, tokenizer: Any, rate: float, periods: Sequence[int], rule
     return MemorySession(stacked, tokenizer, context_length=CONTEXT, compare="none")
 
 
-METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
-    "in context": (lambda model, tokenizer, _: InContextReader(model, tokenizer, 1024), (0.0,)),
-    "fine-tuning": (trained, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "fine-tuning, small steps": (trained, (1e-3,)),
-    "fine-tuning, norms fixed": (partial(trained, fixed_norms=True), (3e-3,)),
-    "EWC": (ewc(1e-3), (3e-3,)),
-    "EWC, norms fixed": (ewc(1.0, fixed_norms=True), (3e-3,)),
-    "CMS: transfer": (cms(transfer=TRANSFER), (3e-3,)),
-    "CMS: projection": (cms(LAGGED), (3e-3,)),
-    "CMS: projection, transfer": (cms(LAGGED, TRANSFER), (3e-3,)),
-    "CMS: projection at ends": (cms(AT_ENDS), (3e-3,)),
-    "CMS: projection at ends, transfer": (cms(AT_ENDS, TRANSFER), (3e-3,)),
-    "replay": (partial(trained, method=ExperienceReplay(1000)), (3e-3,)),
-    "levels 32": (partial(levels, periods=(32,)), (2.0, 4.0, 8.0)),
-    "levels 32, 256": (partial(levels, periods=(32, 256)), (2.0, 4.0, 8.0)),
-    "levels 32, 256, 2048": (partial(levels, periods=(32, 256, 2048)), (2.0, 4.0, 8.0)),
-    "levels 32, orthogonalized": (partial(levels, periods=(32,), rule="orthogonalized"), (1.0, 2.0, 4.0)),
-}
+def methods(task: str) -> dict[str, Row]:
+    """The rows of a task's table."""
+    tuned = TUNED[task]
+    ends, lagged = steps_projection(tuned.at_ends), steps_projection(tuned.alpha, tuned.period)
+    rate, transfer = (tuned.rate,), tuned.transfer
+    return {
+        "in context": (lambda model, tokenizer, _: InContextReader(model, tokenizer, 1024), (0.0,)),
+        "fine-tuning": (trained, (1e-4, 3e-4, 1e-3, 3e-3)),
+        "fine-tuning, small steps": (trained, (1e-3,)),
+        "fine-tuning, norms fixed": (partial(trained, fixed_norms=True), (3e-3,)),
+        "EWC": (ewc(1e-3), (3e-3,)),
+        "EWC, norms fixed": (ewc(1.0, fixed_norms=True), (3e-3,)),
+        "CMS: transfer": (cms(transfer=transfer), rate),
+        "CMS: projection": (cms(lagged), rate),
+        "CMS: projection, transfer": (cms(lagged, transfer), rate),
+        "CMS: projection at ends": (cms(ends), rate),
+        "CMS: projection at ends, transfer": (cms(ends, transfer), rate),
+        "replay": (partial(trained, method=ExperienceReplay(1000)), (3e-3,)),
+        "levels 32": (partial(levels, periods=(32,)), (2.0, 4.0, 8.0)),
+        "levels 32, 256": (partial(levels, periods=(32, 256)), (2.0, 4.0, 8.0)),
+        "levels 32, 256, 2048": (partial(levels, periods=(32, 256, 2048)), (2.0, 4.0, 8.0)),
+        "levels 32, orthogonalized": (partial(levels, periods=(32,), rule="orthogonalized"), (1.0, 2.0, 4.0)),
+    }
 
 
-def grid() -> dict[str, tuple[Make, tuple[float, ...]]]:
+def grid(task: str) -> dict[str, Row]:
     """What is tried on the tuning seed."""
-    rates, rows = (3e-3,), {}
+    rows: dict[str, Row] = {}
+    if task == "knowledge":
+        rates, transfer = (1e-3, 3e-3), TUNED[task].transfer
+        for alpha in (0.1, 1.0, 10.0):
+            rows[f"at ends, α {alpha:g}"] = (cms(steps_projection(alpha)), rates)
+            rows[f"period 12, α {alpha:g}"] = (cms(steps_projection(alpha, 12)), rates)
+        return rows
+    rates, transfer = (3e-3,), TUNED[task].transfer
     for strength in (1e-3, 1e-2, 0.1, 1.0):
         rows[f"EWC, λ {strength:g}"] = (ewc(strength), rates)
     for strength in (0.1, 1.0, 10.0):
         rows[f"EWC, λ {strength:g}, norms fixed"] = (ewc(strength, fixed_norms=True), rates)
     for alpha in (1.0, 10.0, 30.0, 100.0):
-        ends = Projection(alpha=alpha, unit="steps", period=None)
+        ends = steps_projection(alpha)
         rows[f"at ends, α {alpha:g}, norms trained"] = (cms(ends, fixed_norms=False), rates)
         rows[f"at ends, α {alpha:g}"] = (cms(ends), rates)
-        rows[f"at ends, α {alpha:g}, transfer"] = (cms(ends, TRANSFER), rates)
+        rows[f"at ends, α {alpha:g}, transfer"] = (cms(ends, transfer), rates)
     for alpha, period in ((100.0, 24), (30.0, 96), (30.0, 150)):
-        lagged = Projection(alpha=alpha, unit="steps", period=period)
+        lagged = steps_projection(alpha, period)
         rows[f"period {period}, α {alpha:g}"] = (cms(lagged), rates)
-        rows[f"period {period}, α {alpha:g}, transfer"] = (cms(lagged, TRANSFER), rates)
+        rows[f"period {period}, α {alpha:g}, transfer"] = (cms(lagged, transfer), rates)
     return rows
 
 
@@ -230,15 +263,14 @@ def main() -> None:
     file, book = options.out / "results.jsonl", read_text(options.book)
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    group = METHODS if options.group == "methods" else grid()
-    names = [name.replace(";", ", ") for name in options.methods.split(",")] if options.methods else list(group)
+    rows = methods if options.group == "methods" else grid
     seeds = options.seeds if options.group == "methods" else [TUNING_SEED]
 
     def cell(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         for record in records:
             if (record["task"], record["method"], record["rate"], record["seed"]) == (task, method, rate, seed):
                 return record
-        record = run_cell(options, task, (method, group[method][0]), rate, seed, book)
+        record = run_cell(options, task, (method, rows(task)[method][0]), rate, seed, book)
         records.append(record)
         with file.open("a") as out:
             out.write(json.dumps(record) + "\n")
@@ -247,8 +279,9 @@ def main() -> None:
 
     chosen: dict[tuple[str, str], float] = {}
     for task in options.tasks.split(","):
+        names = [name.replace(";", ", ") for name in options.methods.split(",")] if options.methods else rows(task)
         for method in names:
-            rates = options.rates or group[method][1]
+            rates = options.rates or rows(task)[method][1]
             best = rates[0]
             if len(rates) > 1:
                 best = max(rates, key=lambda rate, t=task, m=method: merit(t, cell(t, m, rate, TUNING_SEED)))
