@@ -56,18 +56,19 @@ Row = tuple[Make, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the grid chose for a task: α at the ends of texts, α and period of the stream, transfer, rate."""
+    """What the grid chose for a task: α at the ends of texts, α and period of the stream, transfer, rate, λ of EWC."""
 
     at_ends: float
     alpha: float
     period: int
     transfer: Transfer
     rate: float
+    strength: float
 
 
 TUNED = {
-    "translation": Tuned(30.0, 30.0, 150, Transfer(rate=0.5, period=12), 3e-3),
-    "knowledge": Tuned(1.0, 1.0, 12, Transfer(rate=0.5, period=4), 1e-3),
+    "translation": Tuned(30.0, 30.0, 150, Transfer(rate=0.5, period=12), 3e-3, 1.0),
+    "knowledge": Tuned(1.0, 0.1, 12, Transfer(rate=0.5, period=4), 1e-3, 1.0),
 }
 
 
@@ -118,15 +119,15 @@ def methods(task: str) -> dict[str, Row]:
         "in context": (lambda model, tokenizer, _: InContextReader(model, tokenizer, 1024), (0.0,)),
         "fine-tuning": (trained, (1e-4, 3e-4, 1e-3, 3e-3)),
         "fine-tuning, small steps": (trained, (1e-3,)),
-        "fine-tuning, norms fixed": (partial(trained, fixed_norms=True), (3e-3,)),
-        "EWC": (ewc(1e-3), (3e-3,)),
-        "EWC, norms fixed": (ewc(1.0, fixed_norms=True), (3e-3,)),
+        "fine-tuning, norms fixed": (partial(trained, fixed_norms=True), rate),
+        "EWC": (ewc(1e-3), rate),
+        "EWC, norms fixed": (ewc(tuned.strength, fixed_norms=True), rate),
         "CMS: transfer": (cms(transfer=transfer), rate),
         "CMS: projection": (cms(lagged), rate),
         "CMS: projection, transfer": (cms(lagged, transfer), rate),
         "CMS: projection at ends": (cms(ends), rate),
         "CMS: projection at ends, transfer": (cms(ends, transfer), rate),
-        "replay": (partial(trained, method=ExperienceReplay(1000)), (3e-3,)),
+        "replay": (partial(trained, method=ExperienceReplay(1000)), rate),
         "levels 32": (partial(levels, periods=(32,)), (2.0, 4.0, 8.0)),
         "levels 32, 256": (partial(levels, periods=(32, 256)), (2.0, 4.0, 8.0)),
         "levels 32, 256, 2048": (partial(levels, periods=(32, 256, 2048)), (2.0, 4.0, 8.0)),
@@ -137,13 +138,16 @@ def methods(task: str) -> dict[str, Row]:
 def grid(task: str) -> dict[str, Row]:
     """What is tried on the tuning seed."""
     rows: dict[str, Row] = {}
+    transfer = TUNED[task].transfer
     if task == "knowledge":
-        rates, transfer = (1e-3, 3e-3), TUNED[task].transfer
+        rates = 3e-4, 1e-3, 3e-3
         for alpha in (0.1, 1.0, 10.0):
             rows[f"at ends, α {alpha:g}"] = (cms(steps_projection(alpha)), rates)
             rows[f"period 12, α {alpha:g}"] = (cms(steps_projection(alpha, 12)), rates)
+        for strength in (1e-2, 1.0, 100.0):
+            rows[f"EWC, λ {strength:g}, norms fixed"] = (ewc(strength, fixed_norms=True), (1e-3,))
         return rows
-    rates, transfer = (3e-3,), TUNED[task].transfer
+    rates = (3e-3,)
     for strength in (1e-3, 1e-2, 0.1, 1.0):
         rows[f"EWC, λ {strength:g}"] = (ewc(strength), rates)
     for strength in (0.1, 1.0, 10.0):
