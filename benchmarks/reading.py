@@ -144,7 +144,7 @@ def grid(task: str) -> dict[str, Row]:
         for alpha in (0.1, 1.0, 10.0):
             rows[f"at ends, α {alpha:g}"] = (cms(steps_projection(alpha)), rates)
             rows[f"period 12, α {alpha:g}"] = (cms(steps_projection(alpha, 12)), rates)
-        for strength in (1e-2, 1.0, 100.0):
+        for strength in (1.0, 100.0, 1e3, 1e4):
             rows[f"EWC, λ {strength:g}, norms fixed"] = (ewc(strength, fixed_norms=True), (1e-3,))
         return rows
     rates = (3e-3,)
