@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -41,7 +42,8 @@ from nestlearn.continual import (
 )
 from nestlearn.data.invented_facts import invent_facts
 from nestlearn.data.text_files import read_text
-from nestlearn.evals.knowledge import ask, knowledge_incorporation
+from nestlearn.evals.knowledge import ask, facts_text, knowledge_incorporation
+from nestlearn.evals.learning import model_bits_per_byte
 from nestlearn.evals.translation import continual_translation, invented_course
 from nestlearn.train.allocator import tune_allocator
 from reading_base import WORLD_PEOPLE, WORLD_SEED
@@ -112,13 +114,12 @@ def levels(model: Any, tokenizer: Any, rate: float, periods: Sequence[int], rule
 
 def methods(task: str) -> dict[str, Row]:
     """The rows of a task's table."""
-    tuned = TUNED[task]
+    tuned = TUNED["translation" if task == "translation" else "knowledge"]
     ends, lagged = steps_projection(tuned.at_ends), steps_projection(tuned.alpha, tuned.period)
     rate, transfer = (tuned.rate,), tuned.transfer
     return {
         "in context": (lambda model, tokenizer, _: InContextReader(model, tokenizer, 1024), (0.0,)),
         "fine-tuning": (trained, (1e-4, 3e-4, 1e-3, 3e-3)),
-        "fine-tuning, small steps": (trained, (1e-3,)),
         "fine-tuning, norms fixed": (partial(trained, fixed_norms=True), rate),
         "EWC": (ewc(1e-3), rate),
         "EWC, norms fixed": (ewc(tuned.strength, fixed_norms=True), rate),
@@ -182,13 +183,27 @@ def translation(reader: Reader, seed: int, _: str) -> dict[str, Any]:
     return continual_translation(reader, courses, max_new_tokens=40, alone=False, probe=probe, seed=seed).details
 
 
-TASKS = {"knowledge": knowledge, "translation": translation}
+def other_text(reader: Reader, seed: int, book: str) -> dict[str, Any]:
+    """Whether the text that must not erase the facts is learned at all: bits per byte of what follows it."""
+    if not isinstance(reader, FineTuningReader):
+        raise ValueError(f"the task other_text is for trained weights, not for a {type(reader).__name__}.")
+    follows = book[LENGTHS[-1] : LENGTHS[-1] + 4000]
+    before = model_bits_per_byte(reader.model, reader.tokenizer, follows, CONTEXT)
+    reader.read(facts_text(invent_facts(6, seed), (0, 1) * 5))
+    for start, end in pairwise(LENGTHS):
+        reader.read(book[start:end])
+    return {"before": before, "after": model_bits_per_byte(reader.model, reader.tokenizer, follows, CONTEXT)}
+
+
+TASKS = {"knowledge": knowledge, "translation": translation, "other_text": other_text}
 
 
 def merit(task: str, details: dict[str, Any]) -> float:
     """What a rate is chosen by: what was learned and what is kept, equally."""
     if task == "knowledge":
         return mean(details["accuracy"]) + mean(details["known"][1:])
+    if task == "other_text":
+        return -details["after"]
     return mean(details["chrf"][-1])
 
 
@@ -205,11 +220,11 @@ def run_cell(
     return {"task": task, "method": method, "rate": rate, "seed": seed, "seconds": round(seconds, 1)} | details
 
 
-def plus_minus(values: Sequence[float], scale: float = 100) -> str:
+def plus_minus(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
     """Mean and standard error."""
     middle = mean(values)
     error = math.sqrt(sum((v - middle) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
-    return f"{scale * middle:.1f} ± {scale * error:.1f}"
+    return f"{scale * middle:.{digits}f} ± {scale * error:.{digits}f}"
 
 
 def knowledge_cells(rows: list[dict[str, Any]]) -> list[str]:
@@ -226,11 +241,17 @@ def translation_cells(rows: list[dict[str, Any]]) -> list[str]:
     return [*cells, plus_minus(known) if known else ""]
 
 
+def other_text_cells(rows: list[dict[str, Any]]) -> list[str]:
+    """Bits per byte before and after."""
+    return [plus_minus([r[when] for r in rows], 1, 2) for when in ("before", "after")]
+
+
 COLUMNS = {
     "knowledge": [*(f"facts after {length:,}" for length in LENGTHS), "known before", "known at the end"],
     "translation": ["first language after its course", "at the end", "second at the end", "mean", "known facts"],
+    "other_text": ["bits per byte before", "after"],
 }
-CELLS = {"knowledge": knowledge_cells, "translation": translation_cells}
+CELLS = {"knowledge": knowledge_cells, "translation": translation_cells, "other_text": other_text_cells}
 
 
 def table(records: list[dict[str, Any]], chosen: dict[tuple[str, str], float], seeds: Sequence[int]) -> str:
