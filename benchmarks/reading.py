@@ -70,7 +70,7 @@ class Tuned:
 
 TUNED = {
     "translation": Tuned(30.0, 30.0, 150, Transfer(rate=0.5, period=12), 3e-3, 1.0),
-    "knowledge": Tuned(1.0, 0.1, 12, Transfer(rate=0.5, period=4), 1e-3, 1.0),
+    "knowledge": Tuned(1.0, 0.1, 12, Transfer(rate=0.5, period=4), 1e-3, 1e4),
 }
 
 
