@@ -72,6 +72,7 @@ TUNED = {
     "translation": Tuned(30.0, 30.0, 150, Transfer(rate=0.5, period=12), 3e-3, 1.0),
     "knowledge": Tuned(1.0, 0.1, 12, Transfer(rate=0.5, period=4), 1e-3, 1e4),
 }
+TUNED["other_text"] = TUNED["knowledge"]
 
 
 def trained(
@@ -114,7 +115,7 @@ def levels(model: Any, tokenizer: Any, rate: float, periods: Sequence[int], rule
 
 def methods(task: str) -> dict[str, Row]:
     """The rows of a task's table."""
-    tuned = TUNED["translation" if task == "translation" else "knowledge"]
+    tuned = TUNED[task]
     ends, lagged = steps_projection(tuned.at_ends), steps_projection(tuned.alpha, tuned.period)
     rate, transfer = (tuned.rate,), tuned.transfer
     return {
@@ -140,10 +141,11 @@ def grid(task: str) -> dict[str, Row]:
     """What is tried on the tuning seed."""
     rows: dict[str, Row] = {}
     transfer = TUNED[task].transfer
-    if task == "knowledge":
+    if task != "translation":
         rates = 3e-4, 1e-3, 3e-3
-        for alpha in (0.1, 1.0, 10.0):
+        for alpha in (0.1, 1.0, 10.0, 100.0):
             rows[f"at ends, α {alpha:g}"] = (cms(steps_projection(alpha)), rates)
+            rows[f"at ends, α {alpha:g}, transfer"] = (cms(steps_projection(alpha), transfer), rates)
             rows[f"period 12, α {alpha:g}"] = (cms(steps_projection(alpha, 12)), rates)
         for strength in (1.0, 100.0, 1e3, 1e4):
             rows[f"EWC, λ {strength:g}, norms fixed"] = (ewc(strength, fixed_norms=True), (1e-3,))
