@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nestlearn.memory import AssociativeMemory, Delta, Factor, Gates, Matrix, absorb
 from nestlearn.optim import DGD, InputProjection, MultiTimescale, NestedTransfer, param_groups
-from nestlearn.optim.dgd import batch_step
+from nestlearn.optim.dgd import PERIOD_SUMS, batch_step
 
 FORMS = ("batch", "sample")
 
@@ -766,3 +766,40 @@ def test_the_form_cannot_change_within_a_period():
     layer(torch.ones(3, 4)).sum().backward()
     with pytest.raises(ValueError, match="where a period begins"):
         optimizer.step()
+
+
+def test_form_and_period_change_where_a_period_begins():
+    """A run that goes on, one that resumes there, and a state without sums (of an older version) end alike."""
+    ends = []
+    for way in ("goes on", "resumes", "without sums"):
+        layer = nn.Linear(4, 2).double()
+        layer.load_state_dict({"weight": random(2, 4, seed=8), "bias": random(2, seed=9)})
+        optimizer = MultiTimescale(DGD(layer.parameters(), layer, lr=0.3), periods=[2, 2], reduction="sum")
+        changes = [("batch", 2), ("sample", 2), ("batch", 2), ("batch", 1), ("batch", 4), ("sample", 1)]
+        for place, (form, period) in enumerate(changes):
+            for group in optimizer.param_groups:
+                group["form"], group["update_period"] = form, period
+            if way != "goes on":
+                state = copy.deepcopy(optimizer.state_dict())
+                for saved in state["state"].values() if way == "without sums" else ():
+                    assert not any(x.any() for x in (saved.pop(name, torch.zeros(1)) for name in PERIOD_SUMS))
+                optimizer.load_state_dict(state)
+            for step in range(4):
+                optimizer.zero_grad()
+                layer(random(3, 4, seed=10 * place + step)).square().sum(1).mean().backward()
+                optimizer.step()
+        ends.append(joined(layer))
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_sums_of_another_shape_are_refused():
+    def made(inputs: int) -> tuple[nn.Linear, MultiTimescale]:
+        layer = nn.Linear(inputs, 2, bias=False)
+        return layer, MultiTimescale(DGD(layer.parameters(), layer), periods=[2])
+
+    wide, optimizer = made(5)
+    wide(torch.ones(1, 5)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"has \{'rows': \(\), 'moment': \(5, 5\)\}; it must have"):
+        made(4)[1].load_state_dict(optimizer.state_dict())

@@ -212,8 +212,15 @@ class DGD(MatrixOptimizer):
                     self.state[weight]["step"] = torch.tensor(0.0)
                 kept = self._of_period(group, layer) or layer.no_sums(group["form"])
                 seen = [x[0] for x in self._sums(group, [layer])]
-                self.state[weight] |= zip(PERIOD_SUMS, torch._foreach_add(kept, seen), strict=False)
+                self._keep(layer, torch._foreach_add(kept, seen))
                 layer.forget()
+
+    def _keep(self, layer: LinearLayer, sums: Iterable[Tensor]) -> None:
+        """Puts the sums of a period into the state, in place of those that are there."""
+        state = self.state[layer.weight]
+        for name in PERIOD_SUMS:  # those of the sample form have one more
+            state.pop(name, None)
+        state |= zip(PERIOD_SUMS, sums, strict=False)
 
     def _of_period(self, group: Mapping[str, Any], layer: LinearLayer) -> list[Tensor]:
         """The sums of a period that were held back; none where a layer steps each time.
@@ -242,6 +249,12 @@ class DGD(MatrixOptimizer):
     def _check_shapes(self, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> None:
         if all(parameter is not layer.bias for layer in self._layers.values()):
             super()._check_shapes(group, parameter, saved)
+
+    def _optional_shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+        # A state has them only where the weight's group had a period when it was last held back, in the form of then.
+        layer = self._layers.get(parameter)
+        sums = [] if layer is None or layer.group is None else layer.no_sums("sample")
+        return {name: tuple(x.shape) for name, x in zip(PERIOD_SUMS, sums, strict=False)}
 
     def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         alike: dict[tuple[bool, bool], list[_Map]] = {}
@@ -284,7 +297,7 @@ class DGD(MatrixOptimizer):
         if not any(kept):
             return sums
         for layer in layers:
-            self.state[layer.weight] |= zip(PERIOD_SUMS, layer.no_sums(group["form"]), strict=False)
+            self._keep(layer, self._new_state(group, layer.weight).values())
         each = zip(*(k or layer.no_sums(group["form"]) for k, layer in zip(kept, layers, strict=True)), strict=True)
         return [torch.stack(earlier) + seen for earlier, seen in zip(each, sums, strict=True)]
 

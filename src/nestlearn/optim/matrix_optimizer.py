@@ -256,12 +256,18 @@ class MatrixOptimizer(Optimizer):
         shapes = {name: tuple(value.shape) for name, value in expected.items() if name != "step"}
         received = {name: tuple(value.shape) for name, value in saved.items() if name != "step"}
         # Settings may have changed since the last step: what they need begins then, what they needed stays.
-        allowed = shapes | dict.fromkeys(self.optional_states, tuple(parameter.shape))
-        if not shapes.items() <= received.items() <= allowed.items():
+        optional = self._optional_shapes(parameter)
+        allowed = shapes | optional
+        required = {name: shape for name, shape in shapes.items() if name not in optional}
+        if not required.items() <= received.items() <= allowed.items():
             raise ValueError(
                 f"The saved state of a parameter of shape {tuple(parameter.shape)} has {received}; it must have "
                 f"{allowed}. Give the optimizer the same parameters in the same order as when it was saved."
             )
+
+    def _optional_shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+        """The shapes of states that a parameter may lack."""
+        return dict.fromkeys(self.optional_states, tuple(parameter.shape))
 
 
 def is_matrix(group: Mapping[str, Any], parameter: Tensor) -> bool:
