@@ -803,3 +803,43 @@ def test_sums_of_another_shape_are_refused():
     optimizer.step()
     with pytest.raises(ValueError, match=r"has \{'rows': \(\), 'moment': \(5, 5\)\}; it must have"):
         made(4)[1].load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_frozen_biases_stay_and_biases_of_frozen_weights_are_trained_by_adamw(early):
+    """Whether they were frozen before the optimizer was made or after; and thawed, all of a layer is the rule's."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    optimizer = None if early else DGD(net.parameters(), net, lr=0.3, adamw_lr=0.01)
+    net[0].weight.requires_grad_(False)
+    net[2].bias.requires_grad_(False)
+    optimizer = optimizer or DGD(net.parameters(), net, lr=0.3, adamw_lr=0.01)
+    starts, x = [joined(layer) for layer in (net[0], net[2])], random(5, 3)
+    loss = net(x).square().sum(1).mean()
+    loss.backward()
+    slope = net[0].bias.grad.clone()
+    hidden = torch.tanh(net[0](x)).detach()
+    system = torch.eye(4).double() + 0.3 * hidden.T @ hidden / 5
+    expected = (starts[1][:, :4] - 0.3 * net[2].weight.grad) @ torch.linalg.inv(system)
+    optimizer.step()
+    assert torch.equal(net[0].weight, starts[0][:, :3])
+    torch.testing.assert_close(net[0].bias.detach(), starts[0][:, 3] - 0.01 * slope.sign())
+    torch.testing.assert_close(net[2].weight.detach(), expected)
+    assert torch.equal(net[2].bias, starts[1][:, 4])
+
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    net.requires_grad_(True)
+    optimizer.zero_grad()
+    start, x = joined(net[0]), random(5, 3, seed=1)
+    net(x).square().sum(1).mean().backward()
+    gradient, inputs = with_bias(net[0].weight.grad, net[0].bias.grad), with_one(x)
+    optimizer.step()
+    system = torch.eye(4).double() + 0.3 * inputs.T @ inputs / 5
+    torch.testing.assert_close(joined(net[0]), (start - 0.3 * gradient) @ torch.linalg.inv(system))
+
+    net[2].weight.requires_grad_(False)
+    optimizer.zero_grad()
+    net(x).square().sum(1).mean().backward()
+    start, slope = net[2].bias.detach().clone(), net[2].bias.grad.sign()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    torch.testing.assert_close(net[2].bias.detach(), start - 0.01 * slope)  # AdamW begins with it

@@ -44,7 +44,8 @@ class DGD(MatrixOptimizer):
 
     Trained by the rule: weights of `nn.Linear` modules (and transformers' Conv1D) in groups of rule ``"auto"`` or
     ``"matrix"``. A bias of such a layer is its weight for an input of 1 and is updated with it, by the settings of the
-    weight's group but for weight decay. All else is AdamW's, in groups of its own: groups that have both are divided.
+    weight's group but for weight decay; where the weight is frozen it is AdamW's. All else is AdamW's, in groups of its
+    own: groups that have both are divided.
 
     Cost per map and step: with d inputs and N rows N d² multiplications for R; a Cholesky factorization, d³ / 3, and
     two triangular solves. The sample form: N d (d + out), no solve. Until `zero_grad` the sums take d² numbers, in
@@ -131,8 +132,7 @@ class DGD(MatrixOptimizer):
         trained = {parameter for group in self.param_groups for parameter in group["params"]}
         for layer in self._layers.values():
             bias: Tensor | None = getattr(layer.module, "bias", None)
-            folded = bias is not None and bias in trained and bias.requires_grad and layer.group is not None
-            layer.bias = bias if folded else None
+            layer.own_bias = bias if bias is not None and bias in trained and layer.group is not None else None
 
     def _divided(self, group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What the rule trains of a group, and the rest for AdamW."""
@@ -247,7 +247,8 @@ class DGD(MatrixOptimizer):
         super()._step_rest(group, [parameter for parameter in parameters if parameter not in with_weights])
 
     def _check_shapes(self, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> None:
-        if all(parameter is not layer.bias for layer in self._layers.values()):
+        # A bias has AdamW's state only where its layer's weight was frozen.
+        if "exp_avg" in saved or all(parameter is not layer.own_bias for layer in self._layers.values()):
             super()._check_shapes(group, parameter, saved)
 
     def _optional_shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ class LinearLayer:
 
     Attributes:
         transposed: the weight is [in, out], as in the Conv1D of transformers.
-        bias: if it is trained; it is updated with the weight.
+        own_bias: if the optimizer has it.
         group: the place of the weight's group in the optimizer; None: not trained by the rule.
         rows: how many were summed since `forget`; None where nothing went through.
         moment: ``Σ x xᵀ``, or with steps for each row ``Σ η' x xᵀ``.
@@ -34,9 +34,15 @@ class LinearLayer:
     def __init__(self, name: str, module: nn.Module, transposed: bool) -> None:
         self.name, self.module, self.transposed = name or "the model itself", module, transposed
         self.weight: Tensor = module.weight  # pyright: ignore[reportAttributeAccessIssue]
-        self.bias: Tensor | None = None
+        self.own_bias: Tensor | None = None
         self.group: int | None = None
         self.forget()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias if it is updated with the weight: neither of them is frozen."""
+        bias = self.own_bias
+        return bias if bias is not None and bias.requires_grad and self.weight.requires_grad else None
 
     def forget(self) -> None:
         """Begins the sums anew."""

@@ -182,7 +182,7 @@ class MatrixOptimizer(Optimizer):
         if not parameters:
             return
         for parameter in parameters:
-            if not self.state[parameter]:
+            if "exp_avg" not in self.state[parameter]:
                 self.state[parameter] = adamw_state(parameter)
         states = [self.state[parameter] for parameter in parameters]
         weights = [parameter.to(wide(parameter.dtype)) for parameter in parameters]
