@@ -768,6 +768,25 @@ def test_the_form_cannot_change_within_a_period():
         optimizer.step()
 
 
+@pytest.mark.parametrize(("frozen", "steps"), [(False, 1), (True, 1), (True, 0)])
+def test_a_bias_cannot_be_frozen_or_thawed_within_a_period_or_thawed_after_the_backward_pass(frozen, steps):
+    layer = nn.Linear(4, 2)
+    optimizer = MultiTimescale(DGD(layer.parameters(), layer), periods=[2, 2])
+    layer.bias.requires_grad_(not frozen)
+    for _ in range(steps):
+        layer(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if steps == 0:
+        layer(torch.ones(3, 4)).sum().backward()
+    layer.bias.requires_grad_(frozen)
+    if steps > 0:
+        layer(torch.ones(3, 4)).sum().backward()
+    said = f"the model itself was observed .* with its bias {'frozen' if frozen else 'trained'}; change"
+    with pytest.raises(ValueError, match=said):
+        optimizer.step()
+
+
 def test_form_and_period_change_where_a_period_begins():
     """A run that goes on, one that resumes there, and a state without sums (of an older version) end alike."""
     ends = []
@@ -803,6 +822,28 @@ def test_sums_of_another_shape_are_refused():
     optimizer.step()
     with pytest.raises(ValueError, match=r"has \{'rows': \(\), 'moment': \(5, 5\)\}; it must have"):
         made(4)[1].load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(("weight", "bias", "steps"), [(False, True, 3), (True, False, 4), (False, False, 3)])
+def test_a_state_is_read_where_parameters_were_frozen_after_it_began(weight, bias, steps):
+    """A weight anywhere in a period, which goes on when it is thawed; a bias where a period begins."""
+    ends = []
+    for resumed in (False, True):
+        layer = nn.Linear(4, 2).double()
+        layer.load_state_dict({"weight": random(2, 4, seed=8), "bias": random(2, seed=9)})
+        optimizer = MultiTimescale(DGD(layer.parameters(), layer, lr=0.3), periods=[2, 2])
+        for step in range(2 * steps):
+            frozen = 0 <= step - steps < 2
+            layer.weight.requires_grad_(weight or not frozen)
+            layer.bias.requires_grad_(bias or not frozen)
+            if resumed:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.zero_grad()
+            loss = layer(random(3, 4, seed=step).requires_grad_()).square().sum(1).mean()
+            loss.backward()
+            optimizer.step()
+        ends.append(joined(layer))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -226,11 +226,11 @@ class DGD(MatrixOptimizer):
         """The sums of a period that were held back; none where a layer steps each time.
 
         Raises:
-            ValueError: they are for the other form.
+            ValueError: they are for the other form, or for another bias.
         """
         state = self.state[layer.weight]
         kept = [state[name] for name in PERIOD_SUMS if name in state]
-        if kept and len(kept) != len(layer.no_sums(group["form"])):
+        if kept and [x.shape for x in kept] != layer.shapes(group["form"]):
             if float(kept[0]) > 0:
                 raise layer.other_form(group["form"])
             return layer.no_sums(group["form"])
@@ -243,19 +243,22 @@ class DGD(MatrixOptimizer):
         return dict(zip(PERIOD_SUMS, self._layers[like].no_sums(group["form"]), strict=False))
 
     def _step_rest(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
-        with_weights = {layer.bias for layer in self._layers.values()}
+        weights = ((layer.bias, layer.weight) for layer in self._layers.values())
+        with_weights = {bias for bias, weight in weights if weight.requires_grad or weight.grad is not None}
         super()._step_rest(group, [parameter for parameter in parameters if parameter not in with_weights])
 
     def _check_shapes(self, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> None:
         # A bias has AdamW's state only where its layer's weight was frozen.
         if "exp_avg" in saved or all(parameter is not layer.own_bias for layer in self._layers.values()):
-            super()._check_shapes(group, parameter, saved)
+            empty = "rows" in saved and not bool(saved["rows"])  # then they are as good as none (`_of_period`)
+            given = {name: x for name, x in saved.items() if not (empty and name in PERIOD_SUMS)}
+            super()._check_shapes(group, parameter, given)
 
     def _optional_shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
         # A state has them only where the weight's group had a period when it was last held back, in the form of then.
         layer = self._layers.get(parameter)
-        sums = [] if layer is None or layer.group is None else layer.no_sums("sample")
-        return {name: tuple(x.shape) for name, x in zip(PERIOD_SUMS, sums, strict=False)}
+        shapes = [] if layer is None or layer.group is None else layer.shapes("sample")
+        return {name: tuple(shape) for name, shape in zip(PERIOD_SUMS, shapes, strict=False)}
 
     def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         alike: dict[tuple[bool, bool], list[_Map]] = {}

@@ -40,9 +40,9 @@ class LinearLayer:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias if it is updated with the weight: neither of them is frozen."""
+        """The bias if it is updated with the weight: not where it is frozen and no gradient is left from before."""
         bias = self.own_bias
-        return bias if bias is not None and bias.requires_grad and self.weight.requires_grad else None
+        return bias if bias is not None and (bias.requires_grad or bias.grad is not None) else None
 
     def forget(self) -> None:
         """Begins the sums anew."""
@@ -78,28 +78,33 @@ class LinearLayer:
         """Rows and moment, in the sample form writes too; zeros where nothing went through.
 
         Raises:
-            ValueError: what was summed is for the other form.
+            ValueError: what was summed is for the other form, or for another bias.
         """
         if self.rows is None or self.moment is None:
             return self.no_sums(form)
-        if (self.writes is not None) != (form == "sample"):
+        sums = [self.rows, self.moment] + ([] if self.writes is None else [self.writes])
+        if [x.shape for x in sums] != self.shapes(form):
             raise self.other_form(form)
-        return [self.rows, self.moment] + ([] if self.writes is None else [self.writes])
+        return sums
 
     def other_form(self, form: Form) -> ValueError:
-        """The error for sums that are not those of this form."""
+        """The error for sums that are not those of this form and bias."""
         return ValueError(
-            f"form is {form!r}, but {self.name} was observed for another one; change it after zero_grad(), before the "
-            "backward pass, and where a period begins."
+            f"form is {form!r}, but {self.name} was observed for another one, or with its bias "
+            f"{'trained' if self.bias is None else 'frozen'}; change these after zero_grad(), before the backward "
+            "pass, and where a period begins."
         )
+
+    def shapes(self, form: Form) -> list[torch.Size]:
+        """Those of the sums."""
+        out, width = self.weight.shape[::-1] if self.transposed else self.weight.shape
+        size = width + (self.bias is not None)
+        return [torch.Size(shape) for shape in ((), (size, size), (out, size))[: 2 + (form == "sample")]]
 
     def no_sums(self, form: Form) -> list[Tensor]:
         """The sums over no rows."""
-        out, width = self.weight.shape[::-1] if self.transposed else self.weight.shape
-        size = width + (self.bias is not None)
-        empty = torch.zeros((), dtype=wide(self.weight.dtype), device=self.weight.device)
-        shapes = [(), (size, size), (out, size)]
-        return [empty.new_zeros(shape) for shape in shapes[: 2 + (form == "sample")]]
+        dtype, device = wide(self.weight.dtype), self.weight.device
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape in self.shapes(form)]
 
 
 def rows_with_gradient(
