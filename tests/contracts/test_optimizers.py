@@ -80,7 +80,7 @@ def timescales(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
 
 def timescales_of_dgd(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
     base = DGD(params, model, **{"erase": 0.0, **settings})
-    return MultiTimescale(base, [2 + place % 2 for place, _ in enumerate(base.param_groups)])
+    return MultiTimescale(base, [2] * len(base.param_groups))  # a bias needs the period of its weight
 
 
 def transfer(model: nn.Module, params: Any, **settings: Any) -> Optimizer:

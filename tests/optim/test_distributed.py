@@ -102,7 +102,7 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
     "adagrad-memory": lambda model: AdaGradMemory(groups(model), lr=0.02, momentum=0.5),
     "dgd": lambda model: DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1),
     "multi-timescale-dgd": lambda model: MultiTimescale(
-        DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1), periods=[3, 4, 2]
+        DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1), periods=[3, 4, 4]
     ),
     "input-projection": lambda model: InputProjection(
         M3(groups(model), lr=0.02, slow_period=4), model, alpha=10.0, period=4, dtype=torch.float64

@@ -129,10 +129,11 @@ class DGD(MatrixOptimizer):
                 layer = self._layers[weight]
                 layer.group = place
                 self._handles.append(observe(layer.module, self._receiver(layer)))
-        trained = {parameter for group in self.param_groups for parameter in group["params"]}
+        places = {p: place for place, group in enumerate(self.param_groups) for p in group["params"]}
         for layer in self._layers.values():
             bias: Tensor | None = getattr(layer.module, "bias", None)
-            layer.own_bias = bias if bias is not None and bias in trained and layer.group is not None else None
+            layer.own_bias = bias if bias in places and layer.group is not None else None
+            layer.bias_group = None if layer.own_bias is None else places[layer.own_bias]
 
     def _divided(self, group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What the rule trains of a group, and the rest for AdamW."""
@@ -186,7 +187,8 @@ class DGD(MatrixOptimizer):
             closure: computes the loss and its gradients anew; called once, before the update.
 
         Raises:
-            ValueError: a sparse gradient, or a layer with a gradient of which no input was seen.
+            ValueError: a sparse gradient, a layer with a gradient of which no input was seen, or one whose bias has
+                another period.
         """
         loss = super().step(closure)
         for layer in self._layers.values():
@@ -200,7 +202,7 @@ class DGD(MatrixOptimizer):
         It becomes state, summed over the processes: so it is saved, and the same on all of them.
 
         Raises:
-            ValueError: a sparse gradient.
+            ValueError: a sparse gradient, or a bias that has another period than its weight.
         """
         for group in self.param_groups:
             self._check_gradients(group)
@@ -208,6 +210,7 @@ class DGD(MatrixOptimizer):
             layer = self._layers.get(weight)
             if layer is not None and layer.group is not None:
                 group = self.param_groups[layer.group]
+                self._check_periods(group, layer)
                 if not self.state[weight]:
                     self.state[weight]["step"] = torch.tensor(0.0)
                 kept = self._of_period(group, layer) or layer.no_sums(group["form"])
@@ -339,6 +342,7 @@ class DGD(MatrixOptimizer):
                 "Accelerate does when it shards a model. Make the DGD after fully_shard, from the new parameters."
             )
         layer = self._layers[weight]
+        self._check_periods(group, layer)
         seen = layer.rows is not None or any(bool(x) for x in self._of_period(group, layer)[:1])
         if not seen and float(group["lr"]) > 0 and bool(gradient.any()):
             raise ValueError(
@@ -354,6 +358,17 @@ class DGD(MatrixOptimizer):
                 'it out, so that the step unscales them, or use form="batch", whose gradient can be clipped too.'
             )
         return layer
+
+    def _check_periods(self, group: Mapping[str, Any], layer: LinearLayer) -> None:
+        if layer.bias is None or layer.bias_group is None:
+            return
+        periods = [g.get("update_period", 1) for g in (group, self.param_groups[layer.bias_group])]
+        if periods[0] != periods[1]:
+            raise ValueError(
+                f"The weight of {layer.name} ({tuple(layer.weight.shape)}) steps every {periods[0]} steps, its bias "
+                f"every {periods[1]}; DGD updates both at once, by the gradients of one period. Give their groups the "
+                "same update_period, or freeze the bias."
+            )
 
     def close(self) -> None:
         """Takes the hooks off the model."""

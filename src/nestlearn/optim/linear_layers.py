@@ -25,6 +25,7 @@ class LinearLayer:
         transposed: the weight is [in, out], as in the Conv1D of transformers.
         own_bias: if the optimizer has it.
         group: the place of the weight's group in the optimizer; None: not trained by the rule.
+        bias_group: that of the bias's.
         rows: how many were summed since `forget`; None where nothing went through.
         moment: ``Σ x xᵀ``, or with steps for each row ``Σ η' x xᵀ``.
         writes: ``Σ η' e xᵀ``, e the gradient of the output; only with steps for each row.
@@ -36,6 +37,7 @@ class LinearLayer:
         self.weight: Tensor = module.weight  # pyright: ignore[reportAttributeAccessIssue]
         self.own_bias: Tensor | None = None
         self.group: int | None = None
+        self.bias_group: int | None = None
         self.forget()
 
     @property
@@ -90,9 +92,8 @@ class LinearLayer:
     def other_form(self, form: Form) -> ValueError:
         """The error for sums that are not those of this form and bias."""
         return ValueError(
-            f"form is {form!r}, but {self.name} was observed for another one, or with its bias "
-            f"{'trained' if self.bias is None else 'frozen'}; change these after zero_grad(), before the backward "
-            "pass, and where a period begins."
+            f"form is {form!r}, but {self.name} was observed for another one, or its bias was frozen or thawed since; "
+            "change these after zero_grad(), before the backward pass, and where a period begins."
         )
 
     def shapes(self, form: Form) -> list[torch.Size]:
