@@ -161,7 +161,12 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
     """What each of the two processes does."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    layer = nn.Linear(2, 1, bias=False)
+    early = InputProjection(torch.optim.SGD(layer.parameters(), lr=0.1), layer)
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    layer(torch.eye(2)[rank : rank + 1])
+    early.step()
+    torch.save(early.own_state()["maps"][0]["seen"], folder / f"early-{rank}.pt")
     for name in OPTIMIZERS:
         model, optimizer = make(name)
         train(model, optimizer, range(STOP))
@@ -295,6 +300,11 @@ def test_replicas_share_one_memory_of_inputs(name: str, found: Path):
         assert not torch.allclose(first["products 0"], expected["products 0"])
     else:
         close(first, expected)
+
+
+def test_a_memory_made_before_the_processes_met_is_shared(found: Path):
+    for rank in range(PROCESSES):
+        assert torch.equal(torch.load(found / f"early-{rank}.pt"), torch.eye(2))
 
 
 def test_weights_and_inputs_that_a_projection_cannot_read_are_refused(found: Path):

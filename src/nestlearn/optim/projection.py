@@ -290,7 +290,7 @@ class InputProjection(OptimizerWrapper):
         self.period = None if period is None else whole_number("period", period, "steps between two refreshes")
         self.rank = None if rank is None else whole_number("rank", rank, "directions kept of a map's inputs")
         self.recording = True
-        self._process_group, self._shared = process_group, is_shared(self.parameters(), process_group)
+        self._process_group = process_group
         self._steps = self._recorded = 0
         # One memory per weight and kind: maps that share a weight share its memory, and a tied head has two.
         memories: dict[tuple[Tensor, bool], _Memory] = {}
@@ -325,7 +325,7 @@ class InputProjection(OptimizerWrapper):
                         "parallelism; InputProjection works with data parallelism (FSDP2, DistributedDataParallel)."
                     )
                 with torch.no_grad():
-                    memory.add(inputs[0].detach(), self._shared)
+                    memory.add(inputs[0].detach(), is_shared(memory.weight, self._process_group))
 
         return store
 
@@ -351,8 +351,10 @@ class InputProjection(OptimizerWrapper):
 
     @torch.no_grad()
     def _join(self) -> None:
-        for memory in self._memories if self._shared else ():
-            memory.join(self._process_group)
+        for memory in self._memories:
+            # Asked each time: torch.distributed may be initialized after the optimizer was made.
+            if is_shared(memory.weight, self._process_group):
+                memory.join(self._process_group)
 
     def close(self) -> None:
         """Takes the hooks off the model."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -98,8 +96,8 @@ def gathered(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None
     return torch.stack(parts)
 
 
-def is_shared(parameters: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> bool:
-    """Whether several processes train these parameters, in parts or as replicas."""
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
+def is_shared(parameter: Tensor, process_group: dist.ProcessGroup | None) -> bool:
+    """Whether several processes train this parameter, in parts or as replicas."""
+    if isinstance(parameter, DTensor):
         return True
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
