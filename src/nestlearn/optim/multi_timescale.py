@@ -87,11 +87,13 @@ class MultiTimescale(OptimizerWrapper):
         waiting = [p for group in slow if not self.is_due(group) for p in group["params"] if p.grad is not None]
         hold_back(self.base, waiting)
         kept = [(parameter, parameter.grad) for group in slow for parameter in group["params"]]
-        for group in slow:
-            self._collect(group)
-        self.base.step()
-        for parameter, gradient in kept:
-            parameter.grad = gradient
+        try:
+            for group in slow:
+                self._collect(group)
+            self.base.step()
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
 
     def _collect(self, group: dict[str, Any]) -> None:
         """Adds this step's gradients to the sums; hands them to the base at the end of the period, nothing before."""
