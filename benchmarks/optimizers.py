@@ -99,6 +99,7 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "m3, α = 0.5, no second moment": (of_package(M3, alpha=0.5, second_moment=False), 3e-3),
     "m3, algorithm 1": (of_package(M3, alpha=0.5, accumulate="paper", nesterov=False, adjust_lr=None), 1e-4),
     "momentum": (gradient_sized(AssociativeMomentum), 1e-1),
+    "momentum, orthogonalized": (of_package(AssociativeMomentum, output=NewtonSchulz()), 3e-3),
     "delta momentum": (gradient_sized(DeltaMomentum), 1e-1),
     "delta momentum, orthogonalized": (of_package(AssociativeMomentum, delta=DeltaRule(), output=NewtonSchulz()), 1e-3),
     "higher-order momentum": (gradient_sized(HigherOrderMomentum), 1e-1),
