@@ -19,13 +19,16 @@ FULL_AXES["architecture"] = (Matrix(), MLP(2))
 GROUPS = list(product({name: FULL_AXES[name] for name in ("architecture", "objective", "retention", "step_size")}))
 
 
-def check(case: Case, seed: int = 0) -> None:
+def check(case: Case, seed: int = 0, conditioned: bool = False) -> None:
+    """Raises AssertionError where the engines differ; `conditioned` allows for as much as rounding moves the loop."""
     inputs = make_inputs(case, seed=seed)
     expected = results(inputs, *run(case, inputs, "reference"))
     got = results(inputs, *run(case, inputs, "chunked"))
     try:
         assert_same(got, expected, case)
     except AssertionError:
+        if not conditioned:
+            raise
         assert_same(got, expected, case, noise=conditioning(case, inputs, expected))
 
 

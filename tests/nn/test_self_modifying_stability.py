@@ -69,6 +69,17 @@ def test_saturated_gates_stay_finite_forward_and_backward(variant: str, kind: st
         assert all(torch.isfinite(g).all() for g in gradients if g is not None)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_carried_weights_are_bounded(variant: str) -> None:
+    """The first span gets gradients of later ones through the carried weights alone, however large theirs are."""
+    layer = SelfModifyingTitans(8, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=64, **VARIANTS[variant])
+    x = torch.randn(1, 192, 8, requires_grad=True)
+    y, _ = layer(x)
+    (gradient,) = torch.autograd.grad(1e12 * y[:, 128:].square().sum(), x)
+    own, earlier = gradient[:, 128:].abs().max(), gradient[:, :64].abs().max()
+    assert own > 1e10 and 0 < earlier < 1e9
+
+
 def train(steps: int, length: int) -> tuple[float, float]:
     """First and last loss of one layer that learns to repeat what it read 16 tokens before."""
     layer = SelfModifyingTitans(32, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=256)

@@ -185,6 +185,21 @@ def test_gradients_are_given_back_and_added_groups_step():
     assert not torch.equal(more.weight, before)
 
 
+def test_gradients_are_given_back_where_the_base_raises():
+    weight = nn.Parameter(torch.zeros(2))
+    base = torch.optim.SGD([weight], lr=0.1)
+    optimizer = MultiTimescale(base, [3])
+    weight.grad = gradient = torch.ones(2)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no step")
+
+    base.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
+    assert weight.grad is gradient
+
+
 def test_the_mean_is_of_the_gradients_that_there_were():
     """A group added at step 3 of 4 has gradients of steps 3 and 4; one that a step did not reach has one fewer."""
     first, late = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
