@@ -1,20 +1,18 @@
 """What a step costs: python benchmarks/optim_step.py writes docs/results/optim_step.jsonl and prints the table.
 
 (a) 100 matrices of 446 x 446, 19.9 million parameters; (b) with --preset hope-340m, the shapes of a preset, random
-weights and gradients. The optimizers take turns in one process. In each round each is made anew and dropped after its
-turn, so that memory is that of one at a time. Reported are medians over rounds of the time and of the ratio to
-`torch.optim.Muon` and to AdamW (foreach) of the same round, and the bytes of state per parameter.
+weights and gradients. All optimizers live in one process, on the same parameters, and keep their states, as in
+training. They take turns, step by step. A round is ten steps, a slow period of M3, whose last one makes the slow
+direction anew. The first step, which makes the states, is left out. The time of a step is (9 x median of the others +
+median of the last ones) / 10, over all rounds: machines that others use too have slow moments. Reported are it, its
+ratio to that of `torch.optim.Muon` and of AdamW (foreach), and the bytes of state per parameter. With one thread times
+are those of the process, which others on the machine do not lengthen by taking turns with it.
 
-Steps of a kind do the same work, whatever their number: M3 has two, those that make the slow direction anew and those
-that do not. Each is timed by itself, the median of --steps ordinary ones and one slow, and the time of a step is
-(9 x ordinary + slow) / 10, that of a period of ten. Ordinary steps are repeated for half a second; the first one, which
-makes the states, is left out. Where it takes more than 20 s it is the only one: states are a small part of it then.
-With one thread times are those of the process, which others on the machine do not lengthen by taking turns with it.
-
-For the delta rules there is also the ratio of what is left to AdamW (foreach) when the time inside their matrix
-products (of DGD: inside the Cholesky factorization and the two triangular solves) is taken off, both of the same step.
+For the delta rules there is also the ratio to AdamW (foreach) of what is left when the time inside their matrix
+products (of DGD: inside the Cholesky factorization and the two triangular solves) is taken off, both medians over all
+steps.
 torch.optim.Muon refuses stacks, and DGD is for linear layers: they get the matrices of stacks one by one. DGD's inputs,
-512 rows per layer, are seen outside the time. Before timing, each step of this package is compared with the same step
+512 rows per layer, are seen before. Before timing, each step of this package is compared with the same step
 in float64, and Muon's with that of M3 without slow memory and second moment.
 """
 
@@ -60,8 +58,8 @@ OWN: dict[str, Make] = {
 }
 
 
-ROWS, ENOUGH, LONG = 512, 0.5, 20.0
-"""Inputs of a layer that DGD sees; seconds for which a step is repeated, and from which on it is taken once."""
+ROWS = 512
+"""Inputs of a layer that DGD sees."""
 
 BASE, MUON, DELTA_RULES = "AdamW, foreach", "torch.optim.Muon", ("DeltaMomentum", "DGD")
 
@@ -179,49 +177,37 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def measure(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...]], rounds: int, steps: int, clock: Clock
-) -> dict[str, dict[str, Any]]:
-    """Seconds of each kind of step in each round, those in products, and bytes of state per parameter, by optimizer."""
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], rounds: int, clock: Clock
+) -> dict[str, dict[str, float]]:
+    """Seconds of a step, those beside its products, and bytes of state per parameter, by optimizer."""
     made = parameters(shapes)
     matrices, count = matrices_of(made), sum(parameter.numel() for parameter in made)
     kinds = OTHERS | OWN
-    found: dict[str, dict[str, Any]] = {
-        name: {"seconds": [], "ordinary": [], "slow": [], "beside": []} for name in names
+    optimizers = {
+        name: dgd_of(matrices) if name == "DGD" else kinds[name](matrices if name == MUON else made) for name in names
     }
-    for _ in range(rounds):
-        for name, values in found.items():
-            # All train the same parameters: only states take memory of their own, and of one optimizer at a time.
-            optimizer = dgd_of(matrices) if name == "DGD" else kinds[name](matrices if name == MUON else made)
-            ordinary, beside = timed(optimizer, steps, clock)
-            values["bytes_per_parameter"] = state_bytes(optimizer) / count
-            has_periods = any("slow_direction" in state for state in optimizer.state.values())
-            slow = slow_step(optimizer, clock) if has_periods else ordinary
-            values["ordinary"].append(ordinary)
-            values["slow"].append(slow)
-            values["seconds"].append(((PERIOD - 1) * ordinary + slow) / PERIOD)
-            values["beside"].append(beside)
-            if isinstance(optimizer, DGD):
-                optimizer.close()
-    return found
+    for optimizer in optimizers.values():
+        optimizer.step()
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for _ in range(rounds * PERIOD):
+        for name, optimizer in optimizers.items():
+            taken[name].append(once(optimizer, clock))
+    return {
+        name: {
+            **summary(taken[name]),
+            "bytes_per_parameter": state_bytes(optimizer) / count,
+        }
+        for name, optimizer in optimizers.items()
+    }
 
 
-def timed(optimizer: torch.optim.Optimizer, times: int, clock: Clock) -> tuple[float, float]:
-    """Median seconds of ordinary steps, and of what they take beside their products."""
-    first = once(optimizer, clock)
-    if first[0] > LONG:
-        return first
-    taken = []
-    while len(taken) < times or sum(seconds for seconds, _ in taken) < ENOUGH:
-        taken.append(once(optimizer, clock))
-    seconds, beside = (statistics.median(values) for values in zip(*taken, strict=True))
-    return seconds, beside
-
-
-def slow_step(optimizer: torch.optim.Optimizer, clock: Clock) -> float:
-    """Seconds of the first step of a slow period, which M3 takes where its count of steps is a multiple of ten."""
-    for state in optimizer.state.values():
-        state["step"].fill_(PERIOD)
-    return once(optimizer, clock)[0]
+def summary(taken: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """What single steps come to, the last of each period apart."""
+    ordinary = statistics.median(seconds for i, (seconds, _) in enumerate(taken, 1) if i % PERIOD)
+    slow = statistics.median(seconds for i, (seconds, _) in enumerate(taken, 1) if not i % PERIOD)
+    beside = statistics.median(seconds for _, seconds in taken)
+    seconds = ((PERIOD - 1) * ordinary + slow) / PERIOD
+    return {"seconds": seconds, "ordinary": ordinary, "slow": slow, "beside": beside}
 
 
 def once(optimizer: torch.optim.Optimizer, clock: Clock) -> tuple[float, float]:
@@ -233,19 +219,12 @@ def once(optimizer: torch.optim.Optimizer, clock: Clock) -> tuple[float, float]:
     return seconds, seconds - sum(products)
 
 
-def ratio(measured: dict[str, dict[str, Any]], name: str, what: str, base: str) -> float:
-    """Median over rounds of the ratio of a time to that of a step of another optimizer in the same round."""
-    rounds = zip(measured[name][what], measured[base]["seconds"], strict=True)
-    return statistics.median(own / other for own, other in rounds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everything = [*OTHERS, *OWN, "DGD"]
     parser.add_argument("--preset", help="the shapes of a preset in place of 100 squares")
     parser.add_argument("--optimizers", nargs="*", choices=everything, default=everything)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="ordinary steps per round, at the least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -255,7 +234,7 @@ def main() -> None:
     shapes = of_preset(options.preset) if options.preset else squares()
     names = [name for name in everything if name in {*options.optimizers, BASE, MUON}]
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    measured = measure(names, shapes, options.rounds, options.steps, clock)
+    measured = measure(names, shapes, options.rounds, clock)
     print("| optimizer | ms per step | to Muon | to AdamW, foreach | beside products | bytes of state per parameter |")
     print("|---|---|---|---|---|---|")
     with options.out.open("a") as file:
@@ -263,15 +242,14 @@ def main() -> None:
             record = {
                 "optimizer": name, "shapes": options.preset or "100 x 446 x 446", "threads": options.threads,
                 "parameters": sum(torch.Size(shape).numel() for shape in shapes), "rounds": options.rounds,
-                "milliseconds": 1e3 * statistics.median(values["seconds"]),
-                "ordinary_milliseconds": 1e3 * statistics.median(values["ordinary"]),
-                "slow_milliseconds": 1e3 * statistics.median(values["slow"]),
+                "milliseconds": 1e3 * values["seconds"], "ordinary_milliseconds": 1e3 * values["ordinary"],
+                "slow_milliseconds": 1e3 * values["slow"], "states": "of all alive",
                 "combined": f"({PERIOD - 1} x ordinary + slow) / {PERIOD}",
                 "matrices_of_stacks_one_by_one": name in (MUON, "DGD") and any(len(shape) > 2 for shape in shapes),
-                "to_muon": ratio(measured, name, "seconds", MUON),
-                "to_adamw_foreach": ratio(measured, name, "seconds", BASE),
+                "to_muon": values["seconds"] / measured[MUON]["seconds"],
+                "to_adamw_foreach": values["seconds"] / measured[BASE]["seconds"],
                 "to_adamw_foreach_beside_products": (
-                    ratio(measured, name, "beside", BASE) if name in DELTA_RULES else None
+                    values["beside"] / measured[BASE]["seconds"] if name in DELTA_RULES else None
                 ),
                 "bytes_per_parameter": values["bytes_per_parameter"],
                 "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
