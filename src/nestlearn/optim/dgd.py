@@ -290,7 +290,10 @@ class DGD(MatrixOptimizer):
             changed = sample_step(weights, moments / rows, written, group["erase"])
         else:
             gradients, _ = together([_joined(g, self._bias_gradient(layer, g)) for layer, _, g in maps])
-            changed = batch_step(weights, gradients, moments, group["lr"], group["erase"], rows)
+            own = weights if len(maps) == 1 and layers[0].bias is None else None  # the weight's own memory then
+            changed = batch_step(weights, gradients, moments, group["lr"], group["erase"], rows, out=own)
+            if own is not None:
+                return
         for (layer, weight, _), new in zip(maps, changed, strict=True):
             weight.copy_(new[:, : weight.shape[-1]])
             if layer.bias is not None:
@@ -415,6 +418,7 @@ def batch_step(
     lr: float | Tensor,
     erase: float,
     rows: float | Float[Tensor, "b 1 1"] = 1.0,
+    out: Float[Tensor, "b out d"] | None = None,
 ) -> Float[Tensor, "b out d"]:
     """``(λ W - η G) (I + η R)⁻¹ + (1 - λ) W``, the minimizer over a whole batch.
 
@@ -425,6 +429,7 @@ def batch_step(
         lr: η.
         erase: λ.
         rows: the number of rows that the moments are sums of.
+        out: where to write the result, which may be W.
 
     Example:
         >>> w, x, e = torch.tensor([[[2.0]]]), 3.0, 1.0
@@ -446,7 +451,7 @@ def batch_step(
     # LAPACK's layout, in which the second one is in place; both in place, on rows, are 1.6 times slower.
     solved = torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False)
     torch.linalg.solve_triangular(factor, solved, upper=False, left=False, out=solved)
-    return solved if erase == 1 else solved.add_(weights, alpha=1 - erase)
+    return torch.add(solved, weights, alpha=1 - erase, out=solved if out is None else out)
 
 
 def sample_step(
