@@ -93,6 +93,13 @@ def test_projections_write_within_the_sequences_of_mad() -> None:
         assert recipe.model["projection_chunk_size"] < recipe.task.config()["length"]
 
 
+def test_a_state_is_tracked_in_one_chunk() -> None:
+    """Beyond the trained lengths there are boundaries of chunks that training never crossed: it would end there."""
+    tracking = [*find_suite("formal").select(["parity", "aa", "abab", "shuffle2"]), *find_suite("tracking").recipes]
+    for recipe in tracking:
+        assert recipe.model["memory_chunk_size"] >= max(split.value for split in recipe.task.splits)
+
+
 def test_mixer_tokens_change_fields() -> None:
     assert mixer_fields("hope:adaptive=k+v:max_step=1.5:step_size=raw") == {
         "mixer": "self_modifying_titans", "adaptive": ["k", "v"], "max_step": 1.5, "step_size": "raw",

@@ -140,8 +140,10 @@ def _model(hidden: int, heads: int = 1, layers: int = 2, **fields: Any) -> dict[
     } | fields
 
 
-# Small embeddings where a bit must be tracked, large ones where tokens must be told apart (docs/log.md).
-_TRACK = _model(32, initializer_range=0.02)
+# Small embeddings where a state must be tracked, large ones where tokens must be told apart (docs/log.md). A state is
+# tracked over a whole sequence in one chunk: it does not outlast more boundaries of chunks than training had.
+_ONE_CHUNK = {"memory_chunk_size": 128, "projection_chunk_size": 128}
+_TRACK = _model(32, initializer_range=0.02, **_ONE_CHUNK)
 _TELL_APART = _model(32, initializer_range=0.2)
 # Counting wants several heads and large embeddings: linear attention needs 250 steps then, and more than 500 without.
 _COUNT = _model(32, heads=4, initializer_range=0.2)
@@ -251,7 +253,7 @@ def _suites() -> list[Suite]:
             recipes=(
                 Recipe(task=ModularSum(), model=_TRACK, training=Training(steps=1000)),
                 Recipe(task=S3(), model=_TRACK, training=Training(steps=1000)),
-                Recipe(task=S5(), model=_model(64, initializer_range=0.1), training=Training(steps=1000)),
+                Recipe(task=S5(), model=_model(64, initializer_range=0.1, **_ONE_CHUNK), training=Training(steps=1000)),
             ),
             mixers=("hope-normalized", "deltanet-negative", "deltanet", "linear_attention", "transformer"),
         ),
