@@ -82,11 +82,8 @@ def run_cell(
         loss stopped being a number), parameters and state size.
     """
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cell.seed)
-        solver = Solver(HopeConfig(**cell.model), cell.task).to(device)
     splits = {split.name: _to(cell.task.examples(split.name), device) for split in cell.task.splits}
-    run = _train(solver, cell, splits, limit, report, device)
+    solver, run = train_cell(cell, splits, limit, report, device)
     counts = {name: _counts(solver, batch) for name, batch in splits.items()}
     scores = {name: _scores(counts[name], cell.task, name) for name in splits}
     headline = scores[cell.task.splits[-1].name]
@@ -119,14 +116,17 @@ def run_cell(
     )
 
 
-def _train(
-    solver: Solver,
+def train_cell(
     cell: Cell,
     splits: dict[str, Batch],
-    limit: float | None,
-    report: Callable[[Progress], None],
-    device: str,
-) -> Run:
+    limit: float | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+    device: str = "cpu",
+) -> tuple[Solver, Run]:
+    """The cell's model, trained from its seed, and how the training went (`run_cell`); looks are at `splits`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell.seed)
+        solver = Solver(HopeConfig(**cell.model), cell.task).to(device)
     training, run, start = cell.training, Run(), time.perf_counter()
     batches = cell.task.batches(training.batch_size, cell.seed)
     optimizer = torch.optim.AdamW(
@@ -154,7 +154,7 @@ def _train(
             if run.status == "finished" and _solved(solver, cell, look, splits):
                 run.status = "solved"
     run.seconds = time.perf_counter() - start
-    return run
+    return solver, run
 
 
 def _solved(solver: Solver, cell: Cell, look: dict[str, float], splits: dict[str, Batch]) -> bool:
