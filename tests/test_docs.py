@@ -41,7 +41,10 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     targets = (link.split("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link)
-    assert not [target for target in targets if target and not (page.parent / target).exists()]
+    reached = [(page.parent / target).resolve() for target in targets if target]
+    assert not [target for target in reached if not target.exists()]
+    # The site has the pages of docs/ only: mkdocs refuses links to anything else.
+    assert page.name == "README.md" or not [target for target in reached if not target.is_relative_to(ROOT / "docs")]
 
 
 def public_names() -> dict[str, object]:
