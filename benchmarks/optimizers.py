@@ -38,7 +38,7 @@ from nestlearn.train.allocator import tune_allocator
 from optimizer_report import TUNED, final, table
 from optimizer_tasks import EXPERIMENTS, Optimizers, Task, train
 
-GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
+GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 DECAY = 0.1
 Make = Callable[[nn.Module, float, float], Optimizers]
 

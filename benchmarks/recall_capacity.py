@@ -1,0 +1,91 @@
+"""What one pass of a linear memory can recall: linear attention and the delta rule on keys of their own choice.
+
+    python benchmarks/recall_capacity.py                   (half a minute)
+
+No model and no training: pairs are written once, in order, then each key is asked for, and the answer is the value
+vector nearest to what the memory reads. 32 keys and 32 values in 16 dimensions, as in suite `recall`. "Spread" keys are
+unit vectors moved as far apart as they go, the best that a model could learn; "random" ones are as drawn; "rewritten":
+spread, and every key of the sequence was written before with another value, which is to be forgotten. Writes a record
+per row to docs/results/recall_capacity.jsonl and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.memory import Gates, catalog, scan
+
+OUT = Path(__file__).parents[1] / "docs" / "results" / "recall_capacity.jsonl"
+WORDS, WIDTH, SEQUENCES = 32, 16, 1000
+PAIRS = (4, 8, 16, 24, 32)
+STEPS = (0.1, 0.3, 0.5, 0.7, 1.0)
+
+
+def spread(count: int, width: int, generator: torch.Generator) -> Tensor:
+    """Unit vectors whose products are as small as gradient descent makes them."""
+    vectors = torch.randn(count, width, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([vectors], lr=0.02)
+    for _ in range(2000):
+        unit = F.normalize(vectors, dim=-1)
+        optimizer.zero_grad()
+        (unit @ unit.T - torch.eye(count)).pow(4).sum().backward()
+        optimizer.step()
+    return F.normalize(vectors.detach(), dim=-1)
+
+
+def recalled(name: str, step: float, keys: Tensor, written: Tensor, values: Tensor, asked: int) -> float:
+    """The share of the last `asked` pairs whose value is the nearest to what is read at the end.
+
+    Args:
+        name: a matrix memory of the catalog.
+        step: of every write.
+        keys: unit vectors, ``[b, t, d]``.
+        written: the numbers of their values, ``[b, t]``.
+        values: all value vectors, ``[n, d]``.
+        asked: pairs at the end that count.
+    """
+    memory = catalog[name]
+    batch, tokens, width = keys.shape
+    gates = Gates(lr=torch.full((batch, tokens), step), retain=torch.ones(batch, tokens))
+    state = memory.init_state((batch,), width, width)
+    _, state = scan(memory, state, keys, keys, values[written], gates)
+    read = keys[:, -asked:] @ state.params["W"].mT
+    return float(((read @ values.T).argmax(-1) == written[:, -asked:]).float().mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=SEQUENCES)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    far, values = spread(WORDS, WIDTH, generator), spread(WORDS, WIDTH, generator)
+    near = F.normalize(torch.randn(WORDS, WIDTH, generator=generator), dim=-1)
+    print("| keys | pairs | linear attention |" + "".join(f" delta, step {step:g} |" for step in STEPS))
+    with options.out.open("w") as file:
+        for kind, vectors in (("spread", far), ("random", near), ("rewritten", far)):
+            for pairs in PAIRS:
+                order = torch.rand(options.sequences, WORDS, generator=generator).argsort(-1)[:, :pairs]
+                if kind == "rewritten":
+                    order = order.repeat(1, 2)
+                written = torch.randint(WORDS, order.shape, generator=generator)
+                memories = [("linear_attention", 1.0), *(("deltanet", step) for step in STEPS)]
+                scores = [recalled(name, step, vectors[order], written, values, pairs) for name, step in memories]
+                rows = [
+                    {"keys": kind, "pairs": pairs, "memory": name, "step": step, "recalled": score}
+                    for (name, step), score in zip(memories, scores, strict=True)
+                ]
+                file.writelines(json.dumps(row | {"sequences": options.sequences}) + "\n" for row in rows)
+                print(f"| {kind} | {pairs} |" + "".join(f" {100 * score:.1f} |" for score in scores), flush=True)
+
+
+if __name__ == "__main__":
+    main()
