@@ -79,7 +79,7 @@ def test_every_mixer_builds_and_runs_at_the_size_of_the_reference(name: str) -> 
     assert torch.isfinite(model(next(recipe.task.batches(2, 0)).inputs).logits).all()
 
 
-@pytest.mark.parametrize("suite", ["formal", "recall", "recall-24", "mad", "tracking"])
+@pytest.mark.parametrize("suite", ["formal", "recall", "recall-24", "recall-rewritten", "mad", "tracking"])
 def test_models_of_a_suite_have_equal_numbers_of_parameters(suite: str) -> None:
     cells = plan(find_suite(suite))
     for task in {cell.task.name for cell in cells}:

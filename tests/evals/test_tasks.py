@@ -26,6 +26,7 @@ from nestlearn.evals.tasks import (
     Memorization,
     ModularSum,
     Mqar,
+    RewrittenMqar,
     NoisyRecall,
     Parity,
     RepeatedAbab,
@@ -46,6 +47,7 @@ TASKS: list[Task] = [
     *FORMAL,
     *MAD,
     Mqar(eval_pairs=(2, 4, 16), eval_examples=20),
+    RewrittenMqar(pairs=8, eval_pairs=(2, 8), eval_examples=20),
     ModularSum(modulus=5, eval_examples=20),
     S3(eval_examples=20),
     S5(eval_examples=20),
@@ -191,6 +193,21 @@ def test_mqar_asks_for_the_value_bound_to_the_key(random_non_queries: bool) -> N
             assert max(bound) < 20 <= min(bound.values())
             rest = [token for t, token in enumerate(inputs) if t >= 2 * pairs and t not in asked]
             assert any(rest) == random_non_queries
+
+
+def test_rewritten_recall_asks_for_the_second_value() -> None:
+    batch = RewrittenMqar(vocabulary=40, length=60, pairs=9).draw(50, torch.Generator().manual_seed(3))
+    orders_differ = False
+    for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        first = dict(zip(inputs[0:18:2], inputs[1:18:2], strict=True))
+        second = dict(zip(inputs[18:36:2], inputs[19:36:2], strict=True))
+        assert first.keys() == second.keys() and len(first) == 9
+        assert all(0 < key < 20 <= value < 40 for key, value in [*first.items(), *second.items()])
+        assert all(first[key] != second[key] for key in first)
+        asked = [t for t, target in enumerate(targets) if target != IGNORE]
+        assert {inputs[t]: targets[t] for t in asked} == second and min(asked) >= 36
+        orders_differ |= list(first) != list(second)
+    assert orders_differ
 
 
 def test_mqar_trains_on_a_mixture_of_numbers_of_pairs() -> None:
@@ -359,6 +376,7 @@ def test_padding_and_cutting() -> None:
         (lambda: Mqar(pairs=40, vocabulary=256), "length >= 160"),
         (lambda: Mqar(vocabulary=16), "keys"),
         (lambda: Mqar(pairs=0), "at least 1"),
+        (lambda: RewrittenMqar(pairs=16, length=64), "length >= 96"),
         (lambda: Mqar(eval_pairs=(4, 17)), "length"),
         (lambda: Mqar(train_pairs=(0,)), "at least 1"),
         (lambda: Parity(bins=()), "bins is empty"),

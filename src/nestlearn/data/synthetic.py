@@ -26,35 +26,49 @@ def multi_query_recall(
     pairs: int = 16,
     power: float = 0.01,
     random_non_queries: bool = True,
+    writes: int = 1,
 ) -> Batch:
     """Multi-query associative recall, Zoology's layout (Arora et al. 2023, arXiv 2312.04927).
 
     ``pairs`` key-value pairs fill the first ``2 * pairs`` positions; afterwards every key is asked once, at even
     positions drawn with weight ``gap ** (power - 1)``; other positions hold random tokens, or token 0. Keys are
     ``1 .. vocabulary/2 - 1``, values the upper half, both without repetition. The target, at the query's own position,
-    is its value.
+    is its value. With more than one of ``writes`` (not Zoology's) every key comes that many times before it is asked
+    for, all keys in another order each time and with other values than the last ones, which are the targets.
 
     Raises:
         ValueError: if the pairs do not fit the vocabulary or the length.
     """
     half = vocabulary // 2
-    if pairs < 1:
-        raise ValueError(f"{pairs=} must be at least 1")
+    if pairs < 1 or writes < 1:
+        raise ValueError(f"{pairs=} and {writes=} must be at least 1")
     if pairs > half - 1:
         raise ValueError(f"{pairs} pairs need more than {half - 1} keys; raise vocabulary above {2 * pairs + 2}")
-    if length < 4 * pairs:
-        raise ValueError(f"{pairs} pairs and their queries need length >= {4 * pairs}, got {length}")
+    told = 2 * pairs * writes
+    if length < told + 2 * pairs:
+        raise ValueError(
+            f"{pairs} pairs, each written {writes} times, and their queries need length >= {told + 2 * pairs}, "
+            f"got {length}"
+        )
     keys = torch.rand(batch, half - 1, generator=generator).argsort(1)[:, :pairs] + 1
     values = torch.rand(batch, vocabulary - half, generator=generator).argsort(1)[:, :pairs] + half
     inputs = torch.zeros(batch, length, dtype=torch.long)
     if random_non_queries:
         inputs = torch.randint(vocabulary, (batch, length), generator=generator)
     targets = torch.full((batch, length), IGNORE)
-    inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
-    slots = (length - 2 * pairs) // 2
+    inputs[:, told - 2 * pairs : told : 2], inputs[:, told - 2 * pairs + 1 : told : 2] = keys, values
+    for write in range(writes - 1):
+        order = torch.rand(batch, pairs, generator=generator).argsort(1)
+        # Another value each time: the places of all values but the last one's, counted from there.
+        steps = torch.randint(1, vocabulary - half, (batch, pairs), generator=generator)
+        begin = 2 * pairs * write
+        inputs[:, begin : begin + 2 * pairs : 2] = keys.gather(1, order)
+        old = half + (values - half + steps) % (vocabulary - half)
+        inputs[:, begin + 1 : begin + 2 * pairs : 2] = old.gather(1, order)
+    slots = (length - told) // 2
     weights = torch.arange(1, slots + 1, dtype=torch.float).pow(power - 1).expand(batch, slots)
     gaps = torch.multinomial(weights, pairs, generator=generator)
-    places = 2 * pairs + 2 * gaps
+    places = told + 2 * gaps
     inputs.scatter_(1, places, keys)
     targets.scatter_(1, places, values)
     return Batch(inputs, targets)

@@ -21,6 +21,7 @@ from nestlearn.evals.tasks import (
     NoisyRecall,
     Parity,
     RepeatedAbab,
+    RewrittenMqar,
     SelectiveCopying,
     Shuffle2,
     Task,
@@ -210,6 +211,7 @@ def _long_context_suites() -> list[Suite]:
 
 def _recall() -> list[Suite]:
     few = Mqar(vocabulary=64, length=64, train_pairs=(4, 8, 16), eval_pairs=(4, 8, 16))
+    twice = RewrittenMqar(vocabulary=64, length=64, train_pairs=(4, 8), eval_pairs=(4, 8))
     many = replace(few, length=96, train_pairs=(4, 8, 16, 24), eval_pairs=(4, 8, 16, 24))
     training = Training(steps=1200, learning_rate=1e-2, stop=0.999)
     model = _model(16, initializer_range=0.2, **_WHOLE)
@@ -226,6 +228,12 @@ def _recall() -> list[Suite]:
             name="recall-24",
             title=f"{title}, up to 24 pairs in 96 tokens",
             recipes=(Recipe(task=many, model=model, training=training),),
+            mixers=mixers,
+        ),
+        Suite(
+            name="recall-rewritten",
+            title="Associative recall where every key is told twice and the second value counts",
+            recipes=(Recipe(task=twice, model=model, training=training),),
             mixers=mixers,
         ),
     ]

@@ -21,6 +21,7 @@ from nestlearn.evals.tasks.mad import SelectiveCopying as SelectiveCopying
 from nestlearn.evals.tasks.needle import NeedleInNoise as NeedleInNoise
 from nestlearn.evals.tasks.needle import WhereIs as WhereIs
 from nestlearn.evals.tasks.recall import Mqar as Mqar
+from nestlearn.evals.tasks.recall import RewrittenMqar as RewrittenMqar
 from nestlearn.evals.tasks.tracking import S3 as S3
 from nestlearn.evals.tasks.tracking import S5 as S5
 from nestlearn.evals.tasks.tracking import GroupProduct as GroupProduct

@@ -44,6 +44,8 @@ class Mqar(Task):
     power: float = 0.01
     random_non_queries: bool = True
 
+    writes: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for pairs in (*self._trained(), *self.eval_pairs):
@@ -87,4 +89,18 @@ class Mqar(Task):
             pairs=pairs,
             power=self.power,
             random_non_queries=self.random_non_queries,
+            writes=self.writes,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewrittenMqar(Mqar):
+    """The same (ours, not Zoology's), but every key is told twice, with two values; the second one counts.
+
+    Where each key comes once, nothing has to be erased, and a sum of outer products recalls as much as any rule that
+    writes once (docs/results/recall.md). Here what was written first has to go.
+    """
+
+    name: ClassVar[str] = "mqar_rewritten"
+    version: ClassVar[int] = 1
+    writes: ClassVar[int] = 2
