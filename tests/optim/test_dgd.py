@@ -901,3 +901,21 @@ def test_a_bias_needs_the_period_of_its_weight(periods):
     layer(torch.ones(3, 4)).sum().backward()
     optimizer.step()
     assert torch.equal(layer.bias, start[:, 4])
+
+
+@pytest.mark.parametrize("erase", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("count, bias", [(1, False), (1, True), (3, False)])
+def test_a_rate_that_is_a_tensor_steps_as_the_number(erase: float, count: int, bias: bool) -> None:
+    """One matrix alone is updated in place, several of a shape together; a number as rate is left to the last pass."""
+
+    def trained(lr: float | Tensor) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(6, 6, bias=bias) for _ in range(count))).double()
+        optimizer = DGD(model.parameters(), model, lr=lr, erase=erase, weight_decay=0.01)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(9, 6, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    torch.testing.assert_close(trained(torch.tensor(0.5, dtype=torch.float64)), trained(0.5), rtol=1e-12, atol=1e-14)
