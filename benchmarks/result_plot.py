@@ -17,7 +17,7 @@ from typing import Any
 from nestlearn.evals.bench.tables import mean_of
 from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
 
-_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY)
+_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY, "#111111")
 
 
 def points(run: dict[str, Any]) -> list[tuple[float, float]]:
