@@ -71,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         steps=options.steps,
         first_seed=options.first_seed,
     )
-    for cell in cells:
-        record = measure(cell)
-        with options.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
+    with options.out.open("w") as file:
+        for cell in cells:
+            record = json.dumps(measure(cell))
+            print(record, file=file, flush=True)
+            print(record, flush=True)
 
 
 if __name__ == "__main__":

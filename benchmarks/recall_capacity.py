@@ -2,11 +2,12 @@
 
     python benchmarks/recall_capacity.py                   (half a minute)
 
-No model and no training: pairs are written once, in order, then each key is asked for, and the answer is the value
-vector nearest to what the memory reads. 32 keys and 32 values in 16 dimensions, as in suite `recall`. "Spread" keys are
-unit vectors moved as far apart as they go, the best that a model could learn; "random" ones are as drawn; "rewritten":
-spread, and every key of the sequence was written before with another value, which is to be forgotten. Writes a record
-per row to docs/results/recall_capacity.jsonl and prints the table.
+No model and no training: the pairs of the tasks of suites `recall` and `recall-rewritten` (nothing else of their
+sequences) are written once, in order, then each key is asked for, and the answer is the value vector nearest to what
+the memory reads. 31 keys and 32 values are unit vectors in 16 dimensions: "spread" ones moved as far apart as they go,
+the best that a model could learn, "random" ones as drawn. "Rewritten" keys are spread, and each was written before with
+another value, which is to be forgotten. Writes a record per row to docs/results/recall_capacity.jsonl and prints the
+table.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestlearn.data.synthetic import multi_query_recall
 from nestlearn.memory import Gates, catalog, scan
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "recall_capacity.jsonl"
 WORDS, WIDTH, SEQUENCES = 32, 16, 1000
-PAIRS = (4, 8, 16, 24, 32)
+PAIRS = (4, 8, 16, 24, 31)
 STEPS = (0.1, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -73,12 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with options.out.open("w") as file:
         for kind, vectors in (("spread", far), ("random", near), ("rewritten", far)):
             for pairs in PAIRS:
-                order = torch.rand(options.sequences, WORDS, generator=generator).argsort(-1)[:, :pairs]
-                if kind == "rewritten":
-                    order = order.repeat(1, 2)
-                written = torch.randint(WORDS, order.shape, generator=generator)
+                writes = 2 if kind == "rewritten" else 1
+                told = 2 * pairs * writes
+                tokens = multi_query_recall(
+                    options.sequences,
+                    generator,
+                    vocabulary=2 * WORDS,
+                    length=told + 2 * pairs,
+                    pairs=pairs,
+                    writes=writes,
+                ).inputs[:, :told]
+                keys, written = vectors[tokens[:, 0::2]], tokens[:, 1::2] - WORDS
                 memories = [("linear_attention", 1.0), *(("deltanet", step) for step in STEPS)]
-                scores = [recalled(name, step, vectors[order], written, values, pairs) for name, step in memories]
+                scores = [recalled(name, step, keys, written, values, pairs) for name, step in memories]
                 rows = [
                     {"keys": kind, "pairs": pairs, "memory": name, "step": step, "recalled": score}
                     for (name, step), score in zip(memories, scores, strict=True)

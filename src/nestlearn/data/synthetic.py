@@ -34,7 +34,7 @@ def multi_query_recall(
     positions drawn with weight ``gap ** (power - 1)``; other positions hold random tokens, or token 0. Keys are
     ``1 .. vocabulary/2 - 1``, values the upper half, both without repetition. The target, at the query's own position,
     is its value. With more than one of ``writes`` (not Zoology's) every key comes that many times before it is asked
-    for, all keys in another order each time and with other values than the last ones, which are the targets.
+    for, all keys in another order each time; the last values are the targets, earlier ones others, which may repeat.
 
     Raises:
         ValueError: if the pairs do not fit the vocabulary or the length.

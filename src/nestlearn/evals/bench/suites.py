@@ -142,7 +142,7 @@ def _model(hidden: int, heads: int = 1, layers: int = 2, **fields: Any) -> dict[
 
 
 # Small embeddings where a state must be tracked, large ones where tokens must be told apart (docs/log.md). A state is
-# tracked over a whole sequence in one chunk: it does not outlast more boundaries of chunks than training had.
+# tracked over a whole sequence in one chunk: more boundaries than in training cost exactness (docs/decisions.md, 58).
 _ONE_CHUNK = {"memory_chunk_size": 128, "projection_chunk_size": 128}
 _TRACK = _model(32, initializer_range=0.02, **_ONE_CHUNK)
 _TELL_APART = _model(32, initializer_range=0.2)

@@ -35,6 +35,8 @@ class Mqar(Task):
     name: ClassVar[str] = "mqar"
     version: ClassVar[int] = 1
     metric: ClassVar[Metric] = "token accuracy"
+    writes: ClassVar[int] = 1
+    """How often every key is told."""
 
     vocabulary: int = 64
     length: int = 64
@@ -43,8 +45,6 @@ class Mqar(Task):
     eval_pairs: tuple[int, ...] = ()
     power: float = 0.01
     random_non_queries: bool = True
-
-    writes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,3 +104,5 @@ class RewrittenMqar(Mqar):
     name: ClassVar[str] = "mqar_rewritten"
     version: ClassVar[int] = 1
     writes: ClassVar[int] = 2
+
+    pairs: int = 8
