@@ -56,6 +56,7 @@ OWN: dict[str, Make] = {
     "DeltaMomentum": DeltaMomentum,
     "HigherOrderMomentum": HigherOrderMomentum,
     "DeepMomentum": DeepMomentum,
+    "DGD": lambda parameters: dgd_of(parameters),
 }
 
 
@@ -63,6 +64,7 @@ ROWS = 512
 """Inputs of a layer that DGD sees."""
 
 BASE, MUON, DELTA_RULES = "AdamW, foreach", "torch.optim.Muon", ("DeltaMomentum", "DGD")
+ONE_BY_ONE = (MUON, "DGD")
 
 
 PRODUCTS = (
@@ -117,13 +119,13 @@ def linear_layers(matrices: list[nn.Parameter]) -> nn.ModuleList:
 
 def dgd_of(matrices: list[nn.Parameter]) -> DGD:
     """A DGD that has seen inputs of every layer."""
-    layers = linear_layers(matrices)
-    dgd = DGD(layers.parameters(), layers, lr=1e-9, erase=0.0)
+    layers, generator = linear_layers(matrices), torch.Generator().manual_seed(0)
+    dgd = DGD(layers.parameters(), layers, erase=0.0)
     for layer in layers:
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         gradient, weight.grad = weight.grad, None
-        layer(torch.randn(ROWS, weight.shape[1])).square().mean().backward()
+        layer(torch.randn(ROWS, weight.shape[1], generator=generator).to(weight)).square().mean().backward()
         weight.grad = gradient
     return dgd
 
@@ -184,9 +186,7 @@ def measure(
     made = parameters(shapes)
     matrices, count = matrices_of(made), sum(parameter.numel() for parameter in made)
     kinds = OTHERS | OWN
-    optimizers = {
-        name: dgd_of(matrices) if name == "DGD" else kinds[name](matrices if name == MUON else made) for name in names
-    }
+    optimizers = {name: kinds[name](matrices if name in ONE_BY_ONE else made) for name in names}
     for optimizer in optimizers.values():
         optimizer.step()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -194,10 +194,7 @@ def measure(
         for name, optimizer in optimizers.items():
             taken[name].append(once(optimizer, clock))
     return {
-        name: {
-            **summary(taken[name]),
-            "bytes_per_parameter": state_bytes(optimizer) / count,
-        }
+        name: summary(taken[name]) | {"bytes_per_parameter": state_bytes(optimizer) / count}
         for name, optimizer in optimizers.items()
     }
 
@@ -222,7 +219,7 @@ def once(optimizer: torch.optim.Optimizer, clock: Clock) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [*OTHERS, *OWN, "DGD"]
+    everything = [*OTHERS, *OWN]
     parser.add_argument("--preset", help="the shapes of a preset in place of 100 squares")
     parser.add_argument("--optimizers", nargs="*", choices=everything, default=everything)
     parser.add_argument("--rounds", type=int, default=5)
@@ -246,7 +243,7 @@ def main() -> None:
                 "milliseconds": 1e3 * values["seconds"], "ordinary_milliseconds": 1e3 * values["ordinary"],
                 "slow_milliseconds": 1e3 * values["slow"], "all_optimizers_live_at_once": True,
                 "combined": f"({PERIOD - 1} x ordinary + slow) / {PERIOD}",
-                "matrices_of_stacks_one_by_one": name in (MUON, "DGD") and any(len(shape) > 2 for shape in shapes),
+                "matrices_of_stacks_one_by_one": name in ONE_BY_ONE and any(len(shape) > 2 for shape in shapes),
                 "to_muon": values["seconds"] / measured[MUON]["seconds"],
                 "to_adamw_foreach": values["seconds"] / measured[BASE]["seconds"],
                 "to_adamw_foreach_beside_products": (

@@ -149,7 +149,7 @@ _TELL_APART = _model(32, initializer_range=0.2)
 # Counting wants several heads and large embeddings: linear attention needs 250 steps then, and more than 500 without.
 _COUNT = _model(32, heads=4, initializer_range=0.2)
 # Chunks of half a recall sequence and of a whole one: 1.6 times as fast as 16 and 32.
-_WHOLE = {"memory_chunk_size": 32, "projection_chunk_size": 64}
+_LONGER_CHUNKS = {"memory_chunk_size": 32, "projection_chunk_size": 64}
 
 
 def _formal() -> tuple[Recipe, ...]:
@@ -188,7 +188,7 @@ def _mad() -> tuple[Recipe, ...]:
 def _long_context_suites() -> list[Suite]:
     # Few looks on few sequences: those of the long splits take as long as many updates.
     training = Training(steps=1500, batch_size=16, learning_rate=2e-3, check_every=250, check_examples=8)
-    model = _model(64, heads=2, initializer_range=0.1, **_WHOLE)
+    model = _model(64, heads=2, initializer_range=0.1, **_LONGER_CHUNKS)
     # The number alone is asked for and noise holds no digits: half the width learns it, in a third of the steps. All
     # models take all steps, since to stop at the first that is good at every length would choose on the test.
     needle = replace(training, steps=400, learning_rate=4e-3, check_every=100, stop=None)
@@ -197,7 +197,11 @@ def _long_context_suites() -> list[Suite]:
         Suite(
             name="niah",
             title="S-NIAH-1 on bytes: a number told once in noise, trained at 256 tokens",
-            recipes=(Recipe(task=NeedleInNoise(), model=_model(32, initializer_range=0.1, **_WHOLE), training=needle),),
+            recipes=(
+                Recipe(
+                    task=NeedleInNoise(), model=_model(32, initializer_range=0.1, **_LONGER_CHUNKS), training=needle
+                ),
+            ),
             mixers=mixers,
         ),
         Suite(
@@ -214,7 +218,7 @@ def _recall() -> list[Suite]:
     twice = RewrittenMqar(vocabulary=64, length=64, train_pairs=(4, 8), eval_pairs=(4, 8))
     many = replace(few, length=96, train_pairs=(4, 8, 16, 24), eval_pairs=(4, 8, 16, 24))
     training = Training(steps=1200, learning_rate=1e-2, stop=0.999)
-    model = _model(16, initializer_range=0.2, **_WHOLE)
+    model = _model(16, initializer_range=0.2, **_LONGER_CHUNKS)
     mixers = ("hope", "hope-static", "deltanet", "linear_attention", "attention")
     title = "Multi-query associative recall (Zoology's layout)"
     return [

@@ -97,8 +97,8 @@ class Mqar(Task):
 class RewrittenMqar(Mqar):
     """The same (ours, not Zoology's), but every key is told twice, with two values; the second one counts.
 
-    Where each key comes once, nothing has to be erased, and a sum of outer products recalls as much as any rule that
-    writes once (docs/results/recall.md). Here what was written first has to go.
+    Where each key comes once, there is nothing to erase, and a sum of outer products recalls about as much as a delta
+    rule at its best step (docs/results/recall.md). Here what was written first has to go.
     """
 
     name: ClassVar[str] = "mqar_rewritten"
