@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestlearn import HopeCache, HopeForCausalLM, flops
 from nestlearn.memory import newton_schulz
+from nestlearn.models.config import mixer_names
 from nestlearn.models.modeling import HopeModel
 from nestlearn.nn.loss_level import LossLevel
 
@@ -271,6 +272,35 @@ def test_padding_phases_and_resets_equal_separate_runs(make, ids, system, mixer)
             before = pieces[-1] if row != 1 else ids[:1, :0]
             alone = model(torch.cat([before, more[row : row + 1]], 1)).logits[:, -8:]
             torch.testing.assert_close(later[row : row + 1], alone, **TOLERANCE)
+
+
+REAL = {
+    "left": [*range(4, 14)],
+    "right": [*range(10)],
+    "both": [*range(2, 12)],
+    "middle": [*range(4), *range(8, 14)],
+    "unequal": [[*range(5, 14)], [*range(2, 4), *range(8, 11)]],
+}
+
+
+@pytest.mark.parametrize("where", REAL)
+@pytest.mark.parametrize("mixer", mixer_names())
+def test_columns_in_which_every_row_is_padding(make, ids, mixer, where):
+    """Logits, and what a cache has learned, are those of the text alone."""
+    model, more = make("three", mixer, num_hidden_layers=1), ids.flip(1)[:2, :5]
+    columns = REAL[where] if where == "unequal" else [REAL[where]] * 2
+    mask = torch.zeros(2, 14, dtype=torch.long)
+    for row, real in enumerate(columns):
+        mask[row, real] = 1
+    with torch.no_grad():
+        padded = ids[:2] * mask
+        cache = HopeCache()
+        logits = model(padded, attention_mask=mask, past_key_values=cache).logits
+        later = model(more, past_key_values=cache).logits
+        for row, real in enumerate(columns):
+            alone = model(torch.cat([ids[row, real], more[row]])[None]).logits[0]
+            torch.testing.assert_close(logits[row, real], alone[:-5], **TOLERANCE)
+            torch.testing.assert_close(later[row], alone[-5:], **TOLERANCE)
 
 
 def test_future_tokens_and_other_rows_change_no_bit(make, ids):

@@ -124,7 +124,8 @@ class SegmentReader:
                 )
             )
         free = [self.length - s.ids.shape[1] for s in self.segments if s.rows.tolist()[0] in real]
-        last = min(next(c for c in changes if c > first), *(first + n for n in free))
+        # Where every row is padding there is no segment, and nothing but the next change ends the piece.
+        last = min([next(c for c in changes if c > first), *(first + n for n in free)])
         return Piece(first, last, real, starts)
 
     def _divide(self, real: set[int], new: set[int]) -> None:
