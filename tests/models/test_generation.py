@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 from nestlearn import HopeCache
+from nestlearn.models.stacking import read_segment, stack_levels
+from nestlearn.nn import Level
 
 MODES = {
     "greedy": {"do_sample": False},
@@ -25,6 +28,59 @@ def test_cached_equals_cache_free(build, ids, mixer, mode):
     mask[0, :4] = 0
     options = MODES[mode] | {"attention_mask": mask}
     assert torch.equal(generate(model, ids, **options), generate(model, ids, use_cache=False, **options))
+
+
+class EndOfFirstRow(StoppingCriteria):
+    """Ends row 0 after thirteen columns."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.arange(len(input_ids)) == (0 if input_ids.shape[1] == 13 else -1)
+
+
+LEVELS = {
+    "fixed": {},
+    "local": {"cms": [{"period": 3, "expansion": 1}, {"period": 6, "expansion": 1}]},
+    "loss": {"cms": [{"period": 3, "expansion": 1, "lr": 0.3}, {"expansion": 1}], "cms_signal": "loss"},
+    "nested": {"cms": [{"period": 2, "expansion": 1}, {"period": 4, "expansion": 1}], "cms_variant": "nested"},
+}
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_row_that_has_ended_learns_no_more(build, ids, mixer, levels):
+    """Its cache, read on with a mask that hides the padding, is that of its text alone."""
+    if mixer == "levels":
+        pytest.skip("levels of its own")
+    model = build(mixer, eos_token_id=None, num_hidden_layers=1, **LEVELS[levels])
+    cache, more, mask = HopeCache(), ids.flip(1)[:, :6], torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "eos_token_id": 2, "suppress_tokens": [2], "pad_token_id": 0}
+    made = generate(model, ids, past_key_values=cache, stopping_criteria=[EndOfFirstRow()], do_sample=False, **options)
+    assert cache.seen == 17 and made[0, 13:].tolist() == [0] * 5
+    with torch.no_grad():
+        later = model(more, past_key_values=cache).logits[0]
+        alone = model(torch.cat([made[0, 3:13], more[0]])[None]).logits[0, -6:]
+    torch.testing.assert_close(later, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_of_a_stacked_model_that_has_ended(ids):
+    """Stacked levels learn nothing in `generate`; with a mask over all columns, the cache is that of the text."""
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = stack_levels(LlamaForCausalLM(config).double().eval(), [Level(period=4, lr=100)], mode="split")
+    state = read_segment(model, ids[:, :4]).state
+    options = {"eos_token_id": 2, "suppress_tokens": [2], "pad_token_id": 0, "level_state": state}
+    cache, mask, more = DynamicCache(), torch.ones(3, 23, dtype=torch.long), ids.flip(1)[:, :6]
+    mask[0, :3], mask[0, 13:17] = 0, 0
+    options |= {"attention_mask": mask[:, :11], "past_key_values": cache}
+    made = generate(model, ids, stopping_criteria=[EndOfFirstRow()], do_sample=False, **options)
+    with torch.no_grad():
+        # Positions count the tokens of the text.
+        places = torch.arange(10, 16).expand(3, 6)
+        later = model(more, past_key_values=cache, attention_mask=mask, position_ids=places, level_state=state)
+        text = torch.cat([made[0, 3:13], more[0]])[None]
+        alone = model(text, level_state=state.index_rows([0])).logits[0, -6:]
+    torch.testing.assert_close(later.logits[0], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_left_padding_equals_each_prompt_alone(build, ids, mixer):

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from nestlearn.models.cache import HopeCache, LayerState, Segment
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.documents import find_documents, put_back, take
+from nestlearn.models.generation import EndedRows
 from nestlearn.models.inputs import check_embeds, check_ids, may_look, merge_resets, token_mask
 from nestlearn.models.layers import HopeBlock
 from nestlearn.models.streaming import SegmentReader
@@ -303,6 +304,11 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = HopeCache()
         return prepared
 
+    def _sample(self, input_ids: Tensor, *, stopping_criteria: Any, **kwargs: Any) -> Any:
+        """The library's loop, in which rows that have ended no longer learn."""
+        ended = EndedRows(stopping_criteria)
+        return cast(Any, super())._sample(input_ids, stopping_criteria=ended, ended_rows=ended, **kwargs)
+
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
@@ -313,7 +319,10 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The library's inputs of one step; after the prompt every token is real, so the mask is dropped."""
+        """The library's inputs of one step.
+
+        The state knows the mask of the prompt. Later, only the tokens after the end of a row are padding.
+        """
         if next_sequence_length is not None and next_sequence_length < 1:
             given = input_ids if inputs_embeds is None else inputs_embeds
             raise ValueError(
@@ -323,6 +332,9 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             )
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None
+        ended: EndedRows | None = kwargs.pop("ended_rows", None)
+        if ended is not None:
+            attention_mask = ended.hide(attention_mask, input_ids)
         return cast(Any, super()).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
