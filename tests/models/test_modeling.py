@@ -117,6 +117,28 @@ def test_every_parameter_learns(build, ids, mixer):
     assert dead == []
 
 
+@pytest.mark.parametrize("levels", ["fixed", "local", "loss"])
+def test_gradients_through_a_carried_cache_are_kept_or_the_call_is_refused(build, ids, mixer, levels):
+    if mixer == "levels":
+        pytest.skip("levels of its own")
+    fields = {"fixed": {}, "local": {"cms": [{"period": 4}]}, "loss": {"cms": [{"period": 4}], "cms_signal": "loss"}}
+    model, gradients = build(mixer, num_hidden_layers=1, **fields[levels]).train(), []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if options is not None:
+            model.activation_checkpointing_enable(options)
+        try:
+            cache = model(ids[:, :8], use_cache=True).past_key_values
+            model(ids[:, 8:], past_key_values=cache).logits.square().mean().backward()
+        except ValueError as error:
+            assert options == {"use_reentrant": True} and "'use_reentrant': False" in str(error)
+            continue
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert len(gradients) == 2
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(build, ids, mixer):
     gradients = []
     for checkpointing in (False, True):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -181,3 +182,26 @@ class HopeBlock(GradientCheckpointingLayer):
         mixer: Any = self.mixer
         cms: Any = self.cms
         return mixer.flops_per_token(context_length) + cms.flops_per_token(context_length)
+
+
+def check_checkpointing(model: nn.Module, carries: bool, taught: bool) -> None:
+    """Raise ValueError where reentrant gradient checkpointing would lose gradients.
+
+    It keeps the graph of tensors that are arguments or results of a block themselves, not of those in a state.
+
+    Args:
+        model: with ``gradient_checkpointing``, as the library sets it.
+        carries: whether a call returns a state.
+        taught: whether a loss teaches levels inside the call, which takes gradients of recorded maps.
+    """
+    if not (model.training and getattr(model, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+        return
+    function = cast(Any, model)._gradient_checkpointing_func
+    if getattr(function, "keywords", {}).get("use_reentrant") is False or not (carries or taught):
+        return
+    reason = "loses the gradients through a carried cache" if carries else "records nothing that a loss could teach"
+    raise ValueError(
+        f"reentrant gradient checkpointing {reason}. Use the other form, "
+        "model.activation_checkpointing_enable({'use_reentrant': False}), the library's default"
+        + (", or pass use_cache=False and no cache." if carries and not taught else ".")
+    )

@@ -16,7 +16,7 @@ from nestlearn.models.config import HopeConfig
 from nestlearn.models.documents import find_documents, put_back, take
 from nestlearn.models.generation import EndedRows
 from nestlearn.models.inputs import check_embeds, check_ids, may_look, merge_resets, token_mask
-from nestlearn.models.layers import HopeBlock
+from nestlearn.models.layers import HopeBlock, check_checkpointing
 from nestlearn.models.streaming import SegmentReader
 from nestlearn.nn.cms import Writes
 from nestlearn.nn.tape import Tape
@@ -117,6 +117,7 @@ class HopeModel(HopePreTrainedModel):
         visited: list[Tensor] | None = [x] if wanted else None
         segments: list[Segment] = []
         reader = self._reader(output_layer, ids)
+        check_checkpointing(self, keep, reader is not None)
         apart = mask is None and cache is None and not wanted and self._every_level_resets
         if apart and reset is not None and may_look(reset):
             documents = find_documents(reset)
