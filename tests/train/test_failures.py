@@ -3,10 +3,13 @@
 import errno
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
@@ -211,6 +214,22 @@ def test_bad_data_is_refused(tiny: Make, tmp_path: Path):
         with pytest.raises(ValueError, match=rf"\({split}\) has .* tokens, not enough for one window of {length}"):
             train(tiny(sequence_length=length))
     assert not Path(tiny().out).exists()
+
+
+def test_memories_that_learn_nothing_are_named_by_a_run_that_starts_only(tiny: Make, tmp_path: Path):
+    """Before an error of the preparation the warning would look like its cause."""
+    levels = [{"period": 64, "hidden": 4}, {"hidden": 4}]
+    broken = tiny(corpus=f"text:{tmp_path / 'missing'}", steps=1)
+    good = tiny(steps=1)
+    for config, warned in ((broken, False), (good, True)):
+        config = replace(config, model={**config.model, "cms": levels})
+        console = Console(file=StringIO(), width=200)
+        if warned:
+            train(config, console=console)
+        else:
+            with pytest.raises((OSError, ValueError)):
+                train(config, console=console)
+        assert ("level of period 64: nothing written" in console.file.getvalue()) == warned
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tiny: Make):

@@ -94,7 +94,6 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     tokenizer = load_tokenizer(out) if resume else prepare_tokenizer(config)
     # The model first: a wrong setting is found at once, reading a corpus may take a while.
     model = prepare_model(config, prepare_model_config(config, tokenizer))
-    _warn_of_idle_memories(model, config.sequence_length, console)
     data = load_data(config, tokenizer)
     progress = Meter.load(last) if last else Meter()
     if last and isinstance(data.train, RecordedStream):
@@ -108,6 +107,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             _begin_folder(config, tokenizer, last)
         for callback in (StepTimer(progress), bar, stop):
             trainer.add_callback(callback)
+        # Only now: before an error of the preparation it would be read as its cause.
+        _warn_of_idle_memories(model, config.sequence_length, console)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
