@@ -16,13 +16,24 @@ from torch import Tensor
 
 from nestlearn.models.files import whole_file
 from nestlearn.nn.cms import ContinuumState
-from nestlearn.nn.state import Tree, clone, detach, flatten_state, index_rows, map_tensors, state_bytes, tensors_of
+from nestlearn.nn.state import (
+    Tree,
+    clone,
+    detach,
+    flatten_state,
+    index_rows,
+    map_tensors,
+    record,
+    state_bytes,
+    tensors_of,
+)
 from nestlearn.nn.state import unflatten_state as rebuild
 
 _FORMAT = "nestlearn.HopeCache"
 _VERSION = 1
 
 
+@record("block")
 class LayerState(NamedTuple):
     """The state of one block: of its mixer and of its continuum memory (each None before the first token)."""
 
@@ -30,6 +41,7 @@ class LayerState(NamedTuple):
     cms: Tree = None
 
 
+@record("segment")
 class Segment(NamedTuple):
     """Rows in the middle of the same segment that a loss will teach: what they have read of it, and where they began.
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.nn.conv import ShortConv
+from nestlearn.nn.state import record
 
 
+@record("attention")
 class AttentionState(NamedTuple):
     """The keys and values read so far.
 

@@ -18,6 +18,7 @@ from .ffn import Activation, FeedForward
 from .levels import Level
 from .loss_level import LossLevel
 from .nested import NestedState, TransferBy
+from .state import record
 from .tape import Factors, Tape
 
 Variant = Literal["sequential", "nested", "independent"]
@@ -27,6 +28,7 @@ Writes = bool | Sequence[int]
 """Whether levels learn from what they read: all, none, or those with these numbers (0 the fastest)."""
 
 
+@record("cms")
 class ContinuumState(NamedTuple):
     """Fast weights of every level with a period, None for a frozen one; every tensor ``[B, ...]``."""
 

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory, State
 from nestlearn.memory.types import PENDING, Weights
+from nestlearn.nn.state import record
 
 NORM_EPSILON = 1e-6
 
 
+@record("fast")
 class FastState(NamedTuple):
     """The fast weights of a layer between two calls, every tensor ``[B, ...]``.
 

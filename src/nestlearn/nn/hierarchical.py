@@ -16,11 +16,13 @@ from nestlearn.nn.attention import document_positions
 from nestlearn.nn.fast import FastState, check_tokens, full_precision, pack, unit, unpack
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer
+from nestlearn.nn.state import record
 
 PROJECTOR = catalog["linear_attention"]
 """Holds ``sum_s k_s k_s^T``: with values equal to keys, linear attention applies it to a query (TNT Eq. 8-10)."""
 
 
+@record("tnt.local")
 class LocalState(NamedTuple):
     """A local memory, its query projector and the tokens read in the current window.
 
@@ -33,6 +35,7 @@ class LocalState(NamedTuple):
     aligned: bool
 
 
+@record("tnt")
 class HierarchicalState(NamedTuple):
     """Streaming state of `HierarchicalMemory`: the global memory, the local ones, the tail of the convolution."""
 

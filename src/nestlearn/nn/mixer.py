@@ -31,6 +31,7 @@ from .fast import (
 )
 from .flops import scan_flops
 from .stability import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, check_step, is_deep
+from .state import record
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ GATE_RULES: dict[str, GateRule] = {
 }
 
 
+@record("memory_mixer")
 class MixerState(NamedTuple):
     """Streaming state of a `MemoryMixer`: fast weights and the tail of the convolution (None without one)."""
 

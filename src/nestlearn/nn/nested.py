@@ -33,11 +33,13 @@ from nestlearn.memory.layout import compaction, nobody
 from nestlearn.memory.types import Weights
 
 from .fast import FastState, pack
+from .state import record
 from .tape import gradients, usable
 
 TransferBy = Literal["difference", "gradient"]
 
 
+@record("cms.window")
 class Window(NamedTuple):
     """What a nested level has read since its initial weights last moved: tokens in the slots before ``position``."""
 
@@ -46,6 +48,7 @@ class Window(NamedTuple):
     gates: Gates
 
 
+@record("cms.nested")
 class NestedState(NamedTuple):
     """The fast weights of a nested level and the initial weights they start from, every tensor ``[B, ...]``.
 

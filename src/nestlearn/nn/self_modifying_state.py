@@ -13,6 +13,7 @@ from nestlearn.memory import Gates, State
 from nestlearn.memory.chunked import split_tokens
 from nestlearn.memory.layout import nobody, poisoned_from
 from nestlearn.memory.types import Weights
+from nestlearn.nn.state import record
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
 """What a token is projected to; all but q adapt by default."""
@@ -21,6 +22,7 @@ MOST_LEARNED = 64
 """Tokens that projection memories learn at once: more would spend longer on the triangular systems than they save."""
 
 
+@record("self_modifying.weights")
 class FastWeights(NamedTuple):
     """Current weights, anchor and momentum of a group of memories, every tensor ``[B, heads, memories, out, in]``."""
 
@@ -29,6 +31,7 @@ class FastWeights(NamedTuple):
     momentum: Weights | None
 
 
+@record("self_modifying")
 class SelfModifyingState(NamedTuple):
     """Fast state of the layer.
 

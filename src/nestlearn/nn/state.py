@@ -7,15 +7,53 @@ tensors (so that compiled code may branch on it).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from nestlearn.memory import Gates, State
+
 Tree = Any
 """A state tree; see the module documentation."""
+
+Record = TypeVar("Record", bound=type)
+
+_RECORDS: dict[str, type] = {}
+"""Classes of records by the name that files give them."""
+
+
+def record(name: str) -> Callable[[Record], Record]:
+    """Class decorator: a NamedTuple that a state holds, under the name that files know it by.
+
+    Files keep the name and the fields, so that the class may be renamed and moved.
+
+    Raises:
+        ValueError: the name is that of another class.
+
+    Example:
+        >>> from typing import NamedTuple
+        >>> @record("documentation.counter")
+        ... class Counter(NamedTuple):
+        ...     count: torch.Tensor
+        >>> tensors, spec = flatten_state(Counter(torch.ones(2)))
+        >>> unflatten_state(tensors, spec)
+        Counter(count=tensor([1., 1.]))
+    """
+
+    def register(cls: Record) -> Record:
+        known = _RECORDS.setdefault(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the record name {name!r} of {cls.__qualname__} belongs to {known} already; use another.")
+        _RECORDS[name] = cls
+        return cls
+
+    return register
+
+
+record("memory")(State)
+record("gates")(Gates)
 
 
 def _is_record(tree: Tree) -> bool:
@@ -137,7 +175,8 @@ def flatten_state(state: Tree, prefix: str = "state") -> tuple[dict[str, Tensor]
         ``(tensors, spec)``; ``unflatten_state(tensors, spec)`` gives the tree back.
 
     Raises:
-        TypeError: a leaf is neither a tensor nor None, bool, int, float or str.
+        TypeError: a leaf is neither a tensor nor None, bool, int, float or str, or a NamedTuple has no name
+            (see `record`).
     """
     children = children_of(state)
     if children is None:
@@ -155,25 +194,28 @@ def flatten_state(state: Tree, prefix: str = "state") -> tuple[dict[str, Tensor]
     kind = "dict" if isinstance(state, dict) else "list" if isinstance(state, list) else "tuple"
     described: dict[str, Any] = {"kind": kind, "names": [name for name, _ in children], "children": specs}
     if _is_record(state):
-        described |= {"kind": "record", "type": f"{type(state).__module__}:{type(state).__qualname__}"}
+        described |= {"kind": "record", "type": _record_name(type(state))}
     return tensors, described
 
 
+def _record_name(cls: type) -> str:
+    name = next((name for name, known in _RECORDS.items() if known is cls), None)
+    if name is None:
+        raise TypeError(
+            f"a state holds a {cls.__qualname__}, a NamedTuple that files have no name for. Give it one where it is "
+            f'defined: @nestlearn.nn.state.record("my_package.{cls.__name__.lower()}").'
+        )
+    return name
+
+
 def _record_type(name: str) -> type:
-    """The NamedTuple class called ``module:class``; only this package's own classes are ever imported."""
-    module, _, qualname = name.partition(":")
-    if module != "nestlearn" and not module.startswith("nestlearn."):
-        raise ValueError(f"the state names the record type {name!r}, which is not nestlearn's; the file is foreign.")
-    try:
-        found = getattr(importlib.import_module(module), qualname)
-    except (ImportError, AttributeError) as error:
+    """The class of a registered name."""
+    if name not in _RECORDS:
         raise ValueError(
-            f"the state needs the record type {name!r}, which this version of nestlearn does not have. "
-            "Load it with the version that saved it."
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")):
-        raise ValueError(f"the state names {name!r} as a record type, but it is none; the file is foreign.")
-    return found
+            f"the state needs the record type {name!r}, which nothing has registered. Import the package that defines "
+            "it, or load the file with the version of nestlearn that saved it."
+        )
+    return _RECORDS[name]
 
 
 def unflatten_state(tensors: dict[str, Tensor], spec: Any) -> Tree:

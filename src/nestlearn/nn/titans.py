@@ -14,8 +14,10 @@ from nestlearn.memory.layout import nobody
 from nestlearn.nn.attention import AttentionState, CausalAttention
 from nestlearn.nn.fast import check_tokens
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
+from nestlearn.nn.state import record
 
 
+@record("titans.hybrid")
 class HybridState(NamedTuple):
     """Streaming state of a memory and of the attention beside it, every tensor ``[B, ...]``."""
 

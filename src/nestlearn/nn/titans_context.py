@@ -18,9 +18,11 @@ from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.fast import FastState, check_tokens, full_precision, unit, unpack, wide_dtype
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
+from nestlearn.nn.state import record
 from nestlearn.nn.titans import admit, poison, rms_norm
 
 
+@record("titans.segment")
 class SegmentTokens(NamedTuple):
     """Keys and values of tokens of one segment and of what the memory recalled for them, already rotated."""
 
@@ -30,6 +32,7 @@ class SegmentTokens(NamedTuple):
     recalled_values: Float[Tensor, "b h s e"]
 
 
+@record("titans.context")
 class ContextState(NamedTuple):
     """Streaming state of `MemoryAsContext`.
 

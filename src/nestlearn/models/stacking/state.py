@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.nn.fast import FastState
-from nestlearn.nn.state import clone, detach, index_rows, map_tensors, state_bytes
+from nestlearn.nn.state import clone, detach, index_rows, map_tensors, record, state_bytes
 from nestlearn.nn.tape import Tape
 
 from .plan import StackPlan
 
 
+@record("stacking.level")
 class LevelFast(NamedTuple):
     """One level of one MLP, for all rows: its fast weights, and the size of its gradients so far.
 
