@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.memory import L2, MLP, Decay, Momentum, catalog, scan
-from nestlearn.nn import GATE_RULES, HierarchicalMemory, hierarchical
+from nestlearn.nn import GATE_RULES, HierarchicalMemory, tnt
 from nestlearn.nn.fast import unit
 from nestlearn.nn.state import map_tensors, tensors_of
 
@@ -120,10 +120,10 @@ def test_windows_run_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, tuple[int, ...]]] = []
 
     def spy(memory: Any, state: Any, q: Tensor, *args: Any, **options: Any) -> Any:
-        calls.append(("projector" if memory is hierarchical.PROJECTOR else memory.read, tuple(q.shape[:-1])))
+        calls.append(("projector" if memory is tnt.PROJECTOR else memory.read, tuple(q.shape[:-1])))
         return scan(memory, state, q, *args, **options)
 
-    monkeypatch.setattr(hierarchical, "scan", spy)
+    monkeypatch.setattr(tnt, "scan", spy)
     layer = make(windows=(4,), chunks=(2,))
     layer(tokens(3, 39))
     assert calls == [
