@@ -129,6 +129,28 @@ def test_a_flipped_bit_is_noticed(read, tmp_path):
         HopeCache.load(tmp_path / "a")
 
 
+def test_a_changed_byte_anywhere_is_refused_or_changes_nothing(read, tmp_path):
+    """Every byte of the header, and some of the tensors: a digit of ``seen`` would change the positions."""
+    model, cache, rest = read("sliding_attention")
+    cache.save(tmp_path / "a")
+    expected, data = logits(model, rest, cache.fork()), (tmp_path / "a").read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    refused = 0
+    for place in (*range(header), *range(header, len(data), 89)):
+        for bit in (1, 16):
+            changed = bytearray(data)
+            changed[place] ^= bit
+            (tmp_path / "b").write_bytes(changed)
+            try:
+                again = HopeCache.load(tmp_path / "b", model)
+            except ValueError as error:
+                refused += 1
+                assert str(tmp_path / "b") in str(error)
+                continue
+            assert again.seen == cache.seen and torch.equal(logits(model, rest, again), expected)
+    assert refused > header
+
+
 def test_foreign_files(read, tmp_path):
     model, cache, _ = read()
     (tmp_path / "text").write_text("hello " * 100)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nestlearn.models.files import whole_file
+from nestlearn.models.files import checksum, whole_file
 from nestlearn.nn.cms import ContinuumState
 from nestlearn.nn.state import (
     Tree,
@@ -224,7 +223,7 @@ class HopeCache:
     # -- files --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; the state's structure and a checksum go into its JSON header.
+        """Write one safetensors file; the state's structure and a checksum of everything go into its JSON header.
 
         The file is complete or absent: it is written under a temporary name and renamed.
 
@@ -232,7 +231,7 @@ class HopeCache:
             OSError: the file cannot be written; what was at ``path`` before is untouched.
         """
         tensors, header = self.to_tree()
-        header["checksum"] = _checksum(tensors)
+        header["checksum"] = checksum(tensors, header)
         with whole_file(Path(path), "the cache") as temporary:
             save_file(tensors, str(temporary), {"nestlearn": json.dumps(header)})
 
@@ -293,8 +292,8 @@ class HopeCache:
         """
         path = Path(path)
         header, tensors = _read(path)
-        if _checksum(tensors) != header.get("checksum"):
-            raise ValueError(f"{path} is corrupted: its tensors do not match their checksum. Restore it from a copy.")
+        if header.pop("checksum", None) != checksum(tensors, header):
+            raise ValueError(f"{path} is corrupted: its content does not match its checksum. Restore it from a copy.")
         try:
             cache = cls.from_tree(tensors, header)
         except ValueError as error:
@@ -323,16 +322,6 @@ def _moved(segment: Segment, index: Tensor) -> Segment | None:
     return cast(Segment, index_rows(segment, old))._replace(rows=new)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """A digest of names, types, shapes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        x = tensors[name].contiguous()
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(cast(Any, x.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a cache file."""
     if not path.is_file():
@@ -349,7 +338,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"{_VERSION}. Load it with the version that saved it."
                 )
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is truncated, corrupted or not a HopeCache ({error}). Restore it from a copy."
         ) from error

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 
 @contextmanager
@@ -44,3 +49,24 @@ def whole_file(path: Path, what: str, advice: str = "check free space and rights
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def add_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add names, types, shapes and bytes of tensors to a digest of `hashlib`."""
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(cast(Any, x.reshape(-1).view(torch.uint8).numpy()))
+
+
+def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """A digest of all that a file of tensors with a JSON header holds.
+
+    Example:
+        >>> tensors = {"x": torch.zeros(2)}
+        >>> checksum(tensors, {"seen": 3}) == checksum(tensors, {"seen": 4})
+        False
+    """
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    add_tensors(digest, tensors)
+    return digest.hexdigest()
