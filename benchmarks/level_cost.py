@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nestlearn.nn import ContinuumMemory, FeedForward, Level
-from nestlearn.nn.tape import Tape, segment_factors
+from nestlearn.nn.cms.tape import Tape, segment_factors
 
 PERIODS = (16, 64, 256, 1024)
 RULES = ("descent", "momentum", "delta", "orthogonalized")

@@ -25,7 +25,7 @@ from nestlearn.memory import (
     scan,
     surprise,
 )
-from nestlearn.nn.network import Network
+from nestlearn.nn.cms.network import Network
 
 
 @pytest.mark.parametrize(

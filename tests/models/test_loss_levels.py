@@ -15,7 +15,7 @@ from nestlearn import HopeCache, HopeForCausalLM, flops
 from nestlearn.memory import newton_schulz
 from nestlearn.models.config import mixer_names
 from nestlearn.models.modeling import HopeModel
-from nestlearn.nn.loss_level import LossLevel
+from nestlearn.nn.cms.loss import LossLevel
 
 VOCABULARY = 50
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.nn import ContinuumMemory, ContinuumState, FeedForward, Level
-from nestlearn.nn.fast_level import FastLevel
+from nestlearn.nn.cms.local import LocalLevel
 from nestlearn.nn.state import index_rows, map_tensors
 
 from .cms_checks import assert_past_and_other_rows_keep_every_bit, assert_rows_are_separate
@@ -32,7 +32,7 @@ def make(levels: str | list[Level], d: int = 6, activation: str | None = None) -
         activation = "gelu" if any(level.rule == "delta" for level in levels) else "swiglu"
     cms = ContinuumMemory(d, levels, activation).double()
     for level in cms.networks:
-        if isinstance(level, FastLevel):
+        if isinstance(level, LocalLevel):
             with torch.no_grad():
                 level.value.normal_(0, 1)
                 level.gate.weight.normal_(0, 1)
@@ -59,7 +59,7 @@ def network(weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Te
     return weights["down"] @ hidden, {name: hidden if name == "down" else x for name in weights}
 
 
-def objective(level: FastLevel, weights: dict[str, Tensor], x: Tensor, u: Tensor, target: Tensor) -> Tensor:
+def objective(level: LocalLevel, weights: dict[str, Tensor], x: Tensor, u: Tensor, target: Tensor) -> Tensor:
     prediction = network(weights, x)[0]
     return -(prediction @ u) if level.level.rule == "delta" else 0.5 * ((prediction - target) ** 2).sum()
 
@@ -75,7 +75,7 @@ def growth(start: dict[str, Tensor]) -> Tensor:
     return torch.clamp(now / expected, min=1) ** (len(start) - 1)
 
 
-def learn(level: FastLevel, weights: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+def learn(level: LocalLevel, weights: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     """The weights after one period: errors of all tokens at the weights before it, by autograd of the objective."""
     start, new = dict(level.initial.items()), dict(weights)
     retain = torch.sigmoid(level.keep) ** (1 / level.period)
@@ -99,7 +99,7 @@ def learn(level: FastLevel, weights: dict[str, Tensor], tokens: Tensor) -> dict[
     return new
 
 
-def naive_level(level: FastLevel | FeedForward, x: Tensor) -> Tensor:
+def naive_level(level: LocalLevel | FeedForward, x: Tensor) -> Tensor:
     if isinstance(level, FeedForward):
         return torch.stack([level(token[None, None])[0][0, 0] for token in x])
     weights, outputs = dict(level.initial.items()), []
@@ -140,7 +140,7 @@ def test_gradient_of_each_initial_state_matches_finite_differences(map_name, rul
     cms = make([Level(3, 2, rule=rule), Level(5, 2, rule=rule), Level(None, 1)])
     x, target = torch.randn(2, 1, 11, 6, dtype=torch.float64)
     for level in cms.networks:
-        if not isinstance(level, FastLevel):
+        if not isinstance(level, LocalLevel):
             continue
         weight = level.initial[map_name]
         direction = torch.randn_like(weight)
@@ -168,7 +168,7 @@ def test_every_parameter_gets_an_outer_gradient(chain):
 # ------------------------------------------------------------------------------------- which tokens a level has seen
 
 
-def tokens_read(level: FastLevel, x: Tensor) -> list[set[int]]:
+def tokens_read(level: LocalLevel, x: Tensor) -> list[set[int]]:
     """For each token, the tokens whose values are in the weights it reads: exactly those with a non-zero gradient."""
     weight = level.value
     seen: list[set[int]] = []
@@ -197,7 +197,7 @@ def test_a_level_has_read_whole_periods_in_order(periods, tokens):
     x = torch.randn(1, tokens, 6, dtype=torch.float64)
     total = torch.zeros_like(x)
     for i, (period, level) in enumerate(zip(periods, cms.networks, strict=True)):
-        assert isinstance(level, FastLevel)
+        assert isinstance(level, LocalLevel)
         here = cms.norms[i](x + total)
         assert tokens_read(level, here.detach()) == [set(range(t // period * period)) for t in range(tokens)]
         total = total + level(here, None, None, None, True, False)[0].detach()
@@ -232,7 +232,7 @@ def test_a_new_level_starts_as_a_feed_forward_network(rule, activation):
     cms = ContinuumMemory(8, [Level(3, 3, rule=rule)], activation).double()
     ffn = FeedForward(8, 3, activation).double()
     level = cms.networks[0]
-    assert isinstance(level, FastLevel)
+    assert isinstance(level, LocalLevel)
     ffn.load_state_dict({f"{name}.weight": w for name, w in level.initial.items()})
     x = torch.randn(2, 11, 8, dtype=torch.float64)
     torch.testing.assert_close(cms(x)[0], ffn(cms.norms[0](x))[0], rtol=1e-12, atol=1e-12)
@@ -247,7 +247,7 @@ def test_writes_off_is_the_initial_network():
     fixed, _ = cms(x, writes=False)
     with torch.no_grad():
         for level in cms.networks:
-            if isinstance(level, FastLevel):
+            if isinstance(level, LocalLevel):
                 level.value.zero_()
     torch.testing.assert_close(fixed, cms(x)[0], **TOLERANCE)
 
@@ -328,7 +328,7 @@ def test_reset_parameters_stops_all_writes():
 
 def saturated(cms: ContinuumMemory, keep: float) -> ContinuumMemory:
     for level in cms.networks:
-        assert isinstance(level, FastLevel)
+        assert isinstance(level, LocalLevel)
         torch.nn.init.constant_(level.gate.bias, 30.0)
         torch.nn.init.constant_(level.keep, keep)
     return cms.float()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from nestlearn.memory import newton_schulz
 from nestlearn.nn import ContinuumMemory, FeedForward, Level
-from nestlearn.nn.fast_level import FastLevel
+from nestlearn.nn.cms.local import LocalLevel
 from nestlearn.nn.state import index_rows, map_tensors, state_bytes, tensors_of
 
 from .cms_checks import assert_past_and_other_rows_keep_every_bit, assert_rows_are_separate
@@ -44,7 +44,7 @@ def make(case: str, levels: list[Level] | None = None) -> ContinuumMemory:
     cms = ContinuumMemory(D, levels or chain, activation, variant, **options).double()
     with torch.no_grad():
         for level in cms.networks:
-            if isinstance(level, FastLevel):
+            if isinstance(level, LocalLevel):
                 level.value.normal_(0, 1)
                 level.gate.weight.normal_(0, 1)
                 if level.keep is not None:
@@ -60,7 +60,7 @@ def make(case: str, levels: list[Level] | None = None) -> ContinuumMemory:
 # ---------------------------------------------------------------------------------------------------- the oracle
 
 
-def network(level: FastLevel, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def network(level: LocalLevel, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """A feed-forward network for one vector, and the input of each map."""
     inputs: dict[str, Tensor] = {}
 
@@ -80,7 +80,7 @@ def eighth(w: Tensor) -> Tensor:
     return (torch.linalg.svdvals(w) ** 8).sum() ** 0.25
 
 
-def growth(level: FastLevel) -> Tensor:
+def growth(level: LocalLevel) -> Tensor:
     """Curvature of the initial weights over that of a random start."""
     start, parts = dict(level.initial.items()), []
     if level.fixed is not None:
@@ -99,7 +99,7 @@ def growth(level: FastLevel) -> Tensor:
 class Learner:
     """One row of one level."""
 
-    def __init__(self, level: FastLevel) -> None:
+    def __init__(self, level: LocalLevel) -> None:
         self.level, self.start = level, dict(level.initial.items())
         self.weights = dict(self.start)
         self.momentum = {n: torch.zeros_like(w) for n, w in self.start.items()}
@@ -177,7 +177,7 @@ class Learner:
         return sum((w * loss for w, loss in zip(again.written, again.losses, strict=True)), torch.zeros(()))
 
 
-def naive_level(level: FastLevel | FeedForward, x: Tensor) -> Tensor:
+def naive_level(level: LocalLevel | FeedForward, x: Tensor) -> Tensor:
     if isinstance(level, FeedForward):
         return torch.stack([level(token[None, None])[0][0, 0] for token in x])
     learner, outputs = Learner(level), []
@@ -247,7 +247,7 @@ def test_future_tokens_and_other_rows_change_no_bit(case):
 def test_a_token_that_is_not_finite_spoils_its_row_from_there_on(case, whole):
     cms = make(case)
     level, x = cms.networks[0], torch.randn(2, 20, D, dtype=torch.float64)
-    assert isinstance(level, FastLevel)
+    assert isinstance(level, LocalLevel)
     x[0, 8] = float("nan")
     parts, state, outputs = [x] if whole else [*x.split([7, 6, 7], 1)], None, []
     for part in parts:
@@ -282,7 +282,7 @@ def test_a_level_that_does_not_reset_keeps_what_it_learned(variant):
     x, reset = torch.randn(1, 11, D, dtype=torch.float64), torch.zeros(1, 11, dtype=torch.bool)
     reset[0, 5] = True
     fast, kept = cms.networks
-    assert isinstance(fast, FastLevel) and isinstance(kept, FastLevel)
+    assert isinstance(fast, LocalLevel) and isinstance(kept, LocalLevel)
     y, state = cms(x, reset=reset)
     here = cms.norms[0](x)
     first = torch.cat([fast(part, None, None, None, True, False)[0] for part in (here[:, :5], here[:, 5:])], 1)
@@ -316,7 +316,7 @@ def test_a_nested_level_starts_anew_with_the_slower_one(periods, tokens):
     chains.append(ContinuumMemory(D, levels, "swiglu", "sequential").double())
     chains[1].load_state_dict(chains[0].state_dict())
     for level in chains[0].networks:
-        assert isinstance(level, FastLevel)
+        assert isinstance(level, LocalLevel)
         level.transfer = 1.0
     x = torch.randn(2, tokens, D, dtype=torch.float64)
     torch.testing.assert_close(chains[0](x)[0], chains[1](x)[0], **TOLERANCE)
@@ -347,7 +347,7 @@ def test_knowledge_transfer_by_the_formula():
 def test_the_difference_is_the_meta_gradient_with_writes_as_constants(rule):
     """theta - theta_0 = - sum_t w_t dL_t / d theta_c(t), the gradient of J when the Jacobians of the writes are 1."""
     level = make("nested by gradient", [Level(2, 1, rule=rule, retain=0.8), Level(6, 1)]).networks[0]
-    assert isinstance(level, FastLevel)
+    assert isinstance(level, LocalLevel)
     learner, tokens, anchors = Learner(level), torch.randn(6, D, dtype=torch.float64), []
     for part in tokens.split(2):
         anchors += [{n: w.detach().requires_grad_() for n, w in learner.weights.items()}]
@@ -363,7 +363,7 @@ def test_the_meta_gradient_by_finite_differences():
     """Initial weights move by - rho times the slope of J, which a loop over tokens computes at both sides."""
     cms = make("nested by gradient", [Level(2, 1), Level(6, 1)])
     level, x = cms.networks[0], torch.randn(1, 6, D, dtype=torch.float64)
-    assert isinstance(level, FastLevel)
+    assert isinstance(level, LocalLevel)
     moved, window = cms(x)[1].levels[0].initial, cms.norms[0](x)[0].detach()
     for name, weight in level.initial.items():
         start = {n: w.detach().clone() for n, w in level.initial.items()}
@@ -377,7 +377,7 @@ def test_the_meta_gradient_by_finite_differences():
 
 def saturated(cms: ContinuumMemory, keep: float) -> ContinuumMemory:
     for level in cms.networks:
-        assert isinstance(level, FastLevel)
+        assert isinstance(level, LocalLevel)
         torch.nn.init.constant_(level.gate.bias, 30.0)
         if level.keep is not None:
             torch.nn.init.constant_(level.keep, keep)

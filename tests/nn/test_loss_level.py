@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestlearn.memory import Factor
 from nestlearn.nn import ContinuumMemory, Level
-from nestlearn.nn.loss_level import LossLevel
+from nestlearn.nn.cms.loss import LossLevel
+from nestlearn.nn.cms.tape import Tape, segment_factors
 from nestlearn.nn.state import tensors_of
-from nestlearn.nn.tape import Tape, segment_factors
 
 D = 6
 
@@ -57,7 +57,7 @@ def test_levels_that_do_not_write_are_chosen_by_number():
     tape = Tape()
     y, state = cms(torch.randn(2, 4, D, dtype=torch.float64), tape=tape)
     factors = segment_factors(y.sin().sum(), tape)
-    ends = [cms.absorb(state, factors), cms.pass_over(state, 4), cms.absorb(state, factors, writes=[1])]
+    ends = [cms.absorb(state, factors), cms.advance_clock(state, 4), cms.absorb(state, factors, writes=[1])]
     everyone, nobody, second = ([[*tensors_of(level)] for level in end.levels] for end in ends)
     torch.testing.assert_close(second, [nobody[0], everyone[1]])
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(everyone[0], nobody[0], strict=True))

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nestlearn.memory import Factor, State, newton_schulz
-from nestlearn.nn.levels import Level, Maps, level_memory, loss_gates
-from nestlearn.nn.network import Network, low_rank_linear, low_rank_shapes, low_rank_start
-from nestlearn.nn.tape import Tape, gradient_norm, read, segment_factors, write
+from nestlearn.nn.cms.level import Level, MapShapes, level_memory, loss_gates
+from nestlearn.nn.cms.network import Network, low_rank_linear, low_rank_shapes, low_rank_start
+from nestlearn.nn.cms.tape import Tape, gradient_norm, read, segment_factors, write
 
 D, HIDDEN, ROWS = 4, 6, 2
 RULES = ["descent", "momentum", "delta", "orthogonalized"]
@@ -97,7 +97,7 @@ def dense_level(level: Level, initial: dict[str, Tensor], x: Tensor, target: Ten
 
 def stream(level: Level, initial: dict[str, Tensor], x: Tensor, target: Tensor, segment: int, second_order=True):
     """Rows ``[b, t, d]`` in segments by the tape: outputs and the final state."""
-    memory = level_memory(level, Maps.of({n: tuple(w.shape) for n, w in initial.items()}))
+    memory = level_memory(level, MapShapes.of({n: tuple(w.shape) for n, w in initial.items()}))
     state = memory.init_state((len(x),), D, D, initial, dtype=torch.float64)
     outputs = []
     for here, wanted in zip(x.split(segment, 1), target.split(segment, 1), strict=True):
@@ -166,7 +166,7 @@ def test_low_rank_maps_equal_dense_ones_with_their_parts_as_weights(rule):
     def network(linear, x):
         return gated(low_rank_linear(linear, fixed), x)
 
-    memory = level_memory(level, Maps.of(low_rank_shapes(SHAPES, rank)))
+    memory = level_memory(level, MapShapes.of(low_rank_shapes(SHAPES, rank)))
     x, target = torch.randn(2, ROWS, 4, D, dtype=torch.float64)
     state = memory.init_state((ROWS,), D, D, parts, dtype=torch.float64)
     tape = Tape()
@@ -190,7 +190,7 @@ def test_low_rank_maps_equal_dense_ones_with_their_parts_as_weights(rule):
 
 def written(level: Level, x: Tensor, e: Tensor, valid: Tensor | None = None, pieces: tuple[int, ...] = ()) -> State:
     """The state after factors (x, e) of one matrix, written in pieces."""
-    memory = level_memory(level, Maps.of({"W": (3, D)}))
+    memory = level_memory(level, MapShapes.of({"W": (3, D)}))
     state = memory.init_state((len(x),), D, 3, {"W": torch.ones(3, D, dtype=x.dtype)}, dtype=x.dtype)
     for part in torch.arange(x.shape[1]).split(list(pieces) or x.shape[1]):
         gates = loss_gates(level, torch.ones(len(x), len(part), dtype=x.dtype))
@@ -306,7 +306,7 @@ def test_a_map_that_the_loss_does_not_see_learns_nothing():
 
 
 def test_maps_are_no_network():
-    maps = Maps.of(SHAPES)
+    maps = MapShapes.of(SHAPES)
     assert maps.shapes(1, 1) == SHAPES and maps.query_map == "gate"
     for call in (lambda: maps(lambda n, x: x, torch.zeros(1)), lambda: maps.init("up", (1,), None)):
         with pytest.raises(TypeError, match="shapes of its maps only"):

@@ -15,8 +15,8 @@ from nestlearn.models.cache import LayerState
 from nestlearn.models.stacking import LevelState, stacked_model
 from nestlearn.models.stacking.network import StackedMLP
 from nestlearn.nn.cms import ContinuumMemory
-from nestlearn.nn.fast_level import LevelWeights
-from nestlearn.nn.nested import NestedState
+from nestlearn.nn.cms.local import LevelWeights
+from nestlearn.nn.cms.nested import NestedState
 from nestlearn.nn.state import Tree, state_bytes, tensors_of
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig
 from nestlearn.memory import catalog
 from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.nn.cms import Meta, Signal, Variant
+from nestlearn.nn.cms.level import Level
+from nestlearn.nn.cms.nested import TransferBy
 from nestlearn.nn.ffn import Activation
-from nestlearn.nn.levels import Level
-from nestlearn.nn.nested import TransferBy
 
 ATTENTION_MIXERS = ("attention", "sliding_attention")
 WINDOWED_MIXERS = ("sliding_attention", "titans_mag", "titans_mal")

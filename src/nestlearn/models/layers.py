@@ -17,10 +17,10 @@ from nestlearn.models.cache import LayerState
 from nestlearn.models.config import TITANS_MIXERS, HopeConfig
 from nestlearn.nn.attention import CausalAttention
 from nestlearn.nn.cms import ContinuumMemory, Writes
-from nestlearn.nn.levels import Level
+from nestlearn.nn.cms.level import Level
+from nestlearn.nn.cms.tape import Tape
 from nestlearn.nn.mixer import GATE_RULES, MemoryMixer
 from nestlearn.nn.self_modifying import SelfModifyingTitans
-from nestlearn.nn.tape import Tape
 from nestlearn.nn.titans import MemoryAsGate, MemoryAsLayer
 from nestlearn.nn.titans_mac import MemoryAsContext
 from nestlearn.nn.tnt import HierarchicalMemory

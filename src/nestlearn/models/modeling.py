@@ -17,9 +17,9 @@ from nestlearn.models.documents import find_documents, put_back, take
 from nestlearn.models.generation import EndedRows
 from nestlearn.models.inputs import check_embeds, check_ids, may_look, merge_resets, token_mask
 from nestlearn.models.layers import HopeBlock, check_checkpointing
-from nestlearn.models.streaming import SegmentReader
+from nestlearn.models.segments import SegmentReader
 from nestlearn.nn.cms import Writes
-from nestlearn.nn.tape import Tape
+from nestlearn.nn.cms.tape import Tape
 
 
 class HopePreTrainedModel(PreTrainedModel):

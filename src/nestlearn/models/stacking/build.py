@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nestlearn.models.config import HopeConfig
-from nestlearn.nn.levels import Level
+from nestlearn.nn.cms.level import Level
 
 from .classes import StackedModel, stacked_config_class, stacked_model_class
 from .families import FoundNetwork, MlpFilter, check_formula, check_not_shared, find_networks, maps_of

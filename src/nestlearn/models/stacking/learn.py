@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from nestlearn.memory import Factor, Gates
+from nestlearn.nn.cms.level import Level, loss_gates
+from nestlearn.nn.cms.tape import Factors, Tape, gradients, segment_factors, squared_norm, usable, write
 from nestlearn.nn.fast import pack, unpack
-from nestlearn.nn.levels import Level, loss_gates
-from nestlearn.nn.tape import Factors, Tape, gradients, segment_factors, squared_norm, usable, write
 
 from .classes import StackedModel
 from .network import StackedMLP

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from nestlearn.memory import AssociativeMemory
 from nestlearn.memory.types import Weights
-from nestlearn.nn.levels import Maps, level_memory
-from nestlearn.nn.network import low_rank_shapes
-from nestlearn.nn.tape import Tape
+from nestlearn.nn.cms.level import MapShapes, level_memory
+from nestlearn.nn.cms.network import low_rank_shapes
+from nestlearn.nn.cms.tape import Tape
 
 from .families import maps_of, run_network
 from .plan import StackPlan
@@ -139,7 +139,7 @@ class StackedMLP(nn.Module):
         """The memory that a level is: its rule, retention and clock over its maps."""
         return level_memory(
             self.stack_plan.levels[index],
-            Maps.of({n: (w.shape[0], w.shape[1]) for n, w in self.initial(index).items()}),
+            MapShapes.of({n: (w.shape[0], w.shape[1]) for n, w in self.initial(index).items()}),
         )
 
     @torch.no_grad()

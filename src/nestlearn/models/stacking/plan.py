@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from nestlearn.nn.levels import Level
+from nestlearn.nn.cms.level import Level
 
 from .families import MapNames
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nestlearn.nn.cms.tape import Tape
 from nestlearn.nn.fast import FastState
 from nestlearn.nn.state import clone, detach, index_rows, map_tensors, record, state_bytes
-from nestlearn.nn.tape import Tape
 
 from .plan import StackPlan
 

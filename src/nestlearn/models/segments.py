@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from nestlearn.models.cache import LayerState, Segment
 from nestlearn.nn.cms import ContinuumMemory, Writes
+from nestlearn.nn.cms.tape import Factors, Tape, gradients, segment_factors, usable
 from nestlearn.nn.state import detach, index_rows, put_rows
-from nestlearn.nn.tape import Factors, Tape, gradients, segment_factors, usable
 
 if TYPE_CHECKING:
     from nestlearn.models.modeling import HopeModel
@@ -196,7 +196,9 @@ class SegmentReader:
         everyone = len(segment.rows) == self.x.shape[0]
         if not bool(segment.learns.any()):
             now = self.layers if everyone else index_rows(self.layers, segment.rows)
-            taught = [state._replace(cms=self._cms(i).pass_over(state.cms, self.length)) for i, state in enumerate(now)]
+            taught = [
+                state._replace(cms=self._cms(i).advance_clock(state.cms, self.length)) for i, state in enumerate(now)
+            ]
         else:
             taught = self._read_again(segment)
         self.layers = [

@@ -21,8 +21,7 @@ from nestlearn.memory.architectures import Linear
 from nestlearn.memory.functions import product
 from nestlearn.memory.layout import span_length
 from nestlearn.memory.types import Weights
-
-from .state import Tree, map_tensors
+from nestlearn.nn.state import Tree, map_tensors
 
 Factors = dict[str, Factor]
 """Factors of the maps of one level."""
@@ -198,11 +197,11 @@ def write(
     """Write the factors of one segment into a level.
 
     Args:
-        memory: of the level (`nestlearn.nn.levels.level_memory`).
+        memory: of the level (`nestlearn.nn.cms.level.level_memory`).
         state: of its rows. The segment was read at ``state.anchor``, and does not go beyond the period:
             ``position + t <= period`` in every row.
         factors: of its maps.
-        gates: of its tokens (`nestlearn.nn.levels.loss_gates`).
+        gates: of its tokens (`nestlearn.nn.cms.level.loss_gates`).
         clip: bound of `gradient_norm`, per row.
         valid: False at tokens that change nothing.
 
@@ -211,9 +210,9 @@ def write(
 
     Example:
         >>> import torch
-        >>> from nestlearn.nn.levels import Level, Maps, level_memory, loss_gates
+        >>> from nestlearn.nn.cms.level import Level, MapShapes, level_memory, loss_gates
         >>> level = Level(period=8, lr=0.1)
-        >>> memory = level_memory(level, Maps.of({"W": (3, 3)}))
+        >>> memory = level_memory(level, MapShapes.of({"W": (3, 3)}))
         >>> state = memory.init_state((2,), 3, 3, {"W": torch.eye(3)})
         >>> tape, x = Tape(), torch.randn(2, 4, 3)
         >>> y = read(lambda linear, x: linear("W", x), state.anchor, x, tape, key=0)

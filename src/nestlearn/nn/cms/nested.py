@@ -31,9 +31,9 @@ from nestlearn.memory import AssociativeMemory, Gates, State, scan
 from nestlearn.memory.functions import segment_products
 from nestlearn.memory.layout import compaction, nobody
 from nestlearn.memory.types import Weights
+from nestlearn.nn.fast import FastState, pack
+from nestlearn.nn.state import record
 
-from .fast import FastState, pack
-from .state import record
 from .tape import gradients, usable
 
 TransferBy = Literal["difference", "gradient"]

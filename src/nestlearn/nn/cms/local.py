@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from nestlearn.memory import L2, AssociativeMemory, DotProduct, Gates, State, scan
 from nestlearn.memory.types import Weights
+from nestlearn.nn.fast import FastState, GateProjection, InitialWeights, full_precision, pack, unpack, wide_dtype
+from nestlearn.nn.ffn import Activation
+from nestlearn.nn.flops import scan_flops
+from nestlearn.nn.stability import outgrown
 
-from .fast import FastState, GateProjection, InitialWeights, full_precision, pack, unpack, wide_dtype
-from .ffn import Activation
-from .flops import scan_flops
-from .levels import Level, level_memory
+from .level import Level, level_memory
 from .nested import Nest, NestedState, TransferBy, scan_nested
 from .network import LowRank, Network
-from .stability import outgrown
 from .tape import read
 
 KEPT_PER_PERIOD = 4.0
@@ -109,7 +109,7 @@ class LevelWeights(nn.Module):
         return unpack(state, initial, (rows,))
 
 
-class FastLevel(LevelWeights):
+class LocalLevel(LevelWeights):
     r"""A feed-forward network per batch row that changes every ``period`` tokens.
 
         y_t = M(x_t) at the weights of the last period's end,        M = down(act(up x)) or its SwiGLU form
@@ -140,7 +140,7 @@ class FastLevel(LevelWeights):
         level: its `Level`.
         activation: ``"swiglu"`` or ``"gelu"``.
         outer: tokens after which the initial weights move by ``transfer`` of what was learned; None never moves them.
-        transfer, transfer_by: see `nestlearn.nn.nested`.
+        transfer, transfer_by: see `nestlearn.nn.cms.nested`.
     """
 
     def __init__(

@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nestlearn.memory.layout import nobody
+from nestlearn.nn.fast import FastState, check_tokens
+from nestlearn.nn.ffn import Activation, FeedForward
+from nestlearn.nn.state import record
 
-from .fast import FastState, check_tokens
-from .fast_level import FastLevel
-from .ffn import Activation, FeedForward
-from .levels import Level
-from .loss_level import LossLevel
+from .level import Level
+from .local import LocalLevel
+from .loss import LossLevel
 from .nested import NestedState, TransferBy
-from .state import record
 from .tape import Factors, Tape
 
 Variant = Literal["sequential", "nested", "independent"]
@@ -71,10 +71,10 @@ class ContinuumMemory(nn.Module):
     - ``sequential``: ``z^0 = x,  z^l = z^{l-1} + M^l(norm(z^{l-1})),  y = z^k - z^0``           (NL Eq. 70, 73)
     - ``nested``: the same chain, in which the initial weights of a level belong to the next slower one: every
       ``C_{l+1}`` tokens ``theta_0 <- theta_0 + rho (theta - theta_0)``, then ``theta <- theta_0``   (NL Eq. 72); or
-      theta_0 takes a step of the exact meta-gradient (``transfer_by="gradient"``, `nestlearn.nn.nested`)
+      theta_0 takes a step of the exact meta-gradient (``transfer_by="gradient"``, `nestlearn.nn.cms.nested`)
     - ``independent``: ``y = sum_l w_l M^l(norm_l(x))`` with learned weights w, one per level and head    (NL Eq. 74)
 
-    What teaches them (``signal``): ``local``, an associative objective of each level inside the layer (`FastLevel`);
+    What teaches them (``signal``): ``local``, an associative objective of each level inside the layer (`LocalLevel`);
     ``loss``, the next-token loss of the segment just read, backpropagated to the level (`LossLevel`).
 
     A frozen first level reads x as it comes (a block has normalized it), so one level with period None is exactly a
@@ -82,10 +82,10 @@ class ContinuumMemory(nn.Module):
     function; each batch row has its own fast weights. Padding never writes; a reset returns the levels of a row to
     their initial weights, but for those with ``reset=False``.
 
-    **Signal loss.** A call only reads. Whoever runs the model reads a segment of ``segment_length`` tokens with a
-    `nestlearn.nn.tape.Tape`, takes `nestlearn.nn.tape.segment_factors` of its summed loss and calls `absorb`, as
-    `nestlearn.HopeForCausalLM` does. A segment never goes beyond a reset, which may only come with the first token of
-    a call.
+    **Signal loss.** A call only reads. The caller reads a segment of ``segment_length`` tokens with a
+    `nestlearn.nn.cms.tape.Tape`, takes `nestlearn.nn.cms.tape.segment_factors` of the summed loss and calls `absorb`,
+    as `nestlearn.HopeForCausalLM` does. A segment never goes beyond a reset. A reset may only
+    come with the first token of a call.
 
     Args:
         d_model: width of input and output.
@@ -157,7 +157,7 @@ class ContinuumMemory(nn.Module):
                 return FeedForward(d_model, level.expansion, activation, level.hidden)
             if signal == "loss":
                 return LossLevel(d_model, level, activation, outer, transfer)
-            return FastLevel(d_model, level, activation, outer, transfer, transfer_by)
+            return LocalLevel(d_model, level, activation, outer, transfer, transfer_by)
 
         self.networks = nn.ModuleList(network(level, outer) for level, outer in zip(levels, slower, strict=True))
         self.norms = nn.ModuleList(
@@ -208,7 +208,7 @@ class ContinuumMemory(nn.Module):
         before = (None,) * len(self.networks) if state is None else state.levels
         for i, (network, norm, fast) in enumerate(zip(self.networks, self.norms, before, strict=True)):
             here = norm(x if total is None or self.aggregation is not None else x + total)
-            if isinstance(network, FastLevel):
+            if isinstance(network, LocalLevel):
                 y, end = network(here, fast, mask, reset, _writes(writes, i), return_state)
             elif isinstance(network, LossLevel):
                 y, end = network(here, fast, reset, return_state, tape, (key, i))
@@ -235,7 +235,7 @@ class ContinuumMemory(nn.Module):
 
         Args:
             state: after reading the segment.
-            factors: by ``(key, level)``, as `nestlearn.nn.tape.segment_factors` returns them.
+            factors: by ``(key, level)``, as `nestlearn.nn.cms.tape.segment_factors` returns them.
             learns: tokens whose step is not 0; None for all.
             idle: periods of levels to leave as they are, since nobody will read what they learn.
             writes: see `Writes`; every step of a level that does not write is 0.
@@ -244,7 +244,7 @@ class ContinuumMemory(nn.Module):
             ValueError: factors of another tape or key, or of more tokens than a segment has.
 
         Example:
-            >>> from nestlearn.nn.tape import Tape, segment_factors
+            >>> from nestlearn.nn.cms.tape import Tape, segment_factors
             >>> cms = ContinuumMemory(8, [Level(period=4, lr=0.1), Level()], signal="loss")
             >>> tape = Tape()
             >>> y, state = cms(torch.randn(2, 4, 8), tape=tape)
@@ -281,10 +281,10 @@ class ContinuumMemory(nn.Module):
                     f"factors and absorb every {self.segment_length} tokens."
                 )
 
-    def pass_over(self, state: ContinuumState, tokens: int) -> ContinuumState:
+    def advance_clock(self, state: ContinuumState, tokens: int) -> ContinuumState:
         """The state after a segment that teaches nothing: all its steps are 0, but time passes."""
         after = [
-            network.pass_over(fast, tokens) if isinstance(network, LossLevel) and fast is not None else fast
+            network.advance_clock(fast, tokens) if isinstance(network, LossLevel) and fast is not None else fast
             for network, fast in zip(self.networks, state.levels, strict=True)
         ]
         return ContinuumState(tuple(after))
@@ -301,13 +301,13 @@ class ContinuumMemory(nn.Module):
         return sum(
             network.flops_per_token(context_length)
             for network in self.networks
-            if isinstance(network, FastLevel | LossLevel | FeedForward)
+            if isinstance(network, LocalLevel | LossLevel | FeedForward)
         )
 
     def reset_parameters(self) -> None:
         """Plain feed-forward networks: no level that teaches itself writes at first."""
         for module in (*self.networks, *self.norms, self.aggregation):
-            if isinstance(module, FastLevel | LossLevel | FeedForward | nn.RMSNorm | Aggregation):
+            if isinstance(module, LocalLevel | LossLevel | FeedForward | nn.RMSNorm | Aggregation):
                 module.reset_parameters()
 
 

@@ -15,8 +15,7 @@ from nestlearn.memory.architectures import Architecture, Linear
 from nestlearn.memory.functions import activate, activate_with_error
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.types import Weights
-
-from .ffn import Activation
+from nestlearn.nn.ffn import Activation
 
 
 @dataclass(frozen=True)

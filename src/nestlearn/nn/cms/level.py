@@ -23,8 +23,8 @@ from nestlearn.memory import (
 )
 from nestlearn.memory.architectures import Architecture, Linear
 from nestlearn.memory.objectives import Objective
+from nestlearn.nn.ffn import Activation, hidden_size
 
-from .ffn import Activation, hidden_size
 from .network import Network, low_rank_shapes
 
 Rule = Literal["descent", "momentum", "delta", "orthogonalized"]
@@ -112,24 +112,24 @@ def _is_count(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Maps:
+class MapShapes:
     """The maps of any network, by name and shape: all that `nestlearn.memory.absorb` asks of an architecture.
 
-    For levels that a loss teaches. Their network runs elsewhere (`nestlearn.nn.tape.read`, or a layer of a pretrained
-    model); its errors come from the loss.
+    For levels that a loss teaches: their network runs elsewhere (in `nestlearn.nn.cms.tape.read`), and its errors come
+    from the loss.
 
     Args:
         sizes: ``((map, (out, in)), ...)``.
 
     Example:
-        >>> Maps.of({"up": (8, 2), "down": (2, 8)}).shapes(2, 2)
+        >>> MapShapes.of({"up": (8, 2), "down": (2, 8)}).shapes(2, 2)
         {'up': (8, 2), 'down': (2, 8)}
     """
 
     sizes: tuple[tuple[str, tuple[int, int]], ...]
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, int]]) -> Maps:
+    def of(cls, shapes: Mapping[str, tuple[int, int]]) -> MapShapes:
         """From ``{map: (out, in)}``."""
         return cls(tuple((name, (out, width)) for name, (out, width) in shapes.items()))
 
@@ -155,7 +155,7 @@ class Maps:
 def _no_network() -> TypeError:
     return TypeError(
         "this memory knows the shapes of its maps only: give it initial weights (init_state(params=...)), run its "
-        "network with nestlearn.nn.tape.read, and write factors of a loss with nestlearn.nn.tape.write."
+        "network with nestlearn.nn.cms.tape.read, and write factors of a loss with nestlearn.nn.cms.tape.write."
     )
 
 
@@ -164,12 +164,12 @@ def level_memory(level: Level, architecture: Architecture, objective: Objective 
 
     Args:
         level: a level with a period.
-        architecture: of its network; `Maps` where a loss teaches it.
+        architecture: of its network; `MapShapes` where a loss teaches it.
         objective: of the level itself, if it has one.
 
     Example:
         >>> import torch
-        >>> maps = Maps.of({"up": (8, 2), "down": (2, 8)})
+        >>> maps = MapShapes.of({"up": (8, 2), "down": (2, 8)})
         >>> memory = level_memory(Level(period=16, rule="delta"), maps)
         >>> state = memory.init_state((3,), 2, 2, {"up": torch.randn(8, 2), "down": torch.randn(2, 8)})
         >>> state.params["up"].shape

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nestlearn.memory import Factor, Gates, State
+from nestlearn.nn.fast import FastState, GateProjection, full_precision, pack, wide_dtype
+from nestlearn.nn.ffn import Activation
 
-from .fast import FastState, GateProjection, full_precision, pack, wide_dtype
-from .fast_level import LevelWeights
-from .ffn import Activation
-from .levels import Level, loss_gates
+from .level import Level, loss_gates
+from .local import LevelWeights
 from .nested import NestedState, restart, transfer, unpack_nested
 from .tape import Factors, Tape, read, write
 
@@ -24,7 +24,7 @@ class LossLevel(LevelWeights):
         y_t = M(x_t) at the weights of the last period's end
         theta <- theta - sum_{t in the last C tokens} eta_t f(theta; x_t),  f = d losses / d theta     (NL Eq. 71)
 
-    A read changes nothing: the model reads a segment, takes the gradient of its losses (`nestlearn.nn.tape`), and
+    A read changes nothing: the model reads a segment, takes the gradient of its losses (`nestlearn.nn.cms.tape`), and
     `absorb` writes it. The step is ``lr * 2 sigmoid(w . x_t + b)``, lr at first; the kept fraction of a period is
     learned too. Both get outer gradients however factors are differentiated.
 
@@ -33,7 +33,7 @@ class LossLevel(LevelWeights):
         level: its `Level`.
         activation: ``"swiglu"`` or ``"gelu"``.
         outer: tokens after which the initial weights move by ``rho`` of what was learned; None never moves them.
-        rho: see `nestlearn.nn.nested`.
+        rho: see `nestlearn.nn.cms.nested`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LossLevel(LevelWeights):
                 now = transfer(now, self.rho, position == 0)
         return self._pack(now, position)
 
-    def pass_over(self, state: FastState | NestedState, tokens: int) -> FastState | NestedState:
+    def advance_clock(self, state: FastState | NestedState, tokens: int) -> FastState | NestedState:
         """The state after tokens whose step is 0: what was learned is kept as after any others."""
         weights = (state.fast if isinstance(state, NestedState) else state).params
         nothing = {
