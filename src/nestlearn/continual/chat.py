@@ -93,17 +93,19 @@ class Chat:
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             return f"Error: {error}"
 
-    def prompt(self, message: str) -> str:
-        """The conversation up to the place where the answer begins, by the tokenizer's chat template if it has one."""
-        tokenizer = self.session.tokenizer
-        if getattr(tokenizer, "chat_template", None):
+    def prompt(self, message: str) -> str | list[dict[str, str]]:
+        """The conversation up to the place where the answer begins: messages where the tokenizer has a chat template.
+
+        What is said is text: a control token spelled out in it reaches the model as letters.
+        """
+        if getattr(self.session.tokenizer, "chat_template", None):
             said = [
                 {"role": role, "content": text}
                 for turn in self.turns
                 for role, text in zip(("user", "assistant"), turn, strict=True)
             ]
             said.append({"role": "user", "content": message})
-            return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            return said
         before = "".join(f"You: {question}\nModel: {answer}\n" for question, answer in self.turns)
         return f"{before}You: {message}\nModel:"
 
@@ -127,15 +129,13 @@ class Chat:
                     raise
                 del self.turns[0]
 
-    def _sample(self, prompt: str, sampling: Sampling) -> str:
+    def _sample(self, prompt: str | list[dict[str, str]], sampling: Sampling) -> str:
         return self.session.generate(
             prompt,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed + self.answered,
-            # A chat template marks turns by special tokens, which must reach the model as such.
-            special_tokens=bool(getattr(self.session.tokenizer, "chat_template", None)),
             stop="\nYou:",
         ).strip()
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from nestlearn.data.control_tokens import LiteralText, control_ids
 from nestlearn.models import HopeForCausalLM
 from nestlearn.nn.state import flatten_state, unflatten_state
 
@@ -178,7 +179,7 @@ class MemorySession:
     @torch.inference_mode()
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[dict[str, str]],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -191,14 +192,16 @@ class MemorySession:
         """What follows the prompt, with everything learned up to now. The session learns nothing from it.
 
         Args:
-            prompt: a text; nothing else is in a stacked model's context.
+            prompt: a text, or a conversation ``[{"role": "user", "content": ...}, ...]`` to be written by the
+                tokenizer's chat template. Nothing else is in a stacked model's context.
             max_new_tokens: at most so many.
             temperature: 0 takes the most likely token each time; above, tokens are drawn.
             top_p: draw from the most likely tokens of so much probability.
             seed: of the drawing (the process's random state is left as it was).
             stop: end before the first of these words.
-            special_tokens: whether special tokens spelled out in the prompt are such, as a chat template writes them
-                (a start token among them, so none is put before); otherwise they are letters.
+            special_tokens: whether control tokens spelled out in a text are such (a start token among them, so none is
+                put before); otherwise they are letters. In a conversation only those of the template are. The token
+                at which a Hope model forgets (``reset_token_id``) is left out of prompts and never generated.
             kwargs: further arguments of ``model.generate`` (``streamer``, ``repetition_penalty``, ...).
 
         Returns:
@@ -208,11 +211,8 @@ class MemorySession:
             ValueError: an empty prompt, one too long for the model (`PromptTooLong`), or arguments out of range.
         """
         words = [stop] if isinstance(stop, str) else list(stop)
-        check_text(prompt, "the prompt")
-        if special_tokens:
-            ids = list(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
-        else:
-            ids = [*self._engine.start_tokens(), *(token for token, _ in self._tokens_of(prompt, first=True))]
+        forgetting = self._engine.forgetting_tokens()
+        ids = [token for token in self._prompt_ids(prompt, special_tokens) if token not in forgetting]
         with self._lock, self._turn(), self._engine.generating(self._place.mind) as state:
             self._check_prompt(ids, max_new_tokens)
             inputs = torch.tensor([ids], device=self.model.device)
@@ -220,9 +220,21 @@ class MemorySession:
             arguments = generation_arguments(
                 self.tokenizer, self.model, len(ids), max_new_tokens, temperature, top_p, words, seed
             )
+            if forgetting:
+                arguments["suppress_tokens"] = list(forgetting)
             mask = inputs.new_ones(1, columns)
             output = self.model.generate(inputs, attention_mask=mask, **{**arguments, **state, **kwargs})
         return cut_at(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), words)
+
+    def _prompt_ids(self, prompt: str | Sequence[dict[str, str]], special_tokens: bool) -> list[int]:
+        if not isinstance(prompt, str | bytes) and isinstance(prompt, Sequence):
+            for message in prompt:
+                check_text(message["content"], "a message of the prompt")
+            return LiteralText(self.tokenizer).conversation(prompt)
+        text = check_text(prompt, "the prompt")
+        if special_tokens:
+            return control_ids(self.tokenizer, text)
+        return [*self._engine.start_tokens(), *(token for token, _ in self._tokens_of(text, first=True))]
 
     def _check_prompt(self, ids: list[int], max_new_tokens: int) -> None:
         if not ids:

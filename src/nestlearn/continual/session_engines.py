@@ -63,6 +63,10 @@ class Engine(Protocol):
         """What a prompt begins with."""
         ...
 
+    def forgetting_tokens(self) -> tuple[int, ...]:
+        """Tokens that would erase what was learned; no prompt and no answer may hold one."""
+        ...
+
     def columns(self, mind: Any) -> int:
         """Tokens that `generating` puts before the prompt."""
         ...
@@ -150,6 +154,9 @@ class StackedEngine:
 
     def start_tokens(self) -> tuple[int, ...]:
         return () if self.start_id is None else (self.start_id,)
+
+    def forgetting_tokens(self) -> tuple[int, ...]:
+        return ()
 
     def columns(self, mind: StackedMind) -> int:
         del mind
@@ -249,6 +256,10 @@ class HopeEngine:
     def start_tokens(self) -> tuple[int, ...]:
         # The token that starts a document would reset the cache.
         return ()
+
+    def forgetting_tokens(self) -> tuple[int, ...]:
+        reset = self.model.config.reset_token_id
+        return () if reset is None else (reset,)
 
     def columns(self, mind: HopeMind) -> int:
         return mind.cache.seen

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nestlearn.data.control_tokens import LiteralText
 from nestlearn.data.text_files import find_files, read_text
 from nestlearn.data.tokenizers import bytes_per_token
 
@@ -46,7 +47,7 @@ class TokenReader:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self._literal = LiteralText(tokenizer)
         try:
             self._bytes = bytes_per_token(tokenizer).tolist()
         except TypeError:
@@ -56,10 +57,8 @@ class TokenReader:
         self._drop_blank = joined != parted and joined == self._ids("one") + self._ids("two")
 
     def _ids(self, text: str) -> list[int]:
-        # Without the warning that a text is longer than the model's context.
-        # A special token typed in a text is its letters: a document cannot end itself.
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return list(encoded["input_ids"])
+        # A control token spelled out in a text is its letters: a document cannot end itself.
+        return self._literal.ids(text)
 
     def __call__(self, block: str, first: bool) -> list[tuple[int, float]]:
         """``(token, bytes)`` of a block; ``first`` if a document starts with it.

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nestlearn.data.control_tokens import LiteralText, control_tokens
 from nestlearn.data.documents import Document
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -98,13 +99,17 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "vocab"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, without special tokens, whatever the text contains."""
+    """Token ids of each text, without control tokens, whatever the text spells out."""
     if is_byte_tokenizer(tokenizer):  # ids are the bytes; the general way takes fifty times as long
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
     encoded = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+    controls = control_tokens(tokenizer).keys()
+    return [
+        np.asarray(ids if controls.isdisjoint(ids) else LiteralText(tokenizer).ids(text), dtype=np.int32)
+        for text, ids in zip(texts, encoded["input_ids"], strict=True)
+    ]
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
