@@ -14,7 +14,7 @@ from nestlearn.data import load_corpus
 from nestlearn.data.documents import Document
 from nestlearn.data.text_files import find_files, read_text
 from nestlearn.evals.learning import METHODS, SessionMethod, StreamMethod, TrainingMethod, training_method
-from nestlearn.models.config import unknown_name
+from nestlearn.fields import unknown_name
 
 DEFAULT_RATES = {"finetune": 1e-5, "ewc": 1e-5, "replay": 1e-5, "lora": 1e-4}
 """Learning rates of the methods that train weights."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from dataclasses import field, fields
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
+from nestlearn.fields import LARGEST, Between, Count, Positive, Size, check_fields, unknown_name
 from nestlearn.memory import catalog
 from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.nn.cms import Meta, Signal, Variant
@@ -20,6 +19,8 @@ from nestlearn.nn.ffn import Activation
 ATTENTION_MIXERS = ("attention", "sliding_attention")
 WINDOWED_MIXERS = ("sliding_attention", "titans_mag", "titans_mal")
 TITANS_MIXERS = ("titans_mac", "titans_mag", "titans_mal")
+TokenId = Annotated[int, Between(0, LARGEST)]
+Stream = Literal["q", "k", "v", "eta", "alpha"]
 _LEVEL_FIELDS = tuple(f.name for f in fields(Level))
 
 # Keys that the Hugging Face libraries themselves write into a saved configuration or pass when loading one.
@@ -50,14 +51,6 @@ def mixer_names() -> tuple[str, ...]:
     """All values a layer's ``mixer`` may have: the self-modifying memory, two attentions, three ways to combine
     attention with a memory, a hierarchy of memories, every catalog memory alone."""
     return tuple(dict.fromkeys(("self_modifying_titans", *ATTENTION_MIXERS, *TITANS_MIXERS, "tnt", *catalog)))
-
-
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
-    """A ValueError that names what was received and the closest known names."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(repr(match) for match in close)}?" if close else f"Known: {', '.join(known)}."
-    return ValueError(f"unknown {kind} {name!r}. {hint}")
 
 
 class HopeConfig(PreTrainedConfig):
@@ -122,19 +115,19 @@ class HopeConfig(PreTrainedConfig):
     model_type = "hope"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    vocab_size: int = 259
-    hidden_size: int = 128
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
+    vocab_size: Size = 259
+    hidden_size: Size = 128
+    num_hidden_layers: Size = 3
+    num_attention_heads: Size = 4
     mixer: str | list[str] = "self_modifying_titans"
     memory: str = "titans"
-    memory_expansion: int = 4
-    memory_chunk_size: int = 64
-    projection_chunk_size: int = 256
-    adaptive: list[str] = field(default_factory=lambda: ["k", "v", "eta", "alpha"])
-    step_size: StepSize | dict[str, StepSize] = "proximal"
-    max_step: float | None = None
-    memory_objective: str = "dot"
+    memory_expansion: Size = 4
+    memory_chunk_size: Size = 64
+    projection_chunk_size: Size = 256
+    adaptive: list[Stream] = field(default_factory=lambda: ["k", "v", "eta", "alpha"])
+    step_size: StepSize | dict[Literal["in", "out"], StepSize] = "proximal"
+    max_step: Positive | None = None
+    memory_objective: Literal["dot", "l2"] = "dot"
     memory_momentum: bool = False
     memory_delta: bool = True
     memory_retention: bool = True
@@ -145,24 +138,24 @@ class HopeConfig(PreTrainedConfig):
     cms_variant: Variant = "sequential"
     cms_signal: Signal = "local"
     cms_meta: Meta = "first"
-    cms_transfer: float = 0.5
+    cms_transfer: Annotated[float, Between(0, 1, open="low")] = 0.5
     cms_transfer_by: TransferBy = "difference"
     ffn_activation: Activation = "swiglu"
-    conv_size: int = 4
-    rope_theta: float = 10000.0
-    sliding_window: int = 256
-    segment_length: int = 128
-    persistent_tokens: int = 4
-    local_windows: list[int] = field(default_factory=lambda: [128])
-    local_chunk_sizes: list[int] = field(default_factory=lambda: [16])
-    global_chunk_size: int = 256
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    conv_size: Count = 4
+    rope_theta: Positive = 10000.0
+    sliding_window: Size = 256
+    segment_length: Size = 128
+    persistent_tokens: Count = 4
+    local_windows: list[Size] = field(default_factory=lambda: [128])
+    local_chunk_sizes: list[Size] = field(default_factory=lambda: [16])
+    global_chunk_size: Size = 256
+    rms_norm_eps: Positive = 1e-6
+    initializer_range: Annotated[float, Between(0, 100)] = 0.02
     tie_word_embeddings: bool = False
-    reset_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    reset_token_id: TokenId | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -195,21 +188,18 @@ class HopeConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise ValueError unless the fields fit each other."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "memory_expansion",
-                     "memory_chunk_size", "projection_chunk_size", "sliding_window", "segment_length",
-                     "global_chunk_size"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-        for name in ("conv_size", "persistent_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 0 (0 = none).")
+        check_fields(self, HopeConfig)
         self._check_windows()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
                 "choose a number of heads that divides it."
+            )
+        rotary = [name for name in self.mixers if name in (*ATTENTION_MIXERS, *TITANS_MIXERS)]
+        if rotary and self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} gives heads of "
+                f"odd width, but rotary positions of mixer {rotary[0]!r} turn pairs of channels; choose an even width."
             )
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
@@ -219,48 +209,43 @@ class HopeConfig(PreTrainedConfig):
         for name in self.mixers:
             if name not in mixer_names():
                 raise unknown_name("mixer", name, mixer_names())
-        if self.reset_token_id is not None and not 0 <= self.reset_token_id < self.vocab_size:
-            raise ValueError(
-                f"reset_token_id={self.reset_token_id} is not an id of a vocabulary of {self.vocab_size}; "
-                "use the tokenizer's bos_token_id, or None."
-            )
-        self._check_choices()
+        self._check_token_ids()
+        self._check_levels()
 
     def _check_windows(self) -> None:
         """Raise ValueError unless every local memory has a window of whole chunks."""
         windows, chunks = self.local_windows, self.local_chunk_sizes
-        whole = all(type(size) is int and size >= 1 for size in (*windows, *chunks))
-        if not whole or not windows or len(windows) != len(chunks) or any(map(int.__mod__, windows, chunks)):
+        if not windows or len(windows) != len(chunks) or any(map(int.__mod__, windows, chunks)):
             raise ValueError(
                 f"local_windows={windows!r} and local_chunk_sizes={chunks!r} must hold one number each per local "
                 "memory, and each window must be a multiple of its chunk; for example [128, 128] and [8, 32]."
             )
 
-    def _check_choices(self) -> None:
-        """Raise ValueError for a named choice that does not exist."""
-        steps = self.step_size.values() if isinstance(self.step_size, dict) else [self.step_size]
-        for kind, values, known in (
-            ("step_size", steps, ("proximal", "normalized", "raw")),
-            ("memory_objective", [self.memory_objective], ("dot", "l2")),
-            ("memory", [self.memory], catalog),
-            ("memory_read", [self.memory_read], ("token", "chunk")),
-            ("memory_retain_to", [self.memory_retain_to], ("initial", "zero")),
-            ("cms_variant", [self.cms_variant], get_args(Variant)),
-            ("cms_signal", [self.cms_signal], get_args(Signal)),
-            ("cms_meta", [self.cms_meta], get_args(Meta)),
-            ("cms_transfer_by", [self.cms_transfer_by], get_args(TransferBy)),
-            ("ffn_activation", [self.ffn_activation], ("swiglu", "gelu")),
-            ("adaptive stream", self.adaptive, ("q", "k", "v", "eta", "alpha")),
-        ):
-            for value in values:
-                if value not in known:
-                    raise unknown_name(kind, value, known)
-        if not self.cms or not all(isinstance(level, dict) for level in self.cms):
+    def _check_token_ids(self) -> None:
+        """Raise ValueError for a special token that the vocabulary does not have."""
+        for name in ("reset_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, (list, tuple)) else [value]:
+                if token is not None and token >= self.vocab_size:
+                    raise ValueError(
+                        f"{name}={value!r} is not an id of a vocabulary of vocab_size={self.vocab_size}; use the "
+                        "tokenizer's own ids and size, or None."
+                    )
+
+    def _check_levels(self) -> None:
+        """Raise ValueError for a memory or a level that does not exist."""
+        if self.memory not in catalog:
+            raise unknown_name("memory", self.memory, catalog)
+        if not self.cms:
             raise ValueError(f"cms={self.cms!r} must be a list of at least one mapping, such as {{'expansion': 4}}.")
-        for level in self.cms:
+        for number, level in enumerate(self.cms):
             for name in level:
                 if name not in _LEVEL_FIELDS:
                     raise unknown_name("field of a cms level", name, _LEVEL_FIELDS)
+            try:
+                Level(**level)
+            except ValueError as error:
+                raise ValueError(f"cms[{number}]: {error}") from None
 
     def state_signature(self) -> dict[str, Any]:
         """The fields that determine the shape and the meaning of a `HopeCache` of this model, as JSON values."""

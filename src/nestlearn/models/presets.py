@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from nestlearn.models.config import unknown_name
+from nestlearn.fields import unknown_name
 
 _BYTES = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, "reset_token_id": 256}
 """The byte vocabulary of `nestlearn.data.byte_tokenizer`: 256 bytes, <s>, </s>, <pad>."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nestlearn.fields import unknown_name
 from nestlearn.memory import catalog
-from nestlearn.models.config import ATTENTION_MIXERS, HopeConfig, unknown_name
+from nestlearn.models.config import ATTENTION_MIXERS, HopeConfig
 
 _HOPE: dict[str, Any] = {"mixer": "self_modifying_titans"}
 # Steps up to 2 on unit keys: eigenvalues down to -1 (docs/decisions.md, 1 and 12).

@@ -28,7 +28,7 @@ from nestlearn.evals.tasks import (
     WhereIs,
 )
 from nestlearn.evals.tasks.base import require_at_least
-from nestlearn.models.config import unknown_name
+from nestlearn.fields import unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from nestlearn.evals.language import describe_model
 from nestlearn.evals.long_context.answers import answer_prompts, mean_over_lengths, mean_with_stderr, token_count
 from nestlearn.evals.long_context.words import read_sentences
 from nestlearn.evals.result import EvalResult
-from nestlearn.models.config import unknown_name
+from nestlearn.fields import unknown_name
 
 _ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 LABELS: dict[str, tuple[str, ...]] = {

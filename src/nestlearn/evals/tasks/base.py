@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nestlearn.data.synthetic import IGNORE, Batch
-from nestlearn.models.config import unknown_name
+from nestlearn.fields import unknown_name
 
 Metric = Literal["token accuracy", "sequence accuracy"]
 _BUCKET = 8  # batches whose strings are sorted by length together

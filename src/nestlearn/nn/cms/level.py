@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nestlearn.fields import Between, Fraction, Positive, Size, check_fields
 from nestlearn.memory import (
     AssociativeMemory,
     Decay,
@@ -60,35 +61,19 @@ class Level:
         {'up_A': (4, 16), 'up_B': (64, 4), 'down_A': (4, 64), 'down_B': (16, 4)}
     """
 
-    period: int | None = None
-    expansion: float = 4
+    period: Size | None = None
+    expansion: Annotated[float, Between(0, 2**20, open="low")] = 4
     rule: Rule = "descent"
-    lr: float = 1.0
-    retain: float | None = None
-    clip: float | None = None
-    hidden: int | None = None
-    rank: int | None = None
-    momentum: float = 0.9
+    lr: Positive = 1.0
+    retain: Fraction | None = None
+    clip: Positive | None = None
+    hidden: Size | None = None
+    rank: Size | None = None
+    momentum: Annotated[float, Between(0, 1, open="high")] = 0.9
     reset: bool = True
 
     def __post_init__(self) -> None:
-        if self.period is not None and not _is_count(self.period):
-            raise ValueError(f"period={self.period!r} must be a number of tokens of at least 1, or None (frozen).")
-        if not self.expansion > 0:
-            raise ValueError(f"expansion={self.expansion!r} must be positive.")
-        if self.rule not in get_args(Rule):
-            raise ValueError(f"unknown rule {self.rule!r}; use {', '.join(map(repr, get_args(Rule)))}.")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr={self.lr!r} must be above 0.")
-        if self.retain is not None and not 0 <= self.retain <= 1:
-            raise ValueError(f"retain={self.retain!r} must be a fraction from 0 to 1, or None.")
-        if self.clip is not None and not 0 < self.clip < float("inf"):
-            raise ValueError(f"clip={self.clip!r} must be positive, or None for no bound.")
-        for name, value in (("hidden", self.hidden), ("rank", self.rank)):
-            if value is not None and not _is_count(value):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum!r} must be at least 0 and below 1.")
+        check_fields(self)
         if self.period is None and self.rank is not None:
             raise ValueError(f"rank={self.rank} bounds what a level learns, but period=None never learns. Drop one.")
 
@@ -105,10 +90,6 @@ class Level:
         """``{map: (out, in)}`` of the weights that change, ``[B, out, in]`` for B rows."""
         full = Network(self.units(d_model, activation), activation).shapes(d_model, d_model)
         return full if self.rank is None else low_rank_shapes(full, self.rank)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
