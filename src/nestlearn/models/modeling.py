@@ -159,7 +159,7 @@ class HopeModel(HopePreTrainedModel):
         """The output for documents that have a row each."""
         if reader is None or ids is None:
             return self.run_blocks(x, [], None, None, writes, False)[0]
-        return reader.read(x, ids.flatten()[tokens], [], [], None, None, writes, False).hidden
+        return reader.read(x, ids.flatten()[tokens], [], [], None, None, writes, False)[0]
 
     def run_blocks(
         self,

@@ -32,6 +32,23 @@ if TYPE_CHECKING:
 Layers = list[LayerState]
 
 
+def next_token_nats(logits: Float[Tensor, "b _ v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
+    """``sum_t -ln p(x_{t+1} | x_{<=t})`` of every row, inside the segment, in float32 or wider.
+
+    Args:
+        logits: of the first ``t - 1`` tokens or more.
+        ids: the tokens of the segment.
+
+    Example:
+        >>> round(next_token_nats(torch.zeros(1, 2, 4), torch.tensor([[0, 3, 1]])).item() / 2, 4)
+        1.3863
+    """
+    logits = logits[:, : ids.shape[1] - 1]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nats = F.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten().long().to(wide.device), reduction="none")
+    return nats.view(ids.shape[0], -1).sum(1)
+
+
 class Piece(NamedTuple):
     """Columns that are read at once: no row completes a segment, starts a document or begins to be padding inside."""
 
@@ -39,15 +56,6 @@ class Piece(NamedTuple):
     last: int
     real: list[int]
     starts: list[int]
-
-
-class Reading(NamedTuple):
-    """What was read: hidden states of the last block (and of all visited), the states after it, unfinished segments."""
-
-    hidden: Float[Tensor, "b t d"]
-    layers: Layers
-    segments: list[Segment]
-    visited: list[Tensor] | None
 
 
 class SegmentReader:
@@ -74,8 +82,17 @@ class SegmentReader:
         writes: Writes,
         keep: bool,
         visit: bool = False,
-    ) -> Reading:
-        """Read all columns; ``keep=False`` leaves out what is learned from the last segment, which nobody reads."""
+    ) -> tuple[Float[Tensor, "b t d"], Layers, list[Segment], list[Tensor] | None]:
+        """Read all columns.
+
+        Args:
+            keep: False leaves out what is learned from the last segment, which no later token reads.
+            visit: whether to return the hidden states of all blocks.
+
+        Returns:
+            Hidden states of the last block, the states after it, unfinished segments, and the hidden states of all
+            blocks.
+        """
         self.x, self.ids, self.mask, self.reset, self.writes = x, ids, mask, reset, writes
         self.layers, self.segments, self.keep, self.fresh = layers, list(segments), keep, not layers
         self.visited: list[list[Tensor]] | None = [] if visit else None
@@ -90,7 +107,7 @@ class SegmentReader:
             visited = [torch.cat(parts, 1) for parts in zip(*self.visited, strict=True)]
         if visited is not None and not torch.is_grad_enabled():
             visited = [part.detach() for part in visited]
-        return Reading(torch.cat(hidden, 1), self.layers, self.segments, visited)
+        return torch.cat(hidden, 1), self.layers, self.segments, visited
 
     # -- which columns ------------------------------------------------------------------------------------------
 
@@ -237,9 +254,7 @@ class SegmentReader:
 
     def _loss(self, hidden: Float[Tensor, "b s d"], ids: Int[Tensor, "b s"]) -> Float[Tensor, ""]:
         """Sum of ``-ln p`` in nats of the tokens after the first, by those before them in the segment."""
-        logits = self.output_layer(self.model.norm(hidden[:, :-1]))
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten().long(), reduction="sum")
+        return next_token_nats(self.output_layer(self.model.norm(hidden[:, :-1])), ids).sum()
 
     def _idle(self, piece: Piece) -> list[int]:
         """Periods that end no more in these columns, of rows that started with them and are not kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -27,6 +28,27 @@ def hidden_size(d_model: int, expansion: float, activation: Activation = "swiglu
     if hidden < 1:
         raise ValueError(f"{expansion=} gives {hidden} hidden units at {d_model=}; it must give at least 1.")
     return hidden
+
+
+def feed_forward(
+    linear: Callable[[str, Tensor], Tensor], act: Callable[[Tensor], Tensor], x: Tensor, gated: bool
+) -> Tensor:
+    """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate.
+
+    Args:
+        linear: ``linear(name, u)`` applies the map ``"gate"``, ``"up"`` or ``"down"``, whatever its weights are.
+        act: the activation.
+        x: the input.
+        gated: whether there is a gate.
+
+    Example:
+        >>> import torch
+        >>> feed_forward(lambda name, u: 2 * u, torch.relu, torch.tensor([1.0]), gated=True)
+        tensor([8.])
+    """
+    if gated:
+        return linear("down", act(linear("gate", x)) * linear("up", x))
+    return linear("down", act(linear("up", x)))
 
 
 class FeedForward(nn.Module):
@@ -66,8 +88,8 @@ class FeedForward(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], None]:
         """The protocol of `nestlearn.nn`; a frozen network has no state and needs no mask."""
         del state, mask, reset, writes, return_state
-        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return self.down(hidden), None
+        gated = self.gate is not None
+        return feed_forward(lambda name, u: getattr(self, name)(u), F.silu if gated else F.gelu, x, gated), None
 
     def flops_per_token(self, context_length: int = 1) -> int:
         """Forward FLOPs per token; a multiply-add counts 2. Independent of the context."""

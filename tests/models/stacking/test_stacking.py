@@ -27,7 +27,7 @@ from transformers import (
 from nestlearn import HopeConfig, HopeForCausalLM, Level, LevelState, freeze_backbone, stack_levels, unstack_levels
 from nestlearn.data import byte_tokenizer
 from nestlearn.models import level_parameters, load_stacked
-from nestlearn.models.stacking import read_segment
+from nestlearn.models.stacking import MapNames, families, read_segment, register_family
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox"]
 MODES = ["add", "split", "copy"]
@@ -173,6 +173,18 @@ def test_maps_of_other_models_are_named_by_the_caller(ids, tmp_path):
     assert (logits(model, ids, level_state=read(model, ids)) - before).abs().max() > 1e-4
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load_stacked(tmp_path), ids), before)
+
+
+def test_a_family_is_registered_from_outside(ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "_KNOWN_NAMES", [*families._KNOWN_NAMES])
+    with pytest.raises(ValueError, match=r"register_family\(MapNames"):
+        stack_levels(phi(), LEVELS)
+    register_family(MapNames(up="fc1", down="fc2", act="activation_fn"), PhiConfig)
+    model = stack_levels(phi(), LEVELS)
+    assert model.stack_plan.paths == ("model.layers.0.mlp", "model.layers.1.mlp")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, ids), logits(model, ids))
 
 
 def test_mlps_chosen_by_pattern_or_function(make):

@@ -7,6 +7,8 @@ from .build import unstack_levels as unstack_levels
 from .classes import StackedModel as StackedModel
 from .classes import load_stacked as load_stacked
 from .classes import register_families as register_families
+from .classes import register_family as register_family
+from .families import MapNames as MapNames
 from .families import find_networks as find_networks
 from .learn import KeyValues as KeyValues
 from .learn import Segment as Segment

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from .families import MapNames, add_names
 from .network import StackedMLP, stacked_mlp_class
 from .plan import StackPlan
 from .state import LevelState, reading
@@ -148,6 +149,23 @@ def register(base: type[PretrainedConfig]) -> None:
     later = type(name, (_Later,), {"config_class": config, "__module__": __name__})
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, cast(Any, later), exist_ok=True)
+
+
+def register_family(names: MapNames, config: type[PretrainedConfig] | None = None) -> None:
+    """Let `stack_levels` know a family of models, from outside the package as from inside.
+
+    Args:
+        names: how the MLPs of its layers name their maps.
+        config: its configuration class. With it, `AutoModelForCausalLM` loads stacked models of the family;
+            `load_stacked` does so in any case.
+
+    Example:
+        >>> from nestlearn.models.stacking import MapNames
+        >>> register_family(MapNames(up="first_map", down="second_map", act="relu"))
+    """
+    add_names(names)
+    if config is not None:
+        register(config)
 
 
 def register_families() -> None:

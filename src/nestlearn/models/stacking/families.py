@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from nestlearn.nn.ffn import feed_forward
+
 MlpFilter = str | Mapping[str, str] | Callable[[str, nn.Module], bool] | None
 """What the caller may say about the MLPs of a model; see `find_networks`."""
 
@@ -18,7 +20,8 @@ _HOW = (
     "Name them by the argument `mlp`: a pattern of module paths such as mlp='model.layers.*.mlp' if the modules have "
     "maps of known names, otherwise a mapping such as "
     "mlp={'path': 'model.layers.*.mlp', 'up': 'fc1', 'down': 'fc2', 'act': 'activation_fn'} (and 'gate', where "
-    "act(gate x) multiplies up x)."
+    "act(gate x) multiplies up x). Make a family known for good by nestlearn.models.stacking.register_family("
+    "MapNames(up='fc1', down='fc2', act='activation_fn'), PhiConfig)."
 )
 
 
@@ -37,11 +40,18 @@ class MapNames:
         return {**gate, "up": self.up, "down": self.down}
 
 
-FAMILIES = (
+_KNOWN_NAMES = [
     MapNames("up_proj", "down_proj", "gate_proj", "act_fn"),  # Llama, Qwen, Mistral, Gemma
     MapNames("c_fc", "c_proj", None, "act"),  # GPT-2
     MapNames("dense_h_to_4h", "dense_4h_to_h", None, "act"),  # GPT-NeoX
-)
+]
+"""Names by which MLPs are found; `add_names` appends to them."""
+
+
+def add_names(names: MapNames) -> None:
+    """Let `find_networks` find MLPs whose maps have these names."""
+    if names not in _KNOWN_NAMES:
+        _KNOWN_NAMES.append(names)
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ def _wanted(path: str, module: nn.Module, mlp: MlpFilter) -> bool:
 
 
 def _known_names(module: nn.Module) -> MapNames | None:
-    for names in FAMILIES:
+    for names in _KNOWN_NAMES:
         if all(hasattr(module, attribute) for attribute in (*names.maps().values(), names.act)):
             return names
     return None
@@ -155,7 +165,7 @@ def check_formula(network: FoundNetwork) -> None:
     expected, got = network.module(x), None
     network.module.train(training)
     if isinstance(expected, Tensor) and expected.shape == x.shape:
-        got = run_network(lambda name, u: maps[name](u), getattr(network.module, network.names.act), x, "gate" in maps)
+        got = feed_forward(lambda name, u: maps[name](u), getattr(network.module, network.names.act), x, "gate" in maps)
     tolerance = 100 * torch.finfo(first.dtype).eps * float(expected.abs().max()) if got is not None else 0.0
     if got is None or float((got - expected).abs().max()) > tolerance:
         formula = "down(act(gate x) * up x)" if "gate" in maps else "down(act(up x))"
@@ -163,15 +173,6 @@ def check_formula(network: FoundNetwork) -> None:
             f"{network.path} ({type(network.module).__name__}) does not compute {formula} with {network.names}: "
             f"such a module cannot become levels. {_HOW}"
         )
-
-
-def run_network(
-    linear: Callable[[str, Tensor], Tensor], act: Callable[[Tensor], Tensor], x: Tensor, gated: bool
-) -> Tensor:
-    """``down(act(gate x) * up x)``, or ``down(act(up x))``, with any interpretation of the linear maps."""
-    if gated:
-        return linear("down", act(linear("gate", x)) * linear("up", x))
-    return linear("down", act(linear("up", x)))
 
 
 class LinearMap:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from nestlearn.memory import Factor, Gates
+from nestlearn.models.segments import next_token_nats
 from nestlearn.nn.cms.level import Level, loss_gates
 from nestlearn.nn.cms.tape import Factors, Tape, gradients, segment_factors, squared_norm, usable, write
 from nestlearn.nn.fast import pack, unpack
@@ -117,13 +118,6 @@ def read_segment(
         found = tuple((k.detach(), v.detach()) for k, v in found)
         state = state.detach()
     return Segment(logits, found, state, loss)
-
-
-def next_token_nats(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
-    """``sum_t -ln p(x_{t+1} | x_{<=t})`` of every row, inside the segment, in float32 or wider."""
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten().to(wide.device), reduction="none")
-    return nats.view(ids.shape[0], -1).sum(1)
 
 
 def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:

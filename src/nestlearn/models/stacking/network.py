@@ -15,10 +15,11 @@ from nestlearn.memory.types import Weights
 from nestlearn.nn.cms.level import MapShapes, level_memory
 from nestlearn.nn.cms.network import low_rank_shapes
 from nestlearn.nn.cms.tape import Tape
+from nestlearn.nn.ffn import feed_forward
 
-from .families import maps_of, run_network
+from .families import maps_of
 from .plan import StackPlan
-from .state import current_reading
+from .state import active_levels
 
 
 class LevelWeights(nn.Module):
@@ -157,7 +158,7 @@ class StackedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], *args: Any, **kwargs: Any) -> Float[Tensor, "b t d"]:
         """The class's own forward, with levels."""
-        plan, now = self.stack_plan, current_reading(self.stack_plan)
+        plan, now = self.stack_plan, active_levels(self.stack_plan)
         state, tape = (None, None) if now is None else (now.state, now.tape)
         fast = None if state is None else state.networks.get(self.stack_path)
         if plan.mode == "add":
@@ -209,7 +210,7 @@ class StackedMLP(nn.Module):
                     z = z + fast_map(f"{name}_B", fast_map(f"{name}_A", u, fast[f"{name}_A"]), fast[f"{name}_B"])
             return z if name not in biases else z + biases[name]
 
-        return run_network(linear, self._act(), x, "gate" in dense)
+        return feed_forward(linear, self._act(), x, "gate" in dense)
 
     def _hidden_biases(self, index: int) -> Weights:
         """Biases of the hidden units; the networks of ``add`` have none."""
@@ -236,7 +237,7 @@ class StackedMLP(nn.Module):
             z = u @ weights[name].mT
             return z if name not in biases else z + biases[name]
 
-        return y + run_network(linear, self._act(), x, "gate" in maps)
+        return y + feed_forward(linear, self._act(), x, "gate" in maps)
 
     def _act(self) -> Callable[[Tensor], Tensor]:
         return getattr(self, self.stack_plan.names.act)

@@ -111,7 +111,7 @@ class LevelState:
             )
 
 
-class Reading(NamedTuple):
+class ActiveLevels(NamedTuple):
     """What a forward pass of the model with this plan reads and records."""
 
     plan: StackPlan
@@ -120,14 +120,14 @@ class Reading(NamedTuple):
 
 
 # Of the current thread (or task) alone, so that many can use one model at once, each with its own state.
-_READING: ContextVar[tuple[Reading, ...]] = ContextVar("reading", default=())
+_ACTIVE: ContextVar[tuple[ActiveLevels, ...]] = ContextVar("active_levels", default=())
 
 
-def current_reading(plan: StackPlan) -> Reading | None:
-    """The innermost reading of the model with this plan; None for a plain forward pass."""
-    for reading in reversed(_READING.get()):
-        if reading.plan is plan:
-            return reading
+def active_levels(plan: StackPlan) -> ActiveLevels | None:
+    """The innermost `reading` of the model with this plan; None for a plain forward pass."""
+    for active in reversed(_ACTIVE.get()):
+        if active.plan is plan:
+            return active
     return None
 
 
@@ -140,8 +140,8 @@ def reading(plan: StackPlan, state: LevelState | None, tape: Tape | None = None)
     """
     if state is not None:
         state.check(plan)
-    token = _READING.set((*_READING.get(), Reading(plan, state, tape)))
+    token = _ACTIVE.set((*_ACTIVE.get(), ActiveLevels(plan, state, tape)))
     try:
         yield
     finally:
-        _READING.reset(token)
+        _ACTIVE.reset(token)

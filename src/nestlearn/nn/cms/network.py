@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from nestlearn.memory.architectures import Architecture, Linear
 from nestlearn.memory.functions import activate, activate_with_error
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.types import Weights
-from nestlearn.nn.ffn import Activation
+from nestlearn.nn.ffn import Activation, feed_forward
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ class Network:
         return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * shape[-1] ** -0.5
 
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
-        if self.activation == "gelu":
-            return linear("down", activate("gelu", linear("up", x)))
-        return linear("down", activate("silu", linear("gate", x)) * linear("up", x))
+        gated = self.activation == "swiglu"
+        return feed_forward(linear, partial(activate, "silu" if gated else "gelu"), x, gated)
 
     def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
         """Input and error of every map for the loss of ``(k, v)``, in closed form."""
