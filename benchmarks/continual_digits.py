@@ -2,6 +2,7 @@
 
     python benchmarks/continual_digits.py --out runs/continual_digits
     python benchmarks/continual_digits.py --group levels --out runs/continual_digits
+    python benchmarks/continual_digits.py --unequal --seeds 0 1 2 3 4 --out runs/continual_digits
     python benchmarks/continual_digits.py --group grid --seeds 100 101 --out runs/continual_digits
 
 A residual network of perceptron blocks learns the digits with its pixels in ten different orders, one after the other:
@@ -11,7 +12,9 @@ repeated; results.jsonl has a record per run, table.md the tables.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +22,11 @@ from torch import Tensor, nn
 
 from continual_rows import Bench, Row, arguments, chosen
 from nestlearn.continual import CMS, ElasticWeights, ExperienceReplay, JointTraining, LoRA, Projection, Transfer
-from nestlearn.data import permuted_digits
+from nestlearn.data import Examples, TaskStream, permuted_digits
 
 TASKS, EPOCHS = 10, 10
+UNEQUAL = (2, 20)
+"""Fewest and most passes over a task of unequal length."""
 
 
 class Block(nn.Module):
@@ -62,6 +67,17 @@ def levels(*periods: int, ends: int) -> Callable[[nn.Module], list[Any]]:
         return [(modules, period) for period, modules in by_period.items()]
 
     return of
+
+
+def unequal_tasks(stream: TaskStream, seed: int) -> TaskStream:
+    """The stream with another number of passes over each task, drawn from the seed; learn it in one epoch."""
+    draw = random.Random(seed)
+    tasks = []
+    for task in stream.tasks:
+        passes = draw.randint(*UNEQUAL)
+        train = Examples(task.train.inputs.repeat(passes, 1), task.train.targets.repeat(passes))
+        tasks.append(replace(task, train=train))
+    return replace(stream, tasks=tuple(tasks), config=stream.config | {"passes": list(UNEQUAL)})
 
 
 # Periods that no task length (430 steps) is a multiple of.
@@ -146,16 +162,23 @@ def main() -> None:
     """Run what is missing and print the tables after every seed."""
     parser = arguments(__doc__, [*GROUPS], "runs/continual_digits")
     parser.add_argument("--hidden", type=int, default=128, help="hidden units of a block")
+    parser.add_argument("--unequal", action="store_true", help="2 to 20 passes over each task in place of ten")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"group": options.group, "hidden": options.hidden}
+    settings = {"group": options.group, "hidden": options.hidden} | ({"unequal": UNEQUAL} if options.unequal else {})
+
+    def stream(seed: int) -> TaskStream:
+        equal = permuted_digits(TASKS, seed=seed)
+        return unequal_tasks(equal, seed) if options.unequal else equal
+
     bench = Bench(
-        f"{options.group}-{options.hidden}",
-        stream=lambda seed: permuted_digits(TASKS, seed=seed),
+        f"{options.group}-{options.hidden}" + "-unequal" * options.unequal,
+        stream=stream,
         model=lambda seed, row: ResidualNet(seed, hidden=options.hidden, **row.options),
-        epochs=EPOCHS,
+        epochs=1 if options.unequal else EPOCHS,
         settings=settings,
-        command=f"python benchmarks/continual_digits.py --group {options.group} --hidden {options.hidden}",
+        command=f"python benchmarks/continual_digits.py --group {options.group} --hidden {options.hidden}"
+        + " --unequal" * options.unequal,
         matched=full(),
         curves=CURVES,
     )
