@@ -7,12 +7,15 @@ import importlib
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from nestlearn.memory import catalog, scan
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -38,13 +41,29 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         exec(compile("\n" * line + match.group(1), str(page), "exec"), namespace)
 
 
+@pytest.mark.parametrize("name", catalog)
+def test_the_first_example_works_for_every_memory(name: str) -> None:
+    """The README invites any name of the catalog: results are finite and reads move toward the values."""
+    block = next(match.group(1) for match in BLOCK.finditer((ROOT / "README.md").read_text()))
+    assert 'catalog["deltanet"]' in block
+    namespace: dict[str, Any] = {}
+    exec(block.replace('catalog["deltanet"]', f'catalog["{name}"]'), namespace)
+    memory, y, k, v, gates = (namespace[key] for key in ("memory", "y", "k", "v", "gates"))
+    torch.manual_seed(0)
+    torch.randn(2, *k.shape, dtype=k.dtype)  # what the example draws before the initial weights
+    start = memory.init_state((1,), 32, 32, dtype=k.dtype)
+    unwritten, _ = scan(memory, start, k, k, v, gates._replace(lr=0 * gates.lr))
+    assert y.isfinite().all() and y.abs().max() < 10
+    assert (y * v).sum(-1).mean() > (unwritten * v).sum(-1).mean()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     targets = (link.split("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link)
     reached = [(page.parent / target).resolve() for target in targets if target]
     assert not [target for target in reached if not target.exists()]
     # The site has the pages of docs/ only: mkdocs refuses links to anything else.
-    assert page.name == "README.md" or not [target for target in reached if not target.is_relative_to(ROOT / "docs")]
+    assert page.parent == ROOT or not [target for target in reached if not target.is_relative_to(ROOT / "docs")]
 
 
 def public_names() -> dict[str, object]:

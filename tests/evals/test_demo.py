@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from nestlearn.evals import report
 from nestlearn.evals.compare import Curve, compare, eval_curve, interpolate
 from nestlearn.evals.demo import QUICK_PLAN, run_demo
 from nestlearn.evals.plots import BLUE, Line, Panel, chart
@@ -91,6 +92,31 @@ def test_curves_are_compared_where_both_have_values():
     assert (interpolate([1.0, 3.0], [0.0, 4.0], 0.0), interpolate([1.0, 3.0], [0.0, 4.0], 9.0)) == (0.0, 4.0)
     with pytest.raises(ValueError, match="no held-out points"):
         eval_curve([{"step": 1, "loss": 1.0}], "a")
+
+
+def heights(svg: str, texts: tuple[str, ...]) -> list[float]:
+    """Vertical positions of texts in a chart."""
+    found = [
+        re.search(rf'y="([-\d.]+)"[^>]*>{text}<|translate\([-\d.]+ ([-\d.]+)\)[^>]*>{text}<', svg) for text in texts
+    ]
+    return [float(match[1] or match[2]) for match in found if match]
+
+
+def test_labels_of_marks_stand_on_lines_of_their_own():
+    panel = Panel([Line("one", [0, 512], [8.0, 7.0], BLUE)], "x", marks=[(256, "training length"), (256, "exchange")])
+    first, second = heights(chart([panel]), ("training length", "exchange"))
+    assert abs(first - second) >= 10
+
+
+def test_no_curve_of_the_report_is_cut(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    shown: list[Panel] = []
+    monkeypatch.setattr(report, "chart", lambda panels, **_: shown.extend(panels) or "")
+    run_demo(demo / "out", f"text:{demo / 'texts'}", PLAN, Console(quiet=True))
+    ranged = [panel for panel in shown if panel.y_range]
+    assert len(ranged) == 4
+    for panel in ranged:
+        low, high = panel.y_range
+        assert all(low <= y <= high for line in panel.lines for y in line.y if y is not None)
 
 
 def test_charts_take_the_colour_of_the_page_and_share_no_identifiers():

@@ -104,9 +104,10 @@ def _draw(axes: Axes, panel: Panel) -> None:
         if formatter is not None:
             axis.set_major_formatter(FuncFormatter(lambda value, _position, f=formatter: f(value)))
     axes.grid(True, color=_INK, alpha=0.12, lw=0.8)
-    for position, text in panel.marks:
+    # One line of text lower for every mark, so that marks close to each other do not print over each other.
+    for row, (position, text) in enumerate(panel.marks):
         axes.axvline(position, color=_INK, alpha=0.45, lw=1, ls=(0, (2, 3)))
-        axes.annotate(text, (position, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
+        axes.annotate(text, (position, 1), xycoords=("data", "axes fraction"), xytext=(4, -4 - 12 * row),
                       textcoords="offset points", va="top", fontsize=8.5, alpha=0.75)  # fmt: skip
 
 

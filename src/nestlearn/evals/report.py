@@ -129,10 +129,11 @@ def _learning(results: DemoResults) -> list[str]:
             label_of = results.runs["transformer"].label if name == "transformer-long" else curve.label
             lines.append(Line(label_of, getattr(curve, axis), curve.bits_per_byte, COLORS[name]))
         panels.append(Panel(lines, label, "held-out bits per byte" if axis == "tokens" else "", x_format=_short))
-    top = min(6.0, max(curve.bits_per_byte[0] for curve in results.curves.values()))
+    top = max(max(curve.bits_per_byte) for curve in results.curves.values())
     low = min(min(curve.bits_per_byte) for curve in results.curves.values())
     panels = [
-        Panel(panel.lines, panel.x_label, panel.y_label, y_range=(low - 0.1, top), x_format=_short) for panel in panels
+        Panel(panel.lines, panel.x_label, panel.y_label, y_range=(low - 0.1, top + 0.1), x_format=_short)
+        for panel in panels
     ]
     training = [
         Line(run.label, *_training_points(run), color=COLORS[name], width=1.4)
@@ -176,11 +177,11 @@ def _positions(results: DemoResults) -> list[str]:
         Line("Transformer, caches exchanged", middle, _curve(results, "transformer", "shuffled"), GREY, style=":"),
     ]
     marks = [(results.training_length, "training length"), (length // 2, "exchange")]
-    highest = max(value for line in lines for value in line.y[1:] if value is not None)
+    highest = max(value for line in lines for value in line.y if value is not None)
     lowest = min(value for line in lines for value in line.y if value is not None)
     panel = Panel(
         lines, "position in the document (bytes)", "bits per byte", marks=marks,
-        y_range=(lowest - 0.1, min(highest + 0.2, lowest + 4.5)),
+        y_range=(lowest - 0.1, highest + 0.2),
     )  # fmt: skip
     return [
         page.heading("Does reading help?"),
