@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,7 +36,7 @@ class EndedRows(StoppingCriteriaList):
 
     def __call__(self, input_ids: Int[Tensor, "b t"], scores: Any, **kwargs: Any) -> Bool[Tensor, "b"]:  # type: ignore[override]
         """True for rows that end with the newest column."""
-        done = super().__call__(input_ids, scores, **kwargs)
+        done = super().__call__(cast(Any, input_ids), scores, **kwargs)
         # One row alone is never padded. Otherwise the loop of the library looks at these values in every step, too.
         if self._pads and len(done) > 1 and bool(done.any()):
             length = torch.full_like(done, input_ids.shape[1], dtype=torch.long)
