@@ -33,7 +33,7 @@ def check_memories() -> None:
                 gates = gates._replace(threshold=lr)
             mask, reset = torch.rand(2, 2, 3, 7) < 0.8
             state = variant.init_state((2, 3), 4, 4)
-            memory.scan(variant, state, q, k, v, gates, mask=mask, reset=~reset, engine=engine)
+            memory.scan(variant, state, q, k, v, gates, initial=state.params, mask=mask, reset=~reset, engine=engine)
 
 
 def check_models() -> None:

@@ -32,7 +32,7 @@ CHUNKS = pytest.mark.parametrize("chunk", [1, 5, 64])
 
 def run(memory: AssociativeMemory, gates: Gates, engine="chunked", params=None, q=Q, k=K, v=V, **options):
     state = memory.init_state((ROWS,), D, D, params=params, dtype=torch.float64)
-    return scan(memory, state, q, k, v, gates, engine=engine, **options)
+    return scan(memory, state, q, k, v, gates, initial=state.params, engine=engine, **options)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -190,7 +190,7 @@ def test_nothing_happens_at_retention_one_and_step_zero(name: str, retain_to: st
     fresh = memory.init_state((ROWS,), D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     momentum = ONE if isinstance(memory.algorithm, Momentum) else None
     gates = Gates(ZERO, ONE, momentum, ONE if needs_threshold(memory.objective) else None)
-    y, state = scan(memory, fresh, Q, K, V, gates, engine=engine)  # type: ignore[arg-type]
+    y, state = scan(memory, fresh, Q, K, V, gates, initial=fresh.params, engine=engine)  # type: ignore[arg-type]
     for key, w in fresh.params.items():
         close(state.params[key], w, 1e-14)
     plain = memory.architecture(lambda key, x: x @ memory.retention.anchored(fresh.params[key]).mT, Q)
@@ -204,10 +204,12 @@ def test_masked_tokens_leave_the_state_to_the_bit(name: str, engine: str):
     momentum = CARRY if isinstance(memory.algorithm, Momentum) else None
     fresh = memory.init_state((ROWS,), D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gates = Gates(0.1 * RATE, KEEP, momentum, KEEP if needs_threshold(memory.objective) else None)
-    _, before = scan(memory, fresh, Q, KEYS, V, gates, engine=engine)  # type: ignore[arg-type]
+    _, before = scan(memory, fresh, Q, KEYS, V, gates, initial=fresh.params, engine=engine)  # type: ignore[arg-type]
     nothing = torch.zeros(ROWS, TOKENS, dtype=torch.bool)
     for reset in (None, ~nothing):
-        y, after = scan(memory, before, Q, KEYS, V, gates, mask=nothing, reset=reset, engine=engine)  # type: ignore[arg-type]
+        y, after = scan(
+            memory, before, Q, KEYS, V, gates, initial=fresh.params, mask=nothing, reset=reset, engine=engine
+        )  # type: ignore[arg-type]
         assert not y.any() and torch.equal(after.position, before.position)
         for group in ("params", "anchor", "momentum"):
             for key, w in (getattr(before, group) or {}).items():

@@ -304,7 +304,7 @@ def run(
     for first, last in itertools.pairwise([0, *splits, case.tokens]):
         if last > first:
             args, flags = inputs.cut(first, last)
-            y, state = scan(case.memory, state, *args, **flags, engine=engine, **options)  # type: ignore[arg-type]
+            y, state = scan(case.memory, state, *args, initial=inputs.initial, **flags, engine=engine, **options)  # type: ignore[arg-type]
             outputs.append(y)
     return torch.cat(outputs, 1), state
 
@@ -313,7 +313,7 @@ def state_tensors(state: State) -> dict[str, Tensor]:
     """Every weight in a state by name."""
     groups = {"params": state.params, "anchor": state.anchor, "momentum": state.momentum or {}}
     named = {f"{group} {name}": w for group, weights in groups.items() for name, w in weights.items()}
-    return named | state.extra
+    return named if state.pending is None else named | {"pending": state.pending}
 
 
 def results(inputs: Inputs, y: Tensor, state: State) -> dict[str, Tensor]:

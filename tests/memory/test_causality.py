@@ -112,7 +112,7 @@ def test_a_lost_state_goes_on_as_nan_and_a_reset_clears_it(read: str):
     assert y[0].isnan().all() and torch.isfinite(y[1]).all()
     reset = torch.zeros(2, 12, dtype=torch.bool)
     reset[0, 6] = True
-    y, state = scan(memory, lost, *args, reset=reset)
+    y, state = scan(memory, lost, *args, initial=inputs.initial, reset=reset)
     assert y[0, :6].isnan().all() and torch.isfinite(y[0, 6:]).all() and torch.isfinite(state.params["in"]).all()
     (late, _), fresh = inputs.cut(6, 12), case.memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64)
     torch.testing.assert_close(y[0, 6:], scan(memory, fresh, *late)[0][0], rtol=1e-12, atol=1e-12)
@@ -142,8 +142,8 @@ def test_a_poisoned_query_spoils_its_own_answer_only():
     state = memory.init_state((1,), 4, 4, generator=torch.Generator().manual_seed(0))
     q, k, v = torch.randn(3, 1, 9, 4, generator=torch.Generator().manual_seed(1)).unbind()
     gates = Gates(torch.full((1, 9), 0.5), torch.ones(1, 9))
-    y, end = scan(memory, state, q, k, v, gates)
+    y, end = scan(memory, state, q, k, v, gates, initial=state.params)
     q[0, 4] = NAN
-    other, other_end = scan(memory, state, q, k, v, gates)
+    other, other_end = scan(memory, state, q, k, v, gates, initial=state.params)
     assert equal(other[:, [0, 1, 2, 3, 5, 6, 7, 8]], y[:, [0, 1, 2, 3, 5, 6, 7, 8]]) and other[0, 4].isnan().all()
     assert torch.equal(end.params["out"], other_end.params["out"])

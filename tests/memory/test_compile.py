@@ -43,7 +43,7 @@ def fresh_compiler():
 
 def call(case: Case, inputs: Inputs, state: State) -> tuple[Tensor, State]:
     args, flags = inputs.cut(0, case.tokens)
-    return scan(case.memory, state, *args, **flags)  # type: ignore[arg-type]
+    return scan(case.memory, state, *args, initial=inputs.initial, **flags)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("case", "backend"), CASES)
@@ -75,7 +75,7 @@ def test_a_stream_compiles_for_no_new_position():
         return graph.forward
 
     def piece(state: State, q, k, v, gates) -> tuple[Tensor, State]:
-        return scan(case.memory, state, q, k, v, gates)
+        return scan(case.memory, state, q, k, v, gates, initial=inputs.initial)
 
     compiled = torch.compile(piece, backend=count, fullgraph=True)
     state = start(case, inputs)._replace(aligned=False)

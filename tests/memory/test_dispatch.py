@@ -72,7 +72,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_auto_runs_the_engine_that_explain_names(name: str, ran: Counter[str]):
     memory = catalog[name]
     explanation = explain(memory)
-    scan(memory, memory.init_state((2,), 4, 4), *arguments(memory, (2,), 6))
+    state = memory.init_state((2,), 4, 4)
+    scan(memory, state, *arguments(memory, (2,), 6), initial=state.params)
     assert ran == {explanation.engine: 1, "aligned": 1}
     assert explanation.engine == "chunked" and len(explanation.reasons) >= 3
     assert str(explanation).startswith("engine: chunked\n- ")
@@ -121,7 +122,7 @@ def test_any_leading_dimensions(name: str, batch: tuple[int, ...], flagged: bool
     outcomes = []
     for engine in ("reference", "chunked"):
         state = memory.init_state(batch, 4, 4, params=params, dtype=torch.float64)
-        y, end = scan(memory, state, *args, **flags, engine=engine)
+        y, end = scan(memory, state, *args, initial=state.params, **flags, engine=engine)
         assert y.shape == (*batch, 6, 4) and end.position.shape == batch
         assert all(w.shape[: len(batch)] == batch for w in state_tensors(end).values())
         outcomes.append({"y": y, "position": end.position, **state_tensors(end)})
@@ -140,7 +141,7 @@ def test_no_autograd_is_needed(architecture, read: str, flags: str):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y, end = run(case, inputs)
-            again, _ = scan(case.memory, end, *inputs.cut(0, 5)[0])
+            again, _ = scan(case.memory, end, *inputs.cut(0, 5)[0], initial=inputs.initial)
         assert not y.requires_grad and not again.requires_grad and torch.equal(y, expected)
         assert all(torch.equal(state_tensors(end)[name], w) for name, w in state_tensors(state).items())
 
@@ -165,12 +166,14 @@ def test_half_precision_inputs_keep_wide_weights(name: str, dtype: torch.dtype):
     args = arguments(memory, (2,), 10, dtype)
     for x in args[:3]:
         x.requires_grad_()
-    y, end = scan(memory, state, *args)
+    y, end = scan(memory, state, *args, initial=state.params)
     assert y.dtype == dtype
     assert all(w.dtype == torch.float32 for w in state_tensors(end).values()) and end.position.dtype == torch.long
     gradients = torch.autograd.grad(y.float().square().sum(), list(args[:3]))
     assert all(g.dtype == dtype and torch.isfinite(g).all() for g in gradients)
-    exact, _ = scan(memory, state, *(x.detach().float() for x in args[:3]), args[3].map(Tensor.float))
+    exact, _ = scan(
+        memory, state, *(x.detach().float() for x in args[:3]), args[3].map(Tensor.float), initial=state.params
+    )
     torch.testing.assert_close(y.detach(), exact.to(dtype), rtol=0, atol=0)
 
 
@@ -197,9 +200,10 @@ def test_single_precision_is_accurate(name: str):
     if needs_threshold(memory.objective):
         gates = gates._replace(threshold=0.5 + retain)
     params = memory.init_state((), 16, 16, generator=generator, dtype=torch.float64).params
-    exact, _ = scan(memory, memory.init_state((2,), 16, 16, params=params, dtype=torch.float64), q, k, v, gates)
+    wide = memory.init_state((2,), 16, 16, params=params, dtype=torch.float64)
+    exact, _ = scan(memory, wide, q, k, v, gates, initial=params)
     narrow = memory.init_state((2,), 16, 16, params=params)
-    y, _ = scan(memory, narrow, q.float(), k.float(), v.float(), gates.map(Tensor.float))
+    y, _ = scan(memory, narrow, q.float(), k.float(), v.float(), gates.map(Tensor.float), initial=params)
     assert (y.double() - exact).norm() < 1e-4 * exact.norm()
 
 
@@ -212,8 +216,8 @@ def test_results_do_not_alias_the_inputs():
         kept = {name: w.clone() for name, w in state_tensors(before).items()}
         args, given = inputs.cut(0, 9)
         copies = [x.clone() for x in args[:3]]
-        first, _ = scan(case.memory, before, *args, **given)  # type: ignore[arg-type]
-        second, _ = scan(case.memory, before, *args, **given)  # type: ignore[arg-type]
+        first, _ = scan(case.memory, before, *args, initial=inputs.initial, **given)  # type: ignore[arg-type]
+        second, _ = scan(case.memory, before, *args, initial=inputs.initial, **given)  # type: ignore[arg-type]
         assert torch.equal(first, second)
         assert all(torch.equal(state_tensors(before)[name], w) for name, w in kept.items())
         assert all(torch.equal(x, copy) for x, copy in zip(args[:3], copies, strict=True))

@@ -70,7 +70,9 @@ def test_surprise_and_absorb_chunk_by_chunk_equal_scan(case: Case):
     expected, state = run(case, inputs)[1], memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64)
     for first in range(0, 13, case.chunk_size):
         (_, k, v, gates), _ = inputs.cut(first, min(first + case.chunk_size, 13))
-        state = absorb(memory, state, surprise(memory, state.anchor, k, v, gates.threshold), gates)
+        state = absorb(
+            memory, state, surprise(memory, state.anchor, k, v, gates.threshold), gates, initial=inputs.initial
+        )
     y = torch.zeros(2, 13, 3, dtype=torch.float64)
     assert_same(results(inputs, y, state), results(inputs, y, expected), case)
 
@@ -82,7 +84,7 @@ def test_engines_may_take_turns(case: Case):
     state, outputs = case.memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64), []
     for engine, first, last in (("reference", 0, 5), ("chunked", 5, 8), ("reference", 8, 13)):
         args, flags = inputs.cut(first, last)
-        y, state = scan(case.memory, state, *args, **flags, engine=engine)  # type: ignore[arg-type]
+        y, state = scan(case.memory, state, *args, initial=inputs.initial, **flags, engine=engine)  # type: ignore[arg-type]
         outputs.append(y)
     assert_equal_runs((torch.cat(outputs, 1), state), run(case, inputs), case)
 

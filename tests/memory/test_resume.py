@@ -47,7 +47,7 @@ def test_engines_may_take_turns(case: Case):
     state, outputs = case.memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64), []
     for engine, first, last in (("reference", 0, 5), ("chunked", 5, 8), ("reference", 8, TOKENS)):
         args, flags = inputs.cut(first, last)
-        y, state = scan(case.memory, state, *args, **flags, engine=engine)  # type: ignore[arg-type]
+        y, state = scan(case.memory, state, *args, initial=inputs.initial, **flags, engine=engine)  # type: ignore[arg-type]
         outputs.append(y)
     assert_equal_runs((torch.cat(outputs, 1), state), run(case, inputs), case)
 
@@ -65,7 +65,8 @@ def test_rows_of_different_phase_equal_separate_runs(case: Case):
             return None if x is None else x[row : row + 1, first:last]
 
         here = Gates(*map(cut, gates))  # type: ignore[arg-type]
-        return scan(memory, state, cut(q), cut(k), cut(v), here, **{n: cut(f) for n, f in flags.items()})
+        own = {name: w[row : row + 1] for name, w in inputs.initial.items()}
+        return scan(memory, state, cut(q), cut(k), cut(v), here, initial=own, **{n: cut(f) for n, f in flags.items()})
 
     ends = []
     for row, read in enumerate((0, 3, 7)):
@@ -75,7 +76,7 @@ def test_rows_of_different_phase_equal_separate_runs(case: Case):
     # The same six tokens follow for all, so that the rows form one batch.
     alone = [one(row, 7, TOKENS, end) for row, end in enumerate(ends)]
     args, late = inputs.cut(7, TOKENS)
-    y, state = scan(memory, join(ends), *args, **late)
+    y, state = scan(memory, join(ends), *args, initial=inputs.initial, **late)
     assert_equal_runs((y, state), (torch.cat([a[0] for a in alone]), join([a[1] for a in alone])), case)
 
 
@@ -86,8 +87,8 @@ def join(states: list[State]) -> State:
         parts = [getattr(state, group) for state in states]
         return None if parts[0] is None else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    groups = {group: stack(group) for group in ("params", "anchor", "initial", "momentum")}
-    return State(**groups, position=torch.cat([s.position for s in states]), extra={}, aligned=False)  # type: ignore[arg-type]
+    groups = {group: stack(group) for group in ("params", "anchor", "momentum")}
+    return State(**groups, position=torch.cat([s.position for s in states]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("first", [0, 4, 5])
@@ -98,10 +99,10 @@ def test_outputs_do_not_need_the_final_state(case: Case, first: int):
     state = case.memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64)
     if first:
         args, flags = inputs.cut(0, first)
-        state = scan(case.memory, state, *args, **flags)[1]
+        state = scan(case.memory, state, *args, initial=inputs.initial, **flags)[1]
     args, flags = inputs.cut(first, TOKENS)
-    y, _ = scan(case.memory, state, *args, **flags, return_state=False)
-    assert torch.equal(y, scan(case.memory, state, *args, **flags)[0])
+    y, _ = scan(case.memory, state, *args, initial=inputs.initial, **flags, return_state=False)
+    assert torch.equal(y, scan(case.memory, state, *args, initial=inputs.initial, **flags)[0])
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.flags == "none"], ids=str)
@@ -110,7 +111,7 @@ def test_surprise_and_absorb_chunk_by_chunk_equal_scan(case: Case):
     expected, state = run(case, inputs)[1], memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64)
     for first in range(0, TOKENS, case.chunk_size):
         (_, k, v, gates), _ = inputs.cut(first, min(first + case.chunk_size, TOKENS))
-        state = absorb(memory, state, surprise(memory, state.anchor, k, v), gates)
+        state = absorb(memory, state, surprise(memory, state.anchor, k, v), gates, initial=inputs.initial)
     y = torch.zeros(2, TOKENS, 3, dtype=torch.float64)
     assert_same(results(inputs, y, state), results(inputs, y, expected), case)
     assert state.aligned == expected.aligned
@@ -125,7 +126,7 @@ def test_absorb_in_parts_of_a_chunk(retention):
     state = memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64)
     for first, last in ((0, 2), (2, 5), (5, 6), (6, 10)):
         (_, k, v, gates), _ = inputs.cut(first, last)
-        state = absorb(memory, state, surprise(memory, state.anchor, k, v), gates)
+        state = absorb(memory, state, surprise(memory, state.anchor, k, v), gates, initial=inputs.initial)
     y, expected = run(case, inputs)
     assert_equal_runs((y, state), (y, expected), case)
 

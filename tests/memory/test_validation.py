@@ -147,7 +147,7 @@ BOOL = torch.ones(2, 5, dtype=torch.bool)
         ((X, X, X, GATES), {"reset": BOOL[:, :2]}, ValueError, "reset must have shape"),
         ((X, X, X, GATES), {"mask": BOOL.float()}, TypeError, "mask must be a bool tensor, got torch.float32"),
         ((X, X, X, GATES), {"reset": BOOL.long()}, TypeError, "reset must be a bool tensor"),
-        ((X, X, X, GATES), {"engine": "triton"}, ValueError, "engine='triton' cannot run.*engine='auto'"),
+        ((X, X, X, GATES), {"engine": "triton"}, ValueError, "unknown engine 'triton': use 'auto'"),
         ((X, X, X, GATES), {"engine": "fast"}, ValueError, "unknown engine 'fast': use 'auto'"),
         ((X, X, X, GATES), {"read": "row"}, ValueError, "read must be 'token' or 'chunk', got 'row'"),
     ],
@@ -179,3 +179,63 @@ def test_absorb_and_surprise_refuse_what_does_not_fit():
         absorb(memory, state(), factors, Gates(G, G, G))
     with pytest.raises(ValueError, match="map 'W' must be"):
         surprise(memory, state().params, X[:1], X[:1])
+
+
+# ---------------------------------------------------------------------------------------------- what is no tensor
+
+
+@pytest.mark.parametrize(
+    ("replaced", "error", "message"),
+    [
+        ({"state": None}, TypeError, "state must be a nestlearn.memory.State, got NoneType.*init_state"),
+        ({"gates": None}, TypeError, r"gates must be a nestlearn.memory.Gates, got NoneType.*Gates\(lr, retain\)"),
+        ({"gates": Gates(None, G)}, TypeError, "gates.lr is None"),  # type: ignore[arg-type]
+        ({"gates": Gates(G, G.tolist())}, TypeError, "gates.retain must be a tensor, got list"),  # type: ignore[arg-type]
+        ({"q": X.tolist()}, TypeError, "q must be a tensor, got list.*torch.as_tensor"),
+        ({"v": X.numpy()}, TypeError, "v must be a tensor, got ndarray"),
+        ({"mask": [[True] * 5] * 2}, TypeError, "mask must be a tensor, got list"),
+        ({"k": X.to("meta")}, ValueError, "k is on meta, but the state is on cpu"),
+        ({"gates": Gates(G, G.to("meta"))}, ValueError, "gates.retain is on meta"),
+        ({"gates": Gates(G.double(), G)}, TypeError, "gates.lr is float64 but the state is torch.float32"),
+        ({"q": X[..., :0], "k": X[..., :0]}, ValueError, "width of at least 1"),
+        ({"v": X[..., :0]}, ValueError, "width of at least 1"),
+    ],
+)
+def test_what_is_no_tensor_of_the_state_is_refused_by_name(replaced, error, message):
+    given = {"state": state(), "q": X, "k": X, "v": X, "gates": GATES, **replaced}
+    with pytest.raises(error, match=message):
+        scan(catalog["deltanet"], **given)
+
+
+# ------------------------------------------------------------------------------------------------ initial weights
+
+
+def test_a_reset_goes_back_to_the_initial_weights_that_are_given():
+    memory = replace(catalog["deltanet"], chunk_size=4)
+    reset = torch.zeros(2, 5, dtype=torch.bool)
+    reset[:, 4] = True
+    learned = {"W": torch.eye(4)}
+    begin = memory.init_state((2,), 4, 4, learned)
+    key = torch.ones(2, 5, 4) / 2
+    args = (begin, key, key, 3 * key, Gates(torch.ones(2, 5), torch.ones(2, 5)))
+    for engine in ("reference", "chunked"):
+        for options, start in (({"initial": learned}, torch.eye(4)), ({}, torch.zeros(4, 4))):
+            _, end = scan(memory, *args, reset=reset, engine=engine, **options)
+            fresh = memory.init_state((2,), 4, 4, {"W": start})
+            _, alone = scan(memory, fresh, *(x[:, 4:] for x in args[1:4]), args[4].map(lambda g: g[:, 4:]))
+            torch.testing.assert_close(end.params["W"], alone.params["W"])
+
+
+def test_a_memory_that_starts_at_random_asks_for_its_start():
+    deep = replace(catalog["dla"], chunk_size=4)
+    begin = deep.init_state((2,), 4, 4)
+    scan(deep, begin, X, X, X, GATES)
+    with pytest.raises(ValueError, match="MLP starts at random weights.*pass initial="):
+        scan(deep, begin, X, X, X, GATES, reset=BOOL)
+    with pytest.raises(ValueError, match="pass initial="):
+        scan(catalog["hope"], begin, X, X, X, GATES)
+    with pytest.raises(ValueError, match="initial has maps"):
+        scan(deep, begin, X, X, X, GATES, initial={"W": X}, reset=BOOL)
+    with pytest.raises(ValueError, match="initial weights 'in' have shape"):
+        scan(deep, begin, X, X, X, GATES, initial={**begin.params, "in": X}, reset=BOOL)
+    scan(deep, begin, X, X, X, GATES, initial=begin.params, reset=BOOL)

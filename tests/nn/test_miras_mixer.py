@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -25,13 +25,15 @@ from nestlearn.memory import (
     LqDual,
     Matrix,
     OrthogonalizedMomentum,
+    Retention,
+    State,
     ValueShiftRobust,
     catalog,
     scan,
 )
 from nestlearn.models import HopeConfig, HopeForCausalLM
 from nestlearn.nn import MemoryMixer
-from nestlearn.nn.fast import FastState, unit
+from nestlearn.nn.fast import unit
 from nestlearn.nn.state import flatten_state, unflatten_state
 
 from .test_mixer import assert_finite, inputs, run, saturated
@@ -97,7 +99,7 @@ def test_a_state_saved_before_a_field_existed_can_be_read():
     tensors, spec = flatten_state(state.memory)
     assert spec["names"].pop() == "pending" and spec["children"].pop()
     back = unflatten_state(tensors, spec)
-    assert isinstance(back, FastState) and back.pending is None
+    assert isinstance(back, State) and back.pending is None
     spec["names"][0] = "other"
     with pytest.raises(ValueError, match="Load it with the version that saved it"):
         unflatten_state(tensors, spec)
@@ -203,3 +205,73 @@ def test_a_layer_recalls_better_with_training(name: str):
         optimizer.step()
         errors.append(loss.detach())
     assert sum(errors[-5:]) / 5 < 0.95 * errors[0]
+
+
+# ------------------------------------------------------------------------------------- rules from outside the package
+
+
+@dataclass(frozen=True)
+class Quartic:
+    """``25 sum r^4``: 1,200 times as steep as L2 at residuals of norm 2."""
+
+    def loss(self, prediction, v):
+        return 25 * (prediction - v).pow(4).sum(-1)
+
+    def error(self, predict, v):
+        return 100 * (predict() - v).pow(3)
+
+
+@dataclass(frozen=True)
+class SteepQuartic(Quartic):
+    def steepness(self, width, reach):
+        return 300 * reach**2
+
+
+@dataclass(frozen=True)
+class Tenfold(Retention):
+    """``W = 10 tanh(A)``."""
+
+    def weights(self, accumulator, anchor):
+        return 10 * torch.tanh(accumulator)
+
+
+@dataclass(frozen=True)
+class SteepTenfold(Tenfold):
+    def steepness(self, start):
+        return 10.0
+
+
+def test_an_objective_or_retention_that_states_no_steepness_is_refused():
+    with pytest.raises(ValueError, match=r"Quartic\(\) does not state its steepness.*steepness\(width, reach\)"):
+        MemoryMixer(8, 2, AssociativeMemory(objective=Quartic()))
+    with pytest.raises(ValueError, match=r"Tenfold\(\) does not state its steepness.*steepness\(start\)"):
+        MemoryMixer(8, 2, AssociativeMemory(objective=L2(), retention=Tenfold()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "memory",
+    [
+        AssociativeMemory(objective=SteepQuartic()),
+        AssociativeMemory(MLP(2), objective=SteepQuartic()),
+        AssociativeMemory(objective=L2(), retention=SteepTenfold()),
+        AssociativeMemory(objective=SteepQuartic(), retention=SteepTenfold()),
+    ],
+    ids=repr,
+)
+def test_a_steep_rule_from_outside_stays_finite_with_open_gates(memory):
+    torch.manual_seed(0)
+    layer = MemoryMixer(8, 2, memory, chunk_size=8)
+    assert layer.gates is not None
+    layer.gates.bias.fill_(30.0)
+    y, state = layer(5 * torch.randn(2, 512, 8))
+    assert state is not None and y.isfinite().all()
+    assert all(w.isfinite().all() for w in state.memory.params.values())
+
+
+def test_a_rule_from_outside_gives_the_same_layer_by_both_engines(monkeypatch):
+    memory = AssociativeMemory(MLP(2), objective=SteepQuartic(), retention=SteepTenfold())
+    layer, x = MemoryMixer(8, 2, memory, chunk_size=4).double(), torch.randn(2, 11, 8, dtype=torch.float64)
+    expected = layer(x)[0]
+    monkeypatch.setattr("nestlearn.nn.mixer.scan", lambda *args, **options: scan(*args, **options, engine="reference"))
+    torch.testing.assert_close(layer(x)[0], expected)

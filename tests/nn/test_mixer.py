@@ -295,7 +295,7 @@ def test_inference_mode_equals_training(name):
     with torch.inference_mode():
         y, state = run(layer.eval(), x[:, :5], x[:, 5:])
     torch.testing.assert_close(y, expected, **TOLERANCE)
-    assert state.memory.position.tolist() == [1, 1]
+    assert state.memory.position.flatten().unique().tolist() == [1]
 
 
 @pytest.mark.parametrize("name", [name for name in DEEP if name != "dla"])

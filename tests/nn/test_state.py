@@ -14,7 +14,7 @@ def example(rows=3):
     def w():
         return torch.randn(rows, 2, 4)
 
-    memory = State({"W": w()}, None, {"W": w()}, {"W": w()}, torch.arange(rows), {}, aligned=True)
+    memory = State({"W": w()}, None, {"W": w()}, torch.arange(rows), aligned=True)
     return {"memory": memory, "tail": (w(), None), "list": [w()], "flag": True}
 
 

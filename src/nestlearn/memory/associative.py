@@ -14,7 +14,7 @@ from .algorithms import Algorithm, Descent, Momentum, OrthogonalizedMomentum, ha
 from .architectures import Architecture, Matrix
 from .objectives import DotProduct, Objective
 from .retention import Decay, Delta, Retention, is_linear, is_per_channel
-from .types import PENDING, State, Weights
+from .types import State, Weights
 
 StepSize = Literal["raw", "proximal", "normalized"]
 RetainTo = Literal["zero", "initial"]
@@ -163,10 +163,32 @@ class AssociativeMemory:
             momentum = {n: torch.zeros_like(w) for n, w in initial.items()}
         first = next(iter(initial.values()))
         position = torch.zeros(batch_shape, dtype=torch.long, device=first.device)
-        extra = {}
-        if isinstance(self.algorithm, OrthogonalizedMomentum):
-            extra[PENDING] = first.new_zeros(batch_shape)
-        return State(dict(initial), momentum, dict(initial), initial, position, extra, aligned=True)
+        pending = first.new_zeros(batch_shape) if isinstance(self.algorithm, OrthogonalizedMomentum) else None
+        return State(initial, momentum, dict(initial), position, pending, aligned=True)
+
+    def full_initial(self, initial: Weights | None, state: State, needed: bool) -> Weights:
+        """The initial weights of the rows of ``state``; the memory's own start where none are given.
+
+        Args:
+            initial: ``{map: [*b, out, in]}`` or broadcastable to it.
+            state: of the rows.
+            needed: whether something goes back to them: a reset, or retention to the initial weights.
+
+        Raises:
+            ValueError: wrong names or shapes; or none, where they are needed and the memory starts at random.
+        """
+        if initial is not None:
+            if set(initial) != set(state.params):
+                raise ValueError(f"initial has maps {sorted(initial)}, this memory has {sorted(state.params)}")
+            return {n: _expand(n, initial[n], tuple(w.shape)).to(w.dtype) for n, w in state.params.items()}
+        if not needed:
+            return state.params
+        if not isinstance(self.architecture, Matrix):
+            raise ValueError(
+                f"{type(self.architecture).__name__} starts at random weights, and a reset or retain_to='initial' goes "
+                "back to them: pass initial=, the weights that the state began with (init_state(...).params)."
+            )
+        return {n: self.retention.start(torch.zeros_like(w)) for n, w in state.params.items()}
 
 
 def _require(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from .associative import AssociativeMemory
 from .chunked import Tokens, entering
 from .forms import Span, keep_empty
 from .span import Entering, Kernels, Writes, contain, make_kernels
-from .types import Factor, State, Weights
+from .types import Factor, Running, Weights
 
 
 def channel_kernels(memory: AssociativeMemory, tokens: Tokens) -> Kernels:
@@ -37,7 +37,7 @@ def channel_kernels(memory: AssociativeMemory, tokens: Tokens) -> Kernels:
     )
 
 
-def open_channels(memory: AssociativeMemory, state: State, factors: dict[str, Factor], tokens: Tokens) -> Span:
+def open_channels(memory: AssociativeMemory, state: Running, factors: dict[str, Factor], tokens: Tokens) -> Span:
     """A span of a memory with `Decay` per channel."""
     kernels = channel_kernels(memory, tokens)
     momentum = kernels.impulse is not None
@@ -55,7 +55,7 @@ def open_channels(memory: AssociativeMemory, state: State, factors: dict[str, Fa
         y = y if lost is None else torch.where(lost.unsqueeze(-1), torch.nan, y)
         return y + x @ state.initial[name].mT if memory.retain_to == "initial" else y
 
-    def advance() -> State:
+    def advance() -> Running:
         params: Weights = {}
         carried: Weights = {}
         for name in writes:

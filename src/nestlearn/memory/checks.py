@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -12,15 +13,13 @@ from .objectives import ThresholdObjective, needs_threshold
 from .retention import is_per_channel
 from .types import Factor, Gates, State, Weights
 
-Engine = Literal["auto", "reference", "chunked", "triton"]
+Engine = Literal["auto", "reference", "chunked"]
 
 
 def check_engine(engine: str) -> None:
-    """Known, and able to run here."""
-    if engine == "triton":
-        raise ValueError("engine='triton' cannot run: this build has no Triton kernels. Use engine='auto'.")
+    """A known one."""
     if engine not in get_args(Engine):
-        raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference', 'chunked' or 'triton'")
+        raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference' or 'chunked'")
 
 
 def check_scan(
@@ -37,14 +36,18 @@ def check_scan(
     """Shapes, dtypes and gates of one call fit each other, the memory and the state."""
     if how not in ("token", "chunk"):
         raise ValueError(f"read must be 'token' or 'chunk', got {how!r}")
+    check_types(state, gates, {"q": q, "k": k, "v": v}, {"mask": mask, "reset": reset})
     if q.dim() < 2 or q.shape[-2] == 0:
         raise ValueError(f"scan needs at least one token: q has shape {tuple(q.shape)}, expected [*b, t >= 1, d]")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"keys and values need a width of at least 1: q is {tuple(q.shape)}, v is {tuple(v.shape)}")
     batch, tokens = q.shape[:-2], q.shape[-2]
     weights = next(iter(state.params.values()))
     if q.shape != k.shape or v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree but for v's width")
     check_maps(memory, state.params, k, v, batch)
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    given = {"q": q, "k": k, "v": v, **{f"gates.{n}": x for n, x in gates._asdict().items() if x is not None}}
+    for name, x in given.items():
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
         if x.dtype == torch.float64 and weights.dtype != torch.float64:
@@ -67,6 +70,31 @@ def check_scan(
     for name, x in (("mask", mask), ("reset", reset)):
         if x is not None and x.dtype != torch.bool:
             raise TypeError(f"{name} must be a bool tensor, got {x.dtype}")
+
+
+def check_types(state: object, gates: object, inputs: Mapping[str, object], flags: Mapping[str, object | None]) -> None:
+    """Records and tensors, all on the device of the state."""
+    if not isinstance(state, State):
+        raise TypeError(
+            f"state must be a nestlearn.memory.State, got {type(state).__name__}. "
+            "Start with memory.init_state(batch_shape, d_key, d_value)."
+        )
+    if not isinstance(gates, Gates):
+        raise TypeError(f"gates must be a nestlearn.memory.Gates, got {type(gates).__name__}. Use Gates(lr, retain).")
+    named = {f"gates.{name}": x for name, x in gates._asdict().items()}
+    for name in ("gates.lr", "gates.retain"):
+        if named[name] is None:
+            raise TypeError(f"{name} is None, but every token needs one; ones keep everything and write fully.")
+    optional = {name: x for name, x in (*named.items(), *flags.items()) if x is not None}
+    device = next(iter(state.params.values())).device
+    for name, x in {**inputs, **optional}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}. Use torch.as_tensor({name}).")
+        if x.device != device:
+            raise ValueError(
+                f"{name} is on {x.device}, but the state is on {device}. Move one of them, or make the state with "
+                f"init_state(..., device={str(x.device)!r})."
+            )
 
 
 def check_maps(memory: AssociativeMemory, weights: Weights, k: Tensor, v: Tensor, batch: tuple[int, ...]) -> None:

@@ -18,7 +18,7 @@ from .layout import Grid, nobody, place, scatter_outputs, span_length
 from .objectives import with_threshold
 from .retention import Delta
 from .span import Entering, Erasure, Kernels, Writes, advance, contain, erase, make_kernels, read, write, write_kept
-from .types import Factor, Gates, State, Weights
+from .types import Factor, Gates, Running, Weights
 
 
 class Prepared(NamedTuple):
@@ -47,10 +47,6 @@ class Tokens(NamedTuple):
 
 PREPARED_TOKENS = 1024
 """Tokens prepared at once: enough to fill a machine, few beside the spans' own tensors."""
-
-
-DISTANCE = "distance"
-"""Key in ``State.extra`` under which a scan carries params - initial from span to span."""
 
 
 def dense(weights: Weights):
@@ -113,11 +109,11 @@ def _spans(x: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if x is None else x.unbind(1)
 
 
-def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor | None) -> Entering:
+def entering(memory: AssociativeMemory, state: Running, name: str, reset: Tensor | None) -> Entering:
     """The entering weights of one map, as the distance to initial if retention pulls there."""
     momentum = None if state.momentum is None else state.momentum[name]
     if memory.retain_to == "initial":
-        known = state.extra.get(DISTANCE)
+        known = state.displacement
         if known is not None:
             return Entering(known[name], momentum)
         # The very same tensor: a fresh memory, known without looking, has distance 0.
@@ -127,7 +123,7 @@ def entering(memory: AssociativeMemory, state: State, name: str, reset: Tensor |
 
 
 def absorb_span(
-    memory: AssociativeMemory, state: State, factors: dict[str, Factor], tokens: Tokens, *, guard: bool = True
+    memory: AssociativeMemory, state: Running, factors: dict[str, Factor], tokens: Tokens, *, guard: bool = True
 ) -> tuple[Kernels, dict[str, Entering], dict[str, Writes]]:
     """Kernels, entering weights and writes of every map for one span.
 
@@ -149,14 +145,14 @@ def absorb_span(
 
 def advance_span(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     kernels: Kernels,
     starts: dict[str, Entering],
     writes: dict[str, Writes],
     valid: Tensor | None,
     *,
     settle: bool = True,
-) -> State:
+) -> Running:
     """The state after a span; rows without a valid token keep theirs to the last bit.
 
     ``settle=False``: the next span has the same anchor, so that the distance to the initial weights is all it needs.
@@ -177,11 +173,11 @@ def advance_span(
         if s is not None:
             momentum[name] = s
     # Where a row keeps its weights to the bit, the distance must follow the weights.
-    extra = {DISTANCE: distance} if distance and valid is None else {}
-    return state._replace(params=params, momentum=momentum or None, extra=extra)
+    kept = distance if distance and valid is None else None
+    return state._replace(params=params, momentum=momentum or None, displacement=kept)
 
 
-def revive(state: State, reset: Tensor) -> tuple[State, Tensor]:
+def revive(state: Running, reset: Tensor) -> tuple[Running, Tensor]:
     """Rows whose weights are not finite go back to initial if this span resets them, and are named.
 
     The closed form forgets by a factor 0, which does not clear NaN.
@@ -211,8 +207,8 @@ def spoil_before_reset(y: Tensor, lost: Tensor, reset: Tensor) -> Tensor:
 
 
 def run_span(
-    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, *, update: bool = True, guard: bool = True
-) -> tuple[Tensor | None, State]:
+    memory: AssociativeMemory, state: Running, tokens: Tokens, how: str, *, update: bool = True, guard: bool = True
+) -> tuple[Tensor | None, Running]:
     """Outputs of one span and the state after it. ``update=False`` skips the new state where nobody needs it."""
     if tokens.reset is not None:
         state, lost = revive(state, tokens.reset)
@@ -222,8 +218,8 @@ def run_span(
 
 
 def _run_span(
-    memory: AssociativeMemory, state: State, tokens: Tokens, how: str, update: bool, guard: bool
-) -> tuple[Tensor | None, State]:
+    memory: AssociativeMemory, state: Running, tokens: Tokens, how: str, update: bool, guard: bool
+) -> tuple[Tensor | None, Running]:
     linear, adjoint = anchored(state.anchor, state.initial, tokens.reset)
     y = None
     if how == "chunk" and tokens.q is not None:
@@ -247,7 +243,7 @@ def _run_span(
 
 def scan(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -257,7 +253,7 @@ def scan(
     how: str,
     *,
     return_state: bool = True,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Running]:
     """Run the recurrence span by span over rows ``[b, t, d]``. Arguments are validated by `nestlearn.memory.scan`."""
     if state.aligned and mask is None and reset is None:
         return _scan_aligned(memory, state, q, k, v, gates, how, return_state)
@@ -279,8 +275,15 @@ def split_tokens(tensors: tuple[Tensor | None, ...], size: int) -> list[tuple[An
 
 
 def _scan_aligned(
-    memory: AssociativeMemory, state: State, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, return_state: bool
-) -> tuple[Tensor, State]:
+    memory: AssociativeMemory,
+    state: Running,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    how: str,
+    return_state: bool,
+) -> tuple[Tensor, Running]:
     tokens, chunk = k.shape[1], memory.chunk_size
     span = span_length(chunk, tokens)
     outputs = []
@@ -302,12 +305,12 @@ def _scan_aligned(
     if tokens % chunk == 0:
         state = state._replace(anchor=state.params)
     position = torch.full_like(state.position, tokens % chunk)
-    return torch.cat(outputs, 1), state._replace(position=position, extra={}, aligned=tokens % chunk == 0)
+    return torch.cat(outputs, 1), state._replace(position=position, displacement=None, aligned=tokens % chunk == 0)
 
 
 def _scan_placed(
-    memory: AssociativeMemory, state: State, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, grid: Grid
-) -> tuple[Tensor, State]:
+    memory: AssociativeMemory, state: Running, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, grid: Grid
+) -> tuple[Tensor, Running]:
     rows, spans, _ = grid.index.shape
     row = torch.arange(rows, device=k.device)[:, None, None]
     q_s, k_s, v_s = (torch.where(grid.valid[..., None], x[row, grid.index], 0) for x in (q, k, v))

@@ -75,10 +75,13 @@ def _run(case: Case, engine: Any, splits: tuple[int, ...] = (), mask: Tensor | N
         here = gates.map(lambda g, a=first, b=last: g[:, a:b])
         given = None if mask is None else mask[:, first:last]
         now = slice(first, last)
-        y, state = scan(memory, state, q[:, now], k[:, now], v[:, now], here, mask=given, engine=engine)
+        tokens_now = q[:, now], k[:, now], v[:, now]
+        y, state = scan(memory, state, *tokens_now, here, initial=start, mask=given, engine=engine)
         outputs.append(y)
-    groups = {"params": state.params, "anchor": state.anchor, "momentum": state.momentum or {}, "extra": state.extra}
+    groups = {"params": state.params, "anchor": state.anchor, "momentum": state.momentum or {}}
     named = {f"{group} {name}": w for group, weights in groups.items() for name, w in weights.items()}
+    if state.pending is not None:
+        named["pending"] = state.pending
     return {"the outputs": torch.cat(outputs, 1), **named}
 
 

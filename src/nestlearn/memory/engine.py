@@ -16,7 +16,7 @@ from .checks import Engine, check_engine, check_factors, check_maps, check_scan,
 from .layout import nobody, poisoned_from
 from .objectives import with_threshold
 from .retention import Delta
-from .types import Factor, Gates, State, Weights
+from .types import Factor, Gates, Running, State, Weights
 
 LARGEST_KEPT = 1.25
 """Products of 128 larger kept fractions leave the range of float32."""
@@ -30,6 +30,7 @@ def scan(
     v: Float[Tensor, "*b t d_value"],
     gates: Gates,
     *,
+    initial: Weights | None = None,
     mask: Bool[Tensor, "*b t"] | None = None,
     reset: Bool[Tensor, "*b t"] | None = None,
     engine: Engine = "auto",
@@ -45,9 +46,12 @@ def scan(
     Args:
         q, k, v: queries, keys, values. No scaling or normalization happens here.
         gates: step size, retention and momentum of every token, ``[*b, t]``.
+        initial: the weights ``{map: [*b, out, in]}`` (or broadcastable) that a reset and ``retain_to="initial"`` go
+            back to; gradients reach them. None is the start of a matrix memory, zeros. A memory that starts at
+            random needs those of its start here, as from ``init_state(...).params``.
         mask: False marks a token that changes nothing (padding); its output is 0.
         reset: True puts the row back to its initial state before that token.
-        engine: ``reference`` (token loop), ``chunked``, ``triton`` (raises where it cannot run), ``auto`` the fastest.
+        engine: ``reference`` (token loop), ``chunked``, or ``auto``, the fastest.
         read: overrides the memory's own ``token`` or ``chunk`` read.
         return_state: False lets an engine skip the state after the last token; the returned one is then unspecified.
 
@@ -78,10 +82,11 @@ def scan(
     q, k, v, gates = q.to(compute), k.to(compute), v.to(compute), gates.map(lambda g: g.to(compute))
     k, v, gates, poisoned = _quarantine(k, v, gates, mask, reset)
     run = _scan_loop if engine == "reference" else _scan_rows
-    y, end = run(memory, state, q, k, v, gates, mask, reset, how, return_state)
+    full = memory.full_initial(initial, state, reset is not None or memory.retain_to == "initial")
+    y, end = run(memory, Running.of(state, full), q, k, v, gates, mask, reset, how, return_state)
     if not nobody(poisoned):
         y, end = _spread(y, end, poisoned, mask)
-    return y.to(out_dtype), end
+    return y.to(out_dtype), end.state()
 
 
 def surprise(
@@ -117,12 +122,14 @@ def absorb(
     factors: dict[str, Factor],
     gates: Gates,
     *,
+    initial: Weights | None = None,
     mask: Bool[Tensor, "*b t"] | None = None,
 ) -> State:
     """Write the surprise of t tokens, all measured at ``state.anchor``, into the memory.
 
     The tokens of a row must belong to one chunk: ``position + t <= chunk_size``. ``scan`` is ``surprise`` and
     ``absorb`` chunk by chunk, with reads. ``mask`` is False at tokens that change nothing (padding), wherever they are.
+    ``initial``: the weights that ``retain_to="initial"`` keeps toward, as in `scan`.
 
     Raises:
         ValueError: if t exceeds the chunk, or the factors or the mask do not fit.
@@ -145,21 +152,22 @@ def absorb(
     count = tokens if mask is None else mask.sum(-1)
     position = (state.position + count) % memory.chunk_size
     finished = position == 0 if mask is None else (position == 0) & mask.any(-1)
+    begin = Running.of(state, memory.full_initial(initial, state, memory.retain_to == "initial"))
     if memory.is_plain:
         empty = next(iter(factors.values())).input
         span = chunked.Tokens(None, empty, empty, gates, mask)
-        kernels, starts, writes = chunked.absorb_span(memory, state, factors, span)
-        end = chunked.advance_span(memory, state, kernels, starts, writes, mask)._replace(extra={})
+        kernels, starts, writes = chunked.absorb_span(memory, begin, factors, span)
+        end = chunked.advance_span(memory, begin, kernels, starts, writes, mask)
     else:
         leading = position.dim()
-        rows = _flatten_state(state, leading)
+        rows = _flatten_state(begin, leading)
         flat = {name: Factor(*(_flat(x, leading) for x in factor)) for name, factor in factors.items()}
         flat_gates, flat_mask = gates.map(lambda g: _flat(g, leading)), None if mask is None else _flat(mask, leading)
         end = general.absorb_span(memory, rows, flat, flat_gates, finished.reshape(-1), flat_mask)
         end = _unflatten_state(end, position.shape)
     anchor = {n: torch.where(finished[..., None, None], w, state.anchor[n]) for n, w in end.params.items()}
     aligned = state.aligned and mask is None and tokens % memory.chunk_size == 0
-    return end._replace(anchor=anchor, position=position, aligned=aligned)
+    return end.state()._replace(anchor=anchor, position=position, aligned=aligned)
 
 
 def _neutral(gates: Gates, mask: Tensor) -> Gates:
@@ -206,7 +214,6 @@ def explain(memory: AssociativeMemory) -> Explanation:
     if isinstance(memory.algorithm, Momentum):
         reasons.append("momentum needs one more kernel, the product of both decays")
     reasons.append("a fresh state runs aligned; masks, resets and a state inside a chunk place tokens on a grid")
-    reasons.append("no Triton kernel exists for this memory")
     return Explanation("chunked", tuple(reasons))
 
 
@@ -235,7 +242,7 @@ def _limit(x: Tensor) -> float:
     return torch.finfo(x.dtype).max ** (1 / 3)
 
 
-def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+def _spread(y: Tensor, end: Running, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, Running]:
     """Make poisoned outputs and states NaN."""
     here = poisoned if mask is None else poisoned & mask
     lost = poisoned[..., -1, None, None]
@@ -250,7 +257,7 @@ def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tup
 
 def _scan_loop(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -259,7 +266,7 @@ def _scan_loop(
     reset: Tensor | None,
     how: str,
     return_state: bool,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Running]:
     """The reference engine; it has the state at hand whether anybody asks for it or not."""
     y, end = reference.scan(memory, state, q, k, v, gates, mask, reset, how)
     aligned = state.aligned and mask is None and reset is None and q.shape[-2] % memory.chunk_size == 0
@@ -268,7 +275,7 @@ def _scan_loop(
 
 def _scan_rows(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -277,7 +284,7 @@ def _scan_rows(
     reset: Tensor | None,
     how: str,
     return_state: bool,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Running]:
     """The chunked engine on any leading dimensions: it sees them as one."""
     batch = gates.lr.shape[:-1]
 
@@ -293,7 +300,7 @@ def _scan_rows(
     return y.reshape((*batch, *y.shape[1:])), _unflatten_state(end, batch)
 
 
-def _map_rows(state: State, change: Callable[[Tensor], Tensor]) -> State:
+def _map_rows(state: Running, change: Callable[[Tensor], Tensor]) -> Running:
     def weights(group: Weights) -> Weights:
         return {n: change(w) for n, w in group.items()}
 
@@ -303,7 +310,7 @@ def _map_rows(state: State, change: Callable[[Tensor], Tensor]) -> State:
         anchor=weights(state.anchor),
         initial=weights(state.initial),
         position=change(state.position),
-        extra={name: change(x) for name, x in state.extra.items()},
+        pending=None if state.pending is None else change(state.pending),
     )
 
 
@@ -311,9 +318,9 @@ def _flat(x: Tensor, leading: int) -> Tensor:
     return x.reshape(-1, *x.shape[leading:])
 
 
-def _flatten_state(state: State, leading: int) -> State:
+def _flatten_state(state: Running, leading: int) -> Running:
     return _map_rows(state, lambda x: _flat(x, leading))
 
 
-def _unflatten_state(state: State, batch: tuple[int, ...]) -> State:
+def _unflatten_state(state: Running, batch: tuple[int, ...]) -> Running:
     return _map_rows(state, lambda x: x.reshape((*batch, *x.shape[1:])))

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import State
+from .types import Running
 
 
 class Span(NamedTuple):
     """``read(name, x)`` applies map ``name`` with the weights of each token; ``advance()`` gives the state after."""
 
     read: Callable[[str, Tensor], Tensor]
-    advance: Callable[[], State]
+    advance: Callable[[], Running]
 
 
 def keep_empty(valid: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

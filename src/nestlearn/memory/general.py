@@ -24,7 +24,7 @@ from .mirror import open_mirror
 from .objectives import with_threshold
 from .orthogonal import open_orthogonal
 from .retention import Lq, Retention, is_linear, is_per_channel
-from .types import Factor, Gates, State, Weights
+from .types import Factor, Gates, Running, Weights
 
 LONGEST_DENSE_SPAN = 16
 """Tokens whose weights are computed one by one share one set of entering weights."""
@@ -39,7 +39,7 @@ def longest_span(memory: AssociativeMemory, tokens: int, how: str) -> int:
 
 
 def open_span(
-    memory: AssociativeMemory, state: State, factors: dict[str, Factor], tokens: Tokens, closing: Tensor | None
+    memory: AssociativeMemory, state: Running, factors: dict[str, Factor], tokens: Tokens, closing: Tensor | None
 ) -> Span:
     """How this memory reads a span and goes on after it."""
     if is_per_channel(memory.retention):
@@ -54,7 +54,7 @@ def changes_at_chunk_end(retention: Retention) -> bool:
     return type(retention).close is not Retention.close
 
 
-def close_chunk(memory: AssociativeMemory, state: State, closes: Tensor | None) -> State:
+def close_chunk(memory: AssociativeMemory, state: Running, closes: Tensor | None) -> Running:
     """The state with ``Retention.close`` applied where a row's chunk ends (None: everywhere)."""
     if not changes_at_chunk_end(memory.retention):
         return state
@@ -67,19 +67,18 @@ def close_chunk(memory: AssociativeMemory, state: State, closes: Tensor | None) 
 
 def run_span(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     tokens: Tokens,
     how: str,
     closing: Bool[Tensor, "b c"] | None,
     update: bool = True,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Running]:
     """Outputs of one span and the state after it; ``closing`` marks the last tokens of chunks (None: none)."""
     assert tokens.q is not None
     lost = None
     if tokens.reset is not None:
         state, lost = revive(state, tokens.reset)
-        extra = {name: torch.where(lost, 0, x) for name, x in state.extra.items()}
-        state = state._replace(extra=extra)
+        state = state._replace(pending=None if state.pending is None else torch.where(lost, 0, state.pending))
     retention = memory.retention
     at_anchor = {name: retention.anchored(a) for name, a in state.anchor.items()}
     at_initial: Weights = {}
@@ -101,12 +100,12 @@ def run_span(
 
 def absorb_span(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     factors: dict[str, Factor],
     gates: Gates,
     finished: Tensor,
     valid: Tensor | None = None,
-) -> State:
+) -> Running:
     """The state after tokens of one chunk whose factors are given; ``finished: [*b]`` marks rows whose chunk ends.
 
     Gates and factors of tokens that are not ``valid`` are neutral already.
@@ -123,7 +122,7 @@ def absorb_span(
 
 def scan(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,7 +132,7 @@ def scan(
     how: str,
     *,
     return_state: bool = True,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Running]:
     """Run the recurrence span by span over rows ``[b, t, d]``. Arguments are validated by `nestlearn.memory.scan`."""
     tokens = k.shape[1]
     span = longest_span(memory, tokens, how)
@@ -146,7 +145,7 @@ def scan(
 
 def _scan_aligned(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -154,7 +153,7 @@ def _scan_aligned(
     how: str,
     span: int,
     return_state: bool,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Running]:
     """All rows at the start of a chunk, every token real: where chunks end is known without looking."""
     tokens, chunk = k.shape[1], memory.chunk_size
     outputs = []
@@ -191,8 +190,8 @@ def closing_slots(grid: Grid, chunk_size: int) -> Bool[Tensor, "b n c"]:
 
 
 def _scan_placed(
-    memory: AssociativeMemory, state: State, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, grid: Grid
-) -> tuple[Tensor, State]:
+    memory: AssociativeMemory, state: Running, q: Tensor, k: Tensor, v: Tensor, gates: Gates, how: str, grid: Grid
+) -> tuple[Tensor, Running]:
     """Rows of any phase, masks and resets: every token in the slot that the grid gives it."""
     rows, spans, _ = grid.index.shape
     tokens = k.shape[1]

@@ -16,13 +16,13 @@ from .chunked import Tokens, absorb_span, advance_span
 from .forms import Span
 from .retention import Lq, Retention
 from .span import Entering, Kernels, Writes, read
-from .types import Factor, State
+from .types import Factor, Running
 
 DENSE_ENTRIES = 2**21
 """Entries of weights that are held for one block of tokens."""
 
 
-def open_mirror(memory: AssociativeMemory, state: State, factors: dict[str, Factor], tokens: Tokens) -> Span:
+def open_mirror(memory: AssociativeMemory, state: Running, factors: dict[str, Factor], tokens: Tokens) -> Span:
     """A span whose accumulators follow scalar kernels."""
     kernels, starts, writes = absorb_span(memory, state, factors, tokens)
     retention = memory.retention
@@ -39,10 +39,10 @@ def open_mirror(memory: AssociativeMemory, state: State, factors: dict[str, Fact
             scale = torch.where(after.unsqueeze(-1), retention.scale(state.initial[name]), scale)
         return scale * read(kernels, writes[name], starts[name], x, base)
 
-    def advance() -> State:
+    def advance() -> Running:
         end = advance_span(memory, state, kernels, starts, writes, tokens.valid)
         # Distances to the initial state would not follow what `close` does to the accumulators.
-        return end._replace(extra=state.extra)
+        return end._replace(displacement=None)
 
     return Span(token_read, advance)
 

@@ -7,6 +7,7 @@ with respect to the memory's output (`error`, used by the chunked engine). Tests
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -48,6 +49,20 @@ class ThresholdObjective(Objective, Protocol):
         ...
 
 
+@runtime_checkable
+class SteepObjective(Objective, Protocol):
+    """An objective that states its steepness, as the layers' bounds of the step size need it."""
+
+    def steepness(self, width: int, reach: float) -> float:
+        """How many times faster than that of `L2` the error can change with the residual r.
+
+        Args:
+            width: of values.
+            reach: largest norm of a residual. A part of the error of bounded length, such as a sign, counts as 1.
+        """
+        ...
+
+
 def needs_threshold(objective: Objective) -> bool:
     """Whether the objective takes its thresholds from the gates."""
     return isinstance(objective, ThresholdObjective) and objective.threshold is None
@@ -70,6 +85,9 @@ class DotProduct:
     def error(self, predict: Callable[[], Tensor], v: Tensor) -> Tensor:
         return -v
 
+    def steepness(self, width: int, reach: float) -> float:
+        return 0.0
+
 
 @dataclass(frozen=True)
 class L2:
@@ -80,6 +98,9 @@ class L2:
 
     def error(self, predict: Callable[[], Tensor], v: Tensor) -> Tensor:
         return predict() - v
+
+    def steepness(self, width: int, reach: float) -> float:
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,10 @@ class Lp:
 
     def error(self, predict: Callable[[], Tensor], v: Tensor) -> Tensor:
         return self._slope(predict() - v)
+
+    def steepness(self, width: int, reach: float) -> float:
+        """``p (p - 1) reach^(p-2)``; for p below 2 the slope at 0, which the sharpness of the smooth sign sets."""
+        return self.p * (self.sharpness if self.p < 2 else max(self.p - 1, 1.0) * reach ** (self.p - 2))
 
 
 # Gauss-Legendre with five points on [0, 1], and where the panels of `Lp.loss` end, in units of 1 / sharpness.
@@ -220,6 +245,10 @@ class Huber:
         near = norm <= d
         return torch.where(near, r, d * r / torch.where(near, 1, norm))
 
+    def steepness(self, width: int, reach: float) -> float:
+        """1, but for ``switch`` the root of the width: the sign of a residual is longer than it by up to that."""
+        return math.sqrt(width) if self.form == "switch" else 1.0
+
 
 @dataclass(frozen=True)
 class ValueShiftRobust:
@@ -257,3 +286,7 @@ class ValueShiftRobust:
     def error(self, predict: Callable[[], Tensor], v: Tensor) -> Tensor:
         r = predict() - v
         return r * (1 + _column(self.threshold, r) * torch.rsqrt(r.square().sum(-1, keepdim=True) + SMOOTH))
+
+    def steepness(self, width: int, reach: float) -> float:
+        """1: what it adds to the error of L2 has the length d at most."""
+        return 1.0

@@ -22,7 +22,7 @@ from .functions import limit_gradient, segment_products
 from .layout import nobody
 from .newton_schulz import newton_schulz
 from .span import Entering, make_kernels
-from .types import PENDING, Factor, State, Weights
+from .types import Factor, Running, Weights
 
 
 class Coefficients(NamedTuple):
@@ -44,17 +44,17 @@ class Written(NamedTuple):
     lost: Bool[Tensor, "b c"] | None
 
 
-def coefficients(memory: AssociativeMemory, state: State, tokens: Tokens, closing: Tensor | None) -> Coefficients:
+def coefficients(memory: AssociativeMemory, state: Running, tokens: Tokens, closing: Tensor | None) -> Coefficients:
     """The scalars of a span from its gates."""
     gates, valid, reset = tokens.gates, tokens.valid, tokens.reset
-    assert gates.momentum is not None
+    assert gates.momentum is not None and state.pending is not None
     kernels = make_kernels(gates.retain, None, valid, reset, delta=False, restart=memory.retain_to == "zero")
     beta = gates.momentum if reset is None else torch.where(reset, 0, gates.momentum)
     carry = segment_products(beta)
     through = carry[..., 0] * beta[..., :1]
     if valid is not None:
         carry = torch.where(valid.unsqueeze(-2), carry, 0)
-    pending = kernels.entry * state.extra[PENDING].unsqueeze(-1) + (kernels.decay @ gates.lr.unsqueeze(-1)).squeeze(-1)
+    pending = kernels.entry * state.pending.unsqueeze(-1) + (kernels.decay @ gates.lr.unsqueeze(-1)).squeeze(-1)
     written = torch.zeros_like(pending)
     if closing is not None:
         written = (kernels.decay @ torch.where(closing, pending, 0).unsqueeze(-1)).squeeze(-1)
@@ -88,7 +88,7 @@ def write_at_end(
 def open_orthogonal(
     memory: AssociativeMemory,
     algorithm: OrthogonalizedMomentum,
-    state: State,
+    state: Running,
     factors: dict[str, Factor],
     tokens: Tokens,
     closing: Bool[Tensor, "b c"] | None,
@@ -101,7 +101,7 @@ def open_orthogonal(
     def base(name: str) -> Tensor | None:
         return state.initial[name] if memory.retain_to == "initial" else None
 
-    def advance() -> State:
+    def advance() -> Running:
         params: Weights = {}
         carried: Weights = {}
         last = torch.zeros_like(scalars.through)
@@ -111,10 +111,11 @@ def open_orthogonal(
             s = momentum_at(last, scalars, factor, starts[name].momentum)
             params[name] = keep_empty(tokens.valid, w, state.params[name])
             carried[name] = keep_empty(tokens.valid, s, s if state.momentum is None else state.momentum[name])
+        assert state.pending is not None
         rest = scalars.pending[..., -1] - scalars.written[..., -1]
         if tokens.valid is not None:
-            rest = torch.where(tokens.valid.any(-1), rest, state.extra[PENDING])
-        return state._replace(params=params, momentum=carried, extra={PENDING: rest})
+            rest = torch.where(tokens.valid.any(-1), rest, state.pending)
+        return state._replace(params=params, momentum=carried, pending=rest)
 
     return Span(lambda name, x: read_decayed(scalars, starts[name], written[name], base(name), x), advance)
 

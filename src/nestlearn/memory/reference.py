@@ -14,7 +14,7 @@ from .functions import limit_gradient
 from .newton_schulz import newton_schulz
 from .objectives import with_threshold
 from .retention import Delta
-from .types import PENDING, Gates, State, Weights
+from .types import Gates, Running, Weights
 
 
 def read_weights(memory: AssociativeMemory, weights: Weights, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
 
 def token_step(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     k: Tensor,
     v: Tensor,
     lr: Tensor,
@@ -93,7 +93,7 @@ def select(condition: Tensor, yes: Weights, no: Weights) -> Weights:
 
 def scan(
     memory: AssociativeMemory,
-    state: State,
+    state: Running,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,7 +101,7 @@ def scan(
     mask: Tensor | None,
     reset: Tensor | None,
     read: str,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Running]:
     """Run the recurrence token by token. Arguments are validated by `nestlearn.memory.scan`."""
     outputs = []
     nobody = torch.zeros_like(gates.lr[..., 0], dtype=torch.bool)
@@ -112,7 +112,7 @@ def scan(
             params=select(fresh, state.initial, state.params),
             anchor=select(fresh, state.initial, state.anchor),
             position=torch.where(fresh, 0, state.position),
-            extra={name: torch.where(fresh, 0, x) for name, x in state.extra.items()},
+            pending=None if state.pending is None else torch.where(fresh, 0, state.pending),
         )
         if state.momentum is not None:
             zeros = {name: torch.zeros_like(s) for name, s in state.momentum.items()}
@@ -123,10 +123,10 @@ def scan(
         # A masked token may hold anything, NaN included; it must reach neither values nor gradients.
         k_t, v_t, q_t = (torch.where(valid[..., None], x[..., t, :], 0) for x in (k, v, q))
         here = gates.at(t, valid)
-        extra, written = dict(state.extra), None
-        if PENDING in extra:
-            pending = here.retain * start.extra[PENDING] + here.lr
-            extra[PENDING], written = torch.where(closes, 0, pending), torch.where(closes, pending, 0)
+        pending, written = start.pending, None
+        if pending is not None:
+            pending = here.retain * pending + here.lr
+            pending, written = torch.where(closes, 0, pending), torch.where(closes, pending, 0)
         weights, momentum = token_step(memory, start, k_t, v_t, *here, written)
         retention = memory.retention
         if read == "token":
@@ -139,7 +139,8 @@ def scan(
         anchor = select(closes, weights, select(valid, start.anchor, state.anchor))
         if momentum is not None and state.momentum is not None:
             momentum = select(valid, momentum, state.momentum)
-        extra = {name: torch.where(valid, x, state.extra[name]) for name, x in extra.items()}
+        if pending is not None and state.pending is not None:
+            pending = torch.where(valid, pending, state.pending)
         position = torch.where(valid, position, state.position)
-        state = State(weights, momentum, anchor, state.initial, position, extra)
+        state = Running(weights, momentum, anchor, state.initial, position, pending)
     return torch.stack(outputs, -2), state

@@ -46,8 +46,20 @@ class Retention(Protocol):
         return weights
 
 
+@runtime_checkable
+class SteepRetention(Retention, Protocol):
+    """A retention that states its steepness, as the layers' bounds of the step size need it."""
+
+    def steepness(self, start: Float[Tensor, "*b out in"]) -> float | Float[Tensor, "*b 1 1"]:
+        """How many times faster than the accumulator the weights can change, from the accumulator ``start`` on."""
+        ...
+
+
 class _Identity(Retention):
     """The accumulator is the weights."""
+
+    def steepness(self, start: Tensor) -> float:
+        return 1.0
 
     def weights(self, accumulator: Tensor, anchor: Tensor) -> Tensor:
         return accumulator
@@ -117,6 +129,10 @@ class Lq(Retention):
     def weights(self, accumulator: Tensor, anchor: Tensor) -> Tensor:
         return accumulator * self.scale(anchor)
 
+    def steepness(self, start: Tensor) -> Tensor:
+        """The scale of the initial weights over their accumulators, at least 1."""
+        return self.scale(start).clamp(min=1)
+
     def start(self, weights: Tensor) -> Tensor:
         """The inverse where there is one: at q = 3 every accumulator gives weights of norm 1."""
         if self.q == 3:
@@ -160,6 +176,11 @@ class LqDual(Retention):
         norm = square.pow(p / 2).sum((-2, -1), keepdim=True).pow((2 - p) / p)
         return accumulator * square.pow((p - 2) / 2) * norm
 
+    def steepness(self, start: Tensor) -> float:
+        """The slope at 0, which eps sets."""
+        p = self.q / (self.q - 1)
+        return max(p - 1, self.eps ** min((p - 2) / 2, 0))
+
     def start(self, weights: Tensor) -> Tensor:
         size = weights.abs()
         norm = size.pow(self.q).sum((-2, -1), keepdim=True).pow(1 / self.q).clamp(min=self.eps)
@@ -192,6 +213,9 @@ class KL(Retention):
 
     def weights(self, accumulator: Tensor, anchor: Tensor) -> Tensor:
         return self.c * torch.softmax(accumulator, -1)
+
+    def steepness(self, start: Tensor) -> float:
+        return max(1.0, self.c / 2)
 
 
 @dataclass(frozen=True)
@@ -235,6 +259,9 @@ class ElasticNet(Retention):
     def anchored(self, accumulator: Tensor) -> Tensor:
         return accumulator
 
+    def steepness(self, start: Tensor) -> float:
+        return 1.0
+
 
 @dataclass(frozen=True)
 class Bregman(Retention):
@@ -263,6 +290,9 @@ class Bregman(Retention):
 
     def weights(self, accumulator: Tensor, anchor: Tensor) -> Tensor:
         return self.c * torch.tanh(accumulator / 2)
+
+    def steepness(self, start: Tensor) -> float:
+        return max(1.0, self.c / 2)
 
     def start(self, weights: Tensor) -> Tensor:
         return 2 * torch.atanh((weights / self.c).clamp(-0.99, 0.99))

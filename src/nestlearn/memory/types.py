@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +21,6 @@ class Factor(NamedTuple):
 
     input: Float[Tensor, "*b t in"]
     error: Float[Tensor, "*b t out"]
-
-
-PENDING = "pending"
-"""Key in ``State.extra`` of the step sizes that `OrthogonalizedMomentum` has yet to write."""
 
 
 class Gates(NamedTuple):
@@ -59,12 +55,45 @@ class Gates(NamedTuple):
 class State(NamedTuple):
     """Everything a memory needs to go on after any token; a pytree of tensors.
 
-    ``params`` are the current weights W (accumulators, where the retention is a mirror map), ``anchor`` the same at
-    the start of the current chunk (where errors are taken), ``initial`` what a reset or ``retain_to="initial"`` goes
-    back to, ``momentum`` the momentum S (None without it), ``position`` the number of tokens read in the current
-    chunk, in ``[0, chunk_size)``. ``extra`` holds further tensors ``[*b]`` by name: ``pending``, the step sizes of a
-    chunk under `OrthogonalizedMomentum`, summed up to now. ``aligned`` is a plain bool: True only where every row is
-    known, without looking at the tensors, to stand at the start of a chunk; it selects the faster path.
+    The initial weights are not part of it: they are parameters, and an argument of `nestlearn.memory.scan`.
+
+    Args:
+        params: the current weights W, ``{map: [*b, out, in]}`` (accumulators, where the retention is a mirror map).
+        momentum: the momentum S of every map (None without it).
+        anchor: the weights at the start of the current chunk, where errors are taken.
+        position: tokens read in the current chunk, in ``[0, chunk_size)``.
+        pending: step sizes of the current chunk, summed up to now, under `OrthogonalizedMomentum` (else None).
+        aligned: a plain bool, True only where every row is known, without looking at the tensors, to stand at the
+            start of a chunk; it selects the faster path.
+    """
+
+    params: Weights
+    momentum: Weights | None
+    anchor: Weights
+    position: Int[Tensor, "*b"]
+    pending: Float[Tensor, "*b"] | None = None
+    aligned: bool = False
+
+    def detach(self) -> State:
+        """The same state cut from the autograd graph (truncated backpropagation through time)."""
+        return self.map(Tensor.detach)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> State:
+        """``change`` applied to every tensor."""
+        return State(
+            _each(self.params, change),
+            None if self.momentum is None else _each(self.momentum, change),
+            _each(self.anchor, change),
+            change(self.position),
+            None if self.pending is None else change(self.pending),
+            self.aligned,
+        )
+
+
+class Running(NamedTuple):
+    """A `State` while tokens are read, with the ``initial`` weights that resets and retention go back to.
+
+    ``displacement`` is params - initial, where one span hands it to the next.
     """
 
     params: Weights
@@ -72,19 +101,20 @@ class State(NamedTuple):
     anchor: Weights
     initial: Weights
     position: Int[Tensor, "*b"]
-    extra: dict[str, Any]
+    pending: Float[Tensor, "*b"] | None = None
+    displacement: Weights | None = None
     aligned: bool = False
 
-    def detach(self) -> State:
-        """The same state cut from the autograd graph (truncated backpropagation through time)."""
+    @classmethod
+    def of(cls, state: State, initial: Weights) -> Running:
+        """A state that goes on from here."""
+        params, momentum, anchor, position, pending, aligned = state
+        return cls(params, momentum, anchor, initial, position, pending, None, aligned)
 
-        def cut(weights: Weights) -> Weights:
-            return {name: w.detach() for name, w in weights.items()}
+    def state(self) -> State:
+        """What the next call needs."""
+        return State(self.params, self.momentum, self.anchor, self.position, self.pending, self.aligned)
 
-        return self._replace(
-            params=cut(self.params),
-            momentum=None if self.momentum is None else cut(self.momentum),
-            anchor=cut(self.anchor),
-            initial=cut(self.initial),
-            extra={name: x.detach() if isinstance(x, Tensor) else x for name, x in self.extra.items()},
-        )
+
+def _each(weights: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
+    return {name: change(w) for name, w in weights.items()}

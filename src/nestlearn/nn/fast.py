@@ -1,54 +1,19 @@
-"""What layers with fast weights share: their streaming state, per-token gates, and the precision they run in."""
+"""What layers with fast weights share: per-token gates, and the precision they run in."""
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import AssociativeMemory, State
-from nestlearn.memory.types import PENDING, Weights
-from nestlearn.nn.state import record
+from nestlearn.memory import AssociativeMemory
 
 NORM_EPSILON = 1e-6
-
-
-@record("fast")
-class FastState(NamedTuple):
-    """The fast weights of a layer between two calls, every tensor ``[B, ...]``.
-
-    A `nestlearn.memory.State` without the initial weights, which are parameters of the layer and are attached again
-    when it runs: a cache holds only what was learned. ``position`` counts the tokens read in the current chunk;
-    ``aligned`` is static, True where every row is known to stand at the start of a chunk. ``pending`` are the step
-    sizes that `OrthogonalizedMomentum` writes when the chunk ends (None without it).
-    """
-
-    params: Weights
-    momentum: Weights | None
-    anchor: Weights
-    position: Int[Tensor, "b"]
-    aligned: bool
-    pending: Float[Tensor, "b *rows"] | None = None
-
-
-def pack(state: State) -> FastState:
-    """The part of a memory's state that a cache keeps; heads (further dimensions of ``position``) run in step."""
-    position = state.position.flatten(1)[:, 0] if state.position.dim() > 1 else state.position
-    pending = state.extra.get(PENDING)
-    return FastState(state.params, state.momentum, state.anchor, position, state.aligned, pending)
-
-
-def unpack(fast: FastState, initial: Weights, batch_shape: tuple[int, ...]) -> State:
-    """A memory's state again, with the layer's ``initial`` weights broadcast to ``batch_shape``."""
-    full = {name: w.expand(*batch_shape, *w.shape[-2:]) for name, w in initial.items()}
-    position = fast.position.view(-1, *(1,) * (len(batch_shape) - 1)).expand(batch_shape)
-    extra = {} if fast.pending is None else {PENDING: fast.pending}
-    return State(fast.params, fast.momentum, fast.anchor, full, position, extra, fast.aligned)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -18,15 +18,12 @@ from nestlearn.memory.types import Weights
 
 from .conv import ShortConv
 from .fast import (
-    FastState,
     GateProjection,
     InitialWeights,
     check_tokens,
     full_precision,
     horizon_bias,
-    pack,
     unit,
-    unpack,
     wide_dtype,
 )
 from .flops import scan_flops
@@ -69,7 +66,7 @@ GATE_RULES: dict[str, GateRule] = {
 class MixerState(NamedTuple):
     """Streaming state of a `MemoryMixer`: fast weights and the tail of the convolution (None without one)."""
 
-    memory: FastState
+    memory: State
     conv: Float[Tensor, "b w ch"] | None
 
 
@@ -185,6 +182,7 @@ class MemoryMixer(nn.Module):
                 k,
                 v,
                 gates,
+                initial=initial,
                 mask=None if mask is None else mask.unsqueeze(1).expand(heads),
                 reset=None if reset is None else reset.unsqueeze(1).expand(heads),
                 return_state=return_state,
@@ -195,7 +193,7 @@ class MemoryMixer(nn.Module):
             y = y * F.silu(self.output_gate(x))
         # A copy: the tail is a view that would keep all tokens of this call alive.
         tail = tail.clone() if tail is not None and return_state else tail
-        return self.out(y), MixerState(pack(end), tail) if return_state else None
+        return self.out(y), MixerState(end, tail) if return_state else None
 
     def _heads(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
@@ -232,10 +230,10 @@ class MemoryMixer(nn.Module):
 
     def _start(self, state: MixerState | None, initial: Weights, like: Tensor) -> State:
         """The memory's state before the first token of this call."""
+        if state is not None:
+            return state.memory
         rows = (like.shape[0], self.num_heads)
-        if state is None:
-            return self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=like.dtype, device=like.device)
-        return unpack(state.memory, initial, rows)
+        return self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=like.dtype, device=like.device)
 
     def initial_weights(self, like: Tensor) -> Weights:
         """Initial weights ``[h, out, in]`` in the dtype (and on the device) of ``like``."""

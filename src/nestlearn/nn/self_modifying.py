@@ -37,7 +37,7 @@ from nestlearn.memory.chunked import (
 )
 from nestlearn.memory.functions import Activation, limit_gradient, unit_norm
 from nestlearn.memory.layout import nobody, place, scatter_outputs, span_length
-from nestlearn.memory.types import Weights
+from nestlearn.memory.types import Running, Weights
 
 from .conv import ShortConv
 from .fast import InitialWeights, check_tokens, full_precision, wide_dtype
@@ -45,12 +45,11 @@ from .flops import self_modifying_flops
 from .self_modifying_state import (
     MOST_LEARNED,
     STREAMS,
-    FastWeights,
     Projected,
     SelfModifyingState,
     back_to_initial,
     check_settings,
-    fast_weights,
+    handed_on,
     poison_state,
     quarantine,
     refresh,
@@ -228,7 +227,7 @@ class SelfModifyingTitans(nn.Module):
         x, poisoned = quarantine(x, mask, reset)
         streams, beta, tail = self._streams(x, None if state is None else state.conv, mask, reset)
         with full_precision(x):
-            if mask is None and reset is None and (state is None or state.aligned):
+            if mask is None and reset is None and (state is None or state.clock.aligned):
                 y, new = self._aligned(streams, beta, state, writes, return_state)
             else:
                 y, new = self._placed(streams, beta, state, mask, reset, writes)
@@ -272,24 +271,24 @@ class SelfModifyingTitans(nn.Module):
         stacked = {m: torch.stack([self.initial[n][m] for n in names], 1).to(dtype) for m in maps}  # type: ignore[index]
         return {m: w.repeat(batch, 1, 1, 1) for m, w in stacked.items()}
 
-    def _group(self, names: tuple[str, ...], fast: FastWeights | None, batch: int, dtype: torch.dtype) -> State:
-        """A group of memories as one State of rows ``[batch * heads, memories]``."""
+    def _group(self, names: tuple[str, ...], fast: State | None, batch: int, dtype: torch.dtype) -> Running:
+        """A group of memories as one state of rows ``[batch * heads, memories]``."""
         initial = self._initial(names, batch, dtype)
         nothing = torch.zeros((), dtype=torch.long)
         if fast is None:
             momentum = None
             if isinstance(self.memory.algorithm, Momentum):
                 momentum = {m: torch.zeros_like(w) for m, w in initial.items()}
-            return State(initial, momentum, initial, initial, nothing, {}, True)
+            return Running(initial, momentum, initial, initial, nothing)
 
         def rows(weights: Weights) -> Weights:
             return {m: w.flatten(0, 1) for m, w in weights.items()}
 
         momentum = None if fast.momentum is None else rows(fast.momentum)
-        return State(rows(fast.params), momentum, rows(fast.anchor), initial, nothing, {}, False)
+        return Running(rows(fast.params), momentum, rows(fast.anchor), initial, nothing)
 
     def _project(
-        self, group: State | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
+        self, group: Running | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
     ) -> Projected:
         """Keys, values, queries, gates of a span at the projection anchor; ``streams: [b, c, streams, heads, d]``."""
         sizes = (len(self.adaptive), len(STREAMS) - len(self.adaptive))
@@ -328,12 +327,12 @@ class SelfModifyingTitans(nn.Module):
 
     def _learn_projections(
         self,
-        group: State,
+        group: Running,
         made: Projected,
         valid: Tensor | None,
         reset: Tensor | None,
         prepared: Sequence[Prepared] | None = None,
-    ) -> State:
+    ) -> Running:
         """Write a span into the projection memories; errors at their anchor. ``prepared``: its pieces, if at hand."""
         memories, flag = self.memory.architecture, None if reset is None else reset.unsqueeze(1)
         linear, adjoint = anchored(group.anchor, group.initial, flag)
@@ -353,17 +352,17 @@ class SelfModifyingTitans(nn.Module):
             kernels, starts, writes = absorb_span(self.memory, group, here, span, guard=False)
             last = i == len(pieces) - 1
             group = advance_span(self.memory, group, kernels, starts, writes, span.valid, settle=last)
-        return self._carry(group._replace(extra={}))
+        return self._carry(group._replace(displacement=None))
 
     def _run_memory(
         self,
-        group: State,
+        group: Running,
         made: Projected,
         valid: Tensor | None,
         reset: Tensor | None,
         update: bool,
         prepared: Prepared | None = None,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, Running]:
         """Outputs of a span and the main memory after it."""
         group, lost = (group, None) if reset is None else revive(group, reset)
         linear, _ = anchored(group.anchor, group.initial, reset)
@@ -375,10 +374,10 @@ class SelfModifyingTitans(nn.Module):
             y = spoil_before_reset(y, lost, reset)
         return y, self._carry(group) if update else group
 
-    def _carry(self, group: State) -> State:
+    def _carry(self, group: Running) -> Running:
         """The group as it goes on to the next span, its gradients finite whatever the gates were."""
         params = {m: limit_gradient(w, GRADIENT_LIMIT) for m, w in group.params.items()}
-        return group._replace(params=params, extra={})
+        return group._replace(params=params, displacement=None)
 
     def _aligned(
         self, streams: Tensor, beta: Tensor | None, state: SelfModifyingState | None, writes: bool, return_state: bool
@@ -413,15 +412,15 @@ class SelfModifyingTitans(nn.Module):
             memory = memory._replace(anchor=memory.params)
         if tokens % chunk == 0 and projections is not None:
             projections = projections._replace(anchor=projections.params)
-        new = self._pack(projections, memory, batch, tokens % chunk)
-        return torch.cat(outputs, 1), new
+        position = torch.full((batch,), tokens % chunk, dtype=torch.long, device=streams.device)
+        return torch.cat(outputs, 1), self._pack(projections, memory, position, tokens % chunk == 0)
 
-    def _pack(self, projections: State | None, memory: State, batch: int, end: int) -> SelfModifyingState:
-        place = memory.params["in"].device
-        position = torch.full((batch,), end, dtype=torch.long, device=place)
-        learned = None if projections is None else fast_weights(projections, batch)
-        fast = fast_weights(stacked(memory), batch)
-        return SelfModifyingState(learned, fast, None, position, aligned=end == 0)
+    def _pack(
+        self, projections: Running | None, memory: Running, position: Tensor, aligned: bool
+    ) -> SelfModifyingState:
+        learned = None if projections is None else handed_on(projections, position, aligned)
+        inside = position % self.memory.chunk_size
+        return SelfModifyingState(learned, handed_on(stacked(memory), inside, aligned), None)
 
     def _placed(
         self,
@@ -438,7 +437,9 @@ class SelfModifyingTitans(nn.Module):
         if self.adaptive:
             projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
         memory = single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
-        position = torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.position
+        position = (
+            torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.clock.position[:, 0, 0]
+        )
         size = span_length(self.memory.chunk_size, tokens)
         grid = place(position, tokens, self.projection_chunk_size, size, mask, reset, boundary=self.memory.chunk_size)
         texts, grid = grid, grid.repeat(self.num_heads)
@@ -467,9 +468,8 @@ class SelfModifyingTitans(nn.Module):
                 projections = None if projections is None else back_to_initial(projections, restarted)
         memory = refresh(memory, grid.end % self.memory.chunk_size == 0)
         projections = None if projections is None else refresh(projections, grid.end == 0)
-        new = self._pack(projections, memory, batch, 1)
-        end = grid.end.view(batch, self.num_heads)[:, 0]
-        return scatter_outputs(torch.stack(outputs, 1), grid, tokens), new._replace(position=end, aligned=False)
+        y = scatter_outputs(torch.stack(outputs, 1), grid, tokens)
+        return y, self._pack(projections, memory, grid.end.view(batch, self.num_heads)[:, 0], aligned=False)
 
     def loop(
         self, x: Float[Tensor, "b t d"], state: SelfModifyingState | None = None

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from nestlearn.memory import DotProduct, Momentum, State
 from nestlearn.memory.reference import read_weights, token_step
-from nestlearn.memory.types import Weights
+from nestlearn.memory.types import Running, Weights
 
-from .self_modifying_state import FastWeights, SelfModifyingState
+from .self_modifying_state import SelfModifyingState
 
 if TYPE_CHECKING:
     from .self_modifying import SelfModifyingTitans
@@ -33,7 +33,7 @@ def token_loop(
     history = x.new_zeros(x.shape[0], len(taps) - 1, layer.streams.out_features)
     if state is not None and state.conv is not None:
         history = state.conv
-    position = 0 if state is None else int(state.position[0])
+    position = 0 if state is None else int(state.clock.position.flatten()[0])
     outputs = []
     for t in range(x.shape[1]):
         history = torch.cat([history, (x[:, t] @ layer.streams.weight.mT)[:, None]], 1)
@@ -59,7 +59,7 @@ def token_loop(
             if position % chunk == 0:
                 memories[name] = memories[name]._replace(anchor=memories[name].params)
 
-    def fast(group: tuple[str, ...]) -> FastWeights | None:
+    def fast(group: tuple[str, ...]) -> State | None:
         if not group:
             return None
 
@@ -68,24 +68,22 @@ def token_loop(
 
         momenta = [memories[n].momentum for n in group]
         momentum = None if momenta[0] is None else stack([m for m in momenta if m is not None])
-        return FastWeights(
-            stack([memories[n].params for n in group]), stack([memories[n].anchor for n in group]), momentum
-        )
+        params, anchor = (stack([getattr(memories[n], part) for n in group]) for part in ("params", "anchor"))
+        chunk = layer.memory.chunk_size if group == ("memory",) else layer.projection_chunk_size
+        return State(params, momentum, anchor, torch.full(params["in"].shape[:3], position % chunk))
 
-    place = torch.full((x.shape[0],), position, dtype=torch.long)
     memory = fast(("memory",))
     assert memory is not None
-    return torch.stack(outputs, 1), SelfModifyingState(
-        fast(layer.adaptive), memory, None if layer.conv is None else history, place, False
-    )
+    tail = None if layer.conv is None else history
+    return torch.stack(outputs, 1), SelfModifyingState(fast(layer.adaptive), memory, tail)
 
 
-def _start(layer: SelfModifyingTitans, name: str, batch: int, state: SelfModifyingState | None) -> State:
+def _start(layer: SelfModifyingTitans, name: str, batch: int, state: SelfModifyingState | None) -> Running:
     initial = {m: w.expand(batch, *w.shape) for m, w in layer.initial[name].items()}  # type: ignore[operator]
     momentum = None
     if isinstance(layer.memory.algorithm, Momentum):
         momentum = {m: torch.zeros_like(w) for m, w in initial.items()}
-    start = State(initial, momentum, initial, initial, torch.zeros(batch, dtype=torch.long), {})
+    start = Running(initial, momentum, initial, initial, torch.zeros(batch, dtype=torch.long))
     if state is None:
         return start
     group, at = (state.memory, 0) if name == "memory" else (state.projections, layer.adaptive.index(name))

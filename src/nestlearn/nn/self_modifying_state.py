@@ -12,7 +12,7 @@ from torch import Tensor
 from nestlearn.memory import Gates, State
 from nestlearn.memory.chunked import split_tokens
 from nestlearn.memory.layout import nobody, poisoned_from
-from nestlearn.memory.types import Weights
+from nestlearn.memory.types import Running, Weights
 from nestlearn.nn.state import record
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
@@ -22,28 +22,21 @@ MOST_LEARNED = 64
 """Tokens that projection memories learn at once: more would spend longer on the triangular systems than they save."""
 
 
-@record("self_modifying.weights")
-class FastWeights(NamedTuple):
-    """Current weights, anchor and momentum of a group of memories, every tensor ``[B, heads, memories, out, in]``."""
-
-    params: Weights
-    anchor: Weights
-    momentum: Weights | None
-
-
 @record("self_modifying")
 class SelfModifyingState(NamedTuple):
-    """Fast state of the layer.
+    """Fast state of the layer: its projection memories, its main memory, and the tail of the convolution.
 
-    ``position`` counts tokens in the current projection chunk; ``conv`` is the last tokens before the convolution
-    (None without one). ``aligned`` is static: every row is known to stand at the start of a chunk.
+    Rows of both groups are ``[B, heads, memories]``: the adaptive streams (None without any), and one.
     """
 
-    projections: FastWeights | None
-    memory: FastWeights
+    projections: State | None
+    memory: State
     conv: Float[Tensor, "b w ch"] | None
-    position: Int[Tensor, "b"]
-    aligned: bool
+
+    @property
+    def clock(self) -> State:
+        """The group whose chunks are the longest."""
+        return self.memory if self.projections is None else self.projections
 
 
 class Projected(NamedTuple):
@@ -76,17 +69,17 @@ def poison_state(state: SelfModifyingState, rows: Tensor) -> SelfModifyingState:
     return state._replace(memory=state.memory._replace(params=params))
 
 
-def single(group: State) -> State:
+def single(group: Running) -> Running:
     """Drop the memories dimension of a group of one."""
     return each_weight(group, lambda w: w.squeeze(1))
 
 
-def stacked(group: State) -> State:
+def stacked(group: Running) -> Running:
     """One memory as a group of one."""
     return each_weight(group, lambda w: w.unsqueeze(1))
 
 
-def each_weight(group: State, fn: Callable[[Tensor], Tensor]) -> State:
+def each_weight(group: Running, fn: Callable[[Tensor], Tensor]) -> Running:
     """The group with ``fn`` applied to every weight."""
     done: dict[int, Weights] = {}
 
@@ -102,27 +95,28 @@ def each_weight(group: State, fn: Callable[[Tensor], Tensor]) -> State:
     )
 
 
-def fast_weights(group: State, batch: int) -> FastWeights:
-    """A group of rows ``[batch * heads, memories]`` as the state that the layer hands on."""
+def handed_on(group: Running, position: Int[Tensor, "b"], aligned: bool) -> State:
+    """The state of a group of rows ``[batch * heads, memories]``, as the layer hands it on."""
 
     def heads(weights: Weights) -> Weights:
-        return {m: w.unflatten(0, (batch, -1)) for m, w in weights.items()}
+        return {m: w.unflatten(0, (len(position), -1)) for m, w in weights.items()}
 
-    momentum = None if group.momentum is None else heads(group.momentum)
-    return FastWeights(heads(group.params), heads(group.anchor), momentum)
+    momentum, params = None if group.momentum is None else heads(group.momentum), heads(group.params)
+    rows = next(iter(params.values())).shape[:3]
+    return State(params, momentum, heads(group.anchor), position[:, None, None].expand(rows), aligned=aligned)
 
 
 def _rows_like(rows: Tensor, w: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (w.dim() - 1))
 
 
-def refresh(group: State, begins: Tensor) -> State:
+def refresh(group: Running, begins: Tensor) -> Running:
     """Rows where ``begins``: a new chunk takes its errors at the current weights."""
     anchor = {m: torch.where(_rows_like(begins, w), w, group.anchor[m]) for m, w in group.params.items()}
     return group._replace(anchor=anchor)
 
 
-def back_to_initial(group: State, rows: Tensor) -> State:
+def back_to_initial(group: Running, rows: Tensor) -> Running:
     """Rows that were reset inside the span: what follows in that chunk takes its errors at the initial weights."""
     anchor = {m: torch.where(_rows_like(rows, w), group.initial[m], w) for m, w in group.anchor.items()}
     return group._replace(anchor=anchor)

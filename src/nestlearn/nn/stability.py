@@ -34,6 +34,7 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
   that of L2 and decay, the step is divided by how much (`curvature`): ``p (p - 1) 2^(p-2)`` for `Lp` with p of at
   least 2, the root of the width for Yaad's switch, the slope at 0 for `LqDual` (its eps sets it: with the default the
   step is 10,000 times smaller; take 1e-3 to learn), the scale of the initial weights over their accumulators for `Lq`.
+  Each objective and each retention states its own ``steepness``; a layer refuses one of yours that does not.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestlearn.memory import KL, L2, AssociativeMemory, Bregman, Delta, DotProduct, Huber, Lp, Lq, LqDual, Matrix
-from nestlearn.memory.retention import is_linear, is_per_channel
+from nestlearn.memory import L2, AssociativeMemory, Delta, DotProduct, Matrix
+from nestlearn.memory.objectives import SteepObjective
+from nestlearn.memory.retention import SteepRetention, is_linear, is_per_channel
 from nestlearn.memory.types import Weights
 
 MAX_MOMENTUM = 0.9
@@ -63,22 +65,38 @@ def bounds_values(memory: AssociativeMemory) -> bool:
     return is_deep(memory) or not isinstance(memory.objective, DotProduct | L2) or not is_linear(memory.retention)
 
 
-def curvature(memory: AssociativeMemory, width: int) -> float:
-    """How much more than with L2 and decay an update can change what is read, for residuals up to `MAX_THRESHOLD`."""
+def curvature(memory: AssociativeMemory, initial: Weights) -> float | Float[Tensor, "h 1"]:
+    """How much more than with L2 and decay an update can change what is read, for residuals up to `MAX_THRESHOLD`.
+
+    Objective and retention state it themselves (``steepness``). ``initial: {map: [h, out, in]}``.
+    """
     objective, retention = memory.objective, memory.retention
-    slope = 1.0
-    if isinstance(retention, LqDual):
-        p = retention.q / (retention.q - 1)
-        slope = max(p - 1, retention.eps ** min((p - 2) / 2, 0))
-    elif isinstance(retention, KL | Bregman):
-        slope = max(1.0, retention.c / 2)
-    if isinstance(objective, Lp):
-        p = objective.p
-        return slope * p * (objective.sharpness if p < 2 else max(p - 1, 1.0) * MAX_THRESHOLD ** (p - 2))
-    if isinstance(objective, Huber) and objective.form == "switch":
-        # The sign of a residual is longer than the residual by up to the root of the width.
-        return slope * math.sqrt(width)
-    return slope
+    assert isinstance(objective, SteepObjective) and isinstance(retention, SteepRetention)
+    width = next(iter(initial.values())).shape[-1]
+    steep = objective.steepness(width, MAX_THRESHOLD)
+    slopes = [retention.steepness(start) for start in initial.values()]
+    numbers = [slope for slope in slopes if not isinstance(slope, Tensor)]
+    tensors = [slope.flatten(-2) for slope in slopes if isinstance(slope, Tensor)]
+    steep = steep * max(numbers, default=1.0)
+    return steep * torch.stack(tensors).amax(0) if tensors else steep
+
+
+def _require_steepness(memory: AssociativeMemory) -> None:
+    """Raise for an objective or a retention that does not say how steep it is: no step is known to be safe."""
+    objective, retention = memory.objective, memory.retention
+    if not isinstance(objective, SteepObjective):
+        raise ValueError(
+            f"{objective!r} does not state its steepness, so that no step size is known to be stable. Give it a method "
+            "steepness(width, reach): the largest slope of its error for residuals up to the norm reach (L2 has 1)."
+        )
+    if not isinstance(retention, SteepRetention):
+        raise ValueError(
+            f"{retention!r} does not state its steepness, so that no step size is known to be stable. Give it a method "
+            "steepness(start): how many times faster than the accumulator the weights can change (Decay has 1)."
+        )
+    steep = objective.steepness(1, MAX_THRESHOLD)
+    if not 0 <= steep < math.inf or (steep == 0 and not isinstance(objective, DotProduct)):
+        raise ValueError(f"{objective!r} states a steepness of {steep!r}; it must be positive and finite.")
 
 
 def largest_step(memory: AssociativeMemory) -> float:
@@ -97,6 +115,7 @@ def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
     Raises:
         ValueError: the value is not stable for this memory, or none is.
     """
+    _require_steepness(memory)
     largest = largest_step(memory)
     if is_deep(memory) and isinstance(memory.retention, Delta):
         _refuse_unstable(memory)
@@ -172,16 +191,11 @@ def bounded_step(
         retain = retain.amax(-1)
     if not isinstance(memory.objective, DotProduct):
         tokens = max(memory.chunk_size, 4 / damping if damping < 1 else 1)
-        width = next(iter(initial.values())).shape[-1]
-        step = sigma * (max_step * damping / tokens / curvature(memory, width))
-        if isinstance(memory.retention, Lq):
-            # How fast weights follow their accumulator at the start.
-            slopes = [memory.retention.scale(a).flatten(-3) for a in initial.values()]
-            step = step / torch.stack(slopes).amax(0).clamp(min=1).unsqueeze(-1)
+        step = sigma * (max_step * damping / tokens) / curvature(memory, initial)
         weights = {name: memory.retention.anchored(a) for name, a in initial.items()}
         return step / (2 * outgrown(weights).unsqueeze(-1)) if is_deep(memory) else step
     if isinstance(memory.retention, Delta) or not is_deep(memory):
-        return sigma * (max_step / curvature(memory, 1))
+        return sigma * max_step  # no feedback
     return sigma * (1 - retain) * (max_step * damping**2 / 2)
 
 

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import AssociativeMemory, Decay, Descent, DotProduct, Gates, scan
+from nestlearn.memory import AssociativeMemory, Decay, Descent, DotProduct, Gates, State, scan
 from nestlearn.memory.layout import Grid, place
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import PersistentTokens, rotate
 from nestlearn.nn.conv import ShortConv
-from nestlearn.nn.fast import FastState, check_tokens, full_precision, unit, unpack, wide_dtype
+from nestlearn.nn.fast import check_tokens, full_precision, unit, wide_dtype
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
 from nestlearn.nn.state import record
@@ -189,13 +189,13 @@ class MemoryAsContext(nn.Module):
         initial, rows = self.memory.initial_weights(ask), ask.shape[:2]
         full = {name: w.expand(*rows, *w.shape[-2:]) for name, w in initial.items()}
         held = full if weights is None else weights
-        position = torch.zeros(rows[0], dtype=torch.long, device=ask.device)
+        position = torch.zeros(rows, dtype=torch.long, device=ask.device)
         nothing = torch.zeros_like(ask[..., 0])
-        state = unpack(FastState(held, None, held, position, True), initial, (rows[0], rows[1]))
+        state = State(held, None, held, position, aligned=True)
         with full_precision(ask):
             gates = Gates(nothing, torch.ones_like(nothing))
             blank = torch.zeros_like(ask)
-            return scan(self.reader, state, ask, blank, blank, gates, return_state=False)[0]
+            return scan(self.reader, state, ask, blank, blank, gates, initial=full, return_state=False)[0]
 
     def _recalled(self, ask: Tensor, start: Weights | None, after: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values of what the memory recalls for a span; tokens ``after`` a reset ask a fresh memory."""

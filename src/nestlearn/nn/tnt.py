@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory, Gates, State, catalog, scan
+from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import document_positions
-from nestlearn.nn.fast import FastState, check_tokens, full_precision, pack, unit, unpack
+from nestlearn.nn.fast import check_tokens, full_precision, unit
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer
 from nestlearn.nn.state import record
@@ -29,8 +30,8 @@ class LocalState(NamedTuple):
     ``aligned`` is static: True where every row is known to stand at the start of a window.
     """
 
-    memory: FastState
-    projector: FastState
+    memory: State
+    projector: State
     position: Int[Tensor, "b"]
     aligned: bool
 
@@ -39,7 +40,7 @@ class LocalState(NamedTuple):
 class HierarchicalState(NamedTuple):
     """Streaming state of `HierarchicalMemory`: the global memory, the local ones, the tail of the convolution."""
 
-    memory: FastState
+    memory: State
     locals: tuple[LocalState, ...]
     conv: Float[Tensor, "b w ch"] | None
 
@@ -50,6 +51,12 @@ class Heads(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+def spread(initial: Weights, leading: int) -> Weights:
+    """Initial weights ``[h, out, in]`` for rows of ``leading`` dimensions ``[b, h, ...]``."""
+    index = (slice(None), *[None] * (leading - 2))
+    return {name: w[index] for name, w in initial.items()}
 
 
 class LocalMemory(MemoryMixer):
@@ -89,26 +96,25 @@ class LocalMemory(MemoryMixer):
             return self._folded(heads, gates, initial)
         return self._placed(heads, gates, initial, state, mask, reset)
 
-    def _fresh(self, rows: tuple[int, ...], initial: dict[str, Tensor], like: Tensor) -> tuple[State, State]:
+    def _fresh(self, rows: tuple[int, ...], initial: Weights, like: Tensor) -> tuple[State, State]:
         """Memory and projector at the start of a window, for rows ``[b, h, ...]``."""
-        spread = (slice(None), *[None] * (len(rows) - 2))
         options = {"dtype": like.dtype, "device": like.device}
-        start = {name: w[spread] for name, w in initial.items()}
-        memory = self.memory.init_state(rows, self.d_head, self.d_head, start, **options)
+        memory = self.memory.init_state(rows, self.d_head, self.d_head, spread(initial, len(rows)), **options)
         return memory, PROJECTOR.init_state(rows, self.d_head, self.d_head, **options)
 
     def _read(
-        self, heads: Heads, gates: Gates, start: tuple[State, State], mask: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, tuple[State, State]]:
+        self, heads: Heads, gates: Gates, start: tuple[State, State], initial: Weights, mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[State, State]]:  # fmt: skip
         """Both scans over tokens ``[*rows, t]``: queries into the span of the window's keys, then the memory."""
         q, k, v = heads
         one = torch.ones_like(gates.lr)
         q, projector = scan(PROJECTOR, start[1], q, k, k, Gates(one, one), mask=mask, reset=reset)
         # A sum of projectors is none: its scale would grow with the number of keys.
-        y, memory = scan(self.memory, start[0], unit(q), k, v, gates, mask=mask, reset=reset)
+        y, memory = scan(self.memory, start[0], unit(q), k, v, gates, initial=initial, mask=mask, reset=reset)
         return y, (memory, projector)
 
-    def _folded(self, heads: Heads, gates: Gates, initial: dict[str, Tensor]) -> tuple[Tensor, LocalState]:
+    def _folded(self, heads: Heads, gates: Gates, initial: Weights) -> tuple[Tensor, LocalState]:
         """All rows at the start of a window: the windows, independent of each other, are rows of one batch."""
         rows, tokens = heads.q.shape[:2], heads.q.shape[2]
         whole = tokens // self.window * self.window
@@ -120,18 +126,18 @@ class LocalMemory(MemoryMixer):
                 return x[:, :, :whole].unflatten(2, (count, self.window))
 
             start = self._fresh((*rows, count), initial, heads.q)
-            y, _ = self._read(Heads(*map(fold, heads)), gates.map(fold), start, None, None)
+            y, _ = self._read(Heads(*map(fold, heads)), gates.map(fold), start, spread(initial, 3))
             outputs.append(y.flatten(2, 3))
         end = self._fresh(tuple(rows), initial, heads.q)
         if whole < tokens:
             rest = Heads(*(x[:, :, whole:] for x in heads))
-            y, end = self._read(rest, gates.map(lambda g: g[:, :, whole:]), end, None, None)
+            y, end = self._read(rest, gates.map(lambda g: g[:, :, whole:]), end, initial)
             outputs.append(y)
         position = torch.full(rows[:1], tokens - whole, dtype=torch.long, device=heads.q.device)
-        return torch.cat(outputs, 2), LocalState(pack(end[0]), pack(end[1]), position, whole == tokens)
+        return torch.cat(outputs, 2), LocalState(*end, position, whole == tokens)
 
     def _placed(
-        self, heads: Heads, gates: Gates, initial: dict[str, Tensor], state: LocalState | None, mask: Tensor | None,
+        self, heads: Heads, gates: Gates, initial: Weights, state: LocalState | None, mask: Tensor | None,
         reset: Tensor | None,
     ) -> tuple[Tensor, LocalState]:  # fmt: skip
         """Rows of any phase: a window's first token is a reset."""
@@ -139,16 +145,14 @@ class LocalMemory(MemoryMixer):
         real = torch.ones(rows[0], tokens, dtype=torch.bool, device=heads.q.device) if mask is None else mask
         start, position = self._fresh(tuple(rows), initial, heads.q), real.new_zeros(rows[0], dtype=torch.long)
         if state is not None:
-            pair, nothing = (rows[0], rows[1]), {name: w[0, 0] for name, w in start[1].initial.items()}
-            start = unpack(state.memory, initial, pair), unpack(state.projector, nothing, pair)
-            position = state.position
+            start, position = (state.memory, state.projector), state.position
         place, _ = document_positions(position, real, reset)
         begins = (place % self.window == 0) & real
-        spread = (-1, self.num_heads, -1)
-        flags = None if mask is None else mask.unsqueeze(1).expand(spread)
-        y, end = self._read(heads, gates, start, flags, begins.unsqueeze(1).expand(spread))
+        each = (-1, self.num_heads, -1)
+        flags = None if mask is None else mask.unsqueeze(1).expand(each)
+        y, end = self._read(heads, gates, start, initial, flags, begins.unsqueeze(1).expand(each))
         position = (place[:, -1] + 1) % self.window
-        return y, LocalState(pack(end[0]), pack(end[1]), position, False)
+        return y, LocalState(*end, position, False)
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token: gates, projected query, memory."""
@@ -239,17 +243,17 @@ class HierarchicalMemory(MemoryMixer):
             x = torch.where(mask.unsqueeze(-1), x, 0)
             reset = None if reset is None else reset & mask
         q, k, v, tail = self._heads(x, None if state is None else state.conv, mask, reset)
-        heads, spread = Heads(q, k, v), (-1, self.num_heads, -1)
+        heads, each = Heads(q, k, v), (-1, self.num_heads, -1)
         with full_precision(x):
             initial = self.initial_weights(q)
             rows = (q.shape[0], self.num_heads)
             start = self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=q.dtype, device=q.device)
             if state is not None:
-                start = unpack(state.memory, initial, rows)
+                start = state.memory
             y, end = scan(
-                self.memory, start, q, k, v, self._gates(x, initial, writes),
-                mask=None if mask is None else mask.unsqueeze(1).expand(spread),
-                reset=None if reset is None else reset.unsqueeze(1).expand(spread),
+                self.memory, start, q, k, v, self._gates(x, initial, writes), initial=initial,
+                mask=None if mask is None else mask.unsqueeze(1).expand(each),
+                reset=None if reset is None else reset.unsqueeze(1).expand(each),
                 return_state=return_state,
             )  # fmt: skip
             after = []
@@ -261,7 +265,7 @@ class HierarchicalMemory(MemoryMixer):
             y = F.rms_norm(y, (self.d_head,), self.norm.weight.to(y.dtype), self.norm.eps)
         y = self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
         tail = tail.clone() if tail is not None and return_state else tail
-        return y, HierarchicalState(pack(end), tuple(after), tail) if return_state else None
+        return y, HierarchicalState(end, tuple(after), tail) if return_state else None
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""

@@ -15,7 +15,6 @@ from nestlearn.memory import Factor, Gates
 from nestlearn.models.segments import next_token_nats
 from nestlearn.nn.cms.level import Level, loss_gates
 from nestlearn.nn.cms.tape import Factors, Tape, gradients, segment_factors, squared_norm, usable, write
-from nestlearn.nn.fast import pack, unpack
 
 from .classes import StackedModel
 from .network import StackedMLP
@@ -164,20 +163,20 @@ def _write_level(
         state = state._replace(position=state.position + clock % period, aligned=False)
         energy, writes = first.new_zeros(rows, dtype=dtype), 0
     else:
-        state, energy, writes = unpack(held.weights, initial, (rows,)), held.energy, held.writes
+        state, energy, writes = held.weights, held.energy, held.writes
     factors = {name: Factor(x.to(dtype), e.to(dtype)) for name, (x, e) in factors.items()}
     energy = ENERGY_DECAY * energy + (1 - ENERGY_DECAY) * squared_norm(factors).detach()
     typical = (energy / (1 - ENERGY_DECAY ** (writes + 1))).sqrt()
     size = STEP * module.weight_norm(index).to(dtype)
     gates = _gates(level, plan, factors, size, typical, tokens)
     factors, gates = _fill(level, plan, factors, gates)
-    state = write(memory, state, factors, gates, clip=level.clip)
+    state = write(memory, state, factors, gates, clip=level.clip, initial=initial)
     position = (clock + plan.segment) % period
     state = state._replace(position=torch.full_like(state.position, position), aligned=position == 0)
     if position == 0:
         # The last segment of a document may be shorter than its period, which ends with it.
         state = state._replace(anchor=state.params)
-    return LevelFast(pack(state), energy, writes + 1)
+    return LevelFast(state, energy, writes + 1)
 
 
 def _gates(

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nestlearn.memory import State
 from nestlearn.nn.cms.tape import Tape
-from nestlearn.nn.fast import FastState
 from nestlearn.nn.state import clone, detach, index_rows, map_tensors, record, state_bytes
 
 from .plan import StackPlan
@@ -26,7 +26,7 @@ class LevelFast(NamedTuple):
     ``energy`` is the moving average of the squared gradient norm of a segment, over ``writes`` segments.
     """
 
-    weights: FastState
+    weights: State
     energy: Float[Tensor, "b"]
     writes: int
 

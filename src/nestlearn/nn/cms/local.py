@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nestlearn.memory import L2, AssociativeMemory, DotProduct, Gates, State, scan
 from nestlearn.memory.types import Weights
-from nestlearn.nn.fast import FastState, GateProjection, InitialWeights, full_precision, pack, unpack, wide_dtype
+from nestlearn.nn.fast import GateProjection, InitialWeights, full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.stability import outgrown
@@ -101,12 +101,12 @@ class LevelWeights(nn.Module):
         return torch.tensor(math.log(kept) if kept > 0 else -math.inf, dtype=dtype, device=device)
 
     def start(
-        self, state: FastState | None, initial: Weights, rows: int, dtype: torch.dtype, device: torch.device
+        self, state: State | None, initial: Weights, rows: int, dtype: torch.dtype, device: torch.device
     ) -> State:
-        """The memory's state of a packed one, or a fresh one."""
+        """The given state, or a fresh one."""
         if state is None:
             return self.memory.init_state((rows,), self.d_model, self.d_model, initial, dtype=dtype, device=device)
-        return unpack(state, initial, (rows,))
+        return state
 
 
 class LocalLevel(LevelWeights):
@@ -174,12 +174,12 @@ class LocalLevel(LevelWeights):
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        state: FastState | NestedState | None,
+        state: State | NestedState | None,
         mask: Bool[Tensor, "b t"] | None,
         reset: Bool[Tensor, "b t"] | None,
         writes: bool,
         return_state: bool,
-    ) -> tuple[Float[Tensor, "b t d"], FastState | NestedState | None]:
+    ) -> tuple[Float[Tensor, "b t d"], State | NestedState | None]:
         """What the level adds to the stream at every token, and its state."""
         dtype = x.dtype
         reset = reset if self.level.reset else None
@@ -197,10 +197,12 @@ class LocalLevel(LevelWeights):
                 value, gates = self._value(x, initial), self._gates(x, initial, writes)
                 y, nested = scan_nested(memory, nest, nested, x, value, gates, mask, reset)
                 return y.to(dtype), nested if return_state else None
-            start = self.start(cast("FastState | None", state), initial, x.shape[0], x.dtype, x.device)
+            start = self.start(cast("State | None", state), initial, x.shape[0], x.dtype, x.device)
             value, gates = self._value(x, initial), self._gates(x, initial, writes)
-            y, end = scan(memory, start, x, x, value, gates, mask=mask, reset=reset, return_state=return_state)
-        return y.to(dtype), pack(end) if return_state else None
+            y, end = scan(
+                memory, start, x, x, value, gates, initial=initial, mask=mask, reset=reset, return_state=return_state
+            )
+        return y.to(dtype), end if return_state else None
 
     def _value(self, x: Tensor, initial: Weights) -> Tensor:
         value = F.linear(x, self.value.to(x.dtype))

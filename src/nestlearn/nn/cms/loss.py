@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nestlearn.memory import Factor, Gates, State
-from nestlearn.nn.fast import FastState, GateProjection, full_precision, pack, wide_dtype
+from nestlearn.memory.types import Running
+from nestlearn.nn.fast import GateProjection, full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 
 from .level import Level, loss_gates
@@ -54,12 +55,12 @@ class LossLevel(LevelWeights):
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        state: FastState | NestedState | None,
+        state: State | NestedState | None,
         reset: Bool[Tensor, "b t"] | None,
         return_state: bool,
         tape: Tape | None = None,
         key: Hashable = None,
-    ) -> tuple[Float[Tensor, "b t d"], FastState | NestedState | None]:
+    ) -> tuple[Float[Tensor, "b t d"], State | NestedState | None]:
         """What the level adds to the stream, and its state, in which a row that ``reset`` names starts anew."""
         dtype = x.dtype
         with full_precision(x):
@@ -71,34 +72,37 @@ class LossLevel(LevelWeights):
             y = read(self.bound(x.dtype).architecture, now.anchor, x, tape, key)
         return y.to(dtype), self._pack(now, position) if return_state else None
 
-    def _unpack(self, state: FastState | NestedState | None, x: Tensor) -> tuple[State, Tensor]:
+    def _unpack(self, state: State | NestedState | None, x: Tensor) -> tuple[Running, Tensor]:
         """The memory's state, and tokens since its initial weights moved."""
         initial = self.initial_weights(x.dtype)
         if isinstance(state, NestedState):
             return unpack_nested(state), state.position
         now = self.start(state, initial, x.shape[0], x.dtype, x.device)
-        return now, torch.zeros_like(now.position)
+        full = {name: w.expand_as(now.params[name]) for name, w in initial.items()}
+        return Running.of(now, full), torch.zeros_like(now.position)
 
-    def _pack(self, now: State, position: Tensor) -> FastState | NestedState:
+    def _pack(self, now: Running, position: Tensor) -> State | NestedState:
         # Segments are written to rows one by one: no call can know their phase without looking.
         now = now._replace(aligned=False)
-        return pack(now) if self.outer is None else NestedState(pack(now), now.initial, position, False)
+        return now.state() if self.outer is None else NestedState(now.state(), now.initial, position, False)
 
     def absorb(
-        self, state: FastState | NestedState, factors: Factors, learns: Bool[Tensor, "b t"] | None = None
-    ) -> FastState | NestedState:
+        self, state: State | NestedState, factors: Factors, learns: Bool[Tensor, "b t"] | None = None
+    ) -> State | NestedState:
         """The state after a segment whose factors are given; ``learns`` False has step 0."""
         x = factors[self.memory.architecture.query_map].input
         with full_precision(x):
             x = x.to(wide_dtype(x))
             now, position = self._unpack(state, x)
-            now = write(self.memory, now, factors, self._gates(x, learns), self.level.clip)
+            gates = self._gates(x, learns)
+            end = write(self.memory, now.state(), factors, gates, self.level.clip, initial=now.initial)
+            now = Running.of(end, now.initial)
             if self.outer is not None:
                 position = (position + x.shape[1]) % self.outer
                 now = transfer(now, self.rho, position == 0)
         return self._pack(now, position)
 
-    def advance_clock(self, state: FastState | NestedState, tokens: int) -> FastState | NestedState:
+    def advance_clock(self, state: State | NestedState, tokens: int) -> State | NestedState:
         """The state after tokens whose step is 0: what was learned is kept as after any others."""
         weights = (state.fast if isinstance(state, NestedState) else state).params
         nothing = {

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nestlearn.memory import State
 from nestlearn.memory.layout import nobody
-from nestlearn.nn.fast import FastState, check_tokens
+from nestlearn.nn.fast import check_tokens
 from nestlearn.nn.ffn import Activation, FeedForward
 from nestlearn.nn.state import record
 
@@ -32,7 +33,7 @@ Writes = bool | Sequence[int]
 class ContinuumState(NamedTuple):
     """Fast weights of every level with a period, None for a frozen one; every tensor ``[B, ...]``."""
 
-    levels: tuple[FastState | NestedState | None, ...]
+    levels: tuple[State | NestedState | None, ...]
 
 
 class Aggregation(nn.Module):
@@ -204,7 +205,7 @@ class ContinuumMemory(nn.Module):
             x = torch.where(mask.unsqueeze(-1), x, 0)
         total: Tensor | None = None
         outputs: list[Tensor] = []
-        after: list[FastState | NestedState | None] = []
+        after: list[State | NestedState | None] = []
         before = (None,) * len(self.networks) if state is None else state.levels
         for i, (network, norm, fast) in enumerate(zip(self.networks, self.norms, before, strict=True)):
             here = norm(x if total is None or self.aggregation is not None else x + total)
@@ -253,7 +254,7 @@ class ContinuumMemory(nn.Module):
             torch.Size([2, 21, 8])
         """
         self._check_factors(state, factors, key, idle)
-        after: list[FastState | NestedState | None] = []
+        after: list[State | NestedState | None] = []
         for i, (network, fast) in enumerate(zip(self.networks, state.levels, strict=True)):
             if isinstance(network, LossLevel) and fast is not None and network.period not in idle:
                 here = factors[key, i]

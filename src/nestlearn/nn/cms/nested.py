@@ -30,8 +30,7 @@ from torch import Tensor
 from nestlearn.memory import AssociativeMemory, Gates, State, scan
 from nestlearn.memory.functions import segment_products
 from nestlearn.memory.layout import compaction, nobody
-from nestlearn.memory.types import Weights
-from nestlearn.nn.fast import FastState, pack
+from nestlearn.memory.types import Running, Weights
 from nestlearn.nn.state import record
 
 from .tape import gradients, usable
@@ -56,7 +55,7 @@ class NestedState(NamedTuple):
     known to stand at such a moment. ``window`` holds the tokens since, where a meta-gradient will need them.
     """
 
-    fast: FastState
+    fast: State
     initial: Weights
     position: Int[Tensor, "b"]
     aligned: bool
@@ -73,21 +72,19 @@ class Nest(NamedTuple):
     by: TransferBy = "difference"
 
 
-def unpack_nested(state: NestedState) -> State:
-    """The memory's state of a nested level."""
-    fast = state.fast
-    extra = {} if fast.pending is None else {"pending": fast.pending}
-    return State(fast.params, fast.momentum, fast.anchor, state.initial, fast.position, extra, fast.aligned)
+def unpack_nested(state: NestedState) -> Running:
+    """The memory of a nested level with its own initial weights."""
+    return Running.of(state.fast, state.initial)
 
 
 def start_nested(memory: AssociativeMemory, rows: int, width: int, initial: Weights) -> NestedState:
     """A fresh level: its initial weights are the parameters."""
     first = next(iter(initial.values()))
     state = memory.init_state((rows,), width, width, initial, dtype=first.dtype, device=first.device)
-    return NestedState(pack(state), state.initial, torch.zeros_like(state.position), True)
+    return NestedState(state, state.params, torch.zeros_like(state.position), True)
 
 
-def transfer(state: State, rho: float, rows: Bool[Tensor, "b"] | None = None) -> State:
+def transfer(state: Running, rho: float, rows: Bool[Tensor, "b"] | None = None) -> Running:
     """``theta_0 <- theta_0 + rho (theta - theta_0)``, ``theta <- theta_0`` in the given rows (None: in all).
 
     A period that is not over is flushed: theta holds what it has written so far.
@@ -95,7 +92,8 @@ def transfer(state: State, rho: float, rows: Bool[Tensor, "b"] | None = None) ->
     Example:
         >>> from nestlearn.memory import catalog
         >>> memory = catalog["ttt_linear"]
-        >>> state = memory.init_state((1,), 1, 1)._replace(params={"W": torch.ones(1, 1, 1)})
+        >>> start = memory.init_state((1,), 1, 1)
+        >>> state = Running.of(start._replace(params={"W": torch.ones(1, 1, 1)}), initial=start.params)
         >>> transfer(state, 0.5).params["W"].squeeze().tolist()
         0.5
     """
@@ -118,7 +116,7 @@ def influence(gates: Gates) -> Float[Tensor, "b t"]:
     return gates.lr * kept
 
 
-def meta_gradient(memory: AssociativeMemory, state: State, window: Window) -> Weights:
+def meta_gradient(memory: AssociativeMemory, state: Running, window: Window) -> Weights:
     """``dJ / d theta_0`` through all writes of a window of tokens that a level begins at theta_0 = ``state.initial``.
 
     The window is read once more, and differentiated in any mode of autograd; under an outer gradient the result can be
@@ -129,7 +127,8 @@ def meta_gradient(memory: AssociativeMemory, state: State, window: Window) -> We
         >>> memory = catalog["ttt_linear"]
         >>> x = torch.ones(1, 1, 1)
         >>> window = Window(x, 3 * x, Gates(torch.full((1, 1), 0.5), torch.ones(1, 1)))
-        >>> meta_gradient(memory, memory.init_state((1,), 1, 1), window)["W"].item()
+        >>> start = memory.init_state((1,), 1, 1)
+        >>> meta_gradient(memory, Running.of(start, start.params), window)["W"].item()
         -1.5
     """
     outer = torch.is_grad_enabled()
@@ -137,14 +136,14 @@ def meta_gradient(memory: AssociativeMemory, state: State, window: Window) -> We
         initial, (x, value, gates) = usable((state.initial, window))
         start = {n: w.view_as(w) if w.requires_grad else w.detach().requires_grad_() for n, w in initial.items()}
         fresh = restart(state, start, None)
-        y, _ = scan(memory, fresh, x, x, value, gates, read="chunk", return_state=False)
+        y, _ = scan(memory, fresh.state(), x, x, value, gates, initial=start, read="chunk", return_state=False)
         objective = (influence(gates) * memory.objective.loss(y, value)).sum()
         slopes = torch.autograd.grad(objective, list(start.values()), create_graph=outer)
     whole = y.detach().isfinite().all(-1).all(-1)[:, None, None]
     return {n: torch.where(whole, slope, torch.nan) for n, slope in zip(start, slopes, strict=True)}
 
 
-def restart(state: State, initial: Weights, rows: Tensor | None) -> State:
+def restart(state: Running, initial: Weights, rows: Tensor | None) -> Running:
     """Rows that start from ``initial`` with nothing written."""
 
     def choose(new: Tensor, old: Tensor) -> Tensor:
@@ -155,13 +154,13 @@ def restart(state: State, initial: Weights, rows: Tensor | None) -> State:
     momentum = state.momentum
     if momentum is not None:
         momentum = {n: choose(torch.zeros_like(s), s) for n, s in momentum.items()}
-    return State(
+    return Running(
         {n: choose(w, state.params[n]) for n, w in weights.items()},
         momentum,
         {n: choose(w, state.anchor[n]) for n, w in weights.items()},
         weights,
         choose(torch.zeros_like(state.position), state.position),
-        {n: choose(torch.zeros_like(x), x) for n, x in state.extra.items()},
+        None if state.pending is None else choose(torch.zeros_like(state.pending), state.pending),
         aligned=rows is None or state.aligned,
     )
 
@@ -218,7 +217,7 @@ def _record(held: Window | None, new: Window, position: Int[Tensor, "b"], valid:
     return Window(put(held.x, new.x), put(held.value, new.value), Gates(*gates))  # type: ignore[arg-type]
 
 
-def _move(memory: AssociativeMemory, nest: Nest, state: State, window: Window | None, rows: Tensor | None) -> State:
+def _move(memory: AssociativeMemory, nest: Nest, state: Running, window: Window | None, rows: Tensor | None) -> Running:
     """The state of the given rows (None: all) after their initial weights have moved."""
     if nest.by == "difference" or window is None:
         return transfer(state, nest.rho, rows)
@@ -233,7 +232,8 @@ def _scan_aligned(memory: AssociativeMemory, nest: Nest, state: NestedState, new
     now, outputs, tokens, window = unpack_nested(state), [], new.x.shape[1], state.window
     for first in range(0, tokens, nest.period):
         here = _pick(new, slice(None), slice(first, first + nest.period))
-        y, now = scan(memory, now, here.x, here.x, here.value, here.gates)
+        y, end = scan(memory, now.state(), here.x, here.x, here.value, here.gates, initial=now.initial)
+        now = Running.of(end, now.initial)
         outputs.append(y)
         if y.shape[1] == nest.period:
             now = _move(memory, nest, now, here, None)
@@ -241,7 +241,7 @@ def _scan_aligned(memory: AssociativeMemory, nest: Nest, state: NestedState, new
             everyone = torch.ones_like(here.gates.lr, dtype=torch.bool)
             window = _record(window, here, state.position, everyone)
     position = torch.full_like(state.position, tokens % nest.period)
-    return torch.cat(outputs, 1), NestedState(pack(now), now.initial, position, tokens % nest.period == 0, window)
+    return torch.cat(outputs, 1), NestedState(now.state(), now.initial, position, tokens % nest.period == 0, window)
 
 
 class Windows(NamedTuple):
@@ -300,10 +300,11 @@ def _scan_windows(
         now, position = restart(now, full, fresh), torch.where(fresh, 0, position)
         k, v, g = _pick(new, row, index)
         k, v = (torch.where(valid[..., None], z, 0) for z in (k, v))
-        read, now = scan(memory, now, k, k, v, g, mask=valid)
+        read, end = scan(memory, now.state(), k, k, v, g, initial=now.initial, mask=valid)
+        now = Running.of(end, now.initial)
         target = torch.where(valid, index, tokens).unsqueeze(-1).expand(-1, -1, width)
         y = y.scatter(1, target, read.to(y.dtype))
         held = _record(held, Window(k, v, g), position, valid)
         position = (position + valid.sum(1)) % nest.period
         now = _move(memory, nest, now, held, (position == 0) & valid.any(1))
-    return y[:, :tokens], NestedState(pack(now), now.initial, position, False, held)
+    return y[:, :tokens], NestedState(now.state(), now.initial, position, False, held)

@@ -193,6 +193,7 @@ def write(
     gates: Gates,
     clip: float | None = None,
     valid: Bool[Tensor, "b t"] | None = None,
+    initial: Weights | None = None,
 ) -> State:
     """Write the factors of one segment into a level.
 
@@ -204,6 +205,7 @@ def write(
         gates: of its tokens (`nestlearn.nn.cms.level.loss_gates`).
         clip: bound of `gradient_norm`, per row.
         valid: False at tokens that change nothing.
+        initial: the weights that the level keeps toward, as in `nestlearn.memory.absorb`.
 
     Returns:
         The state after the segment; when a row's period ends, its anchor becomes what was written.
@@ -213,11 +215,12 @@ def write(
         >>> from nestlearn.nn.cms.level import Level, MapShapes, level_memory, loss_gates
         >>> level = Level(period=8, lr=0.1)
         >>> memory = level_memory(level, MapShapes.of({"W": (3, 3)}))
-        >>> state = memory.init_state((2,), 3, 3, {"W": torch.eye(3)})
+        >>> initial = {"W": torch.eye(3)}
+        >>> state = memory.init_state((2,), 3, 3, initial)
         >>> tape, x = Tape(), torch.randn(2, 4, 3)
         >>> y = read(lambda linear, x: linear("W", x), state.anchor, x, tape, key=0)
         >>> factors = segment_factors(y.square().sum(), tape)[0]
-        >>> state = write(memory, state, factors, loss_gates(level, torch.ones(2, 4)), clip=1.0)
+        >>> state = write(memory, state, factors, loss_gates(level, torch.ones(2, 4)), clip=1.0, initial=initial)
         >>> state.position.tolist()
         [4, 4]
     """
@@ -239,5 +242,6 @@ def write(
         part = slice(first, min(first + span, tokens))
         here = {name: Factor(x[:, part], e[:, part]) for name, (x, e) in factors.items()}
         mask = None if valid is None else valid[:, part]
-        state = absorb(memory, state, here, gates.map(lambda gate, part=part: gate[:, part]), mask=mask)
+        gates_here = gates.map(lambda gate, part=part: gate[:, part])
+        state = absorb(memory, state, here, gates_here, initial=initial, mask=mask)
     return state
