@@ -47,8 +47,7 @@ def scan(
         q, k, v: queries, keys, values. No scaling or normalization happens here.
         gates: step size, retention and momentum of every token, ``[*b, t]``.
         initial: the weights ``{map: [*b, out, in]}`` (or broadcastable) that a reset and ``retain_to="initial"`` go
-            back to; gradients reach them. None is the start of a matrix memory, zeros. A memory that starts at
-            random needs those of its start here, as from ``init_state(...).params``.
+            back to. None is zeros for a matrix; an MLP, which starts at random, needs ``init_state(...).params``.
         mask: False marks a token that changes nothing (padding); its output is 0.
         reset: True puts the row back to its initial state before that token.
         engine: ``reference`` (token loop), ``chunked``, or ``auto``, the fastest.
@@ -56,15 +55,14 @@ def scan(
         return_state: False lets an engine skip the state after the last token; the returned one is then unspecified.
 
     Returns:
-        Outputs in the dtype of q, and the state after the last token. A token whose key, value or gate is not
-        finite (or absurd: beyond the cube root of the dtype's largest number; retain or momentum beyond 1.25) makes
-        the outputs of its row NaN from there to the next reset, and never touches an earlier one.
+        Outputs in the dtype of q, and the state after the last token. A key, value or gate that is not finite (or
+        beyond the cube root of the dtype's largest number; retain or momentum beyond 1.25) makes the outputs of its
+        row NaN from there to the next reset, and never touches an earlier one.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or gates that do not fit.
 
     Example:
-        >>> import torch
         >>> from nestlearn.memory import Gates, catalog, scan
         >>> memory = catalog["deltanet"]
         >>> k = torch.nn.functional.normalize(torch.randn(1, 5, 8), dim=-1)
@@ -74,19 +72,23 @@ def scan(
         True
     """
     how = memory.read if read is None else read
-    check_scan(memory, state, q, k, v, gates, mask, reset, how)
     check_engine(engine)
-    # A state may come from a variant with larger chunks.
-    state = state._replace(position=state.position % memory.chunk_size)
+    check_scan(memory, state, q, k, v, gates, mask, reset, how)
     compute, out_dtype = next(iter(state.params.values())).dtype, q.dtype
     q, k, v, gates = q.to(compute), k.to(compute), v.to(compute), gates.map(lambda g: g.to(compute))
     k, v, gates, poisoned = _quarantine(k, v, gates, mask, reset)
     run = _scan_loop if engine == "reference" else _scan_rows
-    full = memory.full_initial(initial, state, reset is not None or memory.retain_to == "initial")
-    y, end = run(memory, Running.of(state, full), q, k, v, gates, mask, reset, how, return_state)
+    y, end = run(memory, _begin(memory, state, initial, reset), q, k, v, gates, mask, reset, how, return_state)
     if not nobody(poisoned):
         y, end = _spread(y, end, poisoned, mask)
     return y.to(out_dtype), end.state()
+
+
+def _begin(memory: AssociativeMemory, state: State, initial: Weights | None, reset: Tensor | None) -> Running:
+    """The state with the weights that resets and retention go back to."""
+    full = memory.full_initial(initial, state, reset is not None or memory.retain_to == "initial")
+    # A state may come from a variant with larger chunks.
+    return Running.of(state._replace(position=state.position % memory.chunk_size), full)
 
 
 def surprise(
