@@ -52,7 +52,7 @@ def test_the_first_example_works_for_every_memory(name: str) -> None:
     torch.manual_seed(0)
     torch.randn(2, *k.shape, dtype=k.dtype)  # what the example draws before the initial weights
     start = memory.init_state((1,), 32, 32, dtype=k.dtype)
-    unwritten, _ = scan(memory, start, k, k, v, gates._replace(lr=0 * gates.lr))
+    unwritten, _ = scan(memory, start, k, k, v, gates._replace(lr=0 * gates.lr), initial=start.params)
     assert y.isfinite().all() and y.abs().max() < 10
     assert (y * v).sum(-1).mean() > (unwritten * v).sum(-1).mean()
 
