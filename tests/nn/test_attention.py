@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nestlearn.nn import CausalAttention
+from nestlearn.nn import CausalAttention, MemoryAsGate, MemoryAsLayer
+from nestlearn.nn.attention import document_positions, rotate
 
 D, HEADS = 16, 2
 
@@ -103,3 +106,98 @@ def test_flops_are_those_of_a_transformer_layer():
 def test_impossible_sizes(sizes, message):
     with pytest.raises(ValueError, match=message):
         CausalAttention(**sizes)
+
+
+def masked_form(attention, x, mask, reset, window):
+    """All tokens at once, with one mask [b, t, t] of what sees what; without convolution."""
+    q, k, v = attention.qkv(torch.where(mask[..., None], x, 0)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    place, document = document_positions(torch.zeros(len(x), dtype=torch.long), mask, reset & mask)
+    near = place[:, :, None] - place[:, None] < window
+    same = document[:, :, None] == document[:, None]
+    seen = mask[:, None] & near & same & torch.ones(x.shape[1], x.shape[1]).tril().bool()
+    scores = (rotate(q, place, 10000.0) @ rotate(k, place, 10000.0).mT) / math.sqrt(D / HEADS)
+    scores = scores.masked_fill(~seen[:, None], -1e300)
+    if attention.persistent is not None:
+        first = (attention.persistent.tokens @ attention.qkv.weight.T).view(-1, 3, HEADS, D // HEADS)
+        scores = torch.cat((torch.einsum("bhtd,nhd->bhtn", q, first[:, 1]) / math.sqrt(D / HEADS), scores), -1)
+        v = torch.cat((first[:, 2].movedim(0, 1).expand(len(x), -1, -1, -1), v), 2)
+    y = attention.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    return torch.where(mask[..., None], y, 0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 90])
+@pytest.mark.parametrize("kind", ["plain", "padded", "documents", "padded documents"])
+@pytest.mark.parametrize("persistent", [0, 2])
+def test_blocks_of_windows_equal_the_masked_form_with_all_gradients(window, kind, persistent):
+    attention = layer(window, persistent=persistent)
+    generator = torch.Generator().manual_seed(2)
+    time = 211
+    x = torch.randn(2, time, D, dtype=torch.float64, generator=generator, requires_grad=True)
+    mask = torch.rand(2, time, generator=generator) > (0.4 if "padded" in kind else -1)
+    if "padded" in kind:
+        mask[1, 20:140] = False  # longer than a block
+    reset = torch.rand(2, time, generator=generator) > (0.97 if "documents" in kind else 1)
+    slope = torch.randn(2, time, D, dtype=torch.float64, generator=generator)
+    wanted = masked_form(attention, x, mask, reset, window)
+    inputs = [x, *attention.parameters()]
+    slopes = torch.autograd.grad(wanted, inputs, slope)
+    for sizes in ([time], [100, 111], [3, 130, 1, 77]):
+        state, parts = None, []
+        for part, m, r in zip(x.split(sizes, 1), mask.split(sizes, 1), reset.split(sizes, 1), strict=True):
+            flags = (m if "padded" in kind else None, r if "documents" in kind else None)
+            y, state = attention(part, state, *flags)
+            parts.append(y)
+        found = torch.cat(parts, 1)
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+        for here, there in zip(torch.autograd.grad(found, inputs, slope), slopes, strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-10)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest storage that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+def in_memory(make, time):
+    """Bytes that autograd keeps, and the largest tensor, of one call forward and backward."""
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(1, time, D, requires_grad=True)
+    mask = torch.ones(1, time, dtype=torch.bool)
+    mask[:, ::7] = False
+    kept = {}
+
+    def keep(saved):
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        y, _ = module(x, None, mask)
+        total = sum(kept.values())
+        y.sum().backward()
+    return total, largest.elements
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CausalAttention(D, HEADS, window=8),
+        lambda: CausalAttention(D, HEADS, window=8, persistent_tokens=2),
+        lambda: MemoryAsGate(D, HEADS, "deltanet", window=8),
+        lambda: MemoryAsLayer(D, HEADS, "deltanet", window=8),
+    ],
+    ids=["attention", "persistent", "titans_mag", "titans_mal"],
+)
+def test_a_window_takes_memory_linear_in_the_length(make):
+    short, long = in_memory(make, 512), in_memory(make, 2048)
+    assert long[0] < 4.4 * short[0]
+    # No tensor holds a score for every pair of tokens.
+    assert long[1] < 4.4 * short[1]
+    assert long[1] < 2048 * 2048 / 8

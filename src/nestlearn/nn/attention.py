@@ -64,6 +64,32 @@ def document_positions(
     return index - origin, reset.long().cumsum(1)
 
 
+SHORTEST_BLOCK = 64
+"""Fewest queries of a block of windowed attention: smaller blocks would be many small matrix products."""
+
+
+class _Queries(NamedTuple):
+    """What asks: queries before and after their rotation, and the place and document of their tokens."""
+
+    plain: Float[Tensor, "b h t d"]
+    turned: Float[Tensor, "b h t d"]
+    place: Int[Tensor, "b t"]
+    document: Int[Tensor, "b t"]
+
+
+def _cut(x: Tensor, before: int, block: int, overlap: int, dim: int) -> Tensor:
+    """Overlapping blocks along ``dim``, as rows of the batch: ``[b, ..., s, ...]`` to ``[b n, ..., o + B, ...]``.
+
+    Block i holds positions ``[i B - o, (i + 1) B)`` of a sequence that begins ``before`` positions after the start of
+    ``x``. Zeros stand where there is nothing; a start further back than ``o`` is cut off.
+    """
+    length = x.shape[dim] - before
+    after = -length % block
+    behind = (0, 0) * (x.dim() - 1 - dim)
+    x = F.pad(x, (*behind, overlap - before, after))
+    return x.unfold(dim, overlap + block, block).movedim((dim, -1), (1, dim + 1)).flatten(0, 1)
+
+
 class PersistentTokens(nn.Module):
     """``n`` learned tokens ``p`` that do not depend on the text (Titans Eq. 19), ``self.tokens: [n, d_model]``."""
 
@@ -96,6 +122,9 @@ class CausalAttention(nn.Module):
     Persistent tokens p (Titans Eq. 19) are learned inputs before the text that every token of every document sees,
     outside the window. They have no position: their scores take the query before its rotation, so that a text of any
     length sees them alike.
+
+    With a window the queries are cut into blocks of ``B = max(window, 64)`` tokens. A block meets only its own keys and
+    the ``window - 1`` before it, so a call of T tokens takes memory of order ``T (B + window)``, not ``T^2``.
 
     Args:
         d_model: width of the input and the output.
@@ -163,28 +192,41 @@ class CausalAttention(nn.Module):
         new document at that token. ``writes`` is ignored: there is nothing to learn.
         """
         del writes
+        order = None
         if mask is not None:
+            if self._in_blocks(x.shape[1]):
+                # Blocks count columns: with the real tokens first, in order, no padding lies inside a window.
+                order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+                x, mask = x.take_along_dim(order[..., None], 1), mask.gather(1, order)
+                reset = reset if reset is None else reset.gather(1, order)
             x = torch.where(mask[..., None], x, 0)
             reset = reset if reset is None else reset & mask
+        y, stored = self._attend(x, state, mask, reset)
+        if mask is not None:
+            y = torch.where(mask[..., None], y, 0)
+        if order is not None:
+            y = y.take_along_dim(order.argsort(1)[..., None], 1)
+        return y, self._trim(stored, mask is not None) if return_state else None
+
+    def _attend(
+        self, x: Tensor, state: AttentionState | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Float[Tensor, "b t m"], AttentionState]:
+        """The output at every column, and all tokens that were stored or read."""
         q, k, v, conv = self._heads(x, None if state is None else state.conv, mask, reset)
         batch, time = x.shape[:2]
         real = torch.ones(batch, time, dtype=torch.bool, device=x.device) if mask is None else mask
         start = real.new_zeros(batch, dtype=torch.long) if state is None else state.position
         place, document = document_positions(start, real, reset)
-        plain, q, k = q, rotate(q, place, self.rope_theta), rotate(k, place, self.rope_theta)
+        queries, k = _Queries(q, rotate(q, place, self.rope_theta), place, document), rotate(k, place, self.rope_theta)
         fresh = state is None and mask is None and reset is None and (self.window is None or time <= self.window)
         if fresh and self.persistent is None:
-            read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            read = F.scaled_dot_product_attention(queries.turned, k, v, is_causal=True)
             stored = AttentionState(k, v, real, place, place[:, -1] + 1, conv)
         else:
             stored, stored_document = self._append(state, k, v, real, place, document, conv)
-            allowed = self._allowed(stored, place, document, stored_document)
-            read = self._read(q, plain, stored.keys, stored.values, allowed)
+            read = (self._read_blocks if self._in_blocks(time) else self._read)(queries, stored, stored_document)
             stored = stored._replace(visible=stored.visible & (stored_document == document[:, -1:]))
-        y = self.out(read.transpose(1, 2).flatten(2))
-        if mask is not None:
-            y = torch.where(mask[..., None], y, 0)
-        return y, self._trim(stored, mask is not None) if return_state else None
+        return self.out(read.transpose(1, 2).flatten(2)), stored
 
     def _heads(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
@@ -196,12 +238,20 @@ class CausalAttention(nn.Module):
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v, tail
 
-    def _read(self, q: Tensor, plain: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-        """Attention to the stored tokens and the persistent ones, whose scores take the ``plain`` queries."""
+    def _in_blocks(self, time: int) -> bool:
+        """Whether so many new tokens are read block by block."""
+        return self.window is not None and time > max(self.window, SHORTEST_BLOCK)
+
+    def _read(
+        self, queries: _Queries, stored: AttentionState, stored_document: Int[Tensor, "b s"]
+    ) -> Float[Tensor, "b h t d"]:
+        """Attention to the stored tokens and the persistent ones, whose scores take the plain queries."""
+        allowed = self._allowed(stored, queries.place, queries.document, stored_document)
+        q, keys, values = queries.turned, stored.keys, stored.values
         if self.persistent is None:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)
         first_keys, first_values = self.persistent.heads(self.qkv, self.num_heads)
-        scores = plain @ first_keys.mT / math.sqrt(q.shape[-1])
+        scores = queries.plain @ first_keys.mT / math.sqrt(q.shape[-1])
         hidden = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
         bias = torch.cat((scores, hidden.expand(*scores.shape[:3], -1)), -1)
         batch = (q.shape[0], -1, -1, -1)
@@ -209,6 +259,24 @@ class CausalAttention(nn.Module):
         keys = torch.cat((torch.zeros_like(first_keys).expand(batch), keys), 2)
         values = torch.cat((first_values.expand(batch), values), 2)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+
+    def _read_blocks(
+        self, queries: _Queries, stored: AttentionState, stored_document: Int[Tensor, "b s"]
+    ) -> Float[Tensor, "b h t d"]:
+        """The same as `_read` where real tokens are neighbours: every block with the keys its windows reach."""
+        window = self.window or 1
+        block, overlap, time = max(window, SHORTEST_BLOCK), window - 1, queries.place.shape[1]
+        before = stored.place.shape[1] - time
+        asked = _Queries(*(_cut(x, 0, block, 0, x.dim() // 2) for x in queries))
+        near = stored._replace(
+            keys=_cut(stored.keys, before, block, overlap, 2),
+            values=_cut(stored.values, before, block, overlap, 2),
+            visible=_cut(stored.visible, before, block, overlap, 1),
+            place=_cut(stored.place, before, block, overlap, 1),
+        )
+        read = self._read(asked, near, _cut(stored_document, before, block, overlap, 1))
+        batch, heads, _, width = queries.plain.shape
+        return read.unflatten(0, (batch, -1)).movedim(1, 2).reshape(batch, heads, -1, width)[:, :, :time]
 
     def _append(
         self,
