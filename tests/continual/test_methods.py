@@ -183,6 +183,11 @@ def test_bad_settings_name_the_cause():
     unasked = Examples(torch.zeros(2, 3), torch.full((2,), -100))
     with pytest.raises(ValueError, match=r"None of the 2 targets of 2 examples is asked for"):
         score_examples(net(), unasked, "accuracy")
+    broken, two = net(), examples(0, 2)
+    next(broken.parameters()).data[0, 0] = float("nan")
+    for score in ("accuracy", "bits"):
+        with pytest.raises(ValueError, match=f"The model's {score} on 2 examples is nan"):
+            score_examples(broken, two, score)
     with pytest.raises(ValueError, match="epochs is 0"):
         ContinualLearner(net(), SGD, epochs=0)
     model = net()

@@ -23,6 +23,7 @@ from nestlearn.continual import (
 )
 from nestlearn.continual.methods import OptimizerFactory
 from nestlearn.data import byte_tokenizer
+from nestlearn.evals.learning import model_bits_per_byte
 from nestlearn.models import HopeConfig, HopeForCausalLM
 
 TOKENIZER = byte_tokenizer()
@@ -109,6 +110,24 @@ class TestFineTuning:
             FineTuningReader(model, TOKENIZER, torch.optim.SGD, method=ElasticWeights(1.0), boundaries="unknown")
         with pytest.raises(ValueError, match="nothing to predict"):
             FineTuningReader(model, TOKENIZER, torch.optim.SGD).read("")
+
+    def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_are(self, model: HopeForCausalLM) -> None:
+        model.lm_head.weight.data[7, 3] = float("nan")
+        reader = FineTuningReader(model, TOKENIZER, SGD, context_length=8)
+        with pytest.raises(ValueError, match="The loss is nan at step 1 of fine-tuning"):
+            reader.read("some text")
+        assert not reader.model.training
+        assert sum(int(p.isnan().sum()) for p in reader.model.parameters()) == 1
+        with pytest.raises(ValueError, match="loss on a text of 9 characters is nan nats"):
+            model_bits_per_byte(reader.model, TOKENIZER, "some text", 8)
+
+    def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_are(self, model: HopeForCausalLM) -> None:
+        reader = FineTuningReader(model, TOKENIZER, SGD, context_length=8)
+        reader.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+        before = copy.deepcopy(reader.model.state_dict())
+        with pytest.raises(ValueError, match="The gradients' norm is (nan|inf) at step 1 of fine-tuning"):
+            reader.read("some text")
+        assert all(torch.equal(value, before[name]) for name, value in reader.model.state_dict().items())
 
 
 SGD = partial(torch.optim.SGD, lr=0.1)

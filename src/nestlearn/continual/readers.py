@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from nestlearn.continual.methods import Boundaries, FineTuning, Method, OptimizerFactory
-from nestlearn.continual.scoring import loss_of
 from nestlearn.continual.session_generation import cut_at, generation_arguments
+from nestlearn.continual.step import training_step
 from nestlearn.data.continual import Examples
 from nestlearn.data.synthetic import IGNORE
 
@@ -163,33 +163,36 @@ class FineTuningReader:
         self._optimizer = self.method.make_optimizer(self.model, optimizer)
 
     def read(self, text: str) -> list[float]:
-        """Train on the text; returns the mean loss of every step, in nats per token."""
-        was_training, known = self.model.training, self.boundaries == "known"
+        """Train on the text; returns the mean loss of every step, in nats per token.
+
+        Raises:
+            ValueError: the text has no token to predict, or a loss or gradient is not finite. After the second, the
+                weights are those of the step before.
+        """
+        was_training = self.model.training
         examples = windows(self.tokenizer, text, self.context_length)
         self.model.train()
-        losses = []
-        for epoch in range(self.passes):
-            self.method.begin_epoch(epoch, self.passes, known)
-            for row in range(len(examples)):
-                losses.append(self._step(examples[torch.tensor([row])], first_pass=epoch == 0))
-        if known:
-            self.method.end_task(self.model, examples, self._generator)
-            self._replace_model()
+        try:
+            losses = self._train(examples)
+            if self.boundaries == "known":
+                self.method.end_task(self.model, examples, self._generator)
+                self._replace_model()
+        finally:
+            self.model.train(was_training)
         self._texts += 1
-        self.model.train(was_training)
         return losses
 
-    def _step(self, window: Examples, first_pass: bool) -> float:
-        # What the optimizer does not step keeps the gradients of all steps so far, which are no part of this one.
-        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        batch = self.method.batch(window, self._generator).to(self.model.device)
-        loss, penalty = loss_of(self.model, batch), self.method.penalty()
-        self._optimizer.zero_grad(set_to_none=True)
-        (loss if penalty is None else loss + penalty).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        self._optimizer.step()
-        self.method.observe(window, self._generator, first_pass)
-        return loss.item()
+    def _train(self, examples: Examples) -> list[float]:
+        losses: list[float] = []
+        for epoch in range(self.passes):
+            self.method.begin_epoch(epoch, self.passes, self.boundaries == "known")
+            for row in range(len(examples)):
+                loss, _ = training_step(
+                    self.model, self._optimizer, self.method, examples[torch.tensor([row])], self._generator,
+                    number=len(losses) + 1, first_pass=epoch == 0, max_grad_norm=1.0,
+                )  # fmt: skip
+                losses.append(loss)
+        return losses
 
     def _replace_model(self) -> None:
         """Adapters in place of training in full have parameters of their own, and these an optimizer."""

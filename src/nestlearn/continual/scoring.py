@@ -38,7 +38,7 @@ def score_examples(model: nn.Module, examples: Examples, score: Score) -> float:
     """The share of targets that are the most likely output, or minus the mean bits per target; in evaluation mode.
 
     Raises:
-        ValueError: all targets are to be ignored.
+        ValueError: all targets are to be ignored, or the model's outputs are not numbers.
     """
     training = model.training
     model.eval()
@@ -47,6 +47,9 @@ def score_examples(model: nn.Module, examples: Examples, score: Score) -> float:
         batch = examples[chosen].to(device_of(model))
         logits, targets = logits_of(model, batch.inputs).flatten(0, -2), batch.targets.flatten()
         asked = targets != IGNORE
+        if bool(logits[asked].isnan().any()):
+            # The most likely output would still be found: that of the first nan.
+            total = math.nan
         if score == "accuracy":
             total += float((logits.argmax(-1) == targets)[asked].sum())
         else:
@@ -58,5 +61,11 @@ def score_examples(model: nn.Module, examples: Examples, score: Score) -> float:
         raise ValueError(
             f"None of the {examples.targets.numel()} targets of {len(examples)} examples is asked for: all are "
             f"{IGNORE}, which is padding. Give a test with at least one target."
+        )
+    if not math.isfinite(total):
+        raise ValueError(
+            f"The model's {score} on {len(examples)} examples is {total / count}: its outputs or its loss are not "
+            "finite, which is no score. Check its weights and the inputs for values that are not finite; a model that "
+            "was trained needs a lower learning rate."
         )
     return total / count

@@ -222,7 +222,11 @@ def training_method(name: str, *, strength: float = 1.0, capacity: int = 256, ra
 
 @torch.inference_mode()
 def model_bits_per_byte(model: Any, tokenizer: Any, text: str, context_length: int) -> float:
-    """Bits per byte of a text in blocks of ``context_length`` tokens, each with a context of its own."""
+    """Bits per byte of a text in blocks of ``context_length`` tokens, each with a context of its own.
+
+    Raises:
+        ValueError: the text has no token to predict, or the model's loss on it is not finite.
+    """
     was_training = model.training
     model.eval()
     nats = 0.0
@@ -233,6 +237,11 @@ def model_bits_per_byte(model: Any, tokenizer: Any, text: str, context_length: i
         targets = one.targets.to(logits.device).flatten()
         nats += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum"))
     model.train(was_training)
+    if not math.isfinite(nats):
+        raise ValueError(
+            f"The model's loss on a text of {len(text)} characters is {nats} nats, which is no score. Check its "
+            "weights for values that are not finite; a model that was trained needs a lower learning rate."
+        )
     return nats / math.log(2) / len(text.encode())
 
 
