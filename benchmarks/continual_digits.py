@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from continual_rows import Bench, Row, arguments, chosen
-from nestlearn.continual import CMS, ElasticWeights, ExperienceReplay, JointTraining, LoRA, Projection, Transfer
+from nestlearn.continual import CMS, EWC, ExperienceReplay, JointTraining, LoRA, Projection, Transfer
 from nestlearn.data import Examples, TaskStream, permuted_digits
 
 TASKS, EPOCHS = 10, 10
@@ -97,7 +97,7 @@ METHODS = {
     "fine-tuning, best rate": Row(rate=1e-5),
     "fine-tuning, average step of CMS": Row(matched="all"),
     "fine-tuning, average step of CMS in each layer": Row(matched="each"),
-    "EWC": Row(lambda: ElasticWeights(100.0), boundaries="known"),
+    "EWC": Row(lambda: EWC(100.0), boundaries="known"),
     "LoRA, rank 8, after task 1": Row(lambda: LoRA(8, after_task=0), boundaries="known"),
     "CMS: levels": Row(lambda: CMS(levels=THREE_LEVELS)),
     "CMS: transfer": full(projection=None),
@@ -133,7 +133,7 @@ PERIODS = {
 GRID = {
     **{f"fine-tuning, {r:g}": Row(rate=r) for r in (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 2e-3)},
     **{
-        f"EWC, λ {s:g}, rate {r:g}": Row(lambda s=s: ElasticWeights(s), rate=r, boundaries="known")
+        f"EWC, λ {s:g}, rate {r:g}": Row(lambda s=s: EWC(s), rate=r, boundaries="known")
         for s in (10.0, 30.0, 100.0, 300.0, 1e3, 1e4)
         for r in (1e-3, 2e-4)
     },

@@ -34,7 +34,7 @@ from intent_language_model import PooledOutputs, pretrained
 from nestlearn import HopeForCausalLM
 from nestlearn.continual import (
     CMS,
-    ElasticWeights,
+    EWC,
     ExperienceReplay,
     InContextLearner,
     JointTraining,
@@ -102,7 +102,7 @@ def method_rows(tuned: dict[str, Any]) -> dict[str, Row]:
         "fine-tuning, best rate": Row(rate=tuned["rate"]),
         "fine-tuning, average step of CMS": Row(matched="all"),
         "fine-tuning, average step of CMS in each layer": Row(matched="each"),
-        "EWC": Row(lambda: ElasticWeights(tuned["strength"]), rate=tuned["ewc_rate"], boundaries="known"),
+        "EWC": Row(lambda: EWC(tuned["strength"]), rate=tuned["ewc_rate"], boundaries="known"),
         # A frozen encoder has no trained layer to adapt before the first task; the language model has.
         "LoRA, rank 8": Row(
             lambda: LoRA(8, trained=["head"]) if tuned["thawed"] else LoRA(8, after_task=0, trained=["outer"]),
@@ -127,7 +127,7 @@ def grid_rows() -> dict[str, Row]:
     pairs = [(s, r) for r in (1e-3, 2e-4, 1e-4, 7e-5, 5e-5) for s in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)]
     pairs += [(s, 3e-4) for s in (1e3, 1e4, 1e5)]  # for a language model that learns too
     for s, r in pairs:
-        rows[f"EWC, λ {s:g}, rate {r:g}"] = Row(lambda s=s: ElasticWeights(s), rate=r, boundaries="known")
+        rows[f"EWC, λ {s:g}, rate {r:g}"] = Row(lambda s=s: EWC(s), rate=r, boundaries="known")
     for a in (1e3, 3e3, 1e4, 3e4):
         projection, ends = Projection(alpha=a, period=300), Projection(alpha=a / 10, period=None, last_epoch_only=True)
         rows[f"projection, α {a:g}"] = Row(lambda p=projection: CMS(projection=p))

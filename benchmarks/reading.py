@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nestlearn import Level, MemorySession, stack_levels
 from nestlearn.continual import (
     CMS,
-    ElasticWeights,
+    EWC,
     ExperienceReplay,
     FineTuningReader,
     InContextReader,
@@ -91,7 +91,7 @@ def trained(
 
 def ewc(strength: float, fixed_norms: bool = False) -> Make:
     """EWC with the gradients of 64 windows of each text."""
-    method = ElasticWeights(strength, samples=64, labels="data")
+    method = EWC(strength, samples=64, labels="data")
     return partial(trained, method=method, ends=True, fixed_norms=fixed_norms)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nestlearn.continual import CMS, ContinualLearner, ElasticWeights, ExperienceReplay, LoRA, Projection, Transfer
+from nestlearn.continual import CMS, EWC, ContinualLearner, ExperienceReplay, LoRA, Projection, Transfer
 from nestlearn.data import Document, Examples, byte_tokenizer, document_stream, permuted_digits, split_digits
 from nestlearn.data.continual import class_incremental
 from nestlearn.optim import InputProjection, MultiTimescale, NestedTransfer
@@ -27,7 +27,7 @@ def digits(tasks: int = 3):
 
 METHODS = {
     "fine-tuning": lambda: None,
-    "ewc": lambda: ElasticWeights(10.0, samples=5),
+    "ewc": lambda: EWC(10.0, samples=5),
     "replay": lambda: ExperienceReplay(20),
     "cms": lambda: CMS(
         levels=lambda m: [(m[0], 4)], projection=Projection(period=5), transfer=Transfer(rate=0.5, period=3)
@@ -200,7 +200,7 @@ def test_counts_what_gradients_were_computed_for():
     stream = digits(2)
     plain = ContinualLearner(net(), ADAM, epochs=2, batch_size=50).fit(stream)
     assert (plain.steps, plain.examples, plain.stored_examples) == (16, 800, 0)
-    ewc = ContinualLearner(net(), ADAM, method=ElasticWeights(1.0, samples=7), epochs=2, batch_size=50).fit(stream)
+    ewc = ContinualLearner(net(), ADAM, method=EWC(1.0, samples=7), epochs=2, batch_size=50).fit(stream)
     assert ewc.examples == 800 + 14
     replay = ContinualLearner(net(), ADAM, method=ExperienceReplay(30), epochs=2, batch_size=50).fit(stream)
     assert (replay.examples, replay.stored_examples) == (800 + 15 * 30, 30)
@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert file.read_bytes() == kept[0] and len(kept) == 1
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     with pytest.raises(ValueError, match=r"loss is inf \(.* and a penalty of inf\) at step 2 of EWC"):
-        method = ElasticWeights(1e38, samples=2)
+        method = EWC(1e38, samples=2)
         stiff = ContinualLearner(net(), ADAM, method=method, batch_size=200)
         stiff.fit(digits(1))
         method.constant = float("inf")

@@ -10,8 +10,8 @@ from torch import nn
 
 from nestlearn.continual import (
     CMS,
+    EWC,
     ContinualLearner,
-    ElasticWeights,
     ExperienceReplay,
     FineTuning,
     InContextLearner,
@@ -67,7 +67,7 @@ def test_fisher_information_equals_the_mean_of_squared_gradients():
 
 def test_penalty_is_the_sum_over_tasks():
     """``λ/2 Σ_tasks Σ F_i (θ_i - θ*_i)²`` from each task's own F and θ*, with its gradient."""
-    model, method = net(), ElasticWeights(3.0, samples=12, labels="data")
+    model, method = net(), EWC(3.0, samples=12, labels="data")
     assert method.prepare(model) is model
     assert method.penalty() is None
     kept = []
@@ -160,14 +160,14 @@ def test_cms_refreshes_at_boundaries_and_stores_in_the_last_epoch():
 
 
 def test_methods_that_need_boundaries_say_what_to_use():
-    for method in (ElasticWeights(1.0), CMS(projection=Projection(period=None))):
+    for method in (EWC(1.0), CMS(projection=Projection(period=None))):
         with pytest.raises(ValueError, match=r"acts at the ends of tasks, and boundaries is 'unknown'\. (Use|Give)"):
             ContinualLearner(net(), SGD, method=method, boundaries="unknown")
 
 
 def test_bad_settings_name_the_cause():
     with pytest.raises(ValueError, match="strength is -1"):
-        ElasticWeights(-1.0)
+        EWC(-1.0)
     with pytest.raises(ValueError, match="capacity is 0"):
         ExperienceReplay(0)
     with pytest.raises(ValueError, match="boundaries is 'maybe'"):
@@ -175,7 +175,7 @@ def test_bad_settings_name_the_cause():
     with pytest.raises(ValueError, match="score is 'f1'"):
         ContinualLearner(net(), SGD, score="f1")
     with pytest.raises(ValueError, match="labels 'drawn'"):
-        ElasticWeights(1.0, labels="drawn")
+        EWC(1.0, labels="drawn")
     with pytest.raises(ValueError, match=r"4 parameters of the SGD are not the model's"):
         ContinualLearner(net(), SGD(net().parameters()))
     with pytest.raises(ValueError, match=r"0 labels, shots is 1 .*give at least one label"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from nestlearn.continual import (
     CMS,
-    ElasticWeights,
+    EWC,
     ExperienceReplay,
     FineTuning,
     FineTuningReader,
@@ -107,7 +107,7 @@ class TestFineTuning:
         with pytest.raises(ValueError, match="passes=0 at least 1"):
             FineTuningReader(model, TOKENIZER, torch.optim.SGD, passes=0)
         with pytest.raises(ValueError, match="EWC acts at the ends of tasks, and boundaries is 'unknown'. Use CMS or"):
-            FineTuningReader(model, TOKENIZER, torch.optim.SGD, method=ElasticWeights(1.0), boundaries="unknown")
+            FineTuningReader(model, TOKENIZER, torch.optim.SGD, method=EWC(1.0), boundaries="unknown")
         with pytest.raises(ValueError, match="nothing to predict"):
             FineTuningReader(model, TOKENIZER, torch.optim.SGD).read("")
 
@@ -140,7 +140,7 @@ class TestMethods:
             FineTuning(),
             CMS(projection=Projection(alpha=1.0, unit="steps", period=None)),
             CMS(projection=Projection(alpha=1.0, unit="steps", period=3), transfer=Transfer(period=2)),
-            ElasticWeights(10.0),
+            EWC(10.0),
             ExperienceReplay(4),
             LoRA(2),
         ],
@@ -157,12 +157,12 @@ class TestMethods:
         assert reader.read("the end") != fork.read("the end")
 
     def test_the_given_method_stays_as_it_was(self, model: HopeForCausalLM) -> None:
-        method = ElasticWeights(10.0)
+        method = EWC(10.0)
         FineTuningReader(model, TOKENIZER, SGD, method=method).read("some text")
         assert not method.fisher
 
     def test_ewc_pulls_each_step_and_is_not_in_the_loss_reported(self, model: HopeForCausalLM) -> None:
-        method = ElasticWeights(1e3, labels="data")
+        method = EWC(1e3, labels="data")
         reader = FineTuningReader(model, TOKENIZER, SGD, context_length=8, method=method)
         reader.read("one text")
         twin = copy.deepcopy(reader.model)

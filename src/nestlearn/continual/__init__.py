@@ -17,7 +17,7 @@ from nestlearn.continual.cms import CMS, Projection, Transfer
 from nestlearn.continual.in_context import InContextLearner
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.lora import LoRA
-from nestlearn.continual.methods import ElasticWeights, ExperienceReplay, FineTuning, JointTraining, Method
+from nestlearn.continual.methods import EWC, ExperienceReplay, FineTuning, JointTraining, Method
 from nestlearn.continual.metrics import Metrics, continual_metrics
 from nestlearn.continual.readers import FineTuningReader, InContextReader, Reader
 from nestlearn.continual.result import ContinualResult
@@ -27,9 +27,9 @@ from nestlearn.continual.session_report import ReadReport, SegmentScore
 
 __all__ = [
     "CMS",
+    "EWC",
     "ContinualLearner",
     "ContinualResult",
-    "ElasticWeights",
     "ExperienceReplay",
     "FineTuning",
     "FineTuningReader",

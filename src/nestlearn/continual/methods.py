@@ -133,12 +133,13 @@ class JointTraining(Method):
         return self._stored
 
 
-class ElasticWeights(Method):
-    """EWC: a quadratic penalty around what earlier tasks ended with, by the Fisher information of each parameter.
+class EWC(Method):
+    """Elastic weight consolidation: a quadratic penalty around the weights that earlier tasks ended with.
 
-    ``λ/2 Σ_tasks Σ_i F_i (θ_i - θ*_i)²`` (Kirkpatrick et al. 2017, arXiv 1612.00796), F the mean over examples of the
-    squared gradient of ``log p(y | x)``. The sum over tasks is kept exactly in two tensors per parameter, ΣF and ΣFθ*,
-    and a constant. Targets of several positions are one example: the gradient of their sum.
+    ``λ/2 Σ_tasks Σ_i F_i (θ_i - θ*_i)²`` (Kirkpatrick et al. 2017, arXiv 1612.00796), F the Fisher
+    information: the mean over examples of the squared gradient of ``log p(y | x)``. The sum over tasks is kept exactly
+    in two tensors per parameter, ΣF and ΣFθ*, and a constant. Targets of several positions
+    are one example: the gradient of their sum.
 
     Args:
         strength: λ.

@@ -128,7 +128,7 @@ class FineTuningReader:
         optimizer: makes the optimizer from the parameters, e.g. ``partial(torch.optim.AdamW, lr=1e-4)``.
         context_length: tokens of a training sequence.
         passes: times each text is gone through.
-        method: against forgetting, e.g. `CMS` or `ElasticWeights`; it is copied. Plain fine-tuning, which guards
+        method: against forgetting, e.g. `CMS` or `EWC`; it is copied. Plain fine-tuning, which guards
             nothing, by default.
         boundaries: "known" tells the method where a text ends, "unknown" does not: it sees one long stream.
         seed: of the method's random choices.

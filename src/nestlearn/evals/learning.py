@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.continual.learner import ContinualLearner
-from nestlearn.continual.methods import ElasticWeights, ExperienceReplay, FineTuning, Method
+from nestlearn.continual.methods import EWC, ExperienceReplay, FineTuning, Method
 from nestlearn.continual.readers import windows
 from nestlearn.continual.session import MemorySession
 from nestlearn.continual.session_report import now_and_then
@@ -210,7 +210,7 @@ def training_method(name: str, *, strength: float = 1.0, capacity: int = 256, ra
     if name == "finetune":
         return FineTuning()
     if name == "ewc":
-        return ElasticWeights(strength, samples=64, labels="data")
+        return EWC(strength, samples=64, labels="data")
     if name == "replay":
         return ExperienceReplay(capacity)
     if name == "lora":
