@@ -7,6 +7,7 @@ A tokenizer with one token for both ends (GPT-2, Qwen, ...) gets it after each d
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
@@ -89,6 +90,10 @@ class PackedDataset(Dataset[Window]):
     def num_tokens(self) -> int:
         """Tokens of all documents, `<s>` and `</s>` included, before any are dropped."""
         return len(self._tokens)
+
+    def digest(self) -> str:
+        """SHA-256 of all tokens, in hexadecimal: equal for equal texts, tokenizers and seeds."""
+        return hashlib.sha256(self._tokens.tobytes()).hexdigest()
 
     def __getitem__(self, index: int) -> Window:
         if not -len(self) <= index < len(self):

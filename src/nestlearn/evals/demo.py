@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from nestlearn.evals.language import bits_per_byte, loss_by_position, state_byte
 from nestlearn.evals.report import DemoResults, RunSummary, write_report
 from nestlearn.evals.result import EvalResult
 from nestlearn.evals.sample import continue_text
-from nestlearn.train import TrainConfig, load_model, load_tokenizer, read_log, train
+from nestlearn.train import TrainConfig, TrainingInterrupted, load_model, load_tokenizer, read_log, saved_config, train
 from nestlearn.train.checkpoint import write_text
+from nestlearn.train.folder import is_exported
 
 PROMPT = "The for statement is used to"
 # Held-out bits per byte that DemoPlan() reaches, and how far another machine, Python or thread count may be off:
@@ -122,13 +124,22 @@ def _train(folder: Path, preset: str, steps: int, corpus: str, plan: DemoPlan, c
         model=dict(plan.overrides),
     )
     label = {"hope": "Hope", "transformer": "Transformer"}.get(folder.name, "Transformer, longer")
-    if (folder / "model.safetensors").exists() and json.loads((folder / "train_config.json").read_text()) == json.loads(
-        json.dumps(config.to_dict())
-    ):
+    begun = (folder / "train_config.json").exists()
+    if begun and saved_config(folder) != config:
+        raise ValueError(
+            f"{folder} holds a run with other settings (another --corpus, or with and without --quick). "
+            "Choose another --out, or delete the folder."
+        )
+    if begun and is_exported(folder) and read_log(folder)[-1]["step"] == steps:
         console.print(f"{folder} is already trained; using it.")
     else:
         console.print(f"Training {label} ({preset}): {steps} steps of {config.tokens_per_step:,} tokens")
-        train(config, resume=(folder / "train_config.json").exists(), console=console)
+        try:
+            train(config, resume=begun, console=console)
+        except TrainingInterrupted as stop:
+            quick = " --quick" if plan == QUICK_PLAN else ""
+            command = f"nestlearn demo --out {shlex.quote(str(folder.parent))} --corpus {shlex.quote(corpus)}{quick}"
+            raise TrainingInterrupted(stop.step, stop.checkpoint, stop.exit_code, command) from stop
     model_config = load_model(folder).config
     return RunSummary(
         folder=folder,

@@ -108,37 +108,54 @@ class ProgressBar(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once.
+    """Finishes the step, saves a checkpoint and stops on Ctrl-C, SIGTERM or SIGHUP; saves and goes on with SIGUSR1.
+
+    A second Ctrl-C stops at once. SIGHUP is ignored where it was ignored before (nohup).
 
     Attributes:
-        received: the signal that came, None so far.
+        received: the signal to stop that came, None so far.
     """
 
     def __init__(self, console: Console):
         self.console = console
         self.received: int | None = None
+        self.wants_save = False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
         # Python delivers signals to the main thread only; elsewhere the caller keeps its own handling.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._receive)
+            handlers = {"SIGINT": self._receive, "SIGTERM": self._receive, "SIGHUP": self._receive,
+                        "SIGUSR1": self._save}  # fmt: skip
+            for name, handler in handlers.items():
+                number = getattr(signal, name, None)  # Windows has the first two only
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                    continue
+                self.previous[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_error: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    def _save(self, _number: int, _frame: Any) -> None:
+        self.wants_save = True
+        self.console.print("Saving after this step, then going on.")
+
     def _receive(self, number: int, _frame: Any) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+        if number == getattr(signal, "SIGHUP", None):
+            # The terminal is gone, and writing to it would end the run before it is saved.
+            self.console.quiet = True
         self.console.print("Stopping: this step is finished and saved first. Ctrl-C again stops at once, unsaved.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
+        control.should_save |= self.wants_save
+        self.wants_save = False
         # At the last step the run ends, and is saved, anyway.
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True

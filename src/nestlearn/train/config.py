@@ -27,6 +27,8 @@ PRESET_LEARNING_RATES = {
 }
 FALLBACK_LEARNING_RATE = 1e-3
 CONFIG_FILE = "train_config.json"
+# The generators of NumPy take seeds of 32 bits, and no other number of a run comes near.
+MAX_INTEGER = 2**32 - 1
 NESTED = ("optimizer_options", "model", "trainer")
 # On --resume these may differ from the saved run: none of them changes what a step computes.
 FREE_ON_RESUME = frozenset({"out", "steps", "log_interval", "eval_interval", "eval_windows", "save_interval",
@@ -58,8 +60,8 @@ class TrainConfig:
         threads: CPU threads; None leaves torch's choice. Bit-exact resume needs an equal count.
         optimizer_options: settings of the optimizer that differ from its own, such as {"slow_period": 20}.
         model: HopeConfig fields that differ from the preset's.
-        trainer: transformers.TrainingArguments fields passed on as they are, for example
-            {"report_to": "tensorboard"} or {"fsdp": "full_shard", "fsdp_config": {...}}.
+        trainer: other fields of transformers.TrainingArguments, for example {"report_to": "tensorboard"} or
+            {"fsdp": "full_shard", "fsdp_config": {...}}. Those that a field above sets are refused.
 
     Example:
         >>> TrainConfig(preset="hope-tiny", steps=100).warmup_steps
@@ -98,11 +100,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least = {
             "sequence_length": 2, "batch_size": 1, "gradient_accumulation": 1, "steps": 1, "log_interval": 1,
-            "eval_interval": 0, "eval_windows": 1, "save_interval": 1, "keep_checkpoints": 1, "seed": 0,
+            "eval_interval": 0, "eval_windows": 1, "save_interval": 1, "keep_checkpoints": 1, "seed": 0, "warmup": 0,
+            "threads": 1,
         }  # fmt: skip
         for name, lowest in at_least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, received {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= MAX_INTEGER:
+                bound = f"at least {lowest}" if value < lowest else f"at most {MAX_INTEGER:,}"
+                raise ValueError(f"{name} must be {bound}, received {value}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, received {getattr(self, name)}.")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +24,31 @@ from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_co
 from nestlearn.nn import ContinuumMemory, SelfModifyingTitans
 from nestlearn.train import checkpoint
 from nestlearn.train.callbacks import ProgressBar, StepTimer, StopOnSignal
-from nestlearn.train.config import CONFIG_FILE, SCHEDULES, TrainConfig, check_resume
-from nestlearn.train.errors import CheckpointError, TrainingInterrupted
+from nestlearn.train.config import SCHEDULES, TrainConfig
+from nestlearn.train.errors import TrainingInterrupted
+from nestlearn.train.folder import check_corpus, claim_folder, save_settings, starting_point
 from nestlearn.train.load import load_tokenizer, prepare_model, prepare_model_config, prepare_tokenizer
 from nestlearn.train.meter import Meter, count_targets, cut_log, read_log
 from nestlearn.train.optimizers import ENGINE, build_optimizer
 from nestlearn.train.quiet import quiet_engine
 from nestlearn.train.stream import RecordedStream
 from nestlearn.train.trainer import HopeTrainer
+
+# Settings of the engine that a run decides itself, with the option that sets them, None where nothing may.
+OWN_SETTINGS = {
+    "output_dir": "out", "max_steps": "steps", "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "learning_rate", "lr_scheduler_type": "schedule", "warmup_steps": "warmup",
+    "weight_decay": "weight_decay", "adam_beta1": "beta1", "adam_beta2": "beta2", "max_grad_norm": "max_grad_norm",
+    "optim": "optimizer", "seed": "seed", "data_seed": "seed", "bf16": "dtype", "fp16": "dtype",
+    "gradient_checkpointing": "gradient_checkpointing", "logging_steps": "log_interval",
+    "eval_steps": "eval_interval", "save_steps": "save_interval", "save_total_limit": "keep_checkpoints",
+    **dict.fromkeys((
+        "logging_nan_inf_filter", "logging_strategy", "eval_strategy", "save_strategy", "save_only_model",
+        "num_train_epochs", "prediction_loss_only", "remove_unused_columns", "label_names", "ignore_data_skip",
+        "dataloader_drop_last", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size",
+    )),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,12 +68,13 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class RunData:
-    """The two datasets of a run and what a token of each stands for."""
+    """The two datasets of a run, what a token of each stands for, and a digest of their text (None for a stream)."""
 
     train: Dataset
     validation: Dataset
     token_bytes: torch.Tensor
     eval_bytes_per_target: float
+    digest: str | None = None
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
@@ -87,28 +105,53 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         (128, True)
     """
     console = console or Console(stderr=True)
+    check_settings(config)
+    with claim_folder(Path(config.out)):
+        return _train(config, resume, console)
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Refuse what the engine or the optimizer cannot use, before a run touches anything.
+
+    Raises:
+        ValueError: an unknown setting, or a value out of range.
+    """
+    training_arguments(config)
+    make = _optimizer_maker(config)
+    if make is not None:
+        make(nn.Linear(2, 2))
+
+
+def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
+    """The run itself, in a folder that is this process's own."""
     out = Path(config.out)
-    last = _starting_point(config, out, resume)
+    last = starting_point(config, resume)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tokenizer = load_tokenizer(out) if resume else prepare_tokenizer(config)
+    tokenizer = load_tokenizer(out) if last else prepare_tokenizer(config)
     # The model first: a wrong setting is found at once, reading a corpus may take a while.
     model = prepare_model(config, prepare_model_config(config, tokenizer))
     data = load_data(config, tokenizer)
+    if last:
+        check_corpus(config, data.digest)
+        if isinstance(data.train, RecordedStream):
+            data.train.load(last)
     progress = Meter.load(last) if last else Meter()
-    if last and isinstance(data.train, RecordedStream):
-        data.train.load(last)
     bar, stop = ProgressBar(progress, console, Path(config.preset).name), StopOnSignal(console)
     with stop, quiet_engine():
         trainer = build_trainer(config, model, tokenizer, data, progress)
         # Every process has seen the folder as it was; only then may the first one write into it.
         trainer.accelerator.wait_for_everyone()
+        begun = checkpoint.step_of(last) if last else 0
         if trainer.is_world_process_zero():
-            _begin_folder(config, tokenizer, last)
+            _begin_folder(config, tokenizer, data.digest, begun)
         for callback in (StepTimer(progress), bar, stop):
             trainer.add_callback(callback)
         # Only now: before an error of the preparation it would be read as its cause.
         _warn_of_idle_memories(model, config.sequence_length, console)
+        if last and begun == config.steps:
+            export_checkpoint(last, out)
+            return _result(trainer, out, begun)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
@@ -116,7 +159,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         if stop.received is not None and trainer.state.global_step < config.steps:
             raise _interrupted(trainer, stop.received, out)
         export(trainer, out)
-    return _result(trainer, out)
+    return _result(trainer, out, trainer.state.global_step)
 
 
 def _warn_of_idle_memories(model: nn.Module, sequence_length: int, console: Console) -> None:
@@ -135,47 +178,12 @@ def _warn_of_idle_memories(model: nn.Module, sequence_length: int, console: Cons
         )
 
 
-def _begin_folder(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, last: Path | None) -> None:
-    """Write what a run starts with, or cut the log of a resumed one back to its checkpoint."""
-    out = Path(config.out)
-    if last is not None:
-        cut_log(out, checkpoint.step_of(last))
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(out))
-    checkpoint.write_text(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1))
-
-
-def _starting_point(config: TrainConfig, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to continue from; refuses to write over another run and to resume what cannot be resumed."""
-    last = checkpoint.last_checkpoint(out)
-    if not resume:
-        if last is not None or (out / CONFIG_FILE).exists():
-            raise ValueError(
-                f"{out} already holds a run. Continue it with --resume, choose another --out, or delete the folder."
-            )
-        return None
-    check_resume(saved_config(out), config)
-    if last is None:
-        raise CheckpointError(f"{out} has no checkpoint to resume from. Start the run without --resume.")
-    checkpoint.verify(last)
-    done = checkpoint.step_of(last)
-    if done >= config.steps:
-        raise ValueError(f"{last} already has {done} of {config.steps} steps. Ask for more with --steps.")
-    return last
-
-
-def saved_config(out: str | Path) -> TrainConfig:
-    """The TrainConfig that a run folder was started with.
-
-    Raises:
-        CheckpointError: if the folder holds no readable run.
-    """
-    path = Path(out) / CONFIG_FILE
-    try:
-        return TrainConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{out} holds no run to resume: {path.name} cannot be read ({error}).") from error
+def _begin_folder(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, digest: str | None, step: int) -> None:
+    """Write what a run starts with, and cut the log back to the step it starts from."""
+    cut_log(Path(config.out), step)
+    if step == 0:
+        tokenizer.save_pretrained(config.out)
+    save_settings(config, digest)
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
@@ -203,9 +211,12 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> RunDat
     token_bytes = bytes_per_token(tokenizer)
     counts = [count_targets(item["labels"].unsqueeze(0), token_bytes) for item in windows]
     targets, byte_count = (sum(column) for column in zip(*counts, strict=True))
+    digest = None
+    if isinstance(train_set, PackedDataset) and isinstance(held_out, PackedDataset):
+        digest = f"{train_set.digest()[:16]}-{held_out.digest()[:16]}"
     if isinstance(train_set, PackedStream):
         train_set = RecordedStream(train_set, remember=_windows_ahead(config))
-    return RunData(train_set, _ListDataset(windows), token_bytes, byte_count / max(targets, 1))
+    return RunData(train_set, _ListDataset(windows), token_bytes, byte_count / max(targets, 1), digest)
 
 
 class _ListDataset(Dataset):
@@ -233,7 +244,11 @@ def _windows_ahead(config: TrainConfig) -> int:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The engine's own settings for a run; `config.trainer` has the last word."""
+    """The engine's own settings for a run, with those of `config.trainer`.
+
+    Raises:
+        ValueError: an unknown setting, one that the run itself decides, or a value that the engine refuses.
+    """
     settings: dict[str, Any] = {
         "output_dir": config.out,
         "max_steps": config.steps,
@@ -273,10 +288,16 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         # Kept in the saved configuration, so that generation from the result uses its cache.
         "use_cache": True,
     }
+    for name in config.trainer:
+        if name in OWN_SETTINGS:
+            use = f"Use --{OWN_SETTINGS[name].replace('_', '-')}." if OWN_SETTINGS[name] else "Leave it out."
+            raise ValueError(f"--trainer.{name} cannot be changed: the run depends on it. {use}")
     try:
         return TrainingArguments(**{**settings, **config.trainer})
     except TypeError as error:
         raise ValueError(f"Unknown TrainingArguments field in trainer: {error}.") from error
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ValueError(f"The training engine refuses {config.trainer}: {error}") from error
 
 
 def build_trainer(
@@ -328,13 +349,24 @@ def export(trainer: HopeTrainer, out: Path) -> None:
             checkpoint.publish_files(staging, out)
 
 
+def export_checkpoint(last: Path, out: Path) -> None:
+    """Copy the model of a checkpoint into the run folder, for a run that ended before its own export."""
+    staging = out / ".writing-model"
+    with checkpoint.clean_on_failure(staging, out / "model.safetensors"):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        for path in [*last.glob("model*"), *last.glob("*config.json")]:
+            shutil.copyfile(path, staging / path.name)
+        checkpoint.publish_files(staging, out)
+
+
 def _interrupted(trainer: HopeTrainer, number: int, out: Path) -> TrainingInterrupted:
     saved = checkpoint.last_checkpoint(out)
     command = f"nestlearn train --resume --out {shlex.quote(str(out))}"
     return TrainingInterrupted(trainer.state.global_step, saved or out, 128 + number, command)
 
 
-def _result(trainer: HopeTrainer, out: Path) -> TrainResult:
+def _result(trainer: HopeTrainer, out: Path, steps: int) -> TrainResult:
     lines = read_log(out)
     trained = next((line for line in reversed(lines) if "loss" in line), {})
     held_out = next((line for line in reversed(lines) if "eval_loss" in line), {})
@@ -342,7 +374,7 @@ def _result(trainer: HopeTrainer, out: Path) -> TrainResult:
     totals = trainer.meter
     return TrainResult(
         out=out,
-        steps=trainer.state.global_step,
+        steps=steps,
         tokens=totals.tokens,
         seconds=totals.seconds,
         flops=totals.flops,

@@ -13,7 +13,7 @@ class NonFiniteError(TrainingError):
     """The loss or a gradient became NaN or infinite.
 
     Attributes:
-        step: the optimizer step that failed, counted from 1 (it was not applied).
+        step: the optimizer step that failed, counted from 1; nothing of it was saved.
         component: the first parameter or module with a non-finite value.
         checkpoint: the last good checkpoint, None if none was saved yet.
     """
@@ -23,7 +23,7 @@ class NonFiniteError(TrainingError):
         where = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
         super().__init__(
             f"{what} at step {step}: the first non-finite value is in {component}. {where} "
-            "The usual fix is a lower --learning-rate or a longer --warmup."
+            "The usual fix is a lower --learning-rate (or --weight-decay) or a longer --warmup."
         )
 
 

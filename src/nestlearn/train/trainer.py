@@ -7,6 +7,7 @@ torchrun and FSDP stay the engine's.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from nestlearn.train import checkpoint, meter
 from nestlearn.train.errors import NonFiniteError
-from nestlearn.train.finite import first_non_finite_gradient, locate_non_finite
+from nestlearn.train.finite import first_non_finite_gradient, first_non_finite_parameter, locate_non_finite
 from nestlearn.train.stream import RecordedStream
 
 
@@ -130,6 +131,9 @@ class HopeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete the engine's log entry and append it to the run's train.jsonl."""
+        held_out = logs.get("eval_loss", 0.0)
+        if not math.isfinite(held_out):
+            raise self._not_finite(f"The held-out loss is {held_out}")
         if "loss" in logs:
             self._reduce_interval()
             logs |= {**self.meter.take_interval(), **self.meter.totals()}
@@ -154,8 +158,15 @@ class HopeTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
+    def _not_finite(self, what: str) -> NonFiniteError:
+        """The error of a state that is not worth keeping, after the update of the present step."""
+        component = first_non_finite_parameter(cast(nn.Module, self.model)) or "the output (each parameter is finite)"
+        return NonFiniteError(what, self.state.global_step, component, checkpoint.last_checkpoint(self.out))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoint-STEP under a temporary name, then rename it: a failure leaves older ones as they were."""
+        if first_non_finite_parameter(model) is not None:
+            raise self._not_finite("The update made a weight NaN or infinite")
         final = self.out / f"checkpoint-{self.state.global_step}"
         self._staging = checkpoint.staging_path(final)
         content = self._staging / final.name
