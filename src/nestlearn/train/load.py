@@ -119,13 +119,21 @@ def prepare_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast
     Raises:
         ValueError: as `resolve_model_config`, and for a vocabulary smaller than the tokenizer's.
     """
+    # Before the configuration is built: it would name a token id outside the vocabulary, not the cause.
+    given = config.model.get("vocab_size")
+    if isinstance(given, int):
+        _check_vocabulary(given, config.tokenizer, len(tokenizer))
     model_config = resolve_model_config(config, tokenizer)
-    if model_config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"Vocabulary mismatch: the model has vocab_size {model_config.vocab_size}, the tokenizer "
-            f"{config.tokenizer} has {len(tokenizer)} tokens. Leave --vocab-size out to take the tokenizer's."
-        )
+    _check_vocabulary(model_config.vocab_size, config.tokenizer, len(tokenizer))
     return model_config
+
+
+def _check_vocabulary(vocab_size: int, tokenizer: str, tokens: int) -> None:
+    if vocab_size < tokens:
+        raise ValueError(
+            f"Vocabulary mismatch: the model has vocab_size {vocab_size}, the tokenizer {tokenizer} has {tokens} "
+            "tokens. Leave --vocab-size out to take the tokenizer's."
+        )
 
 
 def prepare_model(config: TrainConfig, model_config: HopeConfig) -> HopeForCausalLM:
