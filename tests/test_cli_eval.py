@@ -1,6 +1,8 @@
 """`nestlearn eval` with tasks of the harness and of our own, as a person types it."""
 
+import dataclasses
 import json
+import math
 import re
 import shlex
 import shutil
@@ -96,6 +98,81 @@ def test_babilong_made_here(capsys: pytest.CaptureFixture[str], saved: Path, tmp
                           tmp_path, "--book", tmp_path / "book.txt", "--out", tmp_path)  # fmt: skip
     assert code == 0 and "local_babilong_qa1, %" in text, err
     assert (tmp_path / "local_babilong_qa1.json").exists()
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS * 4):
+        (folder / f"{number}.txt").write_text(f"{number} {text}")
+    return folder
+
+
+def test_short_documents_leave_out_the_loss_by_position(
+    capsys: pytest.CaptureFixture[str], saved: Path, notes: Path, tmp_path: Path
+):
+    words = ["eval", saved, "--corpus", f"text:{notes}", "--out", tmp_path / "out"]
+    code, text, err = run(capsys, *words)
+    assert code == 0 and "bits per byte: " in text, err
+    assert "loss_by_position is left out. Only 0 of" in text and "--length" not in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bits_per_byte.json"]
+    code, _, err = run(capsys, *words, "--tasks", "loss_by_position")
+    assert code == 1 and err.startswith("Error: Only 0 of")
+
+
+def test_a_result_that_cannot_be_saved_is_printed(
+    capsys: pytest.CaptureFixture[str], saved: Path, notes: Path, tmp_path: Path
+):
+    (tmp_path / "file").write_text("")  # no folder can be made below a file, whoever runs the test
+    out = tmp_path / "file" / "out"
+    code, text, err = run(capsys, "eval", saved, "--corpus", f"text:{notes}", "--out", out)
+    assert code == 1 and "bits per byte: " in text and "loss_by_position is left out" in text
+    assert (
+        err.startswith(f"Error: The result of bits_per_byte is printed, but cannot be saved as {out}")
+        and "--out" in err
+    )
+    code, text, err = run(capsys, "eval", saved, "--tasks", "local_niah_single_1", "--lengths", "600", "--samples", "1",
+                          "--out", out)  # fmt: skip
+    assert code == 1 and "local_niah_single_1, %" in text and "cannot be saved" in err
+
+
+def test_a_result_that_is_not_a_number_fails(
+    capsys: pytest.CaptureFixture[str], saved: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from nestlearn import evals
+
+    measure = evals.bits_per_byte
+    monkeypatch.setattr(evals, "bits_per_byte", lambda *a, **k: dataclasses.replace(measure(*a, **k), value=math.nan))
+    code, text, err = run(capsys, "eval", saved, "--corpus", f"text:{notes}", "--out", tmp_path / "out")
+    assert code == 1 and "bits per byte: nan" in text
+    assert err.startswith("Error: bits_per_byte: bits per byte is nan, not a finite number.")
+
+
+@pytest.mark.parametrize("tasks", ["bits_per_byte", "local_niah_single_1"])
+def test_a_model_that_overflows_fails(
+    capsys: pytest.CaptureFixture[str], saved: Path, notes: Path, tmp_path: Path, tasks: str
+):
+    """Its weights are finite, its logits are not; an accuracy would be 0, as of an honest model."""
+    model = HopeForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    code, text, err = run(capsys, "eval", tmp_path / "model", "--corpus", f"text:{notes}", "--tasks", tasks,
+                          "--lengths", "600", "--samples", "1")  # fmt: skip
+    assert code == 1 and err.startswith(f"Error: The model {tmp_path / 'model'} computes logits that are NaN"), err
+    assert not text and not (tmp_path / "model" / "evals").exists()
+
+
+def test_a_model_of_nan_weights_fails(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path):
+    model = HopeForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    code, _, err = run(capsys, "eval", tmp_path / "model")
+    assert code == 1 and "holds NaN or infinite numbers" in err and "weight" in err
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "long_context.md").read_text()

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nestlearn import cli_bench, cli_eval, cli_learn
+from nestlearn.fields import MAX_SEED
 
 app = typer.Typer(
     name="nestlearn",
@@ -111,7 +112,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text.

@@ -9,14 +9,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from nestlearn.fields import MAX_SEED
+
 HELP = """Train mixers side by side on synthetic tasks and write results.jsonl, table.md and report.html.
 
 All models of a task have the same number of parameters (by the width of their feed-forward network), the same seeds,
 batches and evaluation sequences. The same command continues an interrupted run; finished cells are not repeated.
 
-Suites: formal, recall, recall-24, mad, tracking, niah, babilong, quick. Mixers: hope, hope-static, hope-normalized,
-hope-static-normalized, attention, sliding_attention, transformer (attention without convolution), deltanet-negative,
-gated_deltanet-negative and every memory of the catalog; fields can be changed: hope:adaptive=k+v:memory_chunk_size=8.
+Suites: formal, recall, recall-24, recall-rewritten, mad, tracking, niah, babilong, quick. Mixers: hope, hope-static,
+hope-normalized, hope-static-normalized, attention, sliding_attention, transformer (attention without convolution),
+deltanet-negative, gated_deltanet-negative and every memory of the catalog; fields can be changed:
+hope:adaptive=k+v:memory_chunk_size=8.
 
 [bold]Examples[/bold]
 
@@ -33,13 +36,16 @@ def _words(text: str | None) -> list[str] | None:
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(help="formal, recall, recall-24, mad, tracking, niah, babilong or quick.")],
+    suite: Annotated[str, typer.Argument(help="One of the suites above.")],
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, table.md and report.html.")],
     mixers: Annotated[str | None, typer.Option(help="Mixers, joined by commas; default: the suite's own.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per mixer and task.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=MAX_SEED, help="Seeds per mixer and task.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks of the suite, joined by commas.")] = None,
     first_seed: Annotated[
-        int, typer.Option(min=0, help="The first seed; others to search for settings, apart from the reported ones.")
+        int,
+        typer.Option(
+            min=0, max=MAX_SEED, help="The first seed; others to search for settings, apart from the reported ones."
+        ),
     ] = 0,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 10m, 1h.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates per model; repeatable, unlike a budget.")] = None,

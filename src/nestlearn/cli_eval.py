@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nestlearn.evals.result import EvalResult
+from nestlearn.fields import MAX_SEED
 
 TEXT_TASKS = ("bits_per_byte", "loss_by_position")
 NIAH, BABILONG = "local_niah_", "local_babilong_"
@@ -72,13 +74,14 @@ def evaluate(
     metadata: Annotated[str | None, typer.Option(help="JSON handed to harness tasks that make their data.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass of local and harness tasks.")] = 8,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut harness requests to this many tokens.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of examples that are made or shown.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of examples that are made or shown.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON results; default: MODEL/evals.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks of errors.")] = False,
 ) -> None:
     from nestlearn.evals.harness import evaluate_harness, harness_tasks
     from nestlearn.train import load_model, load_tokenizer
     from nestlearn.train.allocator import tune_allocator
+    from nestlearn.train.finite import refuse_non_finite_logits
 
     text, local, others = _split(tasks)
     harness = {"include_path": include_path, "metadata": _metadata(metadata, model)}
@@ -88,19 +91,56 @@ def evaluate(
     note = tune_allocator()
     if verbose and note:
         Console(stderr=True).print(f"Allocator: {note}")
-    loaded, tokenizer, folder = load_model(model), load_tokenizer(model), out or Path(model) / "evals"
+    loaded, tokenizer, results = load_model(model), load_tokenizer(model), _Results(out or Path(model) / "evals")
+    refuse_non_finite_logits(loaded, model)
     if text:
         settings = {"context": context, "max_bytes": max_bytes, "length": length, "documents": documents}
-        _language(loaded, tokenizer, text, corpus, settings, f"nestlearn eval {model} --corpus {corpus} --task", folder)
+        settings["named"] = "loss_by_position" in tasks
+        _language(
+            loaded, tokenizer, text, corpus, settings, f"nestlearn eval {model} --corpus {corpus} --task", results
+        )
     for name in local:
         options = {"lengths": numbers, "n": samples, "book": book, "seed": seed, "batch_size": batch_size}
         command = _command(call, model, name, LOCAL_OPTIONS)
-        _local(loaded, tokenizer, name, options | {"babi": babi, "depth": depth, "command": command}, folder)
+        _local(loaded, tokenizer, name, options | {"babi": babi, "depth": depth, "command": command}, results)
     if found:
         options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "max_length": max_length}
         command = _command(call, model, ",".join(others), HARNESS_OPTIONS)
-        results = evaluate_harness(loaded, tokenizer, found, **options, **harness, seed=seed, command=command)
-        _print_harness(results, folder)
+        measured = evaluate_harness(loaded, tokenizer, found, **options, **harness, seed=seed, command=command)
+        _print_harness(measured, results)
+    if results.failed:
+        raise typer.Exit(1)
+
+
+class _Results:
+    """The folder of the results. One that cannot be saved or is not a finite number fails the command at its end.
+
+    Attributes:
+        folder: where each result is saved as ``TASK.json``.
+        failed: whether a result was not finite or could not be saved.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.failed = folder, False
+
+    def save(self, result: EvalResult) -> str:
+        """Save a result that was printed; the words that say where it is."""
+        path = self.folder / f"{result.task}.json"
+        if not math.isfinite(result.value):
+            self._fail(f"{result.task}: {result.metric} is {result.value}, not a finite number.")
+        try:
+            result.save(path)
+        except OSError as error:
+            self._fail(
+                f"The result of {result.task} is printed, but cannot be saved as {path}: {error.strerror or error}. "
+                "Name a folder that can be written with --out."
+            )
+            return "Not saved"
+        return f"Saved in {path}"
+
+    def _fail(self, message: str) -> None:
+        self.failed = True
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"Error: {message}")
 
 
 def _split(tasks: str) -> tuple[list[str], list[str], list[str]]:
@@ -178,7 +218,7 @@ def _command(call: typer.Context, model: str, tasks: str, names: Sequence[str]) 
     return shlex.join(words)
 
 
-def _local(model: Any, tokenizer: Any, name: str, options: dict[str, Any], folder: Path) -> None:
+def _local(model: Any, tokenizer: Any, name: str, options: dict[str, Any], results: _Results) -> None:
     """A task of needles or facts made here, printed by length and saved."""
     from nestlearn.evals.long_context import evaluate_babilong, evaluate_ruler
 
@@ -190,11 +230,10 @@ def _local(model: Any, tokenizer: Any, name: str, options: dict[str, Any], folde
             missing = "--babi, a folder with bAbI files" if babi is None else "--book, a text file or a folder"
             raise ValueError(f"{name} needs {missing}.")
         result = evaluate_babilong(model, tokenizer, name.removeprefix(BABILONG), babi=babi, **options)
-    result.save(folder / f"{result.task}.json")
-    _print_by_length(result, folder)
+    _print_by_length(result, results)
 
 
-def _print_by_length(result: EvalResult, folder: Path) -> None:
+def _print_by_length(result: EvalResult, results: _Results) -> None:
     """Accuracy by length of context, published numbers beside it in columns of their own."""
     from nestlearn.evals.tasks.published_language import NIAH as published
 
@@ -218,37 +257,53 @@ def _print_by_length(result: EvalResult, folder: Path) -> None:
     console.print(table)
     if beside:
         console.print(f"Published: {beside[0].source}. Models and data differ: not to be compared row by row.")
-    console.print(f"Saved in {folder / result.task}.json")
+    console.print(results.save(result), soft_wrap=True)
 
 
 PUBLISHED_MODELS = ("Transformer", "Titans", "Hope")
 
 
 def _language(
-    model: Any, tokenizer: Any, names: Sequence[str], corpus: str, settings: dict[str, Any], command: str, folder: Path
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    corpus: str,
+    settings: dict[str, Any],
+    command: str,
+    results: _Results,
 ) -> None:
-    """Bits per byte and loss by position on the held-out part of a corpus."""
+    """Bits per byte and loss by position on the held-out part of a corpus.
+
+    A corpus of short documents has no loss by position: an error if it was asked for by name, a note if not.
+    """
     from nestlearn.data import load_corpus
     from nestlearn.evals import bits_per_byte, loss_by_position
+    from nestlearn.evals.language import TooFewDocumentsError
 
     held_out = load_corpus(corpus, "validation")
     if "bits_per_byte" in names:
         context, max_bytes = settings["context"], settings["max_bytes"]
         words = f"{command} bits_per_byte --context {context}" + (f" --max-bytes {max_bytes}" if max_bytes else "")
-        _report(bits_per_byte(model, tokenizer, held_out, context=context, max_bytes=max_bytes, command=words), folder)
+        _report(bits_per_byte(model, tokenizer, held_out, context=context, max_bytes=max_bytes, command=words), results)
     if "loss_by_position" in names:
         length, documents = settings["length"], settings["documents"]
         words = f"{command} loss_by_position --length {length} --documents {documents}"
-        result = loss_by_position(model, tokenizer, held_out, length=length, documents=documents, command=words)
-        _report(result, folder)
+        try:
+            result = loss_by_position(model, tokenizer, held_out, length=length, documents=documents, command=words)
+        except TooFewDocumentsError as error:
+            if settings["named"]:
+                raise
+            Console(highlight=False, markup=False, soft_wrap=True).print(f"loss_by_position is left out. {error}")
+            return
+        _report(result, results)
         _print_curve(result.details)
 
 
-def _report(result: EvalResult, folder: Path) -> None:
-    path = folder / f"{result.task}.json"
-    result.save(path)
+def _report(result: EvalResult, results: _Results) -> None:
     error = f" ± {result.stderr:.3f}" if result.stderr is not None else ""
-    Console().print(f"{result.metric}: {result.value:.3f}{error} ({result.n} documents, {path})")
+    console = Console(soft_wrap=True)
+    console.print(f"{result.metric}: {result.value:.3f}{error} ({result.n} documents)")
+    console.print(results.save(result))
 
 
 def _print_curve(details: dict[str, Any]) -> None:
@@ -265,15 +320,14 @@ def _print_curve(details: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _print_harness(results: Sequence[EvalResult], folder: Path) -> None:
+def _print_harness(measured: Sequence[EvalResult], results: _Results) -> None:
     """A line per metric, the paper's number beside it in a column of its own."""
     from nestlearn.evals.tasks.published_language import COMMON_SENSE, NL_TABLE_2
 
     table, shown_any = Table(title="lm-evaluation-harness"), False
     for name in ("task", "metric", "value", "±", "examples", "Hope 1.3 B (published)"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    for result in results:
-        result.save(folder / f"{result.task}.json")
+    for result in measured:
         name, metrics = result.task.removeprefix("lm_eval_"), result.details["metrics"]
         for metric, value in metrics.items():
             if "_stderr" in metric:
@@ -290,7 +344,8 @@ def _print_harness(results: Sequence[EvalResult], folder: Path) -> None:
     console.print(table)
     if shown_any:
         console.print(f"Published: {NL_TABLE_2}. Sizes and data differ: not to be compared row by row.")
-    cut = max((result.config["cut_requests"] for result in results), default=0)
+    cut = max((result.config["cut_requests"] for result in measured), default=0)
     if cut:
-        console.print(f"{cut} requests were cut from the left to {results[0].config['max_length']} tokens.")
-    console.print(f"Saved in {folder}")
+        console.print(f"{cut} requests were cut from the left to {measured[0].config['max_length']} tokens.")
+    for result in measured:
+        console.print(results.save(result), soft_wrap=True)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
+from nestlearn.fields import MAX_SEED
+
 STACK_HELP = """Put levels of memory on a pretrained Hugging Face model, and save it.
 
 Nothing it says changes until it reads. LEVELS are joined by commas, fastest first: a period in tokens, then options of
@@ -174,7 +176,7 @@ def learn(
     strength: Annotated[float, typer.Option(min=0.0, help="Of EWC's penalty.")] = 1.0,
     capacity: Annotated[int, typer.Option(min=1, help="Sequences that replay keeps.")] = 256,
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA's adapters.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the order of training sequences.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the order of training sequences.")] = 0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks of errors.")] = False,
 ) -> None:  # fmt: skip
     del verbose  # read by the main program
@@ -237,7 +239,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks of errors.")] = False,
 ) -> None:
     del verbose  # read by the main program

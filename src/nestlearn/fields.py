@@ -19,6 +19,9 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 LARGEST = 2**31 - 1
 """Largest size that a field can have: torch indexes a dimension of this length with 32 bits."""
 
+MAX_SEED = 2**32 - 1
+"""Largest seed: the generators of NumPy take seeds of 32 bits, without a sign."""
+
 
 @dataclass(frozen=True)
 class Between:

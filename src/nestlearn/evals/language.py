@@ -18,6 +18,10 @@ from nestlearn.evals.result import EvalResult
 CONDITIONS = ("on", "off", "shuffled")
 
 
+class TooFewDocumentsError(ValueError):
+    """A corpus has fewer documents of the asked length than an evaluation needs."""
+
+
 def document_tokens(tokenizer: Any, text: str) -> list[int]:
     """`<s> text </s>` as token ids, the form in which documents are trained on."""
     return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -210,7 +214,7 @@ def loss_by_position(
         (None where a condition says nothing: "shuffled" before the exchange).
 
     Raises:
-        ValueError: if fewer than two documents are long enough.
+        TooFewDocumentsError: if fewer than two documents are long enough.
     """
     began = time.perf_counter()
     unknown = [name for name in conditions if name not in CONDITIONS]
@@ -269,7 +273,7 @@ def _long_documents(corpus: Iterable[Any], tokenizer: Any, length: int, document
         if len(rows) == documents:
             break
     if len(rows) < 2:
-        raise ValueError(
+        raise TooFewDocumentsError(
             f"Only {len(rows)} of {seen} documents have more than {length} tokens (the longest has {longest}); "
             "at least 2 are needed. Use a smaller length or longer documents."
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nestlearn.fields import MAX_SEED
 from nestlearn.train.optimizers import ENGINE, check_optimizer, own_learning_rate
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -27,8 +28,6 @@ PRESET_LEARNING_RATES = {
 }
 FALLBACK_LEARNING_RATE = 1e-3
 CONFIG_FILE = "train_config.json"
-# The generators of NumPy take seeds of 32 bits, and no other number of a run comes near.
-MAX_INTEGER = 2**32 - 1
 NESTED = ("optimizer_options", "model", "trainer")
 # On --resume these may differ from the saved run: none of them changes what a step computes.
 FREE_ON_RESUME = frozenset({"out", "steps", "log_interval", "eval_interval", "eval_windows", "save_interval",
@@ -105,8 +104,9 @@ class TrainConfig:
         }  # fmt: skip
         for name, lowest in at_least.items():
             value = getattr(self, name)
-            if value is not None and not lowest <= value <= MAX_INTEGER:
-                bound = f"at least {lowest}" if value < lowest else f"at most {MAX_INTEGER:,}"
+            # The seed has the widest range of them.
+            if value is not None and not lowest <= value <= MAX_SEED:
+                bound = f"at least {lowest}" if value < lowest else f"at most {MAX_SEED:,}"
                 raise ValueError(f"{name} must be {bound}, received {value}.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestlearn.train.errors import TrainingError
+
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:
     """'parameter NAME' for the first parameter that holds a NaN or an infinity, else None."""
@@ -21,6 +23,25 @@ def first_non_finite_gradient(model: nn.Module) -> str | None:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     )
+
+
+def refuse_non_finite_logits(model: nn.Module, name: str) -> None:
+    """From now on, a forward pass of `model` that gives NaN or infinite logits raises TrainingError.
+
+    Finite weights can still overflow, and a score such as an accuracy hides it: a model of NaN logits scores 0.
+
+    Args:
+        name: of the model, for the message.
+    """
+
+    def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not torch.isfinite(output.logits).all():
+            raise TrainingError(
+                f"The model {name} computes logits that are NaN or infinite, so no result can be trusted. Use an "
+                "earlier checkpoint, or train again with a lower --learning-rate."
+            )
+
+    model.register_forward_hook(check)
 
 
 def _first(items: Iterable[tuple[str, str, Tensor]]) -> str | None:
