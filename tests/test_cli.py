@@ -88,6 +88,58 @@ def test_train_generate_eval_info(capsys: pytest.CaptureFixture[str], corpus: st
     assert facts["state_bytes_per_row"] > 0 and facts["activation_bytes"] > 0
 
 
+@pytest.mark.parametrize("words", [
+    ["train"], ["generate", "m", "text"], ["eval", "m"], ["learn", "m", "--stream", "a.txt", "--out", "o"],
+    ["chat", "m", "--session", "s"],
+])  # fmt: skip
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1"])
+def test_a_seed_out_of_range_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], seed: str
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *words, f"--seed={seed}")
+    assert code != 0 and "seed" in err and seed in err, err
+    assert "4294967295" in err.replace(",", "") or "at least 0" in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_first_seed_of_a_benchmark_out_of_range_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    code, _, err = run(capsys, "bench", "quick", "--out", tmp_path / "o", "--first-seed", "99999999999999999999")
+    assert code == 2 and "--first-seed" in err and "4294967295" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_bench_names_every_suite(capsys: pytest.CaptureFixture[str]):
+    from nestlearn.evals.bench import suite_names
+
+    code, text, _ = run(capsys, "bench", "--help")
+    assert code == 0 and not [name for name in suite_names() if f" {name}," not in text and f" {name}." not in text]
+
+
+UNREACHABLE = """
+import sys, time
+from nestlearn import cli
+began = time.monotonic()
+try:
+    cli.main(sys.argv[1:])
+finally:
+    print(time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize("words", [
+    ["stack", "nobody/nothing", "--levels", "64"], ["train", "--corpus", "hf:nobody/nothing"],
+])  # fmt: skip
+def test_names_on_the_hub_without_a_network_are_one_message_at_once(tmp_path: Path, words: list[str]):
+    offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, "-c", UNREACHABLE, *words, "--out", str(tmp_path / "out")],
+                          env={**os.environ, **offline}, capture_output=True, text=True, timeout=90)  # fmt: skip
+    assert done.returncode == 1 and float(done.stdout) < 20, done
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("Error: ") and "nobody/nothing" in line and "127.0.0.1:9 does not answer" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_info_of_a_preset_allocates_no_weights(capsys: pytest.CaptureFixture[str]):
     code, text, err = run(capsys, "info", "transformer-760m", "--context-length", "256", "--mixer", "attention")
     assert code == 0 and "24 × attention" in text and "GiB" in text, err

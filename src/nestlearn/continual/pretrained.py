@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestlearn.continual.session import MemorySession
+from nestlearn.data.hub import hub_unreachable
 
 
 def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
@@ -28,8 +31,15 @@ def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
         raise ValueError(
             f"{folder} is no model folder: it has no config.json. Name the folder that a model is saved in."
         )
+    unreachable = hub_unreachable(name)
+    if unreachable and not _is_cached(name):
+        raise ValueError(
+            f"{name!r} is no folder here, was not downloaded before, and the Hugging Face Hub cannot be reached "
+            f"({unreachable}). Give the folder that a model is saved in, or try again with a network."
+        )
+    options["local_files_only"] = options.get("local_files_only", False) or unreachable is not None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=options["local_files_only"])
     except Exception as error:
         raise ValueError(f"no tokenizer can be loaded from {name!r}: {_first_line(error)}.") from error
     try:
@@ -40,6 +50,14 @@ def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
             "config.json and model.safetensors, or a name on the Hugging Face hub."
         ) from error
     return model.eval(), tokenizer
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a model of the Hub was downloaded before."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # a path, no name on the Hub
+        return False
 
 
 def _first_line(error: BaseException) -> str:

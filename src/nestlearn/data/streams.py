@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 
 from nestlearn.data.documents import Document, Split, stable_hash
+from nestlearn.data.hub import hub_unreachable
 
 _TEXT_COLUMNS = ("text", "content", "document", "sentence")
 _VALIDATION_SPLITS = ("validation", "valid", "dev", "test")
@@ -96,6 +97,9 @@ def stream_corpus(spec: str, split: Split, seed: int = 0) -> StreamingCorpus:
     name, _, config = spec.partition(":")
     if not name:
         raise ValueError(f"hf:{spec} names no data set. {_FIX}")
+    unreachable = hub_unreachable(name)
+    if unreachable:
+        raise ValueError(f"hf:{spec} cannot be opened: the Hugging Face Hub cannot be reached ({unreachable}). {_FIX}")
     try:
         splits = datasets.load_dataset(name, config or None, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
