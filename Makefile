@@ -1,4 +1,5 @@
 # make setup      create .venv and install the package with every version pinned
+# make quick      setup, then ruff and the quick tests of the folders that differ from BASE (main), uncommitted files too
 # make test       setup, then lint, formatting, types and the quick tests
 # make test-all   the same with the slow tests (learning proofs, full products of options)
 # make demo       setup, then train and compare two small models and write runs/demo/report.html
@@ -7,12 +8,13 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+BASE ?= main
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: setup check test test-all demo docs clean
+.PHONY: setup check quick test test-all demo docs clean
 
 setup: $(STAMP)
 
@@ -32,6 +34,16 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Changed files since the branch left BASE, as the tests beside them: src/nestlearn/nn/conv.py -> tests/nn.
+CHANGED = { git diff --name-only $$(git merge-base HEAD $(BASE)); git ls-files --others --exclude-standard; }
+BESIDE = sed -nE 's,^(src/nestlearn|tests)/([a-z_]+)/.*,tests/\2,p; s,^tests/test_[a-z_]+\.py$$,&,p; \
+  s,^src/nestlearn/cli.*,tests/test_cli*.py,p'
+
+quick: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) -x -m 'not slow' $$(ls -d tests/test_layering.py $$($(CHANGED) | $(BESIDE) | sort -u) 2>/dev/null | sort -u)
 
 test: check
 	$(PYTEST) -m 'not slow'
