@@ -159,6 +159,7 @@ def test_a_model_that_overflows_fails(
         model.get_output_embeddings().weight.fill_(3e38)
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
+    capsys.readouterr()  # the progress bar of loading it here
     code, text, err = run(capsys, "eval", tmp_path / "model", "--corpus", f"text:{notes}", "--tasks", tasks,
                           "--lengths", "600", "--samples", "1")  # fmt: skip
     assert code == 1 and err.startswith(f"Error: The model {tmp_path / 'model'} computes logits that are NaN"), err
