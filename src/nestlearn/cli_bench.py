@@ -42,10 +42,7 @@ def bench(
     seeds: Annotated[int, typer.Option(min=1, max=MAX_SEED, help="Seeds per mixer and task.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks of the suite, joined by commas.")] = None,
     first_seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=MAX_SEED, help="The first seed; others to search for settings, apart from the reported ones."
-        ),
+        int, typer.Option(min=0, max=MAX_SEED, help="The first seed; search settings on other seeds than you report.")
     ] = 0,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 10m, 1h.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates per model; repeatable, unlike a budget.")] = None,
