@@ -134,7 +134,7 @@ def test_names_on_the_hub_without_a_network_are_one_message_at_once(tmp_path: Pa
     offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run([sys.executable, "-c", UNREACHABLE, *words, "--out", str(tmp_path / "out")],
                           env={**os.environ, **offline}, capture_output=True, text=True, timeout=90)  # fmt: skip
-    assert done.returncode == 1 and float(done.stdout) < 20, done
+    assert done.returncode == 1 and float(done.stdout) < 30, done
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("Error: ") and "nobody/nothing" in line and "127.0.0.1:9 does not answer" in line
     assert not (tmp_path / "out").exists()
