@@ -271,6 +271,47 @@ def test_other_outputs(build, ids):
         assert model(ids, use_cache=False).past_key_values is None
 
 
+def test_hidden_states_are_those_between_the_blocks(build, ids, mixer):
+    model = build(mixer).eval()
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+        assert torch.equal(states[0], model.model.embed_tokens(ids))
+        torch.testing.assert_close(model.model.norm(model.model.layers[1](states[1])[0]), states[2], **CLOSE)
+
+
+@pytest.mark.parametrize("mixers", [["attention", "attention"], ["attention", "titans"]])
+def test_attention_weights_are_refused_by_name(build, ids, mixers):
+    model = build(mixers).eval()
+    with pytest.raises(ValueError, match=f"{mixers[-1]}\\) return no attention weights"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="attention"):
+        model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
+    assert model(ids, output_attentions=False).attentions is None
+
+
+@pytest.mark.parametrize("label", [50, -1, -101])
+def test_labels_outside_the_vocabulary_are_refused(build, ids, label):
+    labels = ids.clone()
+    labels[1, 4] = label
+    with pytest.raises(ValueError, match=rf"labels contains {label}, .* 0\.\.49"):
+        build()(ids, labels=labels)
+    with pytest.raises(ValueError, match="dtype"):
+        build()(ids, labels=ids.double())
+
+
+def test_no_label_to_predict_gives_0_and_a_warning(build, ids):
+    model, none = build(), torch.full_like(ids, -100)
+    with pytest.warns(UserWarning, match="every label"):
+        loss = model(ids, labels=none).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    for items in (0, torch.tensor(0), 7):
+        assert model(ids, labels=none, num_items_in_batch=items).loss.item() == 0
+    with pytest.warns(UserWarning, match="every label"):
+        assert model(ids[:, :1], labels=ids[:, :1]).loss.item() == 0
+
+
 def test_a_cache_is_read_but_not_changed_without_use_cache(build, ids):
     model, cache = build(), HopeCache()
     with torch.no_grad():

@@ -31,6 +31,27 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
             )
 
 
+def check_labels(labels: Tensor, vocab_size: int) -> int | None:
+    """Number of labels that are not -100; None where they may not be looked at.
+
+    Raises:
+        ValueError: labels that are not integers, or outside the vocabulary.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels has dtype {labels.dtype}; labels are token ids (torch.long), or -100 to be ignored.")
+    if not may_look(labels):
+        return None
+    used = labels[labels != -100]
+    if used.numel():
+        low, high = int(used.min()), int(used.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"labels contains {low if low < 0 else high}, but the vocabulary has the ids 0..{vocab_size - 1}. Mark "
+                "tokens to be ignored with -100; other labels come from the tokenizer saved beside the model."
+            )
+    return used.numel()
+
+
 def check_embeds(embeds: Tensor, hidden_size: int) -> None:
     """Raise ValueError unless ``embeds`` is a non-empty floating ``[b, t, hidden_size]``."""
     if embeds.dim() != 3 or embeds.numel() == 0 or embeds.shape[-1] != hidden_size:

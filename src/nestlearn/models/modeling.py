@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from nestlearn.models.cache import HopeCache, LayerState, Segment
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.documents import find_documents, put_back, take
 from nestlearn.models.generation import EndedRows
-from nestlearn.models.inputs import check_embeds, check_ids, may_look, merge_resets, token_mask
+from nestlearn.models.inputs import check_embeds, check_ids, check_labels, may_look, merge_resets, token_mask
 from nestlearn.models.layers import HopeBlock, check_checkpointing
 from nestlearn.models.segments import SegmentReader
 from nestlearn.nn.cms import Writes
@@ -107,6 +108,7 @@ class HopeModel(HopePreTrainedModel):
 
         Levels that a loss teaches need the ``output_layer``, from hidden states to logits, and ids.
         """
+        self._refuse_attentions(kwargs.get("output_attentions"))
         x, ids = self._embed(input_ids, inputs_embeds)
         batch, time = x.shape[:2]
         cache, keep = self._cache(past_key_values, use_cache, batch)
@@ -140,6 +142,15 @@ class HopeModel(HopePreTrainedModel):
             hidden_states=cast(Any, None if visited is None else tuple(visited)),
         )
         return output if return_dict is not False and self.config.return_dict else output.to_tuple()
+
+    def _refuse_attentions(self, wanted: bool | None) -> None:
+        """Raise ValueError where attention weights are wanted: no mixer has them."""
+        if wanted or (wanted is None and self.config.output_attentions):
+            raise ValueError(
+                f"output_attentions=True: the mixers of this model ({', '.join(dict.fromkeys(self.config.mixers))}) "
+                "return no attention weights. Memories have none, and attention runs in fused kernels that never store "
+                "them. Leave it out; output_hidden_states=True gives the output of every layer."
+            )
 
     def _reader(self, output_layer: nn.Module | None, ids: Tensor | None) -> SegmentReader | None:
         """What reads in segments, where a loss teaches levels."""
@@ -259,7 +270,8 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             kwargs: ``num_items_in_batch`` (divides the summed loss), ``output_hidden_states``, ``position_ids``.
 
         Raises:
-            ValueError: an empty input, a wrong dtype or shape, an id outside the vocabulary, a cache that does not fit.
+            ValueError: an empty input, a wrong dtype or shape, an id or label outside the vocabulary, a cache that does
+                not fit, ``output_attentions=True`` (no mixer returns attention weights).
         """
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
@@ -352,20 +364,31 @@ def next_token_loss(
 ) -> Float[Tensor, ""]:
     """Mean of ``-ln p(label_{t+1} | tokens up to t)`` in nats, in fp32 or wider.
 
-    With ``num_items`` the sum is divided by it instead (gradient accumulation over unequal batches).
+    Labels of -100 are left out. With ``num_items`` the sum is divided by it instead (gradient accumulation over unequal
+    batches). Where no label is left the loss is 0 with gradient 0, the sum over nothing, and a warning says so: a NaN
+    would spoil the weights of a whole run. With ``num_items`` such a part of a batch is usual, so nothing warns.
+
+    Values are looked at where that is free: labels on the CPU, outside compiled code. On other devices a label out of
+    range fails inside the device's own kernel.
 
     Raises:
-        ValueError: labels of another shape, or with logits of only a part of the sequence.
+        ValueError: labels of another shape or dtype, outside the vocabulary, or with logits of only a part of the
+            sequence.
     """
     if labels.shape != logits.shape[:2]:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, the logits {tuple(logits.shape[:2])}; give one label per input "
             "token and leave logits_to_keep at 0 when training."
         )
+    target = labels[:, 1:]
+    if check_labels(target, logits.shape[-1]) == 0 and num_items is None:
+        warnings.warn(
+            "every label that could be predicted is -100, so the loss is 0 and teaches nothing; check what masks the "
+            "labels (a prompt as long as the text, a text of one token).",
+            stacklevel=2,
+        )
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    target = labels[:, 1:].to(logits.device)
-    reduction = "mean" if num_items is None else "sum"
-    loss = F.cross_entropy(wide.flatten(0, 1), target.flatten(), ignore_index=-100, reduction=reduction)
-    if num_items is None:
-        return loss
-    return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+    target = target.to(logits.device, torch.long).flatten()
+    total = F.cross_entropy(wide.flatten(0, 1), target, ignore_index=-100, reduction="sum")
+    count = torch.as_tensor((target != -100).sum() if num_items is None else num_items, device=total.device)
+    return total / count.clamp(min=1)
