@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
@@ -11,6 +13,7 @@ from transformers import PreTrainedConfig
 from nestlearn.fields import LARGEST, Between, Count, Positive, Size, check_fields, unknown_name
 from nestlearn.memory import catalog
 from nestlearn.memory.associative import Read, RetainTo, StepSize
+from nestlearn.models.remote import NotCopied, auto_map, write_loader
 from nestlearn.nn.cms import Meta, Signal, Variant
 from nestlearn.nn.cms.level import Level
 from nestlearn.nn.cms.nested import TransferBy
@@ -53,7 +56,7 @@ def mixer_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(("self_modifying_titans", *ATTENTION_MIXERS, *TITANS_MIXERS, "tnt", *catalog)))
 
 
-class HopeConfig(PreTrainedConfig):
+class HopeConfig(NotCopied, PreTrainedConfig):
     """Configuration of `HopeForCausalLM`.
 
     Args:
@@ -185,6 +188,13 @@ class HopeConfig(PreTrainedConfig):
     def mixers(self) -> list[str]:
         """The mixer of every layer."""
         return [self.mixer] * self.num_hidden_layers if isinstance(self.mixer, str) else list(self.mixer)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the configuration, and the file by which a process that has not imported this package loads it."""
+        self.auto_map = auto_map()
+        if not Path(save_directory).is_file():  # the library's own error says what is wrong there
+            write_loader(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def check(self) -> None:
         """Raise ValueError unless the fields fit each other."""

@@ -18,12 +18,13 @@ from nestlearn.models.documents import find_documents, put_back, take
 from nestlearn.models.generation import EndedRows
 from nestlearn.models.inputs import check_embeds, check_ids, check_labels, may_look, merge_resets, token_mask
 from nestlearn.models.layers import HopeBlock, check_checkpointing
+from nestlearn.models.remote import NotCopied
 from nestlearn.models.segments import SegmentReader
 from nestlearn.nn.cms import Writes
 from nestlearn.nn.cms.tape import Tape
 
 
-class HopePreTrainedModel(PreTrainedModel):
+class HopePreTrainedModel(NotCopied, PreTrainedModel):
     """What the models share: how weights start, and what the library may do with them."""
 
     config: HopeConfig
