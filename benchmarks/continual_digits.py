@@ -100,11 +100,11 @@ METHODS = {
     "EWC": Row(lambda: EWC(100.0), boundaries="known"),
     "LoRA, rank 8, after task 1": Row(lambda: LoRA(8, after_task=0), boundaries="known"),
     "CMS: levels": Row(lambda: CMS(levels=THREE_LEVELS)),
-    "CMS: transfer": full(projection=None),
-    "CMS: projection": full(transfer=None),
-    "CMS: projection, transfer": full(),
+    "transfer": full(projection=None),
+    "projection": full(transfer=None),
+    "projection, transfer": full(),
     "CMS: levels, projection, transfer": full(levels=levels(1, 4, 16, ends=16)),
-    "CMS: projection at task ends": Row(
+    "projection at task ends": Row(
         lambda: CMS(projection=Projection(alpha=30.0, period=None, last_epoch_only=True)), boundaries="known"
     ),
     "replay, 200 stored": Row(lambda: ExperienceReplay(200)),
@@ -155,7 +155,7 @@ GRID = {
 
 
 GROUPS = {"methods": METHODS, "trials": TRIALS, "levels": LEVELS, "periods": PERIODS, "grid": GRID}
-CURVES = ("fine-tuning, best rate", "EWC", "CMS: levels", "CMS: projection, transfer", "replay, 200 stored")
+CURVES = ("fine-tuning, best rate", "EWC", "CMS: levels", "projection, transfer", "replay, 200 stored")
 
 
 def main() -> None:

@@ -109,13 +109,13 @@ def method_rows(tuned: dict[str, Any]) -> dict[str, Row]:
             boundaries="known",
         ),
         "CMS: levels": Row(lambda: CMS(levels=levels), rate=rate),
-        "CMS: transfer": Row(lambda: CMS(transfer=transfer), rate=rate),
-        "CMS: projection": Row(lambda: CMS(projection=projection), rate=rate),
-        "CMS: projection, transfer": Row(lambda: CMS(projection=projection, transfer=transfer), rate=rate),
+        "transfer": Row(lambda: CMS(transfer=transfer), rate=rate),
+        "projection": Row(lambda: CMS(projection=projection), rate=rate),
+        "projection, transfer": Row(lambda: CMS(projection=projection, transfer=transfer), rate=rate),
         "CMS: levels, projection, transfer": Row(
             lambda: CMS(levels=levels, projection=projection, transfer=transfer), rate=rate
         ),
-        "CMS: projection at task ends": Row(lambda: CMS(projection=ends), rate=rate, boundaries="known"),
+        "projection at task ends": Row(lambda: CMS(projection=ends), rate=rate, boundaries="known"),
         "replay, 5 per class": Row(lambda: ExperienceReplay(5 * tuned["classes"])),
         "joint": Row(JointTraining),
     }
@@ -241,7 +241,7 @@ def main() -> None:
             return TextNet(copy.deepcopy(body), classes)
         return FeatureNet(DIMENSIONS if body is None else body.width, classes)
 
-    best = "CMS: levels, projection, transfer" if thawed else "CMS: projection, transfer"
+    best = "CMS: levels, projection, transfer" if thawed else "projection, transfer"
     tuned = TUNED[kind] | {"classes": classes, "thawed": thawed}
     rows = grid_rows() if options.group == "grid" else method_rows(tuned)
     settings = {

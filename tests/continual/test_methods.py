@@ -235,3 +235,12 @@ def test_lora_places_adapters_by_full_names():
         LoRA(1, trained=["0", "2"]).prepare(net())
     with pytest.raises(ValueError, match="A Linear has no linear map"):
         LoRA(1).prepare(nn.Linear(2, 2))
+
+
+def test_only_levels_make_it_a_cms_by_name():
+    given = {"projection": Projection(), "transfer": Transfer()}
+    assert CMS(**given).name == "projection, transfer"
+    assert CMS(transfer=Transfer()).name == "transfer"
+    assert CMS().name == "fine-tuning"
+    assert CMS(levels=lambda model: [(model, 4)], **given).name == "CMS: levels, projection, transfer"
+    assert CMS(**given, name="mine").name == "mine"

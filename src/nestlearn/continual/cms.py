@@ -52,16 +52,17 @@ class CMS(Method):
 
     Args:
         levels: which modules step at which period; None: all at every step.
-        projection: the preconditioner that remembers inputs (NL Eq. 38-41, 47).
+        projection: recursive least squares over each map's inputs (orthogonal weights modification, arXiv 1810.01256),
+            a preconditioner in the sense of NL Eq. 38-41 and 47, which learn theirs from gradients.
         transfer: slow weights behind the fast ones (NL Eq. 72).
-        name: for tables, by default by the ingredients.
+        name: for tables; by default the ingredients, after "CMS: " where there are levels.
 
     Example:
         >>> from functools import partial
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
         >>> method = CMS(projection=Projection(period=50), transfer=Transfer())
         >>> method.name
-        'CMS: projection, transfer'
+        'projection, transfer'
         >>> type(method.make_optimizer(model, partial(torch.optim.Adam, lr=1e-3))).__name__
         'NestedTransfer'
     """
@@ -79,7 +80,9 @@ class CMS(Method):
     ) -> None:
         self.levels, self.projection, self.transfer = levels, projection, transfer
         parts = {"levels": levels, "projection": projection, "transfer": transfer}
-        self.name = name or "CMS: " + (", ".join(part for part, given in parts.items() if given) or "nothing")
+        given = ", ".join(part for part, setting in parts.items() if setting)
+        # Without levels it is no Continuum Memory System, and with nothing it is what it wraps.
+        self.name = name or ("CMS: " if levels else "") + (given or "fine-tuning")
         # Where the projection waits for the ends of tasks.
         self.needs_boundaries = projection is not None and (projection.period is None or projection.last_epoch_only)
         self._projecting: InputProjection | None = None
