@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.memory import newton_schulz
-from nestlearn.memory.newton_schulz import COEFFICIENTS, POLAR_EXPRESS
+from nestlearn.memory.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, printed_iteration
 
 TRIPLES = {"quintic": (COEFFICIENTS,), "polar_express": POLAR_EXPRESS}
 RANGES = {"quintic": (0.65, 1.25), "polar_express": (0.85, 1.15)}
@@ -92,3 +92,13 @@ def test_only_the_direction_matters(scale):
     torch.testing.assert_close(
         newton_schulz(x * scale), newton_schulz(x), rtol=2e-2 if scale < 1e-5 else 1e-4, atol=2e-3
     )
+
+
+def test_the_printed_iteration_ends_at_the_roots_of_its_cubic_and_is_not_orthogonal():
+    values = torch.tensor([2.0, 1.0, 0.6, 0.1], dtype=torch.float64)
+    x, u, v = of_spectrum(values, 7)
+    found = torch.linalg.diagonal(u.mT @ printed_iteration(x, steps=2000, step_size=0.05) @ v)
+    torch.testing.assert_close(2 * found**3 - found, values, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[1], torch.ones((), dtype=torch.float64), rtol=0, atol=1e-9)
+    assert float(found.max() - found.min()) > 0.3
+    torch.testing.assert_close(u @ torch.diag(found) @ v.mT, printed_iteration(x, 2000), rtol=0, atol=1e-9)

@@ -63,9 +63,11 @@ def newton_schulz(
     coefficients: Coefficients | Sequence[Coefficients] = COEFFICIENTS,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*b m n"]:
-    """The matrix moved toward ``U V^T`` of its singular value decomposition ``U diag(s) V^T`` (NL Eq. 42-44).
+    """The matrix moved toward ``U V^T`` of its singular value decomposition ``U diag(s) V^T``: Muon's quintic.
 
         X_0 = X / ||X||_F,     X_{i+1} = a X_i + (b X_i X_i^T + c (X_i X_i^T)^2) X_i
+
+    It stands where NL Eq. 42-44 ask for Newton-Schulz; the iteration that Eq. 44 prints is `printed_iteration`.
 
     Each step applies ``a s + b s^3 + c s^5`` to every singular value s. After five, those that were at least 1.43e-3 of
     the Frobenius norm lie in [0.65, 1.21]; with `POLAR_EXPRESS`, those of at least 9.6e-4 in [0.85, 1.13]. Smaller ones
@@ -111,3 +113,31 @@ def newton_schulz(
         stack = add_product(stack, polynomial, stack, beta=a)
     x = stack.reshape(x.shape)
     return x.mT if tall else x
+
+
+def printed_iteration(
+    gradient: Float[Tensor, "*b m n"], steps: int = 100, step_size: float = 0.05
+) -> Float[Tensor, "*b m n"]:
+    """The iteration as NL Eq. 44 prints it. Its limit is not orthogonal; nothing in this package trains with it.
+
+        O_0 = g,     O_{i+1} = O_i - ζ (O_i - g + 2 O_i (O_iᵀ O_i - I))
+
+    Each singular value s of g moves by itself to the root σ of ``2 σ³ - σ = s``: 1 stays 1, 14 goes to 2.
+    `newton_schulz` sends all to about 1.
+
+    Args:
+        gradient: g.
+        steps: iterations.
+        step_size: ζ. It must stay below ``2 / (6 s² - 1)`` for the largest singular value s above 1, where the
+            iteration starts; otherwise it can diverge.
+
+    Example:
+        >>> import torch
+        >>> printed_iteration(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).diagonal().tolist()[0]
+        1.0
+    """
+    result = gradient
+    for _ in range(steps):
+        gram = result.mT @ result
+        result = result - step_size * (result - gradient + 2 * (result @ gram - result))
+    return result

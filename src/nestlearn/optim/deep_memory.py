@@ -1,4 +1,4 @@
-"""A momentum that is a network: a two-layer perceptron trained on the rows of gradients (NL Eq. 50)."""
+"""A momentum that is a network: a two-layer perceptron trained on the rows of gradients (after NL Eq. 50)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ MAPS = ("in", "out")
 
 @dataclass(frozen=True)
 class DeepMemory:
-    """``M(x) = x + W_out gelu(W_in x)``, trained online on all rows of all parameters of one shape (NL Eq. 50).
+    """``M(x) = x + W_out gelu(W_in x)``, trained online on all rows of all parameters of one shape.
+
+    After NL Eq. 50, with two changes: rows are normalized, and a step is in closed form.
 
     A row g of a gradient is given to the network at root mean square 1, ``x = g / r``, and its answer gets the size
     back: the update is ``r M(x)``. So the size of gradients decides over steps as it does in SGD, and not over what is

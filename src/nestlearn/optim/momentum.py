@@ -402,7 +402,9 @@ class HigherOrderMomentum(AssociativeMomentum):
 
 
 class DeepMomentum(AssociativeMomentum):
-    """The momentum is a perceptron trained online on the rows of gradients, one for each shape (NL Eq. 50).
+    """The momentum is a perceptron trained online on the rows of gradients, one for each shape.
+
+    After NL Eq. 50; unlike the printed rule, rows are normalized and a step is in closed form.
 
     Update = ``r M(g / r)`` row by row, after one step of the memory on all rows of all parameters of the shape: see
     `DeepMemory` for the rule, its cost and what it can and cannot do. Parameters without a gradient at a step are left

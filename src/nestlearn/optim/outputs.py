@@ -14,7 +14,7 @@ from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coeffi
 
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """The momentum orthogonalized (NL Eq. 42-44): plain momentum becomes Muon.
+    """The momentum orthogonalized by Muon's quintic, not by the iteration that NL Eq. 44 prints: it becomes Muon.
 
     Args:
         ns_steps: iterations.

@@ -209,7 +209,7 @@ class _LeadingDirections(_Memory):
 class InputProjection(OptimizerWrapper):
     """Projects what an optimizer does to each linear map away from the inputs that the map has already had.
 
-    The preconditioner of NL Eq. 38-41, 47 as an associative memory: per `nn.Linear`, recursive least squares over its
+    A preconditioner as in NL Eq. 38-41, 47, but learned from inputs: per `nn.Linear`, recursive least squares over its
     inputs x (with a 1 for the bias), ``P ← P - P Xᵀ (α I + X P Xᵀ)⁻¹ X P``, and each change D of the weight becomes
     ``D P``. For x that were stored ``D P x ≈ 0``: the answers to them stay. (Known as orthogonal weights modification,
     Zeng et al. 2019, arXiv 1810.01256.) No input is kept, only a (d+1) x (d+1) matrix per map. The rows of an
