@@ -16,6 +16,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # A package may import itself and packages of a lower layer. `evals` compares what `train` made, hence above it.
 LAYERS = {
     "fields": -1,
+    "registration": 2.5,
     "memory": 0,
     "optim": 1,
     "nn": 1,
@@ -30,7 +31,7 @@ LAYERS = {
     "cli_learn": 3.8,
     "cli": 4,
     "__main__": 5,
-    "__init__": 2.5,  # the public names: models and everything below
+    "__init__": 3.7,  # the public names; the packages below import each other, never these
 }
 MEMORY_MAY_IMPORT = {"torch", "jaxtyping", "triton", *sys.stdlib_module_names}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 60
@@ -87,6 +88,25 @@ def test_the_core_imports_torch_and_nothing_else(trees: dict[Path, ast.Module]) 
         if module.split(".")[0] not in MEMORY_MAY_IMPORT and not module.startswith("nestlearn.memory")
     ]
     assert not wrong
+
+
+def test_what_models_are_built_from_does_not_import_transformers(trees: dict[Path, ast.Module]) -> None:
+    """The models are imported as soon as `transformers` is; a module that had imported it would be half loaded."""
+    below = {
+        module.split(".")[1]
+        for path, tree in trees.items()
+        if package_of(path) == "models"
+        for module in imported(tree, path)
+        if module.startswith("nestlearn.")
+    } - {"models"}
+    wrong = [
+        f"{name_of(path)} imports {module}"
+        for path, tree in trees.items()
+        if package_of(path) in below
+        for module in imported(tree, path)
+        if module.split(".")[0] == "transformers"
+    ]
+    assert below and not wrong
 
 
 def test_modules_and_functions_are_small(trees: dict[Path, ast.Module]) -> None:

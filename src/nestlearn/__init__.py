@@ -1,23 +1,29 @@
 """Nested Learning for PyTorch: models that keep learning from what they read.
 
 Importing this package registers its models with `transformers.AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Its names are loaded when they are first used, so the import alone is quick.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING
 
-from nestlearn.models import (
-    HopeCache,
-    HopeConfig,
-    HopeForCausalLM,
-    HopeModel,
-    LevelState,
-    flops,
-    freeze_backbone,
-    presets,
-    stack_levels,
-    unstack_levels,
-)
-from nestlearn.nn import Level
+from nestlearn.registration import register_models
+
+if TYPE_CHECKING:
+    from nestlearn.continual import MemorySession
+    from nestlearn.models import (
+        HopeCache,
+        HopeConfig,
+        HopeForCausalLM,
+        HopeModel,
+        LevelState,
+        flops,
+        freeze_backbone,
+        presets,
+        stack_levels,
+        unstack_levels,
+    )
+    from nestlearn.nn import Level
 
 __version__ = "0.1.0"
 
@@ -38,13 +44,24 @@ __all__ = [
     "unstack_levels",
 ]
 
-MemorySession: Any
+_PACKAGES = {"continual", "data", "evals", "memory", "models", "nn", "optim", "train"}
+_ELSEWHERE = {"Level": "nn", "MemorySession": "continual"}  # the other public names are of `models`
+
+if not TYPE_CHECKING:  # a type checker reads the imports above and reports unknown names
+
+    def __getattr__(name: str) -> object:
+        """A public name or a package, imported when it is first asked for."""
+        if name in _PACKAGES:
+            return importlib.import_module(f"nestlearn.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        package = importlib.import_module(f"nestlearn.{_ELSEWHERE.get(name, 'models')}")
+        globals()[name] = getattr(package, name)
+        return globals()[name]
 
 
-def __getattr__(name: str) -> Any:
-    """`MemorySession` comes from a layer above this one, so it is imported when it is asked for."""
-    if name == "MemorySession":
-        import importlib
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})
 
-        return importlib.import_module("nestlearn.continual").MemorySession
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+register_models()

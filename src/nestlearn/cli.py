@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nestlearn import cli_bench, cli_eval, cli_learn
+from nestlearn import __version__, cli_bench, cli_eval, cli_learn
 from nestlearn.fields import MAX_SEED
 
 app = typer.Typer(
@@ -28,6 +28,22 @@ app = typer.Typer(
 )
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks of errors.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nestlearn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options of the program itself; `app` has its help."""
+
 
 TRAIN_HELP = """Train a model and save it, its tokenizer and its log in a folder.
 
@@ -217,13 +233,13 @@ def main(arguments: list[str] | None = None) -> None:
     if not verbose:
         warnings.filterwarnings("ignore")
         logging.getLogger("transformers").setLevel(logging.ERROR)
-    from nestlearn.train.errors import TrainingError, TrainingInterrupted
-
     try:
         app(words, standalone_mode=True)
-    except TrainingInterrupted as stop:
-        _fail(str(stop), stop.exit_code, title="Stopped")
-    except (ValueError, TypeError, OSError, TrainingError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        # A run stopped by a signal is no fault; its error names the exit status that a shell expects.
+        status = getattr(error, "exit_code", None)
+        if status is not None:
+            _fail(str(error), status, title="Stopped")
         if verbose:
             traceback.print_exc()
         _fail(str(error) or type(error).__name__, 1)

@@ -9,14 +9,16 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from nestlearn.evals.result import EvalResult
 from nestlearn.fields import MAX_SEED
+
+if TYPE_CHECKING:  # the import takes seconds, and --help does not need it
+    from nestlearn.evals.result import EvalResult
 
 TEXT_TASKS = ("bits_per_byte", "loss_by_position")
 NIAH, BABILONG = "local_niah_", "local_babilong_"

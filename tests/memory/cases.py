@@ -197,7 +197,8 @@ def _complete(
     for name in axes:
         if name in chosen:
             continue
-        others = list(itertools.combinations(chosen, strength - 1))
+        others = itertools.combinations(chosen, strength - 1) if uncovered else ()
+        groups = [sorted((*group, name), key=order.__getitem__) for group in others]
         best, best_gain = None, -1
         for i in range(len(axes[name])):
             # Starting elsewhere each time spreads ties over the values.
@@ -205,7 +206,6 @@ def _complete(
             trial = {**chosen, name: i}
             if not allowed(_values(axes, trial)):
                 continue
-            groups = (sorted((*group, name), key=order.__getitem__) for group in others)
             gain = sum(tuple((n, trial[n]) for n in group) in uncovered for group in groups)
             if gain > best_gain:
                 best, best_gain = i, gain

@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nestlearn import flops
 from nestlearn.data import load_corpus
 from nestlearn.evals.compare import Curve, Row, compare, eval_curve
 from nestlearn.evals.language import bits_per_byte, loss_by_position, state_bytes_by_context
 from nestlearn.evals.report import DemoResults, RunSummary, write_report
 from nestlearn.evals.result import EvalResult
 from nestlearn.evals.sample import continue_text
+from nestlearn.models import flops
 from nestlearn.train import TrainConfig, TrainingInterrupted, load_model, load_tokenizer, read_log, saved_config, train
 from nestlearn.train.checkpoint import write_text
 from nestlearn.train.folder import is_exported

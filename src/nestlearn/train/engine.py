@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, default_data_collator
 
-from nestlearn import flops
 from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_corpus, pack
+from nestlearn.models import flops
 from nestlearn.nn import ContinuumMemory, SelfModifyingTitans
 from nestlearn.train import checkpoint
 from nestlearn.train.callbacks import ProgressBar, StepTimer, StopOnSignal

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn import flops
-from nestlearn.models import HopeConfig, HopeForCausalLM
+from nestlearn.models import HopeConfig, HopeForCausalLM, flops
 from nestlearn.models.config import ATTENTION_MIXERS, WINDOWED_MIXERS
 from nestlearn.models.flops import meta_model, row_bytes
 from nestlearn.models.modeling import next_token_loss
