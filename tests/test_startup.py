@@ -34,9 +34,9 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "words", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)], ids=" ".join
 )
-def test_help_and_version_come_at_once(words: str) -> None:
+def test_help_and_version_come_at_once(words: list[str]) -> None:
     for _ in range(2):  # the first run may have to compile the modules
-        done = python(MEASURED, *words.split())
+        done = python(MEASURED, *words)
         seconds, *heavy = done.stderr.splitlines()[-1].split()
         if float(seconds) < 1.0:
             break
