@@ -229,6 +229,46 @@ def test_an_optimizer_object_and_clipping():
         assert float((p - q).detach().norm()) <= 1.01e-6 * learner.steps
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_head_that_is_replaced_between_tasks_is_refused_by_name(name):
+    """No optimizer has its parameters: it would keep its first values, without a word."""
+    model, stream = net(), digits(2)
+    learner = ContinualLearner(model, ADAM, method=METHODS[name](), batch_size=100)
+
+    def replace(place: int, row: tuple[float, ...]) -> None:
+        learner.model[3] = nn.Linear(16, 10)
+
+    if name == "lora":  # from the first task on the trained parameters are its own, in wrapped layers
+        learner.learn(stream.tasks[0].train)
+        replace(0, ())
+        with pytest.raises(ValueError, match=r"3\.weight, 3\.bias \(2 parameters\) joined the model"):
+            learner.learn(stream.tasks[1].train, 1)
+        return
+    with pytest.raises(ValueError, match=r"3\.weight, 3\.bias \(2 parameters\) joined the model.* new Continual"):
+        learner.fit(stream, on_task=replace)
+
+
+def test_a_layer_that_is_thawed_later_is_refused_and_one_left_out_from_the_start_is_not():
+    model, task = net(), digits(1).tasks[0].train
+    model[0].weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad and p is not model[0].bias]
+    learner = ContinualLearner(model, torch.optim.SGD(trained, lr=0.1))
+    learner.learn(task)
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"0\.weight \(1 parameters\) joined"):
+        learner.learn(task)
+
+
+def test_replay_draws_stored_examples_without_repetition():
+    method, generator = ExperienceReplay(6), torch.Generator().manual_seed(0)
+    stored = Examples(torch.arange(6.0)[:, None], torch.arange(6))
+    method.observe(stored, generator, first_pass=True)
+    for _ in range(20):
+        together = method.batch(Examples(torch.full((5, 1), -1.0), torch.full((5,), -1)), generator)
+        drawn = together.targets[5:].tolist()
+        assert len(drawn) == len(set(drawn)) == 5 and set(drawn) <= set(range(6))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     """At the step that has it, before the weights and the checkpoint of the last good task are spoiled."""
     stream, file = digits(2), tmp_path / "progress.pt"

@@ -44,16 +44,6 @@ def test_parity_is_learned_and_extends_to_twice_the_length(comparison: ModuleTyp
     assert scores["51-100"] >= 0.90
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("task", ["recall", "parity"])
-@pytest.mark.parametrize("mixer", ["static", "deltanet", "attention"])
-def test_the_other_mixers_are_shown_beside_it(comparison: ModuleType, task: str, mixer: str) -> None:
-    outcome = comparison.learn(task, mixer, 0, 400)
-    print(f"{task}, {mixer}: {outcome.scores} after {outcome.steps} steps")  # noqa: T201
-    assert all(0 <= score <= 1 for score in outcome.scores.values())
-
-
 def test_recall_asks_for_the_value_that_followed_the_key() -> None:
     batch = multi_query_recall(8, torch.Generator().manual_seed(0), vocabulary=32, length=40, pairs=6)
     for inputs, targets in zip(batch.inputs, batch.targets, strict=True):

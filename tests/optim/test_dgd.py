@@ -170,8 +170,6 @@ class Oracle:
         self.rest.step()
 
     def changed(self, w: Tensor, x: Tensor, e: Tensor) -> Tensor:
-        rows = (e != 0).any(1)
-        x, e = x[rows], e[rows]
         if self.form == "sample":
             total = torch.zeros_like(w)
             for row, error in zip(x, e * len(x), strict=True):
@@ -260,6 +258,66 @@ def test_a_compiled_model_is_observed(form):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_behind_a_dead_relu_count(form, bias):
+    """6 of 8 rows have an error of exactly 0, and the loss averages over all 8: so does the minimizer."""
+    x, lr = random(8, 4, seed=1), 0.7
+    layer = nn.Linear(4, 1, bias=bias, dtype=torch.float64)
+    order = layer(x).squeeze(1).argsort()
+    with torch.no_grad():
+        shift = layer(x).squeeze(1)[order[5:7]].mean()  # the outputs of two rows are above it
+    start = joined(layer)
+    optimizer = DGD(layer.parameters(), layer, lr=lr, form=form)
+    out = layer(x)
+    out.retain_grad()
+    torch.relu(out - shift).square().sum(1).mean().backward()
+    e = out.grad * 8  # of the sum, as the objective's mean takes it
+    assert int((e == 0).sum()) == 6
+    optimizer.step()
+    rows = with_one(x) if bias else x
+    if form == "batch":
+        expected = minimizer(objective_of(start, rows, e, lr, 1.0), start)
+    else:
+        single = [minimizer(objective_of(start, rows[i : i + 1], e[i : i + 1], lr, 1.0), start) for i in range(8)]
+        expected = torch.stack(single).mean(0)
+    torch.testing.assert_close(joined(layer), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("period", [3, 5])
+def test_a_period_is_one_large_batch(form, period):
+    """All steps of a period count, not only the last or the first ones."""
+    x, y = random(4 * period, 4, seed=1), random(4 * period, 2, seed=2)
+    ends = []
+    for steps in (1, period):
+        layer = nn.Linear(4, 2, dtype=torch.float64)
+        with torch.no_grad():
+            layer.weight.copy_(random(2, 4, seed=3))
+            layer.bias.copy_(random(2, seed=4))
+        groups = [{"params": layer.parameters(), "update_period": steps}]
+        optimizer = MultiTimescale(DGD(groups, layer, lr=0.3, form=form), reduction="sum")
+        for part in range(steps):
+            optimizer.zero_grad()
+            here = slice(None) if steps == 1 else slice(4 * part, 4 * part + 4)
+            ((layer(x[here]) - y[here]).square().sum() / (2 * len(x))).backward()
+            optimizer.step()
+        ends.append(joined(layer))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+def test_the_sample_form_has_no_mean_over_a_period():
+    layer = nn.Linear(4, 2)
+    groups = [{"params": list(layer.parameters()), "update_period": 3}]
+    with pytest.raises(ValueError, match=r'period 3 with form="sample".* reduction="sum"'):
+        MultiTimescale(DGD(groups, layer, form="sample"))
+    optimizer = MultiTimescale(DGD(groups, layer))
+    for group in optimizer.param_groups:
+        group["form"] = "sample"
+    with pytest.raises(ValueError, match=r'period 3 with form="sample"'):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_changes_nothing(form):
     """Rows on which the loss does not depend, whatever they hold."""
@@ -268,7 +326,8 @@ def test_padding_changes_nothing(form):
         more = torch.cat([x, torch.full((3, 4), 1e30).double()])
         return net(more)[:8]
 
-    plain, other = weights_after(lambda net, x: net(x), form), weights_after(padded, form)
+    left_out = {"skip_rows_without_gradient": True}
+    plain, other = (weights_after(change, form, **left_out) for change in (lambda net, x: net(x), padded))
     for p, q in zip(plain, other, strict=True):
         torch.testing.assert_close(p, q)
 
@@ -753,7 +812,8 @@ def test_a_period_is_resumed_in_its_middle(form, stop):
 
 def test_the_form_cannot_change_within_a_period():
     layer = nn.Linear(4, 2)
-    optimizer = MultiTimescale(DGD([{"params": layer.parameters(), "update_period": 2}], layer))
+    groups = [{"params": layer.parameters(), "update_period": 2}]
+    optimizer = MultiTimescale(DGD(groups, layer), reduction="sum")
     for _ in range(2):
         optimizer.zero_grad()
         layer(torch.ones(3, 4)).sum().backward()

@@ -63,6 +63,14 @@ def test_large_inputs_leave_a_projection():
     assert values.min() >= -1e-6 and values.max() <= 1 + 1e-6
 
 
+def test_half_and_single_sums_are_projected_in_float64():
+    """In float32 the eigenvectors of a sum whose eigenvalues span 1e8 are wrong in the fourth digit."""
+    x = random(200, 16) * torch.logspace(-2, 2, 16, dtype=torch.float64)
+    gram = (x.T @ x).float()
+    expected = ridge_projection(gram.double(), 0.1)
+    torch.testing.assert_close(ridge_projection(gram, 0.1).double(), expected, rtol=0, atol=1e-6)
+
+
 def test_inputs_that_are_not_finite_are_named():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1, bias=False))
     optimizer = InputProjection(torch.optim.SGD(model.parameters(), lr=0.1), model)

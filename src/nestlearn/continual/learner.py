@@ -87,6 +87,7 @@ class ContinualLearner:
                 "functools.partial(torch.optim.Adam, lr=1e-3), in place of the optimizer."
             )
         own = set(self.model.parameters())
+        self._left_out = self._untrained()
         foreign = sum(parameter not in own for group in self.optimizer.param_groups for parameter in group["params"])
         if foreign:
             raise ValueError(
@@ -101,8 +102,9 @@ class ContinualLearner:
         """Learns from one task's or document's examples; `place` is its number in the stream.
 
         Raises:
-            ValueError: a loss that is not finite.
+            ValueError: a loss that is not finite, or a model whose parameters were replaced since the learner was made.
         """
+        self._check_parameters()
         began = time.perf_counter()
         order = torch.Generator().manual_seed(stable_hash("order", self.seed, place) >> 1)
         self.model.train()
@@ -111,6 +113,24 @@ class ContinualLearner:
             for chosen in torch.randperm(len(examples), generator=order).split(self.batch_size):
                 self._step(examples[chosen].to(device_of(self.model)), first_pass=epoch == 0)
         self.seconds += time.perf_counter() - began
+
+    def _untrained(self) -> set[nn.Parameter]:
+        """Trainable parameters of the model that the optimizer does not have."""
+        stepped = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        return {p for p in self.model.parameters() if p.requires_grad and p not in stepped}
+
+    def _check_parameters(self) -> None:
+        """A module that was replaced after the optimizer was made, such as a head, would never be trained."""
+        new = self._untrained() - self._left_out
+        names = [name for name, parameter in self.model.named_parameters() if parameter in new]
+        if names:
+            raise ValueError(
+                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)} parameters) joined the model "
+                f"after the learner was made: neither the {type(self.optimizer).__name__} nor {self.method.name} knows "
+                "them, so they would never be trained. Make a new ContinualLearner for the changed model; or give the "
+                "model a head for all tasks at the start; or keep the parameter and copy new values into it, with "
+                "torch.no_grad()."
+            )
 
     def _step(self, batch: Examples, first_pass: bool) -> None:
         together = self.method.batch(batch, self._generator)
@@ -155,6 +175,7 @@ class ContinualLearner:
             self.model.zero_grad()
             self.model = changed
             self.optimizer = self.method.make_optimizer(changed, self._factory)
+            self._left_out = self._untrained()
 
     def fit(
         self,

@@ -39,8 +39,11 @@ class DGD(MatrixOptimizer):
     the solve, and slower to learn where inputs differ. For one row they are the same. R and the sums of the sample form
     are collected while backward runs; no sample is kept. Accumulated gradients are one large batch.
 
-    A row is an input vector: a token of a text. The mean is over those on which the loss depends, by a gradient other
-    than exactly 0: padding changes nothing.
+    A row is an input vector: a token of a text. R is the mean over all rows of the batch, as G is for a mean loss. A
+    gradient of exactly 0 does not take a row out of the mean: a ReLU behind the map gives such gradients to rows that
+    the loss does average over. In batches with padding, which the loss leaves out, set `skip_rows_without_gradient`:
+    R is then the mean over the other rows, and padding changes nothing. It is exact where every other row has a
+    gradient; otherwise R is too large by the ratio of the two numbers of rows.
 
     Trained by the rule: weights of `nn.Linear` modules (and transformers' Conv1D) in groups of rule ``"auto"`` or
     ``"matrix"``. A bias of such a layer is its weight for an input of 1 and is updated with it, by the settings of the
@@ -64,6 +67,7 @@ class DGD(MatrixOptimizer):
         adamw_lr: of groups with rule ``"adamw"`` that have no lr, and of what is no linear map in the others.
         form: ``"batch"`` or ``"sample"``.
         erase: λ, in [0, 1].
+        skip_rows_without_gradient: leave rows out of R whose gradient is exactly 0. For batches with padding.
         weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
         process_group: the processes over which DistributedDataParallel averages gradients: the default group where
             torch.distributed is initialized. Processes that train models of their own must each give a group of one.
@@ -95,12 +99,14 @@ class DGD(MatrixOptimizer):
         adamw_lr: float | Tensor = 1e-3,
         form: Form = "batch",
         erase: float = 1.0,
+        skip_rows_without_gradient: bool = False,
         weight_decay: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         self._layers, self._refused = linear_layers(model)
         self._adamw_lr, self._process_group = adamw_lr, process_group
+        self._skip_rows = skip_rows_without_gradient
         self._handles: list[Any] = []
         super().__init__(params, {"lr": lr, "form": form, "erase": erase, "weight_decay": weight_decay}, adamw)
         if not self._handles:
@@ -161,7 +167,7 @@ class DGD(MatrixOptimizer):
     def _receiver(self, layer: LinearLayer) -> Callable[[Tensor, Tensor], None]:
         def receive(x: Tensor, gradient: Tensor) -> None:
             group = self.param_groups[layer.group or 0]
-            layer.add(x, gradient, group["lr"] if group["form"] == "sample" else None)
+            layer.add(x, gradient, group["lr"] if group["form"] == "sample" else None, self._skip_rows)
 
         return receive
 

@@ -54,7 +54,11 @@ class LinearLayer:
         self.writes: Float[Tensor, "out d"] | None = None
 
     def add(
-        self, x: Float[Tensor, "*rows in"], gradient: Float[Tensor, "*rows out"], lr: float | Tensor | None
+        self,
+        x: Float[Tensor, "*rows in"],
+        gradient: Float[Tensor, "*rows out"],
+        lr: float | Tensor | None,
+        skip_rows_without_gradient: bool = False,
     ) -> None:
         """Adds the rows of one call of the map.
 
@@ -62,11 +66,13 @@ class LinearLayer:
             x: its input.
             gradient: that of its output.
             lr: η, if each row is to have a step of its own, ``η' = η / (1 + η‖x‖²)``.
+            skip_rows_without_gradient: leave rows out whose gradient is exactly 0: padding.
         """
         if self.used:
             self.forget()
         dtype = wide(self.weight.dtype)
-        inputs, errors, count = rows_with_gradient(x.to(dtype), gradient.to(dtype), self.bias is not None)
+        rows = counted_rows if skip_rows_without_gradient else all_rows
+        inputs, errors, count = rows(x.to(dtype), gradient.to(dtype), self.bias is not None)
         if self.rows is None or self.moment is None:
             self.rows, self.moment = torch.zeros_like(count), inputs.new_zeros(inputs.shape[1], inputs.shape[1])
             self.writes = None if lr is None else inputs.new_zeros(errors.shape[1], inputs.shape[1])
@@ -108,20 +114,26 @@ class LinearLayer:
         return [torch.zeros(shape, dtype=dtype, device=device) for shape in self.shapes(form)]
 
 
-def rows_with_gradient(
+def all_rows(
     x: Float[Tensor, "*rows in"], gradient: Float[Tensor, "*rows out"], with_bias: bool
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n out"], Float[Tensor, ""]]:
-    """Inputs (with a 1 for the bias), gradients of outputs, and the number of rows; those without gradient are 0.
-
-    A row whose gradient is exactly 0 is one on which the loss does not depend, such as padding: it has nothing to say
-    about the mean over the data, and whatever it holds must not reach the sums.
-    """
-    errors = gradient.reshape(-1, gradient.shape[-1])
-    counted = errors.abs().amax(1, keepdim=True) != 0  # NaN counts: it is to be seen
-    inputs = torch.where(counted, x.reshape(-1, x.shape[-1]), 0)
+    """Inputs (with a 1 for the bias), gradients of outputs, and the number of rows."""
+    inputs, errors = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     if with_bias:
-        inputs = torch.cat([inputs, counted.to(inputs)], 1)
-    return inputs, errors, counted.sum().to(inputs.dtype)
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+    return inputs, errors, inputs.new_tensor(float(len(inputs)))
+
+
+def counted_rows(
+    x: Float[Tensor, "*rows in"], gradient: Float[Tensor, "*rows out"], with_bias: bool
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n out"], Float[Tensor, ""]]:
+    """The same without the rows whose gradient is exactly 0: their inputs are set to 0 and they are not counted.
+
+    Whatever such a row holds does not reach the sums.
+    """
+    inputs, errors, _ = all_rows(x, gradient, with_bias)
+    counted = errors.abs().amax(1, keepdim=True) != 0  # NaN counts: it is to be seen
+    return torch.where(counted, inputs, 0), errors, counted.sum().to(inputs.dtype)
 
 
 class _Observed(torch.autograd.Function):

@@ -31,7 +31,8 @@ class MultiTimescale(OptimizerWrapper):
             other rules free of the gradient's scale see no difference.
 
     Raises:
-        ValueError: a period that is no positive integer, or not one per group.
+        ValueError: a period that is no positive integer, or not one per group; or a mean over a period of
+            `DGD(form="sample")`, whose samples' steps add up.
 
     Example:
         >>> fast, slow = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
@@ -48,6 +49,7 @@ class MultiTimescale(OptimizerWrapper):
     """
 
     def __init__(self, base: Optimizer, periods: Sequence[int] | None = None, *, reduction: Reduction = "mean") -> None:
+        self.reduction: Reduction = reduction
         super().__init__(base)
         self.defaults.setdefault("update_period", 1)  # the base's too: of groups that are added to it directly
         if reduction not in get_args(Reduction):
@@ -60,7 +62,7 @@ class MultiTimescale(OptimizerWrapper):
         for place, group in enumerate(self.param_groups):
             period = group.get("update_period", 1) if periods is None else periods[place]
             group["update_period"] = whole_number(f"the period of group {place}", period, "steps between two updates")
-        self.reduction: Reduction = reduction
+        self._check_reduction()
         self._steps = 0
         self._sums: dict[Tensor, Tensor] = {}
         self._counts: dict[Tensor, int] = {}
@@ -76,12 +78,25 @@ class MultiTimescale(OptimizerWrapper):
         period = param_group.setdefault("update_period", 1)
         whole_number("update_period of the added group", period, "steps between two updates")
         super().add_param_group(param_group)
+        self._check_reduction()
+
+    def _check_reduction(self) -> None:
+        """A rule that sums each sample's own step has no mean over a period of several steps."""
+        slow = (group for group in self.param_groups if group["update_period"] > 1)
+        sample = next((group for group in slow if group.get("form") == "sample"), None)
+        if self.reduction == "mean" and sample is not None:
+            raise ValueError(
+                f'reduction is "mean" for a group of period {sample["update_period"]} with form="sample": the steps of '
+                'single samples are collected in the backward pass and add up over a period. Use reduction="sum" with '
+                'a learning rate that is smaller by the period, or form="batch".'
+            )
 
     def is_due(self, group: Mapping[str, Any]) -> bool:
         """Whether the step taken last changed this group."""
         return self._steps % group["update_period"] == 0
 
     def _update(self) -> None:
+        self._check_reduction()  # a schedule may change the groups
         self._steps += 1
         slow = [group for group in self.param_groups if group["update_period"] > 1]
         waiting = [p for group in slow if not self.is_due(group) for p in group["params"] if p.grad is not None]
