@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -503,6 +504,11 @@ def test_files_that_are_refused(model, hope, tmp_path):
     for length in (0, 7, 100, len(content) // 2, len(content) - 1):
         refused("truncated|not a session", content[:length])
     refused("does not match its checksum", content[:-4] + bytes(4))
+    place = content.index(b'\\"place\\": [')
+    digits = re.finditer(rb"[0-9]", content[place : content.index(b"]", place)])
+    for at in [place + found.start() for found in digits]:
+        digit = b"7" if content[at : at + 1] != b"7" else b"6"
+        refused("does not match its checksum", content[:at] + digit + content[at + 1 :])
     refused("truncated|not a session", b"hello world, this is no session" * 10)
     save_file({"x": torch.zeros(2)}, path)
     refused("not a session")

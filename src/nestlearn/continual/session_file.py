@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nestlearn.models.files import whole_file
+from nestlearn.models.files import add_tensors, checksum, whole_file
 
 FORMAT = "nestlearn.MemorySession"
 VERSION = 1
@@ -34,21 +34,7 @@ def fingerprint(model: nn.Module) -> str:
     if config is not None:
         told = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-    _digest_tensors(digest, model.state_dict())
-    return digest.hexdigest()
-
-
-def _digest_tensors(digest: Any, tensors: dict[str, Tensor]) -> None:
-    """Names, types, shapes and bytes."""
-    for name in sorted(tensors):
-        x = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(cast(Any, x.reshape(-1).view(torch.uint8).numpy()))
-
-
-def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
-    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
-    _digest_tensors(digest, tensors)
+    add_tensors(digest, model.state_dict())
     return digest.hexdigest()
 
 
@@ -63,7 +49,7 @@ def write_session(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
     # Tensors may share memory; a safetensors file holds each on its own.
     tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     header = {"format": FORMAT, "version": VERSION, **header}
-    text = json.dumps({**header, "checksum": _checksum(tensors, header)})
+    text = json.dumps({**header, "checksum": checksum(tensors, header)})
     advice = "the session in memory is whole; check free space and rights, and save again"
     with whole_file(path, "the session", advice) as temporary:
         save_file(tensors, str(temporary), {"nestlearn": text})
@@ -98,7 +84,7 @@ def read_session(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
-    checksum = header.pop("checksum", None)
-    if _checksum(tensors, header) != checksum:
+    written = header.pop("checksum", None)
+    if checksum(tensors, header) != written:
         raise ValueError(f"{path} is corrupted: its content does not match its checksum. Restore it from a copy.")
     return tensors, header
