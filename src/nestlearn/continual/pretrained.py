@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestlearn.continual.session import MemorySession
 from nestlearn.data.hub import hub_unreachable
+from nestlearn.models.files import refuse_pickled_weights
 
 
 def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
@@ -21,7 +22,7 @@ def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
         options: of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
 
     Raises:
-        ValueError: there is no such model, or its files are damaged or lack a tokenizer.
+        ValueError: there is no such model, its files are damaged or lack a tokenizer, or its weights are a pickle.
 
     Example:
         >>> model, tokenizer = load_pretrained("runs/docs")                                  # doctest: +SKIP
@@ -38,12 +39,13 @@ def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
             f"({unreachable}). Give the folder that a model is saved in, or try again with a network."
         )
     options["local_files_only"] = options.get("local_files_only", False) or unreachable is not None
+    refuse_pickled_weights(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=options["local_files_only"])
     except Exception as error:
         raise ValueError(f"no tokenizer can be loaded from {name!r}: {_first_line(error)}.") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, **{**options, "use_safetensors": True})
     except Exception as error:
         raise ValueError(
             f"no causal language model can be loaded from {name!r}: {_first_line(error)}. Give a folder with "

@@ -52,8 +52,11 @@ class Progress:
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read: {error}. Check its rights, or give another file.") from error
         except _UNREADABLE as error:
+            # torch's own text advises to unpickle without limits, which would run what a stranger wrote.
+            foreign = isinstance(error, pickle.UnpicklingError)
+            cause = "it does not hold tensors and plain values alone" if foreign else repr(error)
             raise ValueError(
-                f"{self.path} is no checkpoint of a continual learner, or damaged: {error!r}. Restore it from a copy, "
+                f"{self.path} is no checkpoint of a continual learner, or damaged: {cause}. Restore it from a copy, "
                 "or remove it to begin anew."
             ) from error
         if schema != _SCHEMA or config != self.config:

@@ -51,6 +51,38 @@ def whole_file(path: Path, what: str, advice: str = "check free space and rights
             temporary.unlink(missing_ok=True)
 
 
+# Pickles that transformers.Trainer writes beside the weights of a model.
+_OF_A_TRAINER = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def refuse_pickled_weights(name: str | os.PathLike[str]) -> None:
+    """Refuse a file or a folder whose weights are a pickle: reading one can run code of whoever wrote it.
+
+    A folder that also holds safetensors is accepted, and so is a name on the Hugging Face hub.
+
+    Raises:
+        ValueError: the weights are a pickle. Nothing of it was read.
+
+    Example:
+        >>> _ = Path("pytorch_model.bin").write_bytes(b"anything")
+        >>> refuse_pickled_weights(".")
+        Traceback (most recent call last):
+        ValueError: pytorch_model.bin is a pickle, and nestlearn reads weights from safetensors only: ...
+    """
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    if any(file.suffix == ".safetensors" for file in files):
+        return
+    for file in files:
+        if file.suffix in _PICKLES and file.name not in _OF_A_TRAINER:
+            raise ValueError(
+                f"{file} is a pickle, and nestlearn reads weights from safetensors only: a pickle can run code. "
+                "Convert it where you trust it: load the model there, and write it with save_pretrained(folder, "
+                "safe_serialization=True)."
+            )
+
+
 def add_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
     """Add names, types, shapes and bytes of tensors to a digest of `hashlib`."""
     for name in sorted(tensors):

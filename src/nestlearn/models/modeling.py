@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from nestlearn.models.cache import HopeCache, LayerState, Segment
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.documents import find_documents, put_back, take
+from nestlearn.models.files import refuse_pickled_weights
 from nestlearn.models.generation import EndedRows
 from nestlearn.models.inputs import check_embeds, check_ids, check_labels, may_look, merge_resets, token_mask
 from nestlearn.models.layers import HopeBlock, check_checkpointing
@@ -36,6 +38,18 @@ class HopePreTrainedModel(NotCopied, PreTrainedModel):
     _supports_sdpa = True
     # Fast weights cannot be returned to an earlier token, so `generate` refuses assisted decoding.
     _is_stateful = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """A saved model, as `transformers.PreTrainedModel.from_pretrained` loads it, from safetensors only.
+
+        Raises:
+            ValueError: the weights are a pickle.
+        """
+        if pretrained_model_name_or_path is not None:  # None: the weights come as a state_dict
+            refuse_pickled_weights(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

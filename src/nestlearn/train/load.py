@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nestlearn.data import byte_tokenizer, load_corpus, train_bpe
 from nestlearn.models import HopeConfig, HopeForCausalLM, presets
+from nestlearn.models.files import refuse_pickled_weights
 from nestlearn.train.config import NESTED, TrainConfig, check_tokenizer_spec, suggestion
 from nestlearn.train.errors import CheckpointError
 from nestlearn.train.finite import first_non_finite_parameter
@@ -49,7 +50,8 @@ def load_model(folder: str | Path) -> HopeForCausalLM:
     """The model saved in a folder, complete and with finite weights.
 
     Raises:
-        CheckpointError: if a file is missing, truncated or damaged, or the weights do not fit the configuration.
+        CheckpointError: if a file is missing, truncated, damaged or a pickle, or the weights do not fit the
+            configuration.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -57,6 +59,10 @@ def load_model(folder: str | Path) -> HopeForCausalLM:
             f"{path} is no model folder: it has no config.json. Presets: {', '.join(presets())}."
             f"{suggestion(str(folder), presets())}"
         )
+    try:
+        refuse_pickled_weights(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     try:
         with quiet_engine():
             loaded: Any = HopeForCausalLM.from_pretrained(str(path), output_loading_info=True, local_files_only=True)

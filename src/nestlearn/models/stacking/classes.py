@@ -13,6 +13,8 @@ from typing import Any, ClassVar, cast
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from nestlearn.models.files import refuse_pickled_weights
+
 from .families import MapNames, add_names
 from .network import StackedMLP, stacked_mlp_class
 from .plan import StackPlan
@@ -183,7 +185,7 @@ def load_stacked(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: as of ``from_pretrained``.
 
     Raises:
-        ValueError: the folder does not hold a stacked model.
+        ValueError: the folder does not hold a stacked model, or its weights are a pickle.
     """
     file = Path(path) / "config.json"
     try:
@@ -193,4 +195,5 @@ def load_stacked(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if not kind.startswith(PREFIX):
         raise ValueError(f"{path} holds a model of type {kind!r}, not a stacked one; use AutoModelForCausalLM for it.")
     register(type(AutoConfig.for_model(kind.removeprefix(PREFIX))))
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, **kwargs))
+    refuse_pickled_weights(path)
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "use_safetensors": True}))
