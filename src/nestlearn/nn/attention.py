@@ -106,10 +106,17 @@ class PersistentTokens(nn.Module):
         """Standard normal: the scale of the normalized inputs they stand beside."""
         nn.init.normal_(self.tokens)
 
-    def heads(self, qkv: nn.Linear, heads: int) -> tuple[Float[Tensor, "1 h n d"], Float[Tensor, "1 h n d"]]:
-        """Their keys and values by the projection of an attention layer."""
-        _, k, v = qkv(self.tokens.to(qkv.weight.dtype)).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
-        return k.unsqueeze(0), v.unsqueeze(0)
+    def forward(self, dtype: torch.dtype) -> Float[Tensor, "n d"]:
+        """The tokens in a dtype. Layers call the module, so that hooks run (those of offloaded weights)."""
+        return self.tokens.to(dtype)
+
+
+def persistent_heads(
+    persistent: PersistentTokens, qkv: nn.Module, heads: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "1 h n d"], Float[Tensor, "1 h n d"]]:
+    """Keys and values of persistent tokens by the projection of an attention layer, which runs in ``dtype``."""
+    _, k, v = qkv(persistent(dtype)).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
+    return k.unsqueeze(0), v.unsqueeze(0)
 
 
 class CausalAttention(nn.Module):
@@ -250,7 +257,7 @@ class CausalAttention(nn.Module):
         q, keys, values = queries.turned, stored.keys, stored.values
         if self.persistent is None:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)
-        first_keys, first_values = self.persistent.heads(self.qkv, self.num_heads)
+        first_keys, first_values = persistent_heads(self.persistent, self.qkv, self.num_heads, q.dtype)
         scores = queries.plain @ first_keys.mT / math.sqrt(q.shape[-1])
         hidden = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
         bias = torch.cat((scores, hidden.expand(*scores.shape[:3], -1)), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -45,14 +45,47 @@ def check_tokens(x: Tensor, d_model: int) -> None:
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; pass embeddings, not token ids")
 
 
-class InitialWeights(nn.ParameterDict):
-    """Meta-learned initial fast weights, ``self[map]: [*rows, out, in]``; the outer loop trains them."""
+class RMSNorm(nn.RMSNorm):
+    """``x / sqrt(mean(x^2) + eps) * w`` in the dtype of x, which may be narrower or wider than the weights.
+
+    The fast weights run in float32 or wider whatever the dtype of the model, and autocast makes activations narrower.
+    """
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class InitialWeights(nn.Module):
+    """Meta-learned initial fast weights ``{map: [*rows, out, in]}``; the outer loop trains them.
+
+    A layer calls the module, so that hooks run (which bring offloaded weights to the device, for example). Indexing
+    gives the parameter itself.
+    """
 
     def __init__(self, memory: AssociativeMemory, rows: tuple[int, ...], d_key: int, d_value: int) -> None:
+        super().__init__()
         self.memory = memory
         shapes = memory.architecture.shapes(d_key, d_value)
-        super().__init__({name: nn.Parameter(torch.empty(*rows, *shape)) for name, shape in shapes.items()})
+        self.maps = tuple(shapes)
+        for name, shape in shapes.items():
+            # Maps are called "in" and "out"; `module.in` is not Python, and torch.export generates such code.
+            self.register_parameter(f"map_{name}", nn.Parameter(torch.empty(*rows, *shape)))
         self.reset_parameters()
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self, f"map_{name}"))
+
+    def items(self) -> list[tuple[str, nn.Parameter]]:
+        """``[(map, parameter), ...]``."""
+        return [(name, self[name]) for name in self.maps]
+
+    def values(self) -> list[nn.Parameter]:
+        """The parameters in the order of the maps."""
+        return [self[name] for name in self.maps]
+
+    def forward(self, dtype: torch.dtype) -> Weights:
+        """The weights in a dtype."""
+        return {name: weight.to(dtype) for name, weight in self.items()}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

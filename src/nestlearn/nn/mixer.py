@@ -20,6 +20,7 @@ from .conv import ShortConv
 from .fast import (
     GateProjection,
     InitialWeights,
+    RMSNorm,
     check_tokens,
     full_precision,
     horizon_bias,
@@ -139,7 +140,7 @@ class MemoryMixer(nn.Module):
         self.initial: InitialWeights | None = None
         if is_deep(self.memory) or learn_initial:
             self.initial = InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head)
-        self.norm = nn.RMSNorm(self.d_head, eps=norm_eps)
+        self.norm = RMSNorm(self.d_head, eps=norm_eps)
         self.output_gate = nn.Linear(d_model, d_model, bias=False) if output_gate else None
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -187,7 +188,7 @@ class MemoryMixer(nn.Module):
                 reset=None if reset is None else reset.unsqueeze(1).expand(heads),
                 return_state=return_state,
             )
-            y = F.rms_norm(y, (self.d_head,), self.norm.weight.to(y.dtype), self.norm.eps)
+            y = self.norm(y)
         y = y.transpose(1, 2).flatten(2).to(x.dtype)
         if self.output_gate is not None:
             y = y * F.silu(self.output_gate(x))
@@ -241,7 +242,7 @@ class MemoryMixer(nn.Module):
             shapes = self.memory.architecture.shapes(self.d_head, self.d_head)
             zeros = {name: like.new_zeros(self.num_heads, *shape) for name, shape in shapes.items()}
             return {name: self.memory.retention.start(w) for name, w in zeros.items()}
-        return {name: weight.to(like.dtype) for name, weight in self.initial.items()}
+        return self.initial(like.dtype)
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""

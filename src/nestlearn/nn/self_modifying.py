@@ -40,7 +40,7 @@ from nestlearn.memory.layout import nobody, place, scatter_outputs, span_length
 from nestlearn.memory.types import Running, Weights
 
 from .conv import ShortConv
-from .fast import InitialWeights, check_tokens, full_precision, wide_dtype
+from .fast import InitialWeights, RMSNorm, check_tokens, full_precision, wide_dtype
 from .flops import self_modifying_flops
 from .self_modifying_state import (
     MOST_LEARNED,
@@ -61,6 +61,15 @@ from .stability import MAX_MOMENTUM, check_self_modifying_step
 
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of carried weights is scaled down."""
+
+
+class _HeadNorm(RMSNorm):
+    """The RMS norm as a unit norm: one pass instead of six where torch has no fused kernel."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        width = self.normalized_shape[0]
+        assert self.eps is not None
+        return unit_norm(x, self.eps * width) * (self.weight.to(x.dtype) * width**0.5)
 
 
 class SelfModifyingTitans(nn.Module):
@@ -171,7 +180,7 @@ class SelfModifyingTitans(nn.Module):
         self.alpha_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.alpha_bias = nn.Parameter(torch.empty(num_heads))
         self.beta_gate = nn.Linear(d_model, num_heads) if momentum else None
-        self.norm, self.norm_eps = nn.RMSNorm(self.d_head, eps=norm_eps), norm_eps
+        self.norm, self.norm_eps = _HeadNorm(self.d_head, eps=norm_eps), norm_eps
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
@@ -231,7 +240,7 @@ class SelfModifyingTitans(nn.Module):
                 y, new = self._aligned(streams, beta, state, writes, return_state)
             else:
                 y, new = self._placed(streams, beta, state, mask, reset, writes)
-        y = self._merge(y, x.shape[0])
+        y = self._merge(y, x)
         if not nobody(poisoned):
             visible = poisoned if mask is None else poisoned & mask
             y = torch.where(visible.unsqueeze(-1), float("nan"), y)
@@ -258,17 +267,16 @@ class SelfModifyingTitans(nn.Module):
             beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide)).mT
         return split, beta, end
 
-    def _merge(self, y: Tensor, batch: int) -> Tensor:
-        """Heads back together: ``[b * heads, t, d] -> [b, t, d_model]``."""
-        # The RMS norm as a unit norm: one pass instead of six where torch has no fused kernel.
-        scale = self.norm.weight.to(y.dtype) * self.d_head**0.5
-        y = unit_norm(y, self.norm_eps * self.d_head) * scale
-        return self.out(y.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2).to(self.out.weight.dtype))
+    def _merge(self, y: Tensor, x: Tensor) -> Tensor:
+        """Heads back together, in the dtype of the inputs: ``[b * heads, t, d] -> [b, t, d_model]``."""
+        y = self.norm(y).unflatten(0, (x.shape[0], self.num_heads))
+        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
 
     def _initial(self, names: tuple[str, ...], batch: int, dtype: torch.dtype) -> Weights:
         """Initial weights of a group of memories, ``[batch * heads, memories, out, in]``."""
         maps = self.memory.architecture.shapes(self.d_head, self.d_head)
-        stacked = {m: torch.stack([self.initial[n][m] for n in names], 1).to(dtype) for m in maps}  # type: ignore[index]
+        made = [self.initial[n](dtype) for n in names]
+        stacked = {m: torch.stack([weights[m] for weights in made], 1) for m in maps}
         return {m: w.repeat(batch, 1, 1, 1) for m, w in stacked.items()}
 
     def _group(self, names: tuple[str, ...], fast: State | None, batch: int, dtype: torch.dtype) -> Running:

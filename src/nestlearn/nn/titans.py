@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nestlearn.memory import AssociativeMemory
 from nestlearn.memory.layout import nobody
 from nestlearn.nn.attention import AttentionState, CausalAttention
-from nestlearn.nn.fast import check_tokens
+from nestlearn.nn.fast import RMSNorm, check_tokens
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
 from nestlearn.nn.state import record
 
@@ -44,11 +44,6 @@ def poison(x: Float[Tensor, "b t d"], bad: Bool[Tensor, "b t"]) -> Float[Tensor,
     return x if nobody(bad) else torch.where(bad.unsqueeze(-1), torch.nan, x)
 
 
-def rms_norm(norm: nn.RMSNorm, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-    """``norm(x)`` in the dtype of x, which autocast may have made narrower than the weights."""
-    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
-
-
 class _Hybrid(nn.Module):
     """What the gate and the layer share: one memory, one windowed attention with persistent tokens."""
 
@@ -73,7 +68,7 @@ class _Hybrid(nn.Module):
         )
         self.attention = CausalAttention(d_model, num_heads, window, rope_theta, conv_size, persistent_tokens)
         self.d_model = d_model
-        self.memory_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.memory_norm = RMSNorm(d_model, eps=norm_eps)
         self._add_parts(d_model, norm_eps)
 
     def _add_parts(self, d_model: int, norm_eps: float) -> None:
@@ -130,7 +125,7 @@ class MemoryAsGate(_Hybrid):
     """
 
     def _add_parts(self, d_model: int, norm_eps: float) -> None:
-        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.attention_norm = RMSNorm(d_model, eps=norm_eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def _linears(self) -> int:
@@ -152,7 +147,7 @@ class MemoryAsGate(_Hybrid):
         past = (None, None) if state is None else state
         y, attended = self.attention(x, past[1], mask, reset, return_state=return_state)
         m, learned = self.memory(poison(x, bad), past[0], mask, reset, writes=writes, return_state=return_state)
-        y = self.out(rms_norm(self.attention_norm, y) * F.silu(rms_norm(self.memory_norm, m)))
+        y = self.out(self.attention_norm(y) * F.silu(self.memory_norm(m)))
         y = y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
         return y, HybridState(learned, attended) if return_state else None
 
@@ -188,6 +183,6 @@ class MemoryAsLayer(_Hybrid):
         x, bad = admit(x, mask)
         past = (None, None) if state is None else state
         m, learned = self.memory(poison(x, bad), past[0], mask, reset, writes=writes, return_state=return_state)
-        m, bad = admit(rms_norm(self.memory_norm, m), mask)
+        m, bad = admit(self.memory_norm(m), mask)
         y, attended = self.attention(m, past[1], mask, reset, return_state=return_state)
         return poison(y, bad), HybridState(learned, attended) if return_state else None

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from nestlearn.memory import AssociativeMemory, Decay, Descent, DotProduct, Gates, State, scan
 from nestlearn.memory.layout import Grid, place
 from nestlearn.memory.types import Weights
-from nestlearn.nn.attention import PersistentTokens, rotate
+from nestlearn.nn.attention import PersistentTokens, persistent_heads, rotate
 from nestlearn.nn.conv import ShortConv
-from nestlearn.nn.fast import check_tokens, full_precision, unit, wide_dtype
+from nestlearn.nn.fast import RMSNorm, check_tokens, full_precision, unit, wide_dtype
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
 from nestlearn.nn.state import record
-from nestlearn.nn.titans import admit, poison, rms_norm
+from nestlearn.nn.titans import admit, poison
 
 
 @record("titans.segment")
@@ -139,10 +139,10 @@ class MemoryAsContext(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.conv = ShortConv(4 * d_model, conv_size) if conv_size else None
         self.persistent = PersistentTokens(persistent_tokens, d_model) if persistent_tokens else None
-        self.recall_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.recall_norm = RMSNorm(d_model, eps=norm_eps)
         self.attended = nn.Linear(d_model, d_model, bias=False)
-        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.memory_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.attention_norm = RMSNorm(d_model, eps=norm_eps)
+        self.memory_norm = RMSNorm(d_model, eps=norm_eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
         chunk = max(segment_length, self.memory.memory.chunk_size)
         # A read at fixed weights: neither the objective nor gates of the update matter, so it needs none.
@@ -197,17 +197,16 @@ class MemoryAsContext(nn.Module):
             blank = torch.zeros_like(ask)
             return scan(self.reader, state, ask, blank, blank, gates, initial=full, return_state=False)[0]
 
-    def _recalled(self, ask: Tensor, start: Weights | None, after: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _recalled(self, made: Projections, start: Weights | None, after: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values of what the memory recalls for a span; tokens ``after`` a reset ask a fresh memory."""
-        h = self.recall(ask, start)
+        h = self.recall(made.ask, start)
         if after is not None:
-            h = torch.where(after[:, None, :, None], self.recall(ask, None), h)
+            h = torch.where(after[:, None, :, None], self.recall(made.ask, None), h)
         # A memory that a bad token destroyed must not reach earlier tokens through 0 * NaN.
-        h = torch.where(torch.isfinite(h), h, 0).to(self.qkv.weight.dtype)
-        h = rms_norm(self.recall_norm, h.transpose(1, 2).flatten(2))
-        k, v = (
-            F.linear(h, self.qkv.weight[self.d_model :]).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
+        h = torch.where(torch.isfinite(h), h, 0).to(made.q.dtype)
+        h = self.recall_norm(h.transpose(1, 2).flatten(2))
+        # All of the projection, the query too: an adapter or a hook on it acts on the module's output.
+        _, k, v = self.qkv(h).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
     def _attend(
@@ -217,7 +216,7 @@ class MemoryAsContext(nn.Module):
         slots, offset = span.slot, self.persistent_tokens
         later = offset + self.segment_length
         after = None if span.document is None else span.document > 0
-        recalled, values = self._recalled(made.ask, start, after)
+        recalled, values = self._recalled(made, start, after)
         q = rotate(made.q, slots + later, self.rope_theta)
         new = SegmentTokens(
             rotate(made.k, slots + later, self.rope_theta), made.v.contiguous(),
@@ -227,7 +226,7 @@ class MemoryAsContext(nn.Module):
         keys = [x for group in groups for x in (group.recalled_keys, group.keys)]
         values = [x for group in groups for x in (group.recalled_values, group.values)]
         if self.persistent is not None:
-            first, first_values = self.persistent.heads(self.qkv, self.num_heads)
+            first, first_values = persistent_heads(self.persistent, self.qkv, self.num_heads, q.dtype)
             before = torch.arange(offset, device=slots.device)[None]
             batch = (q.shape[0], -1, -1, -1)
             keys.insert(0, rotate(first, before, self.rope_theta).expand(batch))
@@ -263,9 +262,9 @@ class MemoryAsContext(nn.Module):
         writes: bool, keep: bool,
     ) -> tuple[Tensor, MixerState | None]:  # fmt: skip
         """The memory reads attention's outputs, learns, and gates them."""
-        u = rms_norm(self.attention_norm, y)
+        u = self.attention_norm(y)
         m, memory = self.memory(poison(u, bad), memory, valid, reset, writes=writes, return_state=keep)
-        return self.out(u * F.silu(rms_norm(self.memory_norm, m))), memory
+        return self.out(u * F.silu(self.memory_norm(m))), memory
 
     def _aligned(
         self, made: Projections, bad: Tensor, state: ContextState | None, writes: bool, return_state: bool

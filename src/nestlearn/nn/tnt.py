@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory, Gates, State, catalog, scan
 from nestlearn.memory.types import Weights
@@ -262,7 +261,7 @@ class HierarchicalMemory(MemoryMixer):
                 answer, learned = local.read_windows(x, heads, past, mask, reset, writes)  # type: ignore[operator]
                 y = y + answer
                 after.append(learned)
-            y = F.rms_norm(y, (self.d_head,), self.norm.weight.to(y.dtype), self.norm.eps)
+            y = self.norm(y)
         y = self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
         tail = tail.clone() if tail is not None and return_state else tail
         return y, HierarchicalState(end, tuple(after), tail) if return_state else None

@@ -82,7 +82,7 @@ class LevelWeights(nn.Module):
 
     def initial_weights(self, dtype: torch.dtype) -> Weights:
         """The weights each row starts from."""
-        return {name: weight.to(dtype) for name, weight in self.initial.items()}
+        return self.initial(dtype)
 
     def bound(self, dtype: torch.dtype) -> AssociativeMemory:
         """The memory, with the slow weights of its architecture."""

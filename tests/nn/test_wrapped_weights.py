@@ -1,0 +1,90 @@
+"""Layers work whatever wraps or moves their weights: adapters, hooks, offloading, export."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nestlearn import HopeConfig, HopeForCausalLM
+
+MIXERS = (
+    "attention", "deltanet", "titans", "moneta", "self_modifying_titans", "titans_mac", "titans_mag", "titans_mal",
+    "tnt",
+)  # fmt: skip
+SEEN = 20
+
+
+def build(mixer: str) -> HopeForCausalLM:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "segment_length": 8}
+    windows: dict[str, Any] = {"local_windows": [8], "local_chunk_sizes": [4], "global_chunk_size": 8}
+    model = HopeForCausalLM(HopeConfig(mixer=mixer, sliding_window=8, memory_chunk_size=8, **sizes, **windows))
+    return model.double().eval()
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 259, (2, SEEN), generator=torch.Generator().manual_seed(1))
+
+
+class Logits(nn.Module):
+    def __init__(self, model: HopeForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_low_rank_adapter_acts_the_same_merged_or_not(mixer: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = build(mixer)
+    plain = model(ids()).logits
+    names = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:  # one at a time: a large effect of one must not hide that another has none
+        config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=[f"model.{name}"], init_lora_weights=False)
+        adapted = peft.get_peft_model(copy.deepcopy(model), config).double().eval()
+        apart = adapted(ids()).logits
+        merged = adapted.merge_and_unload()(ids()).logits
+        assert not torch.equal(apart, plain), name
+        torch.testing.assert_close(apart, merged, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_every_module_that_owns_a_parameter_is_called(mixer: str) -> None:
+    model, called = build(mixer), set()
+    owners = {n: m for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    for name, module in owners.items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(ids())
+    assert called == set(owners)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_offloaded_weights_give_the_same_logits(mixer: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = build(mixer)
+    first, second = ids()[:, :13], ids()[:, 13:]
+    before = model(first, use_cache=True)
+    want = model(second, past_key_values=before.past_key_values).logits
+    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert next(away.model.layers.parameters()).is_meta
+    after = away(first, use_cache=True)
+    assert torch.equal(after.logits, before.logits)
+    assert torch.equal(away(second, past_key_values=after.past_key_values).logits, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_export_equals_eager(mixer: str) -> None:
+    model = build(mixer)
+    exported = torch.export.export(Logits(model), (ids(),)).module()
+    other = ids().flip(1)
+    assert torch.equal(exported(other), model(other).logits)
