@@ -343,7 +343,7 @@ def test_bfloat16_keeps_gates_and_fast_weights_in_float32(autocast, monkeypatch)
 def test_state_dict_round_trip():
     layer, other = make("titans", output_gate=True), make("titans", output_gate=True)
     x = torch.randn(1, 6, 8, dtype=torch.float64)
-    assert {"initial.in", "initial.out", "gates.weight", "gates.bias"} <= set(layer.state_dict())
+    assert {"initial.map_in", "initial.map_out", "gates.weight", "gates.bias"} <= set(layer.state_dict())
     other.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x)[0], other(x)[0])
 
