@@ -66,10 +66,10 @@ class InitialWeights(nn.Module):
         super().__init__()
         self.memory = memory
         shapes = memory.architecture.shapes(d_key, d_value)
-        self.maps = tuple(shapes)
-        for name, shape in shapes.items():
+        self.maps = tuple(sorted(shapes))
+        for name in self.maps:
             # Maps are called "in" and "out"; `module.in` is not Python, and torch.export generates such code.
-            self.register_parameter(f"map_{name}", nn.Parameter(torch.empty(*rows, *shape)))
+            self.register_parameter(f"map_{name}", nn.Parameter(torch.empty(*rows, *shapes[name])))
         self.reset_parameters()
 
     def __getitem__(self, name: str) -> nn.Parameter:

@@ -344,7 +344,7 @@ class MemoryAsContext(nn.Module):
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
         d, tokens = self.d_model, min(self.segment_length, context_length)
-        linear = 2 * (4 * d * d + 2 * d * d + 2 * d * d)  # ask, q, k, v; keys and values of h; both outputs
+        linear = 2 * (4 * d * d + 3 * d * d + 2 * d * d)  # ask, q, k, v; the same q, k, v of h; both outputs
         linear += 0 if self.conv is None else self.conv.flops_per_token(context_length)
         linear += 4 * self.persistent_tokens * d * d // tokens
         # Twice (tokens + 1) / 2 keys on average: the text's and the memory's.
