@@ -40,7 +40,7 @@ from nestlearn.memory.layout import nobody, place, scatter_outputs, span_length
 from nestlearn.memory.types import Running, Weights
 
 from .conv import ShortConv
-from .fast import InitialWeights, RMSNorm, check_tokens, full_precision, wide_dtype
+from .fast import HeadNorm, InitialWeights, check_tokens, full_precision, wide_dtype
 from .flops import self_modifying_flops
 from .self_modifying_state import (
     MOST_LEARNED,
@@ -61,15 +61,6 @@ from .stability import MAX_MOMENTUM, check_self_modifying_step
 
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of carried weights is scaled down."""
-
-
-class _HeadNorm(RMSNorm):
-    """The RMS norm as a unit norm: one pass instead of six where torch has no fused kernel."""
-
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        width = self.normalized_shape[0]
-        assert self.eps is not None
-        return unit_norm(x, self.eps * width) * (self.weight.to(x.dtype) * width**0.5)
 
 
 class SelfModifyingTitans(nn.Module):
@@ -180,7 +171,7 @@ class SelfModifyingTitans(nn.Module):
         self.alpha_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.alpha_bias = nn.Parameter(torch.empty(num_heads))
         self.beta_gate = nn.Linear(d_model, num_heads) if momentum else None
-        self.norm, self.norm_eps = _HeadNorm(self.d_head, eps=norm_eps), norm_eps
+        self.norm, self.norm_eps = HeadNorm(self.d_head, eps=norm_eps), norm_eps
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
