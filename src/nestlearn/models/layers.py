@@ -80,6 +80,8 @@ def _titans(config: HopeConfig, name: str) -> nn.Module:
 
 
 def _self_modifying(config: HopeConfig) -> nn.Module:
+    # The keys of the field are literals, those of the layer any maps.
+    step_size: Any = config.step_size
     return SelfModifyingTitans(
         config.hidden_size,
         config.num_attention_heads,
@@ -87,7 +89,7 @@ def _self_modifying(config: HopeConfig) -> nn.Module:
         memory_chunk_size=config.memory_chunk_size,
         projection_chunk_size=config.projection_chunk_size,
         adaptive=tuple(config.adaptive),
-        step_size=config.step_size,
+        step_size=step_size,
         max_step=config.max_step,
         objective=config.memory_objective,
         momentum=config.memory_momentum,

@@ -332,7 +332,10 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = HopeCache()
         return prepared
 
-    def _sample(self, input_ids: Tensor, *, stopping_criteria: Any, **kwargs: Any) -> Any:
+    # The library's own parameters pass through.
+    def _sample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, *, stopping_criteria: Any, **kwargs: Any
+    ) -> Any:
         """The library's loop, in which rows that have ended no longer learn."""
         ended = EndedRows(stopping_criteria)
         return cast(Any, super())._sample(input_ids, stopping_criteria=ended, ended_rows=ended, **kwargs)
