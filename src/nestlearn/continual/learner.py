@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch.optim import Optimizer
 from nestlearn.continual.methods import Boundaries, FineTuning, Method, OptimizerFactory
 from nestlearn.continual.progress import Progress
 from nestlearn.continual.result import ContinualResult
-from nestlearn.continual.scoring import Score, device_of, loss_of, score_examples
+from nestlearn.continual.scoring import Score, device_of, score_examples
+from nestlearn.continual.step import training_step
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.documents import stable_hash
 from nestlearn.optim import OptimizerWrapper
@@ -133,28 +133,12 @@ class ContinualLearner:
             )
 
     def _step(self, batch: Examples, first_pass: bool) -> None:
-        together = self.method.batch(batch, self._generator)
-        loss = loss_of(self.model, together)
-        penalty = self.method.penalty()
-        total = loss if penalty is None else loss + penalty
-        if not math.isfinite(value := total.item()):
-            part = "" if penalty is None else f" ({loss.item()} and a penalty of {penalty.item()})"
-            raise ValueError(
-                f"The loss is {value}{part} at step {self.steps + 1} of {self.method.name}, counted from 1; the "
-                "weights are as after the step before, and a checkpoint as after the task before. Check the inputs for "
-                "values that are not finite and a batch for targets that are all ignored; otherwise lower the "
-                "learning rate or a penalty's strength, or give max_grad_norm."
-            )
-        self.optimizer.zero_grad()
-        total.backward()
-        if self.max_grad_norm is not None:
-            # What the optimizer does not step keeps whatever gradient it got last, which is no part of this one.
-            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
-        self.optimizer.step()
-        self.method.observe(batch, self._generator, first_pass)
+        _, used = training_step(
+            self.model, self.optimizer, self.method, batch, self._generator, number=self.steps + 1,
+            first_pass=first_pass, max_grad_norm=self.max_grad_norm,
+        )  # fmt: skip
         self.steps += 1
-        self.examples += len(together)
+        self.examples += used
 
     def _learn_task(self, stream: TaskStream, place: int) -> None:
         train = self.method.training_examples(stream, place)
