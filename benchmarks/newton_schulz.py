@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from nestlearn.memory.newton_schulz import newton_schulz, self_product
+from nestlearn.memory.kernels.newton_schulz import newton_schulz, self_product
 from nestlearn.optim import M3, orthogonal
 from nestlearn.train.allocator import tune_allocator
 

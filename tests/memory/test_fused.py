@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from nestlearn.memory import fused
-from nestlearn.memory.fused import advanced, answered, erased
+from nestlearn.memory.kernels import fused
+from nestlearn.memory.kernels.fused import advanced, answered, erased
 
 C, IN, OUT = 4, 3, 5
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.memory import newton_schulz
-from nestlearn.memory.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, printed_iteration
+from nestlearn.memory.kernels.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, printed_iteration
 
 TRIPLES = {"quintic": (COEFFICIENTS,), "polar_express": POLAR_EXPRESS}
 RANGES = {"quintic": (0.65, 1.25), "polar_express": (0.85, 1.15)}

@@ -299,11 +299,11 @@ def test_levels_that_do_not_write_are_chosen_by_number(case):
     cms = make(case)
     x = torch.randn(2, 13, D, dtype=torch.float64)
     states = [cms(x, writes=writes)[1].levels for writes in (True, False, [0], [0, 1])]
-    everyone, nobody, first, both = ([[*tensors_of(level)] for level in levels[:2]] for levels in states)
+    everyone, known_empty, first, both = ([[*tensors_of(level)] for level in levels[:2]] for levels in states)
     torch.testing.assert_close([first[0], both], [everyone[0], everyone])
     if case == "independent":
-        torch.testing.assert_close(first[1], nobody[1])
-    assert any((a - b).abs().max() > 1e-3 for a, b in zip(everyone[1], nobody[1], strict=True))
+        torch.testing.assert_close(first[1], known_empty[1])
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(everyone[1], known_empty[1], strict=True))
 
 
 @pytest.mark.parametrize("tokens", [11, 12, 24])

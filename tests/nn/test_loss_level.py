@@ -58,9 +58,9 @@ def test_levels_that_do_not_write_are_chosen_by_number():
     y, state = cms(torch.randn(2, 4, D, dtype=torch.float64), tape=tape)
     factors = segment_factors(y.sin().sum(), tape)
     ends = [cms.absorb(state, factors), cms.advance_clock(state, 4), cms.absorb(state, factors, writes=[1])]
-    everyone, nobody, second = ([[*tensors_of(level)] for level in end.levels] for end in ends)
-    torch.testing.assert_close(second, [nobody[0], everyone[1]])
-    assert any((a - b).abs().max() > 1e-4 for a, b in zip(everyone[0], nobody[0], strict=True))
+    everyone, known_empty, second = ([[*tensors_of(level)] for level in end.levels] for end in ends)
+    torch.testing.assert_close(second, [known_empty[0], everyone[1]])
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(everyone[0], known_empty[0], strict=True))
 
 
 @pytest.mark.parametrize("tokens", [12, 13])

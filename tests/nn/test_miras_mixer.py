@@ -33,7 +33,7 @@ from nestlearn.memory import (
 )
 from nestlearn.models import HopeConfig, HopeForCausalLM
 from nestlearn.nn import MemoryMixer
-from nestlearn.nn.fast import unit
+from nestlearn.nn.common import unit
 from nestlearn.nn.state import flatten_state, unflatten_state
 
 from .test_mixer import assert_finite, inputs, run, saturated

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Matrix, Momentum, catalog, scan
 from nestlearn.nn import GateRule, MemoryMixer, MixerState
 from nestlearn.nn import mixer as mixer_module
-from nestlearn.nn.fast import unit
-from nestlearn.nn.stability import outgrown
+from nestlearn.nn.bounds import outgrown
+from nestlearn.nn.common import unit
 from nestlearn.nn.state import index_rows, map_tensors, reset_rows
 
 NAMES = sorted(catalog)
@@ -51,7 +51,7 @@ def run(layer: MemoryMixer, *pieces: Tensor, state: MixerState | None = None, **
 
 
 def naive_gates(layer: MemoryMixer, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gates of one token and head from the tables of `nestlearn.nn.stability`, written out again."""
+    """Gates of one token and head from the tables of `nestlearn.nn.bounds`, written out again."""
     memory, rule, heads = layer.memory, layer.rule, layer.num_heads
     logits = None if layer.gates is None else layer.gates.weight @ x + layer.gates.bias
     names = [] if layer.gates is None else list(layer.gates.biases)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nestlearn.memory import MLP, catalog
 from nestlearn.nn import GATE_RULES, CausalAttention, MemoryAsContext, MemoryAsGate, MemoryAsLayer
-from nestlearn.nn.fast import unit
+from nestlearn.nn.common import unit
 from nestlearn.nn.state import index_rows, map_tensors, reset_rows, tensors_of
 
 KINDS = {

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nestlearn.memory import L2, MLP, Decay, Momentum, catalog, scan
 from nestlearn.nn import GATE_RULES, HierarchicalMemory, tnt
-from nestlearn.nn.fast import unit
+from nestlearn.nn.common import unit
 from nestlearn.nn.state import map_tensors, tensors_of
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}

@@ -15,7 +15,7 @@ from .engine import absorb as absorb
 from .engine import explain as explain
 from .engine import scan as scan
 from .engine import surprise as surprise
-from .newton_schulz import newton_schulz as newton_schulz
+from .kernels.newton_schulz import newton_schulz as newton_schulz
 from .objectives import L2 as L2
 from .objectives import DotProduct as DotProduct
 from .objectives import Huber as Huber

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .functions import Activation, activate, activate_with_error
+from .kernels.products import Activation, activate, activate_with_error
 from .objectives import Objective
 from .types import Factor
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .associative import AssociativeMemory
-from .functions import product
-from .layout import Grid, nobody, place, scatter_outputs, span_length
+from .clock import Grid, known_empty, place, scatter_outputs, span_length
+from .kernels.products import product
 from .objectives import with_threshold
 from .retention import Delta
 from .span import Entering, Erasure, Kernels, Writes, advance, contain, erase, make_kernels, read, write, write_kept
@@ -186,7 +186,7 @@ def revive(state: Running, reset: Tensor) -> tuple[Running, Tensor]:
     for w in state.params.values():
         lost = lost | ~torch.isfinite(w.detach().sum((-2, -1)))
     lost = lost & reset.any(-1)
-    if nobody(lost):
+    if known_empty(lost):
         return state, lost
     rows = lost[..., None, None]
 
@@ -201,7 +201,7 @@ def revive(state: Running, reset: Tensor) -> tuple[Running, Tensor]:
 
 def spoil_before_reset(y: Tensor, lost: Tensor, reset: Tensor) -> Tensor:
     """Outputs ``[*b, c, d]`` of a span, NaN where a row that `revive` named had not been reset yet."""
-    if nobody(lost):
+    if known_empty(lost):
         return y
     return torch.where((lost[..., None] & ~reset.cummax(-1).values)[..., None], torch.nan, y)
 
@@ -209,7 +209,7 @@ def spoil_before_reset(y: Tensor, lost: Tensor, reset: Tensor) -> Tensor:
 def run_span(
     memory: AssociativeMemory, state: Running, tokens: Tokens, how: str, *, update: bool = True, guard: bool = True
 ) -> tuple[Tensor | None, Running]:
-    """Outputs of one span and the state after it. ``update=False`` skips the new state where nobody needs it."""
+    """Outputs of one span and the state after it. ``update=False`` skips the new state where it is not needed."""
     if tokens.reset is not None:
         state, lost = revive(state, tokens.reset)
         y, state = _run_span(memory, state, tokens, how, update, guard)
@@ -288,7 +288,7 @@ def _scan_aligned(
     span = span_length(chunk, tokens)
     outputs = []
     pieces = split_tokens((q, k, v, *gates), span)
-    # Writes from this token on are read by nobody: a chunk read sees only the chunks before it.
+    # Writes from this token on are never read: a chunk read sees only the chunks before it.
     needed = (tokens - 1) // chunk * chunk if how == "chunk" else (len(pieces) - 1) * span
     group = max(1, PREPARED_TOKENS // span)
     prepared: list[Prepared] = []

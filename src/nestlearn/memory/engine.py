@@ -13,7 +13,7 @@ from . import chunked, general, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
 from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_threshold
-from .layout import nobody, poisoned_from
+from .clock import known_empty, poisoned_from
 from .objectives import with_threshold
 from .retention import Delta
 from .types import Factor, Gates, Running, State, Weights
@@ -79,7 +79,7 @@ def scan(
     k, v, gates, poisoned = _quarantine(k, v, gates, mask, reset)
     run = _scan_loop if engine == "reference" else _scan_rows
     y, end = run(memory, _begin(memory, state, initial, reset), q, k, v, gates, mask, reset, how, return_state)
-    if not nobody(poisoned):
+    if not known_empty(poisoned):
         y, end = _spread(y, end, poisoned, mask)
     return y.to(out_dtype), end.state()
 

@@ -18,8 +18,8 @@ from .algorithms import OrthogonalizedMomentum
 from .associative import AssociativeMemory
 from .channels import open_channels
 from .chunked import Tokens, anchored, revive, split_tokens, spoil_before_reset
+from .clock import Grid, known_empty, place, scatter_outputs, short_span, span_length
 from .forms import Span
-from .layout import Grid, nobody, place, scatter_outputs, short_span, span_length
 from .mirror import open_mirror
 from .objectives import with_threshold
 from .orthogonal import open_orthogonal
@@ -113,7 +113,7 @@ def absorb_span(
     empty = next(iter(factors.values())).input
     closing = None
     # On a CPU looking costs nothing, and what only the end of a chunk needs is left out inside it.
-    if not nobody(finished):
+    if not known_empty(finished):
         last = torch.arange(gates.lr.shape[-1], device=finished.device) == gates.lr.shape[-1] - 1
         closing = finished.unsqueeze(-1) & last
     end = open_span(memory, state, factors, Tokens(None, empty, empty, gates, valid), closing).advance()
@@ -158,7 +158,7 @@ def _scan_aligned(
     tokens, chunk = k.shape[1], memory.chunk_size
     outputs = []
     pieces = split_tokens((q, k, v, *gates), span)
-    # Writes from this token on are read by nobody: a chunk read sees only the chunks before it.
+    # Writes from this token on are never read: a chunk read sees only the chunks before it.
     needed = (tokens - 1) // chunk * chunk if how == "chunk" else (len(pieces) - 1) * span
     for i, (q_i, k_i, v_i, *here) in enumerate(pieces):
         begin, end = i * span, min((i + 1) * span, tokens)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .functions import potential
+from .kernels.products import potential
 
 SMOOTH = 1e-6
 """Added to squares under a root: ``|r|`` is ``sqrt(r^2 + 1e-6)``."""

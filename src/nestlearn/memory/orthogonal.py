@@ -17,10 +17,10 @@ from torch import Tensor
 from .algorithms import GRADIENT_LIMIT, OrthogonalizedMomentum
 from .associative import AssociativeMemory
 from .chunked import Tokens, entering
+from .clock import known_empty
 from .forms import Span, keep_empty
-from .functions import limit_gradient, segment_products
-from .layout import nobody
-from .newton_schulz import newton_schulz
+from .kernels.newton_schulz import newton_schulz
+from .kernels.products import limit_gradient, segment_products
 from .span import Entering, make_kernels
 from .types import Factor, Running, Weights
 
@@ -78,7 +78,7 @@ def write_at_end(
         return None
     momentum = momentum_at(scalars.closing.to(scalars.carry.dtype), scalars, factor, entered)
     broken, lost = ~torch.isfinite(momentum.detach().sum((-2, -1))), None
-    if not nobody(broken):
+    if not known_empty(broken):
         # 0 * inf would carry an overflow to the tokens before the end of the chunk.
         momentum = torch.where(broken[..., None, None], 0, momentum)
         lost = broken.unsqueeze(-1) & scalars.closing.cummax(-1).values

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .algorithms import GRADIENT_LIMIT, OrthogonalizedMomentum
 from .associative import AssociativeMemory
-from .functions import limit_gradient
-from .newton_schulz import newton_schulz
 from .objectives import with_threshold
 from .retention import Delta
 from .types import Gates, Running, Weights
@@ -42,6 +40,28 @@ def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
     if kind == "normalized":
         return torch.minimum(lr, 1 + retain) / (square + 1e-6)
     return lr
+
+
+def orthogonalized(x: Tensor, steps: int) -> Tensor:
+    """Muon's quintic, ``a X + b X X^T X + c (X X^T)^2 X``, from ``X / ||X||_F`` on (NL Eq. 43)."""
+    x = x / (x.square().sum((-2, -1), keepdim=True) + 1e-14).sqrt()
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
+
+
+def limited(x: Tensor) -> Tensor:
+    """``x``; its outer gradient has a norm of at most `GRADIENT_LIMIT` per matrix, and is 0 where it is not finite."""
+    if x.requires_grad:
+        x = x.clone()
+
+        def limit(gradient: Tensor) -> Tensor:
+            norm = gradient.square().sum((-2, -1), keepdim=True).sqrt()
+            return torch.where(norm.isfinite(), gradient * (GRADIENT_LIMIT / norm).clamp(max=1), 0)
+
+        x.register_hook(limit)
+    return x
 
 
 def token_step(
@@ -76,7 +96,7 @@ def token_step(
             pushed = -gradient if isinstance(memory.algorithm, OrthogonalizedMomentum) else change
             momentum[name] = change = beta[..., None, None] * state.momentum[name] + pushed
         if isinstance(memory.algorithm, OrthogonalizedMomentum) and written is not None:
-            change = newton_schulz(limit_gradient(change, GRADIENT_LIMIT), memory.algorithm.steps)
+            change = orthogonalized(limited(change), memory.algorithm.steps)
             change = written[..., None, None] * change
         kept = keep * (w - target)
         if isinstance(memory.retention, Delta):
@@ -104,10 +124,10 @@ def scan(
 ) -> tuple[Tensor, Running]:
     """Run the recurrence token by token. Arguments are validated by `nestlearn.memory.scan`."""
     outputs = []
-    nobody = torch.zeros_like(gates.lr[..., 0], dtype=torch.bool)
+    none = torch.zeros_like(gates.lr[..., 0], dtype=torch.bool)
     for t in range(q.shape[-2]):
-        valid = ~nobody if mask is None else mask[..., t]
-        fresh = nobody if reset is None else reset[..., t] & valid
+        valid = ~none if mask is None else mask[..., t]
+        fresh = none if reset is None else reset[..., t] & valid
         start = state._replace(
             params=select(fresh, state.initial, state.params),
             anchor=select(fresh, state.initial, state.anchor),

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .functions import product, segment_products, solved_erasure
-from .fused import advanced, answered, erased
-from .layout import nobody
+from .clock import known_empty
+from .kernels.fused import advanced, answered, erased
+from .kernels.products import product, segment_products, solved_erasure
 
 
 class Kernels(NamedTuple):
@@ -201,7 +201,7 @@ def contain(writes: Writes) -> Writes:
     # The sum is the cheapest look at all entries; where only it overflows, the next product would.
     broken = [~torch.isfinite(x.sum(-1)) for x in parts]
     lost = torch.stack(broken).any(0) if len(broken) > 1 else broken[0]
-    if nobody(lost):
+    if known_empty(lost):
         return writes
     lost = lost.expand_as(writes.gain).cummax(-1).values
 

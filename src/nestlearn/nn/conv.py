@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory.layout import compaction
+from nestlearn.memory.clock import compaction
 
 
 class ShortConv(nn.Module):
@@ -176,7 +176,7 @@ def _write_gradient(
         here = grad[:, first : first + _block(padded)]
         if before is not None:
             here = torch.ops.aten.silu_backward(here, before[:, first : first + _block(padded)])
-        # Backwards: what the last tap reaches, nobody wrote before.
+        # Backwards: what the last tap reaches, nothing was written before.
         for j in range(last, -1, -1):
             cut = slice(first + j, first + j + here.shape[1])
             if j == last:

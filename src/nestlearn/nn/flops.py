@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Lq, Matrix
+from nestlearn.memory.clock import span_length
 from nestlearn.memory.general import longest_span
-from nestlearn.memory.layout import span_length
 from nestlearn.memory.retention import is_linear
 
 

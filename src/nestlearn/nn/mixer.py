@@ -16,8 +16,8 @@ from nestlearn.memory.objectives import needs_threshold
 from nestlearn.memory.retention import is_per_channel
 from nestlearn.memory.types import Weights
 
-from .conv import ShortConv
-from .fast import (
+from .bounds import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, check_step, is_deep
+from .common import (
     GateProjection,
     InitialWeights,
     RMSNorm,
@@ -27,8 +27,8 @@ from .fast import (
     unit,
     wide_dtype,
 )
+from .conv import ShortConv
 from .flops import scan_flops
-from .stability import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, check_step, is_deep
 from .state import record
 
 
@@ -83,7 +83,7 @@ class MemoryMixer(nn.Module):
 
     **Bounds** (no gate the layer can emit makes the recurrence expand): retain in [0, 1], momentum in [0, 0.9],
     thresholds in [0, 2], and a step size bounded jointly with them, by a rule that depends on the memory: see
-    `nestlearn.nn.stability`.
+    `nestlearn.nn.bounds`.
 
     Args:
         d_model: width of input and output.
@@ -208,7 +208,7 @@ class MemoryMixer(nn.Module):
         return unit(q), unit(k), unit(v) if bounds_values(self.memory) else v, tail
 
     def _gates(self, x: Tensor, initial: Weights, writes: bool) -> Gates:
-        """Bounded gates ``[b, h, t]``; see `nestlearn.nn.stability`."""
+        """Bounded gates ``[b, h, t]``; see `nestlearn.nn.bounds`."""
         logits = {} if self.gates is None else self.gates(x)
         ones = x.new_ones(x.shape[0], self.num_heads, x.shape[1], dtype=wide_dtype(x))
         retain = ones
@@ -291,7 +291,7 @@ def _resolve(
 
 
 def _tied(memory: AssociativeMemory) -> bool:
-    """Whether only decay bounds the memory, so that its step must stay below it; see `nestlearn.nn.stability`."""
+    """Whether only decay bounds the memory, so that its step must stay below it; see `nestlearn.nn.bounds`."""
     return is_deep(memory) and isinstance(memory.objective, DotProduct) and not isinstance(memory.retention, Delta)
 
 

@@ -35,12 +35,13 @@ from nestlearn.memory.chunked import (
     split_tokens,
     spoil_before_reset,
 )
-from nestlearn.memory.functions import Activation, limit_gradient, unit_norm
-from nestlearn.memory.layout import nobody, place, scatter_outputs, span_length
+from nestlearn.memory.clock import known_empty, place, scatter_outputs, span_length
+from nestlearn.memory.kernels.products import Activation, limit_gradient, unit_norm
 from nestlearn.memory.types import Running, Weights
 
+from .bounds import MAX_MOMENTUM, check_self_modifying_step
+from .common import HeadNorm, InitialWeights, check_tokens, full_precision, wide_dtype
 from .conv import ShortConv
-from .fast import HeadNorm, InitialWeights, check_tokens, full_precision, wide_dtype
 from .flops import self_modifying_flops
 from .self_modifying_state import (
     MOST_LEARNED,
@@ -57,7 +58,6 @@ from .self_modifying_state import (
     split_projected,
     stacked,
 )
-from .stability import MAX_MOMENTUM, check_self_modifying_step
 
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of carried weights is scaled down."""
@@ -232,7 +232,7 @@ class SelfModifyingTitans(nn.Module):
             else:
                 y, new = self._placed(streams, beta, state, mask, reset, writes)
         y = self._merge(y, x)
-        if not nobody(poisoned):
+        if not known_empty(poisoned):
             visible = poisoned if mask is None else poisoned & mask
             y = torch.where(visible.unsqueeze(-1), float("nan"), y)
         if mask is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestlearn.memory import Gates, State
 from nestlearn.memory.chunked import split_tokens
-from nestlearn.memory.layout import nobody, poisoned_from
+from nestlearn.memory.clock import known_empty, poisoned_from
 from nestlearn.memory.types import Running, Weights
 from nestlearn.nn.state import record
 
@@ -57,7 +57,7 @@ def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Te
     if mask is not None:
         bad = bad & mask
     drop = bad if mask is None else bad | ~mask
-    if not nobody(drop):
+    if not known_empty(drop):
         x = torch.where(drop.unsqueeze(-1), 0, x)
     return x, poisoned_from(bad, mask, reset)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory
-from nestlearn.memory.layout import nobody
+from nestlearn.memory.clock import known_empty
 from nestlearn.nn.attention import AttentionState, CausalAttention
-from nestlearn.nn.fast import RMSNorm, check_tokens
+from nestlearn.nn.common import RMSNorm, check_tokens
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
 from nestlearn.nn.state import record
 
@@ -36,12 +36,12 @@ def admit(
     bad = ~(x.detach().abs() <= torch.finfo(x.dtype).max ** (1 / 3)).all(-1)
     drop = bad if mask is None else bad | ~mask
     bad = bad if mask is None else bad & mask
-    return x if nobody(drop) else torch.where(drop.unsqueeze(-1), 0, x), bad
+    return x if known_empty(drop) else torch.where(drop.unsqueeze(-1), 0, x), bad
 
 
 def poison(x: Float[Tensor, "b t d"], bad: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
     """NaN at the tokens that `admit` refused: the memory carries it to the next reset."""
-    return x if nobody(bad) else torch.where(bad.unsqueeze(-1), torch.nan, x)
+    return x if known_empty(bad) else torch.where(bad.unsqueeze(-1), torch.nan, x)
 
 
 class _Hybrid(nn.Module):

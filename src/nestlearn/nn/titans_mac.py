@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory, Decay, Descent, DotProduct, Gates, State, scan
-from nestlearn.memory.layout import Grid, place
+from nestlearn.memory.clock import Grid, place
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import PersistentTokens, persistent_heads, rotate
+from nestlearn.nn.common import RMSNorm, check_tokens, full_precision, unit, wide_dtype
 from nestlearn.nn.conv import ShortConv
-from nestlearn.nn.fast import RMSNorm, check_tokens, full_precision, unit, wide_dtype
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
 from nestlearn.nn.state import record

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nestlearn.memory import AssociativeMemory, Gates, State, catalog, scan
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import document_positions
-from nestlearn.nn.fast import check_tokens, full_precision, unit
+from nestlearn.nn.common import check_tokens, full_precision, unit
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import GateRule, MemoryMixer
 from nestlearn.nn.state import record

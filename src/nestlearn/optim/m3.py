@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nestlearn.memory.newton_schulz import Coefficients
+from nestlearn.memory.kernels.newton_schulz import Coefficients
 from nestlearn.optim.matrices import Matrices, Stack, take_step
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, not_negative, zeros
 from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coefficients, lr_factor, orthogonalize

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nestlearn.memory.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, Coefficients, newton_schulz
+from nestlearn.memory.kernels.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, Coefficients, newton_schulz
 from nestlearn.optim.matrices import Matrices, Stack, together
 
 Named = Literal["quintic", "polar_express"]

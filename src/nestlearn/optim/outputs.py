@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nestlearn.memory.newton_schulz import Coefficients
+from nestlearn.memory.kernels.newton_schulz import Coefficients
 from nestlearn.optim.matrices import Matrices, Stack
 from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coefficients, lr_factor, orthogonalize
 

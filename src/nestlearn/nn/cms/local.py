@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from nestlearn.memory import L2, AssociativeMemory, DotProduct, Gates, State, scan
 from nestlearn.memory.types import Weights
-from nestlearn.nn.fast import GateProjection, InitialWeights, full_precision, wide_dtype
+from nestlearn.nn.bounds import outgrown
+from nestlearn.nn.common import GateProjection, InitialWeights, full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 from nestlearn.nn.flops import scan_flops
-from nestlearn.nn.stability import outgrown
 
 from .level import Level, level_memory
 from .nested import Nest, NestedState, TransferBy, scan_nested

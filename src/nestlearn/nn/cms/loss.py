@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestlearn.memory import Factor, Gates, State
 from nestlearn.memory.types import Running
-from nestlearn.nn.fast import GateProjection, full_precision, wide_dtype
+from nestlearn.nn.common import GateProjection, full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 
 from .level import Level, loss_gates

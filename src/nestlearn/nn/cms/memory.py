@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nestlearn.memory import State
-from nestlearn.memory.layout import nobody
-from nestlearn.nn.fast import check_tokens
+from nestlearn.memory.clock import known_empty
+from nestlearn.nn.common import check_tokens
 from nestlearn.nn.ffn import Activation, FeedForward
 from nestlearn.nn.state import record
 
@@ -197,7 +197,7 @@ class ContinuumMemory(nn.Module):
             asked for).
         """
         check_tokens(x, self.d_model)
-        if self.signal == "loss" and reset is not None and not nobody(reset[:, 1:]):
+        if self.signal == "loss" and reset is not None and not known_empty(reset[:, 1:]):
             raise ValueError(
                 "levels that a loss teaches take a reset with the first token of a call only; cut it there."
             )
@@ -238,7 +238,7 @@ class ContinuumMemory(nn.Module):
             state: after reading the segment.
             factors: by ``(key, level)``, as `nestlearn.nn.cms.tape.segment_factors` returns them.
             learns: tokens whose step is not 0; None for all.
-            idle: periods of levels to leave as they are, since nobody will read what they learn.
+            idle: periods of levels to leave as they are, whose writes will not be read.
             writes: see `Writes`; every step of a level that does not write is 0.
 
         Raises:

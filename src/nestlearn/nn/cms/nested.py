@@ -28,8 +28,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Gates, State, scan
-from nestlearn.memory.functions import segment_products
-from nestlearn.memory.layout import compaction, nobody
+from nestlearn.memory.clock import compaction, known_empty
+from nestlearn.memory.kernels.products import segment_products
 from nestlearn.memory.types import Running, Weights
 from nestlearn.nn.state import record
 
@@ -221,7 +221,7 @@ def _move(memory: AssociativeMemory, nest: Nest, state: Running, window: Window 
     """The state of the given rows (None: all) after their initial weights have moved."""
     if nest.by == "difference" or window is None:
         return transfer(state, nest.rho, rows)
-    if rows is not None and nobody(rows):
+    if rows is not None and known_empty(rows):
         return state
     slopes = meta_gradient(memory, state, window)
     return restart(state, {n: w - nest.rho * slopes[n] for n, w in state.initial.items()}, rows)
@@ -290,7 +290,7 @@ def _scan_windows(
     bound = tokens if reset is not None else min(tokens, tokens // nest.period + 2)
     for w in range(bound):
         here = windows.present & (windows.window == w)
-        if w and nobody(here):
+        if w and known_empty(here):
             break
         slot = torch.where(here, windows.place, size)
         index = torch.zeros(rows, size + 1, dtype=torch.long, device=y.device)

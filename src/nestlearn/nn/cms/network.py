@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nestlearn.memory import Factor
 from nestlearn.memory.architectures import Architecture, Linear
-from nestlearn.memory.functions import activate, activate_with_error
+from nestlearn.memory.kernels.products import activate, activate_with_error
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.types import Weights
 from nestlearn.nn.ffn import Activation, feed_forward

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Factor, Gates, State, absorb
 from nestlearn.memory.architectures import Linear
-from nestlearn.memory.functions import product
-from nestlearn.memory.layout import span_length
+from nestlearn.memory.clock import span_length
+from nestlearn.memory.kernels.products import product
 from nestlearn.memory.types import Weights
 from nestlearn.nn.state import Tree, map_tensors
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .functions import product
+from .products import product
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -32,7 +32,7 @@ def short_span(chunk_size: int, tokens: int, longest: int) -> int:
     return min(divisor if 2 * divisor > longest else longest, tokens)
 
 
-def nobody(flags: Bool[Tensor, "..."]) -> bool:
+def known_empty(flags: Bool[Tensor, "..."]) -> bool:
     """Whether no flag is set, if looking is free: on an accelerator, or while compiling, the answer is always False."""
     if flags.device.type != "cpu" or torch.compiler.is_compiling() or type(flags) is not Tensor:
         return False
@@ -133,7 +133,7 @@ def _spans(
     first, firsts, lasts = torch.zeros_like(count), [], []
     for _ in range(min(bound, tokens)):
         # On a CPU looking at the values costs nothing, and most grids need far fewer spans than the bound.
-        if firsts and nobody(first < count):
+        if firsts and known_empty(first < count):
             break
         boundary = following.gather(1, first.clamp(max=tokens - 1)[:, None]).squeeze(1)
         last = torch.minimum(torch.minimum(first + span, boundary), count)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from nestlearn.memory import MLP, functions
-from nestlearn.memory.functions import (
+from nestlearn.memory import MLP
+from nestlearn.memory.kernels.products import (
     BLOCK_ELEMENTS,
     activate_with_error,
     limit_gradient,
@@ -53,7 +53,7 @@ def test_first_and_second_derivatives(name: str):
 
 def test_every_hand_written_gradient_is_checked():
     """A new autograd function must be added to the table above."""
-    classes = {n for n, x in vars(functions).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
+    classes = {n for n, x in vars(products).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
     # LimitGradient is no derivative: it bounds one on purpose.
     assert classes - {"LimitGradient"} == {
         "SegmentProducts",

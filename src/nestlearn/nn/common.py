@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory
-from nestlearn.memory.functions import unit_norm
+from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
 
 NORM_EPSILON = 1e-6

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nestlearn.memory import layout
-from nestlearn.memory.layout import Grid, compaction, place, scatter_outputs, span_length
+from nestlearn.memory import clock
+from nestlearn.memory.clock import Grid, compaction, place, scatter_outputs, span_length
 
 
 @st.composite
@@ -84,7 +84,7 @@ def test_every_token_once_in_order_in_the_right_span(arguments: dict):
 def test_the_promised_number_of_spans_suffices(arguments: dict):
     """Off the CPU the number of spans is fixed before any value is known; nothing may be left over."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "nobody", lambda flags: False)
+        patch.setattr(clock, "known_empty", lambda flags: False)
         grid = place(**arguments)
     check(grid, arguments)
     tokens, span, boundary = (arguments[name] for name in ("tokens", "span", "boundary"))
