@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from nestlearn.memory import MLP
+from nestlearn.memory.kernels import products
 from nestlearn.memory.kernels.products import (
     BLOCK_ELEMENTS,
     activate_with_error,
