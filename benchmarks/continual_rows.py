@@ -27,7 +27,7 @@ class StepMeter(OptimizerWrapper):
         self.moved = [0.0 for _ in self.parameters()]
         self.steps = 0
 
-    def _update(self) -> None:
+    def update(self) -> None:
         before = [p.detach().clone() for p in self.parameters()]
         self.base.step()
         self.steps += 1

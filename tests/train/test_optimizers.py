@@ -10,12 +10,19 @@ from torch import nn
 
 from nestlearn.models import HopeConfig, HopeForCausalLM
 from nestlearn.optim import M3
-from nestlearn.train import TrainConfig, build_config, read_log, train
+from nestlearn.train import TrainConfig, build_config, optimizers, read_log, train
 from nestlearn.train import engine as engine_module
 from nestlearn.train.load import describe, model_fields
-from nestlearn.train.optimizers import RECIPES, build_optimizer, optimizer_names, optimizer_options
+from nestlearn.train.optimizers import (
+    NamedOptimizer,
+    build_optimizer,
+    find_optimizer,
+    optimizer_names,
+    optimizer_options,
+    register_optimizer,
+)
 
-NAMED = [name for name in optimizer_names() if name != "adamw"]
+NAMED = ["m3", "muon", "dgd", "delta-momentum", "deep-momentum"]
 
 
 @pytest.mark.parametrize("preset", ["transformer-tiny", "hope-tiny"])
@@ -36,7 +43,7 @@ def test_a_run_resumes_to_the_bit(
     assert all(torch.equal(left[key], right[key]) for key in left)
     for trainer in made:
         optimizer = trainer.optimizer.optimizer
-        assert type(optimizer).__name__ == RECIPES[name].symbol
+        assert type(optimizer) is find_optimizer(name).make
         trained = {p for p in trainer.model.parameters() if p.requires_grad}
         assert {p for group in optimizer.param_groups for p in group["params"]} == trained
     losses = [line["loss"] for line in read_log(tmp_path / "whole") if "loss" in line]
@@ -138,5 +145,60 @@ def test_the_rate_is_that_of_adamw_or_the_optimizers_own(name: str):
     preset = TrainConfig(preset="hope-tiny").peak_learning_rate()
     config = TrainConfig(preset="hope-tiny", optimizer=name)
     own = make(name, tiny_model()).defaults
-    assert (config.peak_learning_rate() == preset) is (not RECIPES[name].own_rate), own
+    assert (config.peak_learning_rate() == preset) is (not find_optimizer(name).own_rate), own
     assert TrainConfig(optimizer=name, learning_rate=0.5).peak_learning_rate() == 0.5
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that a test registers are forgotten after it."""
+    monkeypatch.setattr(optimizers, "_REGISTERED", dict(optimizers._REGISTERED))
+
+
+def test_every_name_of_the_package_is_known():
+    assert set(NAMED) <= set(optimizer_names())
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_optimizer_from_outside_trains_and_resumes_to_the_bit(tiny: Callable[..., TrainConfig], tmp_path: Path):
+    register_optimizer("adamax", torch.optim.Adamax)
+    common = {"optimizer": "adamax", "schedule": "constant", "optimizer_options": {"betas": [0.5, 0.9]}}
+    train(tiny(**common, steps=6, out=str(tmp_path / "whole")))
+    train(tiny(**common, steps=3, out=str(tmp_path / "parts")))
+    train(tiny(**common, steps=6, out=str(tmp_path / "parts")), resume=True)
+    left, right = (load_file(tmp_path / place / "model.safetensors") for place in ("whole", "parts"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_optimizer_from_outside_gets_what_it_has_arguments_for():
+    register_optimizer("sgd", NamedOptimizer(torch.optim.SGD, fixed={"momentum": 0.9}, defaults={"nesterov": True}))
+    assert "adamw_lr" not in optimizer_options("sgd") and "momentum" not in optimizer_options("sgd")
+    optimizer = make("sgd", tiny_model(), dampening=0.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.02}  # nothing is left to AdamW
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert all(group["momentum"] == 0.9 and group["nesterov"] for group in optimizer.param_groups)
+    assert TrainConfig(optimizer="sgd").peak_learning_rate() == 1e-3
+    given = []
+
+    def with_model(params: object, model: nn.Module, lr: float = 0.5, weight_decay: float = 0.0) -> object:
+        given.append(model)
+        return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)  # pyright: ignore[reportArgumentType]
+
+    register_optimizer("with-model", with_model)
+    model = tiny_model()
+    make("with-model", model)
+    assert given == [model] and TrainConfig(optimizer="with-model").peak_learning_rate() == 0.5
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_optimizer_that_a_run_cannot_make_is_refused_when_it_is_registered():
+    with pytest.raises(ValueError, match="'bare' takes no weight_decay"):
+        register_optimizer("bare", lambda params, lr=1.0: torch.optim.SGD(params, lr=lr))
+    with pytest.raises(ValueError, match="'no-rate' has no default for lr"):
+        register_optimizer("no-rate", lambda params, lr, weight_decay=0.0: torch.optim.SGD(params, lr=lr))
+    with pytest.raises(ValueError, match="engine's own"):
+        register_optimizer("adamw", torch.optim.AdamW)
+    assert not {"bare", "no-rate"} & set(optimizer_names())
+    with pytest.raises(ValueError, match="Unknown optimizer 'later'.*register_optimizer"):
+        TrainConfig(optimizer="later")

@@ -130,7 +130,7 @@ class AdamMemory(MatrixOptimizer):
         own = {"betas": betas, "value": value, "ridge": ridge, "eps": eps}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own}, adamw)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         fractions("betas", group["betas"], 2)
         not_negative("eps", group["eps"], "the ridge relative to √H")
         if group["value"] not in get_args(Value):
@@ -138,10 +138,10 @@ class AdamMemory(MatrixOptimizer):
         if group["ridge"] is not None:
             not_negative("ridge", group["ridge"], "added to H")
 
-    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         return {"first_moment": zeros(like), "second_moment": zeros(like)}
 
-    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+    def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         beta1, beta2 = group["betas"]
         firsts, seconds = matrices.state("first_moment"), matrices.state("second_moment")
         torch._foreach_lerp_(firsts, matrices.gradients, 1 - beta1)
@@ -201,16 +201,16 @@ class AdaGradMemory(MatrixOptimizer):
         own = {"momentum": momentum, "ridge": ridge, "period": period}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own}, adamw)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         fractions("momentum", (group["momentum"],), 1)
         whole_number("period", group["period"], "steps between two decompositions")
         if not group["ridge"] > 0:
             raise ValueError(f"ridge is {group['ridge']}; it must be positive: empty directions are divided by it.")
 
-    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": zeros(like), **square_states(like, group["kernels"], "rows")}
 
-    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+    def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         def solution(gram: Tensor) -> Tensor:
             values, vectors = torch.linalg.eigh(gram.double())
             values = values.clamp(min=0.0)

@@ -171,7 +171,7 @@ class DGD(MatrixOptimizer):
 
         return receive
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         if group["form"] not in get_args(Form):
             raise ValueError(f"form is {group['form']!r}; it must be one of {', '.join(get_args(Form))}.")
         not_negative("erase", group["erase"], "the part that a step erases of what is stored")
@@ -245,7 +245,7 @@ class DGD(MatrixOptimizer):
             return layer.no_sums(group["form"])
         return kept
 
-    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         if group.get("update_period", 1) == 1 or like not in self._layers:
             return {}
         # Also before anything is held back: a distributed checkpoint is read into what a new optimizer has.
@@ -269,7 +269,7 @@ class DGD(MatrixOptimizer):
         shapes = [] if layer is None or layer.group is None else layer.shapes("sample")
         return {name: tuple(shape) for name, shape in zip(PERIOD_SUMS, shapes, strict=False)}
 
-    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+    def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         alike: dict[tuple[bool, bool], list[_Map]] = {}
         for parameter, weight, gradient in zip(matrices.parameters, matrices.weights, matrices.gradients, strict=True):
             layer = self._observed(group, parameter, gradient)
@@ -313,7 +313,7 @@ class DGD(MatrixOptimizer):
         if not any(kept):
             return sums
         for layer in layers:
-            self._keep(layer, self._new_state(group, layer.weight).values())
+            self._keep(layer, self.new_state(group, layer.weight).values())
         each = zip(*(k or layer.no_sums(group["form"]) for k, layer in zip(kept, layers, strict=True)), strict=True)
         return [torch.stack(earlier) + seen for earlier, seen in zip(each, sums, strict=True)]
 

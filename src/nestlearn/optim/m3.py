@@ -112,7 +112,7 @@ class M3(MatrixOptimizer):
         }
         super().__init__(params, defaults, adamw)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         if group["accumulate"] not in get_args(Accumulate):
             raise ValueError(
                 f"accumulate is {group['accumulate']!r}; it must be one of {', '.join(get_args(Accumulate))}."
@@ -124,11 +124,11 @@ class M3(MatrixOptimizer):
         whole_number("slow_period", group["slow_period"], "steps between two slow directions")
         check_orthogonal(group)
 
-    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         names = ["fast_momentum", *(["second_moment"] if group["second_moment"] else [])]
         return {name: zeros(like) for name in names}
 
-    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+    def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         triples = coefficients(group["ns_coefficients"])
         directions = _fast_directions(group, matrices, triples)
         if group["alpha"] > 0:

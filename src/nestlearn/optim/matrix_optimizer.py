@@ -34,8 +34,9 @@ class MatrixOptimizer(Optimizer):
     are unscaled here; a step with non-finite ones is left out. Without it, a non-finite gradient spoils its own
     parameter only, as in torch. With FSDP2, states are distributed as their parameters are.
 
-    A subclass has `_new_state` and `_update`, `_check_group` for its settings, and may have `optional_states`: those of
-    a parameter's shape that begin at zero when a setting of its group is above 0 for the first time.
+    A subclass defines `new_state` and `update`, and may define `check_group`, which checks its settings, and
+    `optional_states`: states of a parameter's shape that start at zero when a setting of its group is above 0 for the
+    first time.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups.
@@ -60,14 +61,24 @@ class MatrixOptimizer(Optimizer):
         super().__init__(params, defaults | own)
 
     @abstractmethod
-    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-        """What the rule remembers of a parameter before its first step."""
+    def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter before its first step, without its step count.
+
+        Args:
+            group: the settings of its group.
+            like: the parameter; `zeros` makes a state of its shape and distribution.
+        """
 
     @abstractmethod
-    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
-        """One step of the rule, in place on weights and states."""
+    def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+        """One step of the rule on parameters of one shape: changes ``matrices.weights`` and states in place.
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+        Args:
+            group: the settings of their group.
+            matrices: weights, gradients and states; `nestlearn.optim.matrices.take_step` applies the step.
+        """
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for a setting of the rule that is out of range."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,7 +113,7 @@ class MatrixOptimizer(Optimizer):
                     'least two dimensions. Give vectors and scalars a group with rule="adamw", or use '
                     "nestlearn.optim.param_groups(model)."
                 )
-        self._check_group(group)
+        self.check_group(group)
 
     # Gradients are new tensors at each step, and rules change course where a period begins: traced as a whole, a step
     # would be compiled again and again.
@@ -155,7 +166,7 @@ class MatrixOptimizer(Optimizer):
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
-                state |= {"step": torch.tensor(0.0), **self._new_state(group, parameter)}
+                state |= {"step": torch.tensor(0.0), **self.new_state(group, parameter)}
             for name, setting in self.optional_states.items():
                 if group[setting] > 0 and name not in state:
                     state[name] = zeros(parameter)
@@ -175,7 +186,7 @@ class MatrixOptimizer(Optimizer):
     def _update_all(self, group: Mapping[str, Any], given: Iterable[Matrices]) -> None:
         """One step of all matrices of a group, batch by batch; a rule that shares state between them overrides this."""
         for matrices in given:
-            self._update(group, matrices)
+            self.update(group, matrices)
             matrices.write_back()
 
     def _step_rest(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
@@ -252,7 +263,7 @@ class MatrixOptimizer(Optimizer):
                     self._check_shapes(settings, parameter, state_dict["state"][key])
 
     def _check_shapes(self, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> None:
-        expected = self._new_state(group, parameter) if is_matrix(group, parameter) else adamw_state(parameter)
+        expected = self.new_state(group, parameter) if is_matrix(group, parameter) else adamw_state(parameter)
         shapes = {name: tuple(value.shape) for name, value in expected.items() if name != "step"}
         received = {name: tuple(value.shape) for name, value in saved.items() if name != "step"}
         # Settings may have changed since the last step: what they need begins then, what they needed stays.

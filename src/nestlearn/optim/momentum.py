@@ -177,7 +177,7 @@ class AssociativeMomentum(MatrixOptimizer):
         }
         super().__init__(params, defaults, adamw)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         fractions("momentum", (group["momentum"],), 1)
         for name, kinds in AXES.items():
             if group[name] is not None and not isinstance(group[name], kinds):
@@ -207,7 +207,7 @@ class AssociativeMomentum(MatrixOptimizer):
         ]
         super().load_state_dict(state_dict | {"param_groups": groups})
 
-    def _new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         preconditioner, memory, kernels = group["preconditioner"], group["memory"], group["kernels"]
         if preconditioner is not None:
@@ -216,7 +216,7 @@ class AssociativeMomentum(MatrixOptimizer):
             state |= memory.new_state(like, stack_shape(like.shape, kernels)[2])
         return state
 
-    def _update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+    def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         self._take(group, matrices, momentum_of(group, matrices))
 
     def _update_all(self, group: Mapping[str, Any], given: Iterable[Matrices]) -> None:
@@ -230,7 +230,7 @@ class AssociativeMomentum(MatrixOptimizer):
         for first, members in alike.items():
             state = self.state[first]
             if "memory_in" not in state:  # it has had no gradient yet, others of its shape have
-                self.state[first] = {"step": torch.tensor(0.0), **self._new_state(group, first), **state}
+                self.state[first] = {"step": torch.tensor(0.0), **self.new_state(group, first), **state}
             stacks = [matrices.whole(momentum_of(group, matrices)) for matrices in members]
             rows = [stack.reshape(-1, stack.shape[-1]) for some in stacks for stack in some]
             answers = group["memory"].apply(self.state[first], torch.cat(rows))

@@ -95,7 +95,7 @@ class MultiTimescale(OptimizerWrapper):
         """Whether the step taken last changed this group."""
         return self._steps % group["update_period"] == 0
 
-    def _update(self) -> None:
+    def update(self) -> None:
         self._check_reduction()  # a schedule may change the groups
         self._steps += 1
         slow = [group for group in self.param_groups if group["update_period"] > 1]

@@ -364,7 +364,7 @@ class InputProjection(OptimizerWrapper):
     def _active(self) -> Iterator[_Memory]:
         return (memory for memory in self._memories if memory.applied is not None)
 
-    def _update(self) -> None:
+    def update(self) -> None:
         if self.apply_to == "update":
             self._step_and_project()
         else:

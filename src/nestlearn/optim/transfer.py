@@ -47,7 +47,7 @@ class NestedTransfer(OptimizerWrapper):
         self._steps = 0
         self._slow: dict[Tensor, Tensor] = {}
 
-    def _update(self) -> None:
+    def update(self) -> None:
         for parameter in self.parameters():
             # At the first step, not before: weights that are loaded in between are those to start from. Later, of a
             # group that was added.

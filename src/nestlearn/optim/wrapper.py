@@ -24,7 +24,7 @@ class OptimizerWrapper(Optimizer):
     """Changes what another optimizer gets or does; wrappers can be wrapped.
 
     Parameter groups are those of the wrapped optimizer, so learning-rate schedulers and `zero_grad` work on either.
-    A subclass defines `_update`, which calls ``self.base.step()`` once, and its own state.
+    A subclass defines `update`, which calls ``self.base.step()`` once, and its own state.
 
     Args:
         base: any torch optimizer.
@@ -85,7 +85,7 @@ class OptimizerWrapper(Optimizer):
         if self._makes_state():
             self.base.step()
         else:
-            self._update()
+            self.update()
         return loss
 
     def _makes_state(self) -> bool:
@@ -107,7 +107,7 @@ class OptimizerWrapper(Optimizer):
         hold_back(self.base, parameters)
 
     @abstractmethod
-    def _update(self) -> None:
+    def update(self) -> None:
         """What one step does, without gradients."""
 
     def settings(self) -> dict[str, Any]:

@@ -16,3 +16,5 @@ from nestlearn.train.folder import saved_config as saved_config
 from nestlearn.train.load import load_model as load_model
 from nestlearn.train.load import load_tokenizer as load_tokenizer
 from nestlearn.train.meter import read_log as read_log
+from nestlearn.train.optimizers import NamedOptimizer as NamedOptimizer
+from nestlearn.train.optimizers import register_optimizer as register_optimizer
