@@ -2,6 +2,7 @@
 # make quick      setup, then ruff and the quick tests of the folders that differ from BASE (main), uncommitted files too
 # make test       setup, then lint, formatting, types and the quick tests
 # make test-all   the same with the slow tests (learning proofs, full products of options)
+# make docs       setup, then build the site and check that every public name has a heading in it
 # make demo       setup, then train and compare two small models and write runs/demo/report.html
 #
 # PYTHON=python3.12 make setup   uses another interpreter (3.10 or newer).
@@ -57,6 +58,7 @@ demo: setup
 docs: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q tests/test_docs.py -k 'site or reference'
 
 clean:
 	rm -rf $(VENV) build site .pytest_cache .ruff_cache src/nestlearn.egg-info

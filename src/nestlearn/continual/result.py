@@ -18,7 +18,7 @@ class ContinualResult:
         stream, method: names.
         tasks: the tasks' names in order.
         score: what R holds: "accuracy" in [0, 1], or "bits", minus bits per target (larger is better in both).
-        matrix: R[i][j], the score on task j after learning task i; NaN in rows that were not measured.
+        matrix: `R[i][j]`, the score on task j after learning task i; NaN in rows that were not measured.
         initial: the scores before anything was learned.
         seed: of the order of the examples and of the method's choices.
         steps: updates of the optimizer.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 Split = Literal["train", "validation"]
+"""Part of a corpus."""
 
 VALIDATION_SHARE = 0.1
 """Share of the documents held out for validation."""

@@ -33,3 +33,4 @@ catalog: dict[str, AssociativeMemory] = {
     # W_t = softmax(alpha_t log W_{t-1} - eta_t grad 1/2 ||M(k) - v||^2) per output row (Miras section 5)
     "memora": AssociativeMemory(MLP(4), objective=L2(), retention=KL()),
 }
+"""The memories of the literature by name. `dataclasses.replace` gives a variant of one."""

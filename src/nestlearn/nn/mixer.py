@@ -53,7 +53,6 @@ class GateRule:
             raise ValueError(f"unknown gate in {self!r}: lr is 'learned' or 'one'; retain 'learned', 'one' or 'retnet'")
 
 
-# Catalog entries whose papers fix a gate; every other memory has both gates learned.
 GATE_RULES: dict[str, GateRule] = {
     "linear_attention": GateRule(lr="one", retain="one"),
     "retnet": GateRule(lr="one", retain="retnet"),
@@ -61,6 +60,7 @@ GATE_RULES: dict[str, GateRule] = {
     "ttt_linear": GateRule(retain="one"),
     "ttt_mlp": GateRule(retain="one"),
 }
+"""Gates of the memories of the catalog whose papers fix one; every other memory has both gates learned."""
 
 
 @record("memory_mixer")
