@@ -39,7 +39,7 @@ check: setup
 # Changed files since the branch left BASE, as the tests beside them: src/nestlearn/nn/conv.py -> tests/nn.
 CHANGED = { git diff --name-only $$(git merge-base HEAD $(BASE)); git ls-files --others --exclude-standard; }
 BESIDE = sed -nE 's,^(src/nestlearn|tests)/([a-z_]+)/.*,tests/\2,p; s,^tests/test_[a-z_]+\.py$$,&,p; \
-  s,^src/nestlearn/cli.*,tests/test_cli*.py,p'
+  s,^src/nestlearn/cli/.*,tests/test_cli*.py,p'
 
 quick: setup
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM, cli
-from nestlearn.cli_learn import parse_levels
+from nestlearn.cli.stack import parse_levels
 from nestlearn.data import byte_tokenizer
 from nestlearn.nn import Level
 

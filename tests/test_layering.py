@@ -26,9 +26,6 @@ LAYERS = {
     "levels": 3,
     "train": 3,
     "evals": 3.5,
-    "cli_bench": 3.8,  # a part of the command line
-    "cli_eval": 3.8,
-    "cli_learn": 3.8,
     "cli": 4,
     "__main__": 5,
     "__init__": 3.7,  # the public names; the packages below import each other, never these

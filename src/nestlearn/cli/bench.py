@@ -1,14 +1,14 @@
-"""`nestlearn bench`: argument parsing only."""
+"""`nestlearn bench`."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from nestlearn.cli.common import Verbose, command_line, plain_console, print_error, split_words
 from nestlearn.fields import MAX_SEED
 
 HELP = """Train mixers side by side on synthetic tasks and write results.jsonl, table.md and report.html.
@@ -31,11 +31,7 @@ hope:adaptive=k+v:memory_chunk_size=8.
 """
 
 
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def bench(
+def run(
     suite: Annotated[str, typer.Argument(help="One of the suites above.")],
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, table.md and report.html.")],
     mixers: Annotated[str | None, typer.Option(help="Mixers, joined by commas; default: the suite's own.")] = None,
@@ -55,23 +51,22 @@ def bench(
     retry_unconverged: Annotated[
         bool, typer.Option("--retry-unconverged", help="Repeat cells that an earlier budget stopped.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
-) -> None:  # fmt: skip
+    verbose: Verbose = False,
+) -> None:
+    """Run the cells of the suite that are missing, then print the table."""
     from nestlearn.evals.bench import BenchOptions, find_suite, parse_duration, run_bench
 
-    del verbose  # read by the main program
-    given = {"mixers": mixers, "seeds": seeds, "first-seed": first_seed or None, "tasks": tasks, "budget": budget,
-             "steps": steps, "learning-rate": learning_rate, "workers": workers,
-             "threads": threads if threads > 1 else None, "device": device if device != "cpu" else None,
-             "out": out}  # fmt: skip
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
-    command = " ".join(["nestlearn bench", shlex.quote(suite), *words])
+    command = command_line(
+        "bench", suite, mixers=mixers, seeds=seeds, first_seed=first_seed or None, tasks=tasks, budget=budget,
+        steps=steps, learning_rate=learning_rate, workers=workers, threads=threads if threads > 1 else None,
+        device=device if device != "cpu" else None, out=out,
+    )  # fmt: skip
     chosen = find_suite(suite)
     options = BenchOptions(
         out=out,
-        mixers=_words(mixers),
+        mixers=None if mixers is None else split_words(mixers),
         seeds=seeds,
-        tasks=_words(tasks),
+        tasks=None if tasks is None else split_words(tasks),
         steps=steps,
         learning_rate=learning_rate,
         first_seed=first_seed,
@@ -82,14 +77,13 @@ def bench(
         retry_unconverged=retry_unconverged,
         command=command,
     )
-    console = Console()
+    console = plain_console()
     try:
-        outcome = run_bench(chosen, options, console)
+        outcome = run_bench(chosen, options, Console())
     except KeyboardInterrupt:
-        error = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        error.print(f"Stopped: finished cells are in {out}. Continue with: {command}")
+        print_error(f"finished cells are in {out}. Continue with: {command}", title="Stopped")
         raise typer.Exit(130) from None
-    console.print(outcome.table.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    console.print(outcome.table.read_text(encoding="utf-8"))
     if outcome.left_out:
-        console.print(f"The budget left out {len(outcome.left_out)} cells; the same command runs them.", soft_wrap=True)
-    console.print(f"Report: {outcome.report}", soft_wrap=True)
+        console.print(f"The budget left out {len(outcome.left_out)} cells; the same command runs them.")
+    console.print(f"Report: {outcome.report}")

@@ -1,4 +1,4 @@
-"""`nestlearn eval`: its options, and its results as tables."""
+"""`nestlearn eval`: options, tasks by name, and results as tables."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import difflib
 import fnmatch
 import json
 import math
-import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,13 +15,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nestlearn.fields import MAX_SEED
+from nestlearn.cli.common import Seed, Verbose, command_line, plain_console, print_error, split_words, tune
 
 if TYPE_CHECKING:  # the import takes seconds, and --help does not need it
     from nestlearn.evals.result import EvalResult
 
 TEXT_TASKS = ("bits_per_byte", "loss_by_position")
 NIAH, BABILONG = "local_niah_", "local_babilong_"
+HARNESS_OPTIONS = ("limit", "num_fewshot", "include_path", "metadata", "batch_size", "max_length", "seed")
+LOCAL_OPTIONS = ("lengths", "samples", "book", "babi", "depth", "batch_size", "seed")
+PUBLISHED_MODELS = ("Transformer", "Titans", "Hope")
+CURVES = {"on": "writes on", "off": "writes off", "shuffled": "memories exchanged"}
 
 HELP = """Measure a saved model; results are printed and saved as JSON.
 
@@ -56,7 +60,7 @@ HELP = """Measure a saved model; results are printed and saved as JSON.
 """
 
 
-def evaluate(
+def run(
     call: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder with a saved model.")],
     tasks: Annotated[str, typer.Option("--tasks", "--task", help="Names, separated by commas.")] = "all",
@@ -73,16 +77,16 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Examples per harness task; default: all.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples shown first; default: the task's.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="JSON handed to harness tasks that make their data.")] = None,
+    metadata: Annotated[str | None, typer.Option(help="JSON for harness tasks that generate their data.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass of local and harness tasks.")] = 8,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut harness requests to this many tokens.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of examples that are made or shown.")] = 0,
+    seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON results; default: MODEL/evals.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks of errors.")] = False,
+    verbose: Verbose = False,
 ) -> None:
+    """Measure every task, print and save each result, and fail at the end if one of them is no good."""
     from nestlearn.evals.harness import evaluate_harness, harness_tasks
     from nestlearn.train import load_model, load_tokenizer
-    from nestlearn.train.allocator import tune_allocator
     from nestlearn.train.finite import refuse_non_finite_logits
 
     text, local, others = _split(tasks)
@@ -90,32 +94,27 @@ def evaluate(
     # Unknown names and wrong options are refused before anything is loaded.
     found = harness_tasks(others, **harness) if others else None
     numbers = _numbers(lengths)
-    note = tune_allocator()
-    if verbose and note:
-        Console(stderr=True).print(f"Allocator: {note}")
-    loaded, tokenizer, results = load_model(model), load_tokenizer(model), _Results(out or Path(model) / "evals")
-    refuse_non_finite_logits(loaded, model)
+    tune(verbose)
+    loaded, results = (load_model(model), load_tokenizer(model)), _Results(out or Path(model) / "evals")
+    refuse_non_finite_logits(loaded[0], model)
     if text:
-        settings = {"context": context, "max_bytes": max_bytes, "length": length, "documents": documents}
-        settings["named"] = "loss_by_position" in tasks
-        _language(
-            loaded, tokenizer, text, corpus, settings, f"nestlearn eval {model} --corpus {corpus} --task", results
-        )
+        bits = {"context": context, "max_bytes": max_bytes} if "bits_per_byte" in text else None
+        positions = {"length": length, "documents": documents} if "loss_by_position" in text else None
+        _text_tasks(*loaded, model, corpus, bits, positions, results, required="loss_by_position" in tasks)
     for name in local:
         options = {"lengths": numbers, "n": samples, "book": book, "seed": seed, "batch_size": batch_size}
-        command = _command(call, model, name, LOCAL_OPTIONS)
-        _local(loaded, tokenizer, name, options | {"babi": babi, "depth": depth, "command": command}, results)
+        options["command"] = _repeat(call, model, name, LOCAL_OPTIONS)
+        _local_task(*loaded, name, babi, depth, options, results)
     if found:
         options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "max_length": max_length}
-        command = _command(call, model, ",".join(others), HARNESS_OPTIONS)
-        measured = evaluate_harness(loaded, tokenizer, found, **options, **harness, seed=seed, command=command)
-        _print_harness(measured, results)
+        command = _repeat(call, model, ",".join(others), HARNESS_OPTIONS)
+        _print_harness(evaluate_harness(*loaded, found, **options, **harness, seed=seed, command=command), results)
     if results.failed:
         raise typer.Exit(1)
 
 
 class _Results:
-    """The folder of the results. One that cannot be saved or is not a finite number fails the command at its end.
+    """Saves results. One that cannot be saved, or is no finite number, makes the command fail at its end.
 
     Attributes:
         folder: where each result is saved as ``TASK.json``.
@@ -125,46 +124,45 @@ class _Results:
     def __init__(self, folder: Path):
         self.folder, self.failed = folder, False
 
-    def save(self, result: EvalResult) -> str:
-        """Save a result that was printed; the words that say where it is."""
+    def save(self, result: EvalResult) -> None:
+        """Save a result that has been printed, and print the path."""
         path = self.folder / f"{result.task}.json"
         if not math.isfinite(result.value):
             self._fail(f"{result.task}: {result.metric} is {result.value}, not a finite number.")
         try:
             result.save(path)
+            plain_console().print(f"Saved in {path}")
         except OSError as error:
             self._fail(
                 f"The result of {result.task} is printed, but cannot be saved as {path}: {error.strerror or error}. "
-                "Name a folder that can be written with --out."
+                "Give a folder that can be written with --out."
             )
-            return "Not saved"
-        return f"Saved in {path}"
 
     def _fail(self, message: str) -> None:
         self.failed = True
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"Error: {message}")
+        print_error(message)
 
 
 def _split(tasks: str) -> tuple[list[str], list[str], list[str]]:
-    """Names of tasks on text, of tasks made here, and of the harness's.
+    """Names of the text tasks, of the local tasks and of the harness's tasks.
 
     Raises:
-        ValueError: no names, or one that is almost one of ours.
+        ValueError: no names, or a name that is almost one of nestlearn's own.
     """
-    own = [*TEXT_TASKS, *_local_names()]
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise ValueError(f"--tasks {tasks!r} names no task. Give {', '.join(TEXT_TASKS)}, or tasks of the harness.")
+    local_names = _local_names()
+    own = [*TEXT_TASKS, *local_names]
     wanted: list[str] = []
-    for name in names:
+    for name in split_words(tasks):
         matches = list(TEXT_TASKS) if name == "all" else fnmatch.filter(own, name)
         # The harness has a niah_single_1 too: it is no misspelling of local_niah_single_1.
         near = own if name.startswith("local_") else TEXT_TASKS
         close = [] if matches else difflib.get_close_matches(name, near, n=3, cutoff=0.8)
         if close or (near is own and not matches):
-            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(_local_names())}."
+            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(local_names)}."
             raise ValueError(f"Unknown task {name!r}. {hint}")
         wanted += [match for match in (matches or [name]) if match not in wanted]
+    if not wanted:
+        raise ValueError(f"--tasks {tasks!r} names no task. Give {', '.join(TEXT_TASKS)}, or tasks of the harness.")
     return (
         [name for name in wanted if name in TEXT_TASKS],
         [name for name in wanted if name.startswith("local_")],
@@ -179,7 +177,7 @@ def _local_names() -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    """Lengths of context.
+    """The lengths of context.
 
     Raises:
         ValueError: not whole numbers joined by commas.
@@ -191,7 +189,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _metadata(text: str | None, model: str) -> dict[str, Any]:
-    """``--metadata`` as a mapping; tasks that count tokens are told where the tokenizer is.
+    """``--metadata`` as a mapping, with the tokenizer for tasks that count tokens.
 
     Raises:
         ValueError: not the JSON of an object.
@@ -206,25 +204,77 @@ def _metadata(text: str | None, model: str) -> dict[str, Any]:
     return {"tokenizer": model, **given}
 
 
-HARNESS_OPTIONS = ("limit", "num_fewshot", "include_path", "metadata", "batch_size", "max_length", "seed")
-LOCAL_OPTIONS = ("lengths", "samples", "book", "babi", "depth", "batch_size", "seed")
+def _repeat(call: typer.Context, model: str, tasks: str, names: Sequence[str]) -> str:
+    """The command that repeats a result. Of the named options it has those that were given."""
+    sources = {name: call.get_parameter_source(name) for name in names}
+    given = {name: call.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    return command_line("eval", model, tasks=tasks, **given)
 
 
-def _command(call: typer.Context, model: str, tasks: str, names: Sequence[str]) -> str:
-    """The command that repeats a result, with those of the named options that were given."""
-    words = ["nestlearn", "eval", model, "--tasks", tasks]
-    for name in names:
-        source = call.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            words += [f"--{name.replace('_', '-')}", str(call.params[name])]
-    return shlex.join(words)
+def _text_tasks(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    corpus: str,
+    bits: dict[str, Any] | None,
+    positions: dict[str, Any] | None,
+    results: _Results,
+    required: bool,
+) -> None:
+    """Bits per byte and loss by position on the held-out part of a corpus, each with its settings; None leaves it out.
+
+    The loss by position of documents that are too short is an error if ``required``, and otherwise a note.
+    """
+    from nestlearn.data import load_corpus
+    from nestlearn.evals import bits_per_byte, loss_by_position
+    from nestlearn.evals.language import TooFewDocumentsError
+
+    held_out = load_corpus(corpus, "validation")
+    if bits is not None:
+        command = command_line("eval", name, corpus=corpus, task="bits_per_byte", **bits)
+        _print_value(bits_per_byte(model, tokenizer, held_out, **bits, command=command), results)
+    if positions is not None:
+        command = command_line("eval", name, corpus=corpus, task="loss_by_position", **positions)
+        try:
+            result = loss_by_position(model, tokenizer, held_out, **positions, command=command)
+        except TooFewDocumentsError as error:
+            if required:
+                raise
+            plain_console().print(f"loss_by_position is left out. {error}")
+            return
+        _print_value(result, results)
+        _print_curve(result.details)
 
 
-def _local(model: Any, tokenizer: Any, name: str, options: dict[str, Any], results: _Results) -> None:
-    """A task of needles or facts made here, printed by length and saved."""
+def _print_value(result: EvalResult, results: _Results) -> None:
+    error = f" ± {result.stderr:.3f}" if result.stderr is not None else ""
+    plain_console().print(f"{result.metric}: {result.value:.3f}{error} ({result.n} documents)")
+    results.save(result)
+
+
+def _print_curve(details: dict[str, Any]) -> None:
+    table = Table(title="Bits per byte by position")
+    curves, edges = details["bits_per_byte"], details["edges"]
+    for name in ("positions", *(CURVES[name] for name in curves)):
+        table.add_column(name, justify="right")
+    for row, (low, high) in enumerate(pairwise(edges)):
+        cells = ["" if curve[row] is None else f"{curve[row]:.3f}" for curve in curves.values()]
+        table.add_row(f"{low}-{high}", *cells)
+    Console().print(table)
+
+
+def _local_task(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    babi: Path | None,
+    depth: float | None,
+    options: dict[str, Any],
+    results: _Results,
+) -> None:
+    """Measure a task of needles or facts that is generated here; print accuracy by length, and save it."""
     from nestlearn.evals.long_context import evaluate_babilong, evaluate_ruler
 
-    babi, depth = options.pop("babi"), options.pop("depth")
     if name.startswith(NIAH):
         result = evaluate_ruler(model, tokenizer, name.removeprefix("local_"), depth=depth, **options)
     else:
@@ -236,94 +286,33 @@ def _local(model: Any, tokenizer: Any, name: str, options: dict[str, Any], resul
 
 
 def _print_by_length(result: EvalResult, results: _Results) -> None:
-    """Accuracy by length of context, published numbers beside it in columns of their own."""
+    """Accuracy by length of context, with published numbers in columns of their own."""
     from nestlearn.evals.tasks.published_language import NIAH as published
 
-    beside = published.get(result.task.removeprefix("local_"), ())
+    entries = published.get(result.task.removeprefix("local_"), ())
+    papers = PUBLISHED_MODELS if entries else ()
     table = Table(title=f"{result.task}, %")
     for name in ("tokens", "accuracy", "±", "samples"):
         table.add_column(name, justify="right")
-    for entry in beside:
-        if entry.split == beside[0].split and entry.model in PUBLISHED_MODELS:
-            table.add_column(f"{entry.model} (published)", justify="right", style="dim")
-    ours, theirs = result.details["by_length"], {(entry.model, entry.split): entry.value for entry in beside}
-    for length in sorted({*ours, *(entry.split for entry in beside)}, key=int):
+    for paper in papers:
+        table.add_column(f"{paper} (published)", justify="right", style="dim")
+    ours, theirs = result.details["by_length"], {(entry.model, entry.split): entry.value for entry in entries}
+    for length in sorted({*ours, *(entry.split for entry in entries)}, key=int):
         measured = ours.get(length)
         cells = ["", "", ""]
         if measured:
             error = "" if measured["stderr"] is None else f"{100 * measured['stderr']:.1f}"
             cells = [f"{100 * measured['value']:.1f}", error, str(measured["n"])]
-        paper = [f"{theirs[m, length]:.1f}" if (m, length) in theirs else "" for m in PUBLISHED_MODELS if beside]
-        table.add_row(length, *cells, *paper)
-    console = Console()
-    console.print(table)
-    if beside:
-        console.print(f"Published: {beside[0].source}. Models and data differ: not to be compared row by row.")
-    console.print(results.save(result), soft_wrap=True)
-
-
-PUBLISHED_MODELS = ("Transformer", "Titans", "Hope")
-
-
-def _language(
-    model: Any,
-    tokenizer: Any,
-    names: Sequence[str],
-    corpus: str,
-    settings: dict[str, Any],
-    command: str,
-    results: _Results,
-) -> None:
-    """Bits per byte and loss by position on the held-out part of a corpus.
-
-    A corpus of short documents has no loss by position: an error if it was asked for by name, a note if not.
-    """
-    from nestlearn.data import load_corpus
-    from nestlearn.evals import bits_per_byte, loss_by_position
-    from nestlearn.evals.language import TooFewDocumentsError
-
-    held_out = load_corpus(corpus, "validation")
-    if "bits_per_byte" in names:
-        context, max_bytes = settings["context"], settings["max_bytes"]
-        words = f"{command} bits_per_byte --context {context}" + (f" --max-bytes {max_bytes}" if max_bytes else "")
-        _report(bits_per_byte(model, tokenizer, held_out, context=context, max_bytes=max_bytes, command=words), results)
-    if "loss_by_position" in names:
-        length, documents = settings["length"], settings["documents"]
-        words = f"{command} loss_by_position --length {length} --documents {documents}"
-        try:
-            result = loss_by_position(model, tokenizer, held_out, length=length, documents=documents, command=words)
-        except TooFewDocumentsError as error:
-            if settings["named"]:
-                raise
-            Console(highlight=False, markup=False, soft_wrap=True).print(f"loss_by_position is left out. {error}")
-            return
-        _report(result, results)
-        _print_curve(result.details)
-
-
-def _report(result: EvalResult, results: _Results) -> None:
-    error = f" ± {result.stderr:.3f}" if result.stderr is not None else ""
-    console = Console(soft_wrap=True)
-    console.print(f"{result.metric}: {result.value:.3f}{error} ({result.n} documents)")
-    console.print(results.save(result))
-
-
-def _print_curve(details: dict[str, Any]) -> None:
-    table = Table(title="Bits per byte by position")
-    table.add_column("positions", justify="right")
-    curves = details["bits_per_byte"]
-    for name in curves:
-        table.add_column(
-            {"on": "writes on", "off": "writes off", "shuffled": "memories exchanged"}[name], justify="right"
-        )
-    for row, (low, high) in enumerate(zip(details["edges"][:-1], details["edges"][1:], strict=True)):
-        cells = ["" if curve[row] is None else f"{curve[row]:.3f}" for curve in curves.values()]
-        table.add_row(f"{low}-{high}", *cells)
+        values = (theirs.get((paper, length)) for paper in papers)
+        table.add_row(length, *cells, *("" if value is None else f"{value:.1f}" for value in values))
     Console().print(table)
+    if entries:
+        plain_console().print(f"Published: {entries[0].source}. Models and data differ: do not compare row by row.")
+    results.save(result)
 
 
 def _print_harness(measured: Sequence[EvalResult], results: _Results) -> None:
-    """A line per metric, the paper's number beside it in a column of its own."""
+    """One line per metric, with the paper's number in a column of its own."""
     from nestlearn.evals.tasks.published_language import COMMON_SENSE, NL_TABLE_2
 
     table, shown_any = Table(title="lm-evaluation-harness"), False
@@ -342,12 +331,12 @@ def _print_harness(measured: Sequence[EvalResult], results: _Results) -> None:
             unit = "" if "perplexity" in metric else " %"
             paper = f"{published[0].value:g}{unit}" if published else ""
             table.add_row(name, metric, f"{value:.4f}", shown, str(result.n), paper)
-    console = Console()
-    console.print(table)
+    Console().print(table)
+    console = plain_console()
     if shown_any:
-        console.print(f"Published: {NL_TABLE_2}. Sizes and data differ: not to be compared row by row.")
+        console.print(f"Published: {NL_TABLE_2}. Sizes and data differ: do not compare row by row.")
     cut = max((result.config["cut_requests"] for result in measured), default=0)
     if cut:
         console.print(f"{cut} requests were cut from the left to {measured[0].config['max_length']} tokens.")
     for result in measured:
-        console.print(results.save(result), soft_wrap=True)
+        results.save(result)

@@ -1,0 +1,110 @@
+"""`nestlearn learn`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nestlearn.cli.common import Seed, Verbose, command_line, hide_progress_bars, tune
+
+HELP = """Let a model learn from text files, and report what it gained and what it forgot.
+
+A stacked model, or one trained here, learns with its memory (--method cms), which is saved as one file. The other
+methods train weights, for comparison: finetune, ewc, replay, lora.
+
+[bold]Examples[/bold]
+
+  nestlearn learn runs/qwen --stream notes/*.md --out runs/learned
+
+  nestlearn learn runs/qwen --stream book.txt --method finetune --learning-rate 1e-5 --known text:old/ --out runs/plain
+"""
+
+
+def run(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a stacked model, or of one trained here.")],
+    stream: Annotated[list[str], typer.Option(help="Text file, folder or pattern; may be repeated. Read in order.")],
+    out: Annotated[Path, typer.Option(help="Folder for what was learned, results.json and report.html.")],
+    method: Annotated[str, typer.Option(help="cms, finetune, ewc, replay or lora.")] = "cms",
+    session: Annotated[Path | None, typer.Option(help="Go on from this session file (cms).")] = None,
+    known: Annotated[str, typer.Option(help="Corpus the model knew before, to measure forgetting.")] = "python-docs",
+    known_bytes: Annotated[int, typer.Option(min=100, help="Bytes of it that are scored after each document.")] = 8192,
+    passes: Annotated[int, typer.Option(min=1, help="Times each document is read.")] = 1,
+    context_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of context; by default the model's, at most 1,024.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the methods that train weights.")] = None,
+    strength: Annotated[float, typer.Option(min=0.0, help="Of EWC's penalty.")] = 1.0,
+    capacity: Annotated[int, typer.Option(min=1, help="Sequences that replay keeps.")] = 256,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA's adapters.")] = 8,
+    seed: Seed = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Learn the documents in order and write the report."""
+    stream = _all_files(stream, context.args)
+    if method == "cms" and session is not None and not session.exists():
+        raise ValueError(f"--session {session} does not exist; leave it out to begin with an empty memory.")
+    tune(verbose)
+    hide_progress_bars()
+    from nestlearn.evals.learning import StreamRecord
+    from nestlearn.evals.learning_report import write_learning_report
+    from nestlearn.evals.learning_setup import DEFAULT_RATES, known_text, make_method, stream_documents
+
+    options: dict[str, Any] = {
+        "session": session, "known": known, "passes": passes, "context_length": context_length,
+        "learning_rate": learning_rate, "strength": strength, "capacity": capacity, "rank": rank, "seed": seed,
+    }  # fmt: skip
+    command = command_line(
+        "learn", model, "--stream", *stream, method=method, **options, known_bytes=known_bytes, out=out
+    )
+    documents, probe = stream_documents(stream), known_text(known, known_bytes)
+    rate = DEFAULT_RATES.get(method) if learning_rate is None else learning_rate
+    settings: dict[str, Any] = {**options, "learning_rate": rate}
+    learner = make_method(method, model, **settings)
+    shown = {"passes": passes, "context length": context_length, "learning rate": rate, "known text": known,
+             "known bytes": len(probe.encode()), "seed": seed}  # fmt: skip
+    about = StreamRecord(model, method, shown, known, learner.score(probe), (), command)
+    console = Console(soft_wrap=True, highlight=False)
+    result, saved = _read_stream(learner, documents, probe, about, out, console)
+    report = write_learning_report(result, out / "report.html")
+    console.print(f"Learned: {saved}\nReport: {report}")
+    if method == "cms":
+        console.print(f"Talk to it: {command_line('chat', model, session=saved)}")
+
+
+def _all_files(stream: list[str], more: list[str]) -> list[str]:
+    """All files of the stream. A shell turns ``--stream *.md`` into one option and further arguments.
+
+    Raises:
+        ValueError: several ``--stream`` and further arguments, so that the order is unknown.
+    """
+    if len(stream) > 1 and more:
+        raise ValueError(
+            f"The arguments {' '.join(more)} belong to none of the {len(stream)} --stream options, so the order of "
+            "reading is unknown. Give --stream once, followed by all files in the order to read them."
+        )
+    return [*stream, *more]
+
+
+def _read_stream(learner: Any, documents: Any, probe: str, about: Any, out: Path, console: Console) -> tuple[Any, Path]:
+    """Learn the documents. What was learned and the record so far are saved after each."""
+    from nestlearn.evals.learning import learn_stream
+
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(f"Known before ({about.known_name}): {about.known_before:.3f} bits per byte.")
+    saved = out
+    with console.status("") as status:
+        for record in learn_stream(learner, documents, probe, progress=lambda text: status.update(text)):
+            saved = learner.save(out)
+            about = replace(about, documents=(*about.documents, record))
+            about.save(out / "results.json")
+            change = 100 * (record.known / about.known_before - 1)
+            console.print(
+                f"{record.name}: {record.before:.3f} -> {record.after:.3f} bits per byte; known text "
+                f"{record.known:.3f} ({change:+.1f} %); {record.seconds:.1f} s"
+            )
+    return about, saved

@@ -1,0 +1,106 @@
+"""`nestlearn stack`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from nestlearn.cli.common import Verbose, command_line, hide_progress_bars, plain_console, tune
+
+HELP = """Put levels of memory on a pretrained Hugging Face model, and save it.
+
+The output of the model stays the same until it reads. LEVELS are joined by commas, fastest first: a period in tokens,
+then options of the level, each after a colon: 64,512:rank=8:lr=0.5,frozen.
+
+[bold]Examples[/bold]
+
+  nestlearn stack Qwen/Qwen3-0.6B --levels 64,512 --out runs/qwen
+
+  nestlearn stack runs/llama --levels 32:rank=8,256:rank=8 --mode add --layers last:4 --out runs/stacked
+"""
+
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "expansion": float, "rule": str, "lr": float, "retain": float, "clip": float, "hidden": int, "rank": int,
+    "momentum": float,
+}  # fmt: skip
+
+
+def parse_levels(text: str) -> list[Any]:
+    """``64,512:rank=8:lr=0.5,frozen`` as a list of `Level`.
+
+    Raises:
+        ValueError: a word that does not start with a period, an unknown option, or a value that cannot be read.
+    """
+    from nestlearn.nn import Level
+
+    levels = []
+    for word in text.split(","):
+        period, *options = word.strip().split(":")
+        if period != "frozen" and not period.isdecimal():
+            raise ValueError(
+                f"--levels: {word!r} does not begin with a period in tokens (or 'frozen'). "
+                "Write levels as 64,512:rank=8."
+            )
+        given: dict[str, Any] = {}
+        for option in options:
+            name, _, value = option.partition("=")
+            if name not in _OPTIONS:
+                known = ", ".join(sorted(_OPTIONS))
+                raise ValueError(f"--levels: unknown option {name!r} in {word!r}; known: {known}.")
+            try:
+                given[name] = _OPTIONS[name](value)
+            except ValueError as error:
+                raise ValueError(f"--levels: {name}={value!r} in {word!r} cannot be read.") from error
+        levels.append(Level(period=None if period == "frozen" else int(period), **given))
+    return levels
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Folder or Hugging Face name of a pretrained causal language model.")],
+    levels: Annotated[str, typer.Option(help="Levels, fastest first, such as 64,512:rank=8.")],
+    out: Annotated[Path, typer.Option(help="Folder for the stacked model.")],
+    mode: Annotated[str, typer.Option(help="add, split or copy.")] = "add",
+    layers: Annotated[str, typer.Option(help="all, last:N, or numbers joined by commas.")] = "all",
+    mlp: Annotated[str | None, typer.Option(help="Pattern of the MLP modules' paths, for other models.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Stack the levels and save the model."""
+    tune(verbose)
+    hide_progress_bars()
+    from nestlearn.continual.pretrained import load_pretrained
+    from nestlearn.models.stacking import level_parameters, stack_levels
+
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} is a file or a folder that is not empty; choose another folder, or remove it first.")
+    chosen_levels = parse_levels(levels)
+    pretrained, tokenizer = load_pretrained(model)
+    chosen = [int(n) for n in layers.split(",")] if layers.replace(",", "").isdecimal() else layers
+    stacked = stack_levels(pretrained, chosen_levels, layers=chosen, mode=cast(Any, mode), mlp=mlp)
+    _save_folder(out, stacked, tokenizer)
+    added = sum(parameter.numel() for parameter in level_parameters(stacked).values())
+    plan = stacked.stack_plan
+    periods = ", ".join("frozen" if period is None else f"{period:,}" for period in plan.periods)
+    plain_console().print(
+        f"Saved {out}: levels of {periods} tokens on {len(plan.paths)} MLPs (mode {mode}); "
+        f"their initial weights are {added:,} parameters.\n"
+        f"Let it learn: {command_line('learn', out)} --stream FILE --out FOLDER"
+    )
+
+
+def _save_folder(out: Path, model: Any, tokenizer: Any) -> None:
+    """Save a model under another name and rename it: the folder is complete or absent."""
+    from safetensors import SafetensorError
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".part", dir=out.parent) as part:
+        folder = Path(part) / out.name
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            folder.replace(out)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"could not write {out}: {error}. Check free space and rights; nothing is left.") from error
