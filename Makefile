@@ -13,7 +13,8 @@ BASE ?= main
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Compiled test modules are kept: rewriting their assertions at every start takes each worker about 7 s.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: setup check quick test test-all demo docs clean
 

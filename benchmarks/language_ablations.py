@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.allocator import tune_allocator
 from nestlearn.data import byte_tokenizer, bytes_per_token, load_corpus, train_bpe
 from nestlearn.data.documents import Document
 from nestlearn.evals.language import document_tokens, loss_by_position
-from nestlearn.train.allocator import tune_allocator
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
 COMMON: dict[str, Any] = {

@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
+from nestlearn.allocator import tune_allocator
 from nestlearn.train import NonFiniteError, TrainConfig, read_log, train
-from nestlearn.train.allocator import tune_allocator
 from nestlearn.train.load import model_fields
 
 PRESETS = ("hope-tiny", "transformer-tiny")

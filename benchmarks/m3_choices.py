@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nestlearn.allocator import tune_allocator
 from nestlearn.optim import M3
-from nestlearn.train.allocator import tune_allocator
 from optimizer_tasks import EXPERIMENTS, digits, train
 from optimizers import of_package
 

@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from nestlearn.allocator import tune_allocator
 from nestlearn.memory.kernels.newton_schulz import newton_schulz, self_product
 from nestlearn.optim import M3, orthogonal
-from nestlearn.train.allocator import tune_allocator
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "newton_schulz.jsonl"
 SHAPES = [(64, 64), (446, 446), (256, 1024), (1024, 4096)]

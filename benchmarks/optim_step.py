@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.allocator import tune_allocator
 from nestlearn.optim import DGD, M3, DeepMomentum, DeltaMomentum, HigherOrderMomentum, param_groups
-from nestlearn.train.allocator import tune_allocator
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "optim_step.jsonl"
 PERIOD = 10

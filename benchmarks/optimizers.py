@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nestlearn.allocator import tune_allocator
 from nestlearn.optim import (
     DGD,
     M3,
@@ -34,7 +35,6 @@ from nestlearn.optim import (
     NewtonSchulz,
     param_groups,
 )
-from nestlearn.train.allocator import tune_allocator
 from optimizer_report import TUNED, final, table
 from optimizer_tasks import EXPERIMENTS, Optimizers, Task, train
 

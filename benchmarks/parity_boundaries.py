@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from nestlearn.allocator import tune_allocator
 from nestlearn.evals.bench.cells import Cell, plan
 from nestlearn.evals.bench.suites import find_suite
 from nestlearn.evals.bench.training import train_cell
-from nestlearn.train.allocator import tune_allocator
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "formal-boundaries.jsonl"
 CHUNKS = "hope-normalized:memory_chunk_size=16:projection_chunk_size=32"

@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nestlearn import Level, MemorySession, stack_levels
+from nestlearn.allocator import tune_allocator
 from nestlearn.continual import (
     CMS,
     EWC,
@@ -45,7 +46,6 @@ from nestlearn.data.text_files import read_text
 from nestlearn.evals.knowledge import ask, facts_text, knowledge_incorporation
 from nestlearn.evals.learning import model_bits_per_byte
 from nestlearn.evals.translation import continual_translation, invented_course
-from nestlearn.train.allocator import tune_allocator
 from reading_base import WORLD_PEOPLE, WORLD_SEED
 
 LENGTHS = (0, 1000, 4000, 16000)

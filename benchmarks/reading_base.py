@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nestlearn.allocator import tune_allocator
 from nestlearn.data import LocalCorpus, train_bpe
 from nestlearn.data.documents import Document
 from nestlearn.data.invented_facts import invent_facts
 from nestlearn.data.invented_languages import InventedLanguage
 from nestlearn.evals.translation import lesson_lines
-from nestlearn.train.allocator import tune_allocator
 
 WORLD_SEED, FIRST_SEED = 1_000_000, 1_000_000
 """Seeds from here on are for training; the benchmarks use smaller ones."""

@@ -128,7 +128,7 @@ class Worker:
 
 def serve(name: str, options: argparse.Namespace, pipe: Any) -> None:
     """Body of a worker process: answers "step" with seconds and "end" with the summary, errors as text."""
-    from nestlearn.train.allocator import tune_allocator
+    from nestlearn.allocator import tune_allocator
 
     note = tune_allocator()
     try:

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 
-from nestlearn.train.allocator import tune_allocator
+from nestlearn.allocator import tune_allocator
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -36,7 +36,7 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         ("_TYPER_FORCE_DISABLE_TERMINAL", "1"),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("nestlearn.train.allocator.tune_allocator", lambda: None)
+    monkeypatch.setattr("nestlearn.allocator.tune_allocator", lambda: None)
     monkeypatch.setattr("warnings.filterwarnings", lambda *_args, **_kwargs: None)
 
 

@@ -34,7 +34,7 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in (("COLUMNS", "200"), ("NO_COLOR", "1"), ("TERM", "dumb")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")
-    monkeypatch.setattr("nestlearn.train.allocator.tune_allocator", lambda: None)
+    monkeypatch.setattr("nestlearn.allocator.tune_allocator", lambda: None)
     monkeypatch.setattr("warnings.filterwarnings", lambda *_args, **_kwargs: None)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 

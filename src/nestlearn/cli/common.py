@@ -83,7 +83,7 @@ def command_line(*words: object, **options: object) -> str:
 
 def tune(verbose: bool = False) -> str | None:
     """Tune the memory allocator for training and inference on a CPU; returns what was done, as a sentence."""
-    from nestlearn.train.allocator import tune_allocator
+    from nestlearn.allocator import tune_allocator
 
     note = tune_allocator()
     if verbose and note:
