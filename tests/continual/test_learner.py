@@ -100,6 +100,39 @@ def test_gradients_of_weights_outside_the_optimizer_are_not_counted():
     torch.testing.assert_close(*moved, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fork_learns_as_the_learner_does_and_leaves_it_alone(name):
+    learner = ContinualLearner(net().eval(), ADAM, method=METHODS[name](), seed=1)
+    learner.model[2].p = 0.0  # dropout has the global random state
+    first, second = digits(2).tasks
+    learner.learn(first.train)
+    learner.end_task(first.train)
+    fork = learner.fork()
+    losses = fork.learn(second.train, 1)
+    assert learner.learn(second.train, 1) == losses and len(losses) == 7
+    fork.learn(first.train, 2)
+    assert fork.steps == learner.steps + 7
+
+
+def test_a_learner_of_an_optimizer_object_has_no_fork():
+    model = net()
+    with pytest.raises(TypeError, match="has a SGD that it did not make"):
+        ContinualLearner(model, torch.optim.SGD(model.parameters(), lr=0.1)).fork()
+
+
+def test_without_shuffling_steps_are_in_the_order_of_the_examples():
+    task = digits(1).tasks[0].train
+    model = net().eval()
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(task.inputs[:32]), task.targets[:32])
+    still = partial(torch.optim.SGD, lr=0.0)
+    model[2].p = 0.0
+    learner = ContinualLearner(model, still, shuffle=False, epochs=2)
+    losses = learner.learn(task)
+    assert losses[0] == losses[7] == pytest.approx(loss.item(), rel=1e-6)
+    assert ContinualLearner(model, still).learn(task)[0] != losses[0]
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     file = tmp_path / "progress.pt"
     ContinualLearner(net(), ADAM).fit(digits(1), checkpoint=file)

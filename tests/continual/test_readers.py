@@ -156,6 +156,13 @@ class TestMethods:
         fork.read("something else")
         assert reader.read("the end") != fork.read("the end")
 
+    @pytest.mark.parametrize("method", [FineTuning(), LoRA(2), LoRA(2, after_task=0)], ids=["all", "lora", "later"])
+    def test_reading_leaves_the_model_in_its_mode(self, model: HopeForCausalLM, method: Method) -> None:
+        for training in (False, True):
+            reader = FineTuningReader(model.train(training), TOKENIZER, SGD, context_length=8, method=method)
+            reader.read("some text")
+            assert {module.training for module in reader.model.modules()} == {training}
+
     def test_the_given_method_stays_as_it_was(self, model: HopeForCausalLM) -> None:
         method = EWC(10.0)
         FineTuningReader(model, TOKENIZER, SGD, method=method).read("some text")

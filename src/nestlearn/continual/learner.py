@@ -1,43 +1,54 @@
-"""`ContinualLearner`: a model, an optimizer and a method, taught one task or document after the other."""
+"""`ContinualLearner`: trains a model on one task or document after the other."""
 
 from __future__ import annotations
 
+import copy
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestlearn.continual.methods import Boundaries, FineTuning, Method, OptimizerFactory
 from nestlearn.continual.progress import Progress
 from nestlearn.continual.result import ContinualResult
-from nestlearn.continual.scoring import Score, device_of, score_examples
-from nestlearn.continual.step import training_step
+from nestlearn.continual.scoring import Score, device_of, loss_of, score_examples
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.documents import stable_hash
 from nestlearn.optim import OptimizerWrapper
 
+_NOT_FINITE = (
+    "The weights are as they were before this step. Check the inputs for values that are not finite, the weights as "
+    "they were loaded, and a batch for targets that are all ignored; otherwise lower the learning rate or a penalty's "
+    "strength, or give max_grad_norm."
+)
+
 
 class ContinualLearner:
-    """Teaches a model a stream of tasks or documents, in order, and measures what it keeps.
+    """Trains a model on a stream of tasks or documents, in order, and measures what it keeps.
 
     Args:
-        model: maps a batch of inputs to logits (or to an object with `.logits`): ``[b, classes]``, or
+        model: maps a batch of inputs to logits, or to an object with `.logits`: ``[b, classes]``, or
             ``[b, t, vocabulary]`` where the targets are tokens.
-        optimizer: makes the optimizer of parameters or groups, such as
-            ``functools.partial(torch.optim.Adam, lr=1e-3)``; or an optimizer, which methods that group or replace
-            parameters (`CMS`, `LoRA`) refuse. Levels that step at their own period are
-            `nestlearn.optim.MultiTimescale`, by hand or through `CMS`.
+        optimizer: makes the optimizer of parameters or groups, such as ``functools.partial(torch.optim.Adam,
+            lr=1e-3)``. It can be an optimizer, but methods that group or replace parameters (`CMS`, `LoRA`) refuse
+            one. For levels that step at their own period use `CMS`, or `nestlearn.optim.MultiTimescale` by hand.
         method: against forgetting; plain fine-tuning by default.
         epochs: passes over each task's examples.
         batch_size: examples per step.
-        boundaries: "known" tells the method where a task begins and ends, "unknown" does not: it sees one long stream.
+        boundaries: "known" tells the method where a task begins and ends. With "unknown" it sees one long stream.
         score: "accuracy" over all targets, or "bits": minus bits per target.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         seed: of the order of examples, of dropout and of the method's random choices.
+        shuffle: whether each pass has an order of its own. False: the order of the examples.
+        generator: of the method's random choices, in place of one made of the seed.
+
+    Attributes:
+        steps, examples, seconds: the cost so far: updates, examples that gradients were computed for, wall time.
 
     Raises:
         TypeError: an optimizer object where the method needs to make one.
@@ -65,6 +76,8 @@ class ContinualLearner:
         score: Score = "accuracy",
         max_grad_norm: float | None = None,
         seed: int = 0,
+        shuffle: bool = True,
+        generator: torch.Generator | None = None,
     ) -> None:
         if score not in get_args(Score):
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(get_args(Score))}.")
@@ -72,12 +85,14 @@ class ContinualLearner:
             raise ValueError(f"epochs is {epochs} and batch_size {batch_size}; both must be at least 1.")
         self.method = method or FineTuning()
         self.method.check_boundaries(boundaries)
+        self._unused_method = copy.deepcopy(self.method)  # for copies of the learner
         self.epochs, self.batch_size, self.max_grad_norm, self.seed = epochs, batch_size, max_grad_norm, seed
         self.boundaries: Boundaries = boundaries
         self.score: Score = score
+        self.shuffle = shuffle
         self.steps = self.examples = 0
         self.seconds = 0.0
-        self._generator = torch.Generator().manual_seed(stable_hash("method", seed) >> 1)
+        self._generator = generator or torch.Generator().manual_seed(stable_hash("method", seed) >> 1)
         self._factory = None if isinstance(optimizer, Optimizer) else optimizer
         self.model = self.method.prepare(model)
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else self.method.make_optimizer(model, optimizer)
@@ -88,78 +103,136 @@ class ContinualLearner:
             )
         own = set(self.model.parameters())
         self._left_out = self._untrained()
-        foreign = sum(parameter not in own for group in self.optimizer.param_groups for parameter in group["params"])
+        foreign = sum(parameter not in own for parameter in self._stepped())
         if foreign:
             raise ValueError(
                 f"{foreign} parameters of the {type(self.optimizer).__name__} are not the model's, so training would "
-                "not change what they are of: make the optimizer of this model's parameters, after all changes to its "
+                "not change the model. Make the optimizer from this model's parameters, after all changes to its "
                 "modules."
             )
 
     # ---- learning ----
 
-    def learn(self, examples: Examples, place: int = 0) -> None:
-        """Learns from one task's or document's examples; `place` is its number in the stream.
+    def learn(self, examples: Examples, place: int = 0) -> list[float]:
+        """Learns from one task's or document's examples, without ending the task.
+
+        Args:
+            examples: of the task.
+            place: its number in the stream; it decides the order.
+
+        Returns:
+            The loss of each step in nats per target, without the method's penalty.
 
         Raises:
-            ValueError: a loss that is not finite, or a model whose parameters were replaced since the learner was made.
+            ValueError: a loss or bounded gradient that is not finite, or a model whose parameters were replaced since
+                the learner was made.
         """
         self._check_parameters()
-        began = time.perf_counter()
+        began, was_training = time.perf_counter(), self.model.training
         order = torch.Generator().manual_seed(stable_hash("order", self.seed, place) >> 1)
+        losses: list[float] = []
         self.model.train()
-        for epoch in range(self.epochs):
-            self.method.begin_epoch(epoch, self.epochs, self.boundaries == "known")
-            for chosen in torch.randperm(len(examples), generator=order).split(self.batch_size):
-                self._step(examples[chosen].to(device_of(self.model)), first_pass=epoch == 0)
+        try:
+            for epoch in range(self.epochs):
+                self.method.begin_epoch(epoch, self.epochs, self.boundaries == "known")
+                count = len(examples)
+                rows = torch.randperm(count, generator=order) if self.shuffle else torch.arange(count)
+                for chosen in rows.split(self.batch_size):
+                    losses.append(self._step(examples[chosen].to(device_of(self.model)), first_pass=epoch == 0))
+        finally:
+            self.model.train(was_training)
         self.seconds += time.perf_counter() - began
+        return losses
+
+    def end_task(self, examples: Examples, place: int = 0, generator: torch.Generator | None = None) -> None:
+        """Tells the method that a task has ended, where boundaries are known.
+
+        Args:
+            examples: of the task.
+            place: its number in the stream.
+            generator: of the method's random choices here; the learner's own by default.
+        """
+        if self.boundaries == "unknown":
+            return
+        began = time.perf_counter()
+        self.examples += self.method.end_task(self.model, examples, generator or self._generator)
+        self._replace_model(place)
+        self.seconds += time.perf_counter() - began
+
+    def _step(self, batch: Examples, first_pass: bool) -> float:
+        """One update from a batch and what the method adds to it; the loss in nats, without the penalty."""
+        together = self.method.batch(batch, self._generator).to(device_of(self.model))
+        loss, penalty = loss_of(self.model, together), self.method.penalty()
+        total = loss if penalty is None else loss + penalty
+        where = f"at step {self.steps + 1} of {self.method.name}, counted from 1"
+        if not math.isfinite(value := total.item()):
+            part = "" if penalty is None else f" ({loss.item()} and a penalty of {penalty.item()})"
+            raise ValueError(f"The loss is {value}{part} {where}. {_NOT_FINITE}")
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if self.max_grad_norm is not None:
+            # Only parameters of the optimizer: others still hold the gradients of all earlier steps.
+            norm = nn.utils.clip_grad_norm_(list(self._stepped()), self.max_grad_norm).item()
+            if not math.isfinite(norm):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise ValueError(f"The gradients' norm is {norm} {where}, with a loss of {value}. {_NOT_FINITE}")
+        self.optimizer.step()
+        self.method.observe(batch, self._generator, first_pass)
+        self.steps += 1
+        self.examples += len(together)
+        return loss.item()
+
+    def _stepped(self) -> Iterator[Tensor]:
+        """The parameters of the optimizer."""
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def _untrained(self) -> set[nn.Parameter]:
         """Trainable parameters of the model that the optimizer does not have."""
-        stepped = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        stepped = set(self._stepped())
         return {p for p in self.model.parameters() if p.requires_grad and p not in stepped}
 
     def _check_parameters(self) -> None:
-        """A module that was replaced after the optimizer was made, such as a head, would never be trained."""
+        """Refuses parameters that joined the model after the optimizer was made: they would never be trained."""
         new = self._untrained() - self._left_out
         names = [name for name, parameter in self.model.named_parameters() if parameter in new]
         if names:
             raise ValueError(
                 f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)} parameters) joined the model "
                 f"after the learner was made: neither the {type(self.optimizer).__name__} nor {self.method.name} knows "
-                "them, so they would never be trained. Make a new ContinualLearner for the changed model; or give the "
-                "model a head for all tasks at the start; or keep the parameter and copy new values into it, with "
-                "torch.no_grad()."
+                "them, so they would never be trained. Make a new ContinualLearner for the changed model, give the "
+                "model a head for all tasks at the start, or copy new values into the old parameter (torch.no_grad())."
             )
 
-    def _step(self, batch: Examples, first_pass: bool) -> None:
-        _, used = training_step(
-            self.model, self.optimizer, self.method, batch, self._generator, number=self.steps + 1,
-            first_pass=first_pass, max_grad_norm=self.max_grad_norm,
-        )  # fmt: skip
-        self.steps += 1
-        self.examples += used
-
-    def _learn_task(self, stream: TaskStream, place: int) -> None:
-        train = self.method.training_examples(stream, place)
-        if train is None:
-            return
-        self.learn(train, place)
-        if self.boundaries == "known":
-            began = time.perf_counter()
-            self.examples += self.method.end_task(self.model, stream.tasks[place].train, self._generator)
-            self._replace_model(place)
-            self.seconds += time.perf_counter() - began
-
     def _replace_model(self, place: int) -> None:
-        """LoRA begins when the first task has been learned: its parameters need an optimizer of their own."""
+        """Goes on with the method's other model, whose parameters need an optimizer of their own (`LoRA`)."""
         changed = self.method.replace_model(self.model, place)
         if changed is not None and self._factory is not None:
-            # The weights that are frozen from now on must not keep the gradients of their last step.
+            # Weights that are frozen from now on must not keep the gradients of their last step.
             self.model.zero_grad()
             self.model = changed
             self.optimizer = self.method.make_optimizer(changed, self._factory)
             self._left_out = self._untrained()
+
+    def fork(self) -> ContinualLearner:
+        """An independent copy: of model, optimizer, method and random choices.
+
+        Raises:
+            TypeError: the learner was given an optimizer and not a function that makes one.
+        """
+        if self._factory is None:
+            raise TypeError(
+                f"The learner has a {type(self.optimizer).__name__} that it did not make, and cannot make one for a "
+                "copy; give it a function such as functools.partial(torch.optim.Adam, lr=1e-3)."
+            )
+        other = copy.copy(self)
+        other.model, other.method = copy.deepcopy(self.model), copy.deepcopy(self._unused_method)
+        other.optimizer = other.method.make_optimizer(other.model, self._factory)
+        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        other.method.load_state_dict(copy.deepcopy(self.method.state_dict()), other.model)
+        other._generator = torch.Generator()
+        other._generator.set_state(self._generator.get_state())
+        other._left_out = other._untrained()
+        return other
 
     def fit(
         self,
@@ -168,7 +241,7 @@ class ContinualLearner:
         checkpoint: str | Path | None = None,
         on_task: Callable[[int, tuple[float, ...]], None] | None = None,
     ) -> ContinualResult:
-        """Learns all tasks in order, testing all of them before the first and after each.
+        """Learns all tasks in order and tests all of them before the first and after each.
 
         Args:
             stream: the tasks.
@@ -186,7 +259,10 @@ class ContinualLearner:
             if not rows:
                 rows = [self.evaluate(stream)]
             for place in range(len(rows) - 1, len(stream)):
-                self._learn_task(stream, place)
+                train = self.method.training_examples(stream, place)
+                if train is not None:
+                    self.learn(train, place)
+                    self.end_task(stream.tasks[place].train, place)
                 measured = self.method.measures(place, len(stream))
                 rows.append(self.evaluate(stream) if measured else (float("nan"),) * len(stream))
                 progress.save(self, rows)
@@ -205,7 +281,7 @@ class ContinualLearner:
         return tuple(score_examples(self.model, task.test, self.score) for task in stream.tasks)
 
     def config(self, stream: TaskStream) -> dict[str, Any]:
-        """What the result depends on, beside the model and the optimizer."""
+        """Settings that the result depends on, for a record of the run and to continue it."""
         groups = [{k: v for k, v in g.items() if k != "params" and _plain(v)} for g in self.optimizer.param_groups]
         return {
             "stream": {"name": stream.name, "tasks": len(stream)} | stream.config,
@@ -222,10 +298,10 @@ class ContinualLearner:
             "max_grad_norm": self.max_grad_norm,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": self.seed,
-        }
+        } | ({} if self.shuffle else {"shuffle": False})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that learning the next task depends on."""
+        """Everything that the next task depends on: weights, states, random numbers, counts."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -247,7 +323,7 @@ class ContinualLearner:
 
 
 def _wrappers(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Kind and settings of each wrapper, from the outside in, and the kind of what they wrap; [] without wrappers."""
+    """Kind and settings of each wrapper, from the outside in, then the kind of the wrapped optimizer; [] if none."""
     if not isinstance(optimizer, OptimizerWrapper):
         return []
     inner = _wrappers(optimizer.base) or [{"kind": type(optimizer.base).__name__}]

@@ -94,7 +94,7 @@ class LoRA(Method):
             warnings.simplefilter("ignore", FutureWarning)
             # It says that it has noticed the transposed weights of Conv1D.
             warnings.filterwarnings("ignore", "fan_in_fan_out")
-            return peft.get_peft_model(model, config)
+            return peft.get_peft_model(model, config).train(model.training)
 
 
 def _within(name: str, module: str) -> bool:

@@ -1,7 +1,7 @@
-"""What can read texts one after the other and is asked about them later: the interface, and two baselines.
+"""Readers: models that read texts one after the other and answer prompts later; the interface and two baselines.
 
-`MemorySession` is a reader too; evaluations of reading (`nestlearn.evals.knowledge`, `nestlearn.evals.translation`)
-take any.
+`MemorySession` is a reader too. Evaluations of reading (`nestlearn.evals.knowledge`, `nestlearn.evals.translation`)
+take any reader.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from nestlearn.continual.methods import Boundaries, FineTuning, Method, OptimizerFactory
+from nestlearn.continual.learner import ContinualLearner
+from nestlearn.continual.methods import Boundaries, Method, OptimizerFactory
 from nestlearn.continual.session_generation import cut_at, generation_arguments
-from nestlearn.continual.step import training_step
 from nestlearn.data.continual import Examples
 from nestlearn.data.synthetic import IGNORE
 
@@ -27,7 +27,7 @@ class Reader(Protocol):
         ...
 
     def generate(self, prompt: str, /, *, max_new_tokens: int, stop: str) -> str:
-        """What follows the prompt, the most likely token each time, up to the word ``stop`` or the end of the text."""
+        """The most likely continuation of the prompt, up to the word ``stop`` or the end of the text."""
         ...
 
     def fork(self) -> Reader:
@@ -56,7 +56,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 class InContextReader:
-    """In-context learning: the last tokens read are put before every prompt, and no weight changes.
+    """In-context learning: every prompt follows the last tokens that were read, and no weight changes.
 
     Args:
         model: a causal language model.
@@ -102,7 +102,7 @@ class InContextReader:
 
 
 def windows(tokenizer: Any, text: str, length: int) -> Examples:
-    """A document as windows of next-token targets; the last one is padded, and its padding not asked for.
+    """A document as windows of next-token targets. The last one is padded; the loss ignores its padding.
 
     Raises:
         ValueError: the text has no token to predict.
@@ -118,19 +118,18 @@ def windows(tokenizer: Any, text: str, length: int) -> Examples:
 
 
 class FineTuningReader:
-    """Trains the weights on each text when it is read: plain fine-tuning, or any method of `ContinualLearner`.
+    """Trains the weights on each text when it is read, by plain fine-tuning or another method of `ContinualLearner`.
 
-    A text is to the method what a task is there; its windows are learned in order, one a step.
+    Each text is one task. Its windows are learned in order, one per step.
 
     Args:
         model: a causal language model; it is copied, never changed.
         tokenizer: its tokenizer.
         optimizer: makes the optimizer from the parameters, e.g. ``partial(torch.optim.AdamW, lr=1e-4)``.
         context_length: tokens of a training sequence.
-        passes: times each text is gone through.
-        method: against forgetting, e.g. `CMS` or `EWC`; it is copied. Plain fine-tuning, which guards
-            nothing, by default.
-        boundaries: "known" tells the method where a text ends, "unknown" does not: it sees one long stream.
+        passes: times each text is read.
+        method: against forgetting, e.g. `CMS` or `EWC`; it is copied. Plain fine-tuning by default.
+        boundaries: "known" tells the method where a text ends. With "unknown" it sees one long stream.
         seed: of the method's random choices.
 
     Raises:
@@ -153,56 +152,33 @@ class FineTuningReader:
     ) -> None:
         if context_length < 2 or passes < 1:
             raise ValueError(f"{context_length=} must be at least 2 tokens and {passes=} at least 1.")
-        self._given = method or FineTuning()
-        self._given.check_boundaries(boundaries)
-        self.tokenizer, self.context_length, self.passes = tokenizer, context_length, passes
-        self._factory, self.boundaries, self._texts = optimizer, boundaries, 0
-        self._generator = torch.Generator().manual_seed(seed)
-        self.method = copy.deepcopy(self._given)
-        self.model: Any = self.method.prepare(copy.deepcopy(model))
-        self._optimizer = self.method.make_optimizer(self.model, optimizer)
+        self.tokenizer, self.context_length, self._texts = tokenizer, context_length, 0
+        self.learner = ContinualLearner(
+            copy.deepcopy(model), optimizer, method=copy.deepcopy(method), epochs=passes, batch_size=1,
+            boundaries=boundaries, score="bits", max_grad_norm=1.0, seed=seed, shuffle=False,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+
+    @property
+    def model(self) -> Any:
+        """The copy of the model that learns."""
+        return self.learner.model
 
     def read(self, text: str) -> list[float]:
         """Train on the text; returns the mean loss of every step, in nats per token.
 
         Raises:
-            ValueError: the text has no token to predict, or a loss or gradient is not finite. After the second, the
+            ValueError: the text has no token to predict, or a loss or gradient is not finite. In the latter case the
                 weights are those of the step before.
         """
-        was_training = self.model.training
         examples = windows(self.tokenizer, text, self.context_length)
-        self.model.train()
-        try:
-            losses = self._train(examples)
-            if self.boundaries == "known":
-                self.method.end_task(self.model, examples, self._generator)
-                self._replace_model()
-        finally:
-            self.model.train(was_training)
+        losses = self.learner.learn(examples, self._texts)
+        self.learner.end_task(examples, self._texts)
         self._texts += 1
         return losses
 
-    def _train(self, examples: Examples) -> list[float]:
-        losses: list[float] = []
-        for epoch in range(self.passes):
-            self.method.begin_epoch(epoch, self.passes, self.boundaries == "known")
-            for row in range(len(examples)):
-                loss, _ = training_step(
-                    self.model, self._optimizer, self.method, examples[torch.tensor([row])], self._generator,
-                    number=len(losses) + 1, first_pass=epoch == 0, max_grad_norm=1.0,
-                )  # fmt: skip
-                losses.append(loss)
-        return losses
-
-    def _replace_model(self) -> None:
-        """Adapters in place of training in full have parameters of their own, and these an optimizer."""
-        changed = self.method.replace_model(self.model, self._texts)
-        if changed is not None:
-            self.model = changed
-            self._optimizer = self.method.make_optimizer(changed, self._factory)
-
     def generate(self, prompt: str, *, max_new_tokens: int = 64, stop: str = "\n") -> str:
-        """See `Reader.generate`; the prompt stands alone, what was read is in the weights."""
+        """See `Reader.generate`. The model sees the prompt alone: what was read is in its weights."""
         ids = start_ids(self.tokenizer) + token_ids(self.tokenizer, prompt)
         was_training = self.model.training
         self.model.eval()
@@ -214,11 +190,5 @@ class FineTuningReader:
     def fork(self) -> FineTuningReader:
         """An independent copy, optimizer and method included."""
         other = copy.copy(self)
-        other.model = copy.deepcopy(self.model)
-        other.method = copy.deepcopy(self._given)
-        other._optimizer = other.method.make_optimizer(other.model, self._factory)
-        other._optimizer.load_state_dict(copy.deepcopy(self._optimizer.state_dict()))
-        other.method.load_state_dict(copy.deepcopy(self.method.state_dict()), other.model)
-        other._generator = torch.Generator()
-        other._generator.set_state(self._generator.get_state())
+        other.learner = self.learner.fork()
         return other

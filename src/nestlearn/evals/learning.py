@@ -183,9 +183,8 @@ class TrainingMethod:
         """Train on the document's windows."""
         examples = windows(self.tokenizer, document.text, self.context_length)
         progress(f"{document.name}: {len(examples)} sequences")
-        learner = self.learner
-        learner.learn(examples, self._learned)
-        learner.method.end_task(learner.model, examples, self._generator)
+        self.learner.learn(examples, self._learned)
+        self.learner.end_task(examples, self._learned, self._generator)
         self._learned += 1
 
     def score(self, text: str) -> float:
