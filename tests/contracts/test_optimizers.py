@@ -21,8 +21,6 @@ from torch.optim import Optimizer
 from nestlearn.optim import (
     DGD,
     M3,
-    AdaGradMemory,
-    AdamMemory,
     AssociativeMomentum,
     DeepMomentum,
     DeltaMomentum,
@@ -113,9 +111,6 @@ OPTIMIZERS: dict[str, Entry] = {
     "least-squares-momentum": Entry(
         of(AssociativeMomentum, preconditioner=LeastSquares(alpha=1e6, period=3)), lr=0.3, rosenbrock_lr=1e-3
     ),
-    "adam-memory": Entry(of(AdamMemory), lr=0.1),
-    # Its steps shrink as the sum of squares grows.
-    "adagrad-memory": Entry(of(AdaGradMemory, period=3), lr=1.0, remains=0.1, rosenbrock_lr=0.3),
     "multi-timescale": Entry(timescales, copyable=False),
     "nested-transfer": Entry(transfer, copyable=False),
     "input-projection": Entry(projection, copyable=False),

@@ -34,7 +34,6 @@ from torch.optim import Optimizer
 from nestlearn.optim import (
     DGD,
     M3,
-    AdaGradMemory,
     AssociativeMomentum,
     DeepMomentum,
     DeltaRule,
@@ -99,7 +98,6 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
         groups(model), lr=0.02, preconditioner=LeastSquares("rows", period=3)
     ),
     "deep-momentum": lambda model: DeepMomentum(groups(model), lr=0.02, momentum=0.5),
-    "adagrad-memory": lambda model: AdaGradMemory(groups(model), lr=0.02, momentum=0.5),
     "dgd": lambda model: DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1),
     "multi-timescale-dgd": lambda model: MultiTimescale(
         DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1), periods=[3, 4, 4]

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from nestlearn.memory import Gates, catalog, scan
 from nestlearn.optim import (
     M3,
-    AdaGradMemory,
-    AdamMemory,
     AssociativeMomentum,
     DeepMemory,
     DeepMomentum,
@@ -542,8 +540,6 @@ RULES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "least squares": lambda p: AssociativeMomentum(p, lr=0.3, preconditioner=LeastSquares(alpha=100.0)),
     "orthogonal": lambda p: AssociativeMomentum(p, lr=0.1, output=NewtonSchulz()),
     "sign": lambda p: AssociativeMomentum(p, lr=0.012, output=Sign()),
-    "adam memory": lambda p: AdamMemory(p, lr=0.02),
-    "adagrad memory": lambda p: AdaGradMemory(p, lr=0.5),
 }
 
 

@@ -5,7 +5,6 @@ optimizer = DGD(param_groups(model, lr=0.1, adamw_lr=1e-3), model)
 optimizer = MultiTimescale(M3(timescale_groups(model, [(model.fast, 1), (model.slow, 16)])))
 """
 
-from nestlearn.optim.closed_form import AdaGradMemory, AdamMemory, adagrad_memory, adam_memory
 from nestlearn.optim.deep_memory import DeepMemory
 from nestlearn.optim.dgd import DGD
 from nestlearn.optim.m3 import M3
@@ -29,8 +28,6 @@ from nestlearn.optim.wrapper import OptimizerWrapper
 __all__ = [
     "DGD",
     "M3",
-    "AdaGradMemory",
-    "AdamMemory",
     "AssociativeMomentum",
     "DeepMemory",
     "DeepMomentum",
@@ -48,8 +45,6 @@ __all__ = [
     "Polynomial",
     "Sign",
     "Whitening",
-    "adagrad_memory",
-    "adam_memory",
     "param_groups",
     "timescale_groups",
 ]
