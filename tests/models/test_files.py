@@ -1,4 +1,4 @@
-"""Files of models: pickles are refused before anything of them is read."""
+"""Files of models: pickles are refused before anything of them is read, NaN and infinite weights by name."""
 
 from __future__ import annotations
 
@@ -38,6 +38,28 @@ def pickled(tmp_path: Path) -> Path:
     (folder / "model.safetensors").unlink()
     torch.save({"x": Trap(tmp_path / "sprung")}, folder / "pytorch_model.bin")
     return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("load", "kind"), [(load_pretrained, ValueError), (load_model, CheckpointError)])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tmp_path: Path, load, kind: type[Exception], value: float
+) -> None:
+    model = HopeForCausalLM(HopeConfig(**SIZES))
+    torch.nn.init.constant_(model.model.norm.weight, value)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(kind, match=r"parameter model\.norm\.weight holds NaN or infinite numbers"):
+        load(tmp_path)
+
+
+def test_stacked_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=16))
+    stacked = stack_levels(base, [Level(4)])
+    torch.nn.init.constant_(stacked.model.norm.weight, float("nan"))
+    stacked.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"parameter model\.norm\.weight holds NaN"):
+        load_stacked(tmp_path)
 
 
 @pytest.mark.parametrize(

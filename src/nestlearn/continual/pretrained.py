@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestlearn.continual.session import MemorySession
 from nestlearn.data.hub import hub_unreachable
-from nestlearn.models.files import refuse_pickled_weights
+from nestlearn.models.files import refuse_non_finite_weights, refuse_pickled_weights
 
 
 def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
@@ -22,7 +22,8 @@ def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
         options: of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
 
     Raises:
-        ValueError: there is no such model, its files are damaged or lack a tokenizer, or its weights are a pickle.
+        ValueError: there is no such model, its files are damaged or lack a tokenizer, or its weights are a pickle or
+            hold NaN or infinite numbers.
 
     Example:
         >>> model, tokenizer = load_pretrained("runs/docs")                                  # doctest: +SKIP
@@ -51,6 +52,7 @@ def load_pretrained(name: str, **options: Any) -> tuple[Any, Any]:
             f"no causal language model can be loaded from {name!r}: {_first_line(error)}. Give a folder with "
             "config.json and model.safetensors, or a name on the Hugging Face hub."
         ) from error
+    refuse_non_finite_weights(model, name)
     return model.eval(), tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whatever happens while they are written."""
+"""Files of weights and states: complete or absent when written, checked when read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -81,6 +81,42 @@ def refuse_pickled_weights(name: str | os.PathLike[str]) -> None:
                 "Convert it where you trust it: load the model there, and write it with save_pretrained(folder, "
                 "safe_serialization=True)."
             )
+
+
+def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """``parameter NAME`` for the first parameter that holds a NaN or an infinity, otherwise None.
+
+    Parameters without values here (on the meta device, because they are offloaded) are left out.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
+            return f"parameter {name}"
+    return None
+
+
+def refuse_non_finite_weights(model: nn.Module, name: str | os.PathLike[str]) -> None:
+    """Refuse a loaded model whose weights hold NaN or infinite numbers.
+
+    Args:
+        model: the model.
+        name: folder or name that it was loaded from, for the message.
+
+    Raises:
+        ValueError: with the name of the first parameter that is not finite.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> _ = torch.nn.init.constant_(layer.bias, float("nan"))
+        >>> refuse_non_finite_weights(layer, "runs/docs")
+        Traceback (most recent call last):
+        ValueError: The model in runs/docs cannot be used: parameter bias holds NaN or infinite numbers. ...
+    """
+    damaged = first_non_finite_parameter(model)
+    if damaged is not None:
+        raise ValueError(
+            f"The model in {name} cannot be used: {damaged} holds NaN or infinite numbers. Use an earlier checkpoint, "
+            "or train again with a lower learning rate."
+        )
 
 
 def add_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Where a value first stopped being finite: the diagnosis behind a stopped run."""
+"""Which parameter, gradient or module first became NaN or infinite."""
 
 from __future__ import annotations
 
@@ -8,30 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestlearn.models.files import first_non_finite_parameter
 from nestlearn.train.errors import TrainingError
 
 
-def first_non_finite_parameter(model: nn.Module) -> str | None:
-    """'parameter NAME' for the first parameter that holds a NaN or an infinity, else None."""
-    return _first(("parameter", name, parameter) for name, parameter in model.named_parameters())
-
-
 def first_non_finite_gradient(model: nn.Module) -> str | None:
-    """'the gradient of NAME' for the first parameter whose gradient is not finite, else None."""
-    return _first(
-        ("the gradient of", name, parameter.grad)
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    )
+    """``the gradient of NAME`` for the first parameter whose gradient is not finite, otherwise None."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name}"
+    return None
 
 
 def refuse_non_finite_logits(model: nn.Module, name: str) -> None:
-    """From now on, a forward pass of `model` that gives NaN or infinite logits raises TrainingError.
+    """Make every later forward pass of ``model`` raise TrainingError if its logits are NaN or infinite.
 
-    Finite weights can still overflow, and a score such as an accuracy hides it: a model of NaN logits scores 0.
+    Finite weights can still overflow, and a score such as an accuracy hides it: a model with NaN logits scores 0.
 
     Args:
-        name: of the model, for the message.
+        model: the model; it gets a forward hook.
+        name: the name of the model, for the message.
     """
 
     def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -44,15 +40,8 @@ def refuse_non_finite_logits(model: nn.Module, name: str) -> None:
     model.register_forward_hook(check)
 
 
-def _first(items: Iterable[tuple[str, str, Tensor]]) -> str | None:
-    for kind, name, tensor in items:
-        if not torch.isfinite(tensor).all():
-            return f"{kind} {name}"
-    return None
-
-
 def first_non_finite_module(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """'the output of NAME (TYPE)' for the first module, in order of execution, whose output is not finite.
+    """``the output of NAME (TYPE)`` for the first module, in order of execution, whose output is not finite.
 
     Runs one forward pass without gradients.
     """

@@ -13,10 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nestlearn.data import byte_tokenizer, load_corpus, train_bpe
 from nestlearn.models import HopeConfig, HopeForCausalLM, presets
-from nestlearn.models.files import refuse_pickled_weights
+from nestlearn.models.files import refuse_non_finite_weights, refuse_pickled_weights
 from nestlearn.train.config import NESTED, TrainConfig, check_tokenizer_spec, suggestion
 from nestlearn.train.errors import CheckpointError
-from nestlearn.train.finite import first_non_finite_parameter
 from nestlearn.train.optimizers import optimizer_options
 from nestlearn.train.quiet import quiet_engine
 
@@ -75,12 +74,10 @@ def load_model(folder: str | Path) -> HopeForCausalLM:
     problems = [f"{kind}: {sorted(map(str, found))[0]}" for kind, found in report.items() if found]
     if problems:
         raise CheckpointError(f"The weights in {path} do not fit its config.json ({'; '.join(problems)}).")
-    damaged = first_non_finite_parameter(model)
-    if damaged is not None:
-        raise CheckpointError(
-            f"The model in {path} cannot be used: {damaged} holds NaN or infinite numbers. Use an earlier checkpoint, "
-            "or train again with a lower --learning-rate."
-        )
+    try:
+        refuse_non_finite_weights(model, path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     return model
 
 

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from nestlearn.models.files import first_non_finite_parameter
 from nestlearn.train import checkpoint, meter
 from nestlearn.train.errors import NonFiniteError
-from nestlearn.train.finite import first_non_finite_gradient, first_non_finite_parameter, locate_non_finite
+from nestlearn.train.finite import first_non_finite_gradient, locate_non_finite
 from nestlearn.train.stream import RecordedStream
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from nestlearn.models.files import refuse_pickled_weights
+from nestlearn.models.files import refuse_non_finite_weights, refuse_pickled_weights
 
 from .families import MapNames, add_names
 from .network import StackedMLP, stacked_mlp_class
@@ -185,7 +185,7 @@ def load_stacked(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: as of ``from_pretrained``.
 
     Raises:
-        ValueError: the folder does not hold a stacked model, or its weights are a pickle.
+        ValueError: the folder does not hold a stacked model, or its weights are a pickle or are not finite.
     """
     file = Path(path) / "config.json"
     try:
@@ -196,4 +196,6 @@ def load_stacked(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ValueError(f"{path} holds a model of type {kind!r}, not a stacked one; use AutoModelForCausalLM for it.")
     register(type(AutoConfig.for_model(kind.removeprefix(PREFIX))))
     refuse_pickled_weights(path)
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "use_safetensors": True}))
+    model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "use_safetensors": True}))
+    refuse_non_finite_weights(model, path)
+    return model
