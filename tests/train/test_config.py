@@ -42,14 +42,14 @@ def test_later_values_win():
         ({"stepz": "1"}, "Unknown field 'stepz'. Did you mean steps"),
         ({"hiden_size": "1"}, "Did you mean hidden_size"),
         ({"model": {"hiden_size": 1}}, "Unknown model field 'hiden_size'. Did you mean hidden_size"),
-        ({"steps": "many"}, "steps must be int, received 'many'"),
-        ({"steps": "1.5"}, "steps must be int"),
-        ({"steps": "0"}, "steps must be at least 1, received 0"),
-        ({"sequence_length": "0"}, "sequence_length must be at least 2, received 0"),
-        ({"learning_rate": "nan"}, "learning_rate must be"),
-        ({"learning_rate": "-1"}, "learning_rate must be a finite number of at least 0"),
-        ({"schedule": "cosin"}, "Unknown schedule 'cosin'.*Did you mean cosine"),
-        ({"dtype": "float16"}, "Unknown dtype"),
+        ({"steps": "many"}, "steps='many' must be an integer of at least 1"),
+        ({"steps": "1.5"}, r"steps=1\.5 must be an integer"),
+        ({"steps": "0"}, "steps=0 must be an integer of at least 1"),
+        ({"sequence_length": "0"}, "sequence_length=0 must be an integer of at least 2"),
+        ({"learning_rate": "nan"}, "learning_rate='nan' must be"),
+        ({"learning_rate": "-1"}, "learning_rate=-1.0 must be a finite number of at least 0 or None"),
+        ({"schedule": "cosin"}, "schedule='cosin' must be .*Did you mean 'cosine'"),
+        ({"dtype": "float16"}, "dtype='float16' must be 'float32' or 'bfloat16' or 'float64'"),
         ({"tokenizer": "bpe"}, "Unknown tokenizer 'bpe'"),
         ({"tokenizer": "bpe:100"}, "N > 259"),
     ],
@@ -57,6 +57,27 @@ def test_later_values_win():
 def test_bad_values_are_refused_with_the_fix(values: dict, message: str):
     with pytest.raises(ValueError, match=message):
         build_config(values, model_fields())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": True}, "steps=True must be an integer"),
+        ({"steps": 1.5}, r"steps=1\.5 must be an integer"),
+        ({"batch_size": "8"}, "batch_size='8' must be an integer"),
+        ({"gradient_checkpointing": "no"}, "gradient_checkpointing='no' must be True or False"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm=inf must be a finite number"),
+        ({"weight_decay": None}, "weight_decay=None must be a finite number"),
+        ({"preset": None}, "preset=None must be a string"),
+        ({"corpus": Path("docs")}, "corpus=.* must be a string"),
+        ({"model": [1]}, r"model=\[1\] must be a mapping"),
+        ({"trainer": {1: 2}}, "trainer=.* must be a mapping from a string"),
+        ({"optimizer": 3}, "optimizer=3 must be a string"),
+    ],
+)
+def test_fields_are_checked_by_their_declarations(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from nestlearn.fields import MAX_SEED
+from nestlearn.fields import LARGEST, MAX_SEED, Between, Count, Size, check_fields
 from nestlearn.train.optimizers import ENGINE, check_optimizer, own_learning_rate
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-DTYPES = ("float32", "bfloat16", "float64")
+Rate = Annotated[float, Between(0)]
+Decay = Annotated[float, Between(0, 1, open="high")]
 # hope and transformer: found by benchmarks/learning_rate_grid.py on one common grid (docs/log.md has the table).
 # The other two take the rate of their nearest relative, memory or attention; no grid was run for them.
 PRESET_LEARNING_RATES = {
@@ -71,52 +70,33 @@ class TrainConfig:
     corpus: str = "python-docs"
     tokenizer: str = "byte"
     out: str = "runs/train"
-    sequence_length: int = 256
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    steps: int = 1000
+    sequence_length: Annotated[int, Between(2, LARGEST)] = 256
+    batch_size: Size = 16
+    gradient_accumulation: Size = 1
+    steps: Size = 1000
     optimizer: str = ENGINE
-    learning_rate: float | None = None
-    warmup: int | None = None
-    schedule: str = "cosine"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    dtype: str = "float32"
+    learning_rate: Rate | None = None
+    warmup: Count | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Rate = 0.1
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    max_grad_norm: Rate = 1.0
+    seed: Annotated[int, Between(0, MAX_SEED)] = 0
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     gradient_checkpointing: bool = False
-    log_interval: int = 10
-    eval_interval: int = 0
-    eval_windows: int = 64
-    save_interval: int = 500
-    keep_checkpoints: int = 2
-    threads: int | None = None
+    log_interval: Size = 10
+    eval_interval: Count = 0
+    eval_windows: Size = 64
+    save_interval: Size = 500
+    keep_checkpoints: Size = 2
+    threads: Size | None = None
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "sequence_length": 2, "batch_size": 1, "gradient_accumulation": 1, "steps": 1, "log_interval": 1,
-            "eval_interval": 0, "eval_windows": 1, "save_interval": 1, "keep_checkpoints": 1, "seed": 0, "warmup": 0,
-            "threads": 1,
-        }  # fmt: skip
-        for name, lowest in at_least.items():
-            value = getattr(self, name)
-            # The seed has the widest range of them.
-            if value is not None and not lowest <= value <= MAX_SEED:
-                bound = f"at least {lowest}" if value < lowest else f"at most {MAX_SEED:,}"
-                raise ValueError(f"{name} must be {bound}, received {value}.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, received {getattr(self, name)}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, received {value}.")
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("dtype", self.dtype, DTYPES)
+        check_fields(self)
         check_optimizer(self.optimizer, self.optimizer_options)
         check_tokenizer_spec(self.tokenizer)
 
@@ -142,11 +122,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy of all fields."""
         return dataclasses.asdict(self)
-
-
-def _one_of(name: str, value: str, allowed: typing.Collection[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(allowed)}.{suggestion(value, allowed)}")
 
 
 def check_tokenizer_spec(spec: str) -> int | None:
@@ -200,7 +175,7 @@ def build_config(
         if name in NESTED and isinstance(value, Mapping):
             merged[name] = {**merged[name], **value}
         elif name in hints and name not in NESTED:
-            merged[name] = _coerce(name, value, hints[name])
+            merged[name] = _typed(value, hints[name])
         elif name.startswith("optimizer."):
             option = name.removeprefix("optimizer.")
             merged["optimizer_options"] = {**merged["optimizer_options"], option: parse_scalar(value)}
@@ -232,23 +207,15 @@ def parse_scalar(value: Any) -> Any:
         return words.get(value.lower(), value)
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, or a ValueError that names the field."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if str in options and isinstance(value, str):
+def _typed(value: Any, declared: Any) -> Any:
+    """Text as the value that a field's type asks for; `TrainConfig` checks the result."""
+    kinds = typing.get_args(declared) or (declared,)
+    if isinstance(value, str) and (str in kinds or typing.get_origin(declared) is Literal):
         return value
-    parsed = parse_scalar(value)
-    if parsed is None and type(None) in options:
-        return None
-    if bool in options and isinstance(parsed, bool):
-        return parsed
-    if not isinstance(parsed, bool):
-        if float in options and isinstance(parsed, (int, float)):
-            return float(parsed)
-        if int in options and isinstance(parsed, (int, float)) and float(parsed).is_integer():
-            return int(parsed)
-    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ValueError(f"{name} must be {expected.replace('NoneType', 'none')}, received {value!r}.")
+    value = parse_scalar(value)
+    if isinstance(value, float) and value.is_integer() and int in kinds:
+        return int(value)
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and float in kinds else value
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
