@@ -3,13 +3,16 @@
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from safetensors.torch import load_file
 
 from nestlearn import HopeForCausalLM, flops
@@ -138,8 +141,26 @@ def test_progress_shows_loss_rate_and_time_left(tiny: Make):
     plain = Console(record=True, force_terminal=False, width=200)
     train(tiny(), console=plain)
     text = plain.export_text()
-    assert "transformer-tiny step 6/6  loss" in text
+    assert "transformer-tiny step 1/6  loss" in text and "transformer-tiny step 6/6  loss" in text
     assert all(word in text for word in ("bits/byte", "tokens/s", "ETA", "held-out loss"))
+
+
+def test_the_bar_shows_loss_and_time_left_from_the_first_step_on(tiny: Make, monkeypatch: pytest.MonkeyPatch):
+    shown: list[tuple[int, str]] = []
+    update = Progress.update
+
+    def watched(bar: Progress, task: TaskID, **fields: Any) -> None:
+        shown.append((fields["completed"], fields["status"]))
+        update(bar, task, **fields)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    train(tiny(log_interval=4), console=Console(file=io.StringIO(), force_terminal=True, width=200))
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
+    numbers = [re.fullmatch(r"loss ([\d.]+)  ([\d.]+) bits/byte  ([\d,]+) tokens/s  ETA (\d+) s", s) for _, s in shown]
+    losses = [float(match[1]) for match in numbers if match]
+    logged = [line["loss"] for line in read_log(tiny().out) if "loss" in line]
+    assert (losses[3], losses[5]) == pytest.approx(logged, abs=1e-4)
+    assert losses[0] == pytest.approx(math.log(259), rel=0.05)
 
 
 def test_targets_and_bytes_are_counted_from_labels():

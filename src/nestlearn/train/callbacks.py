@@ -1,4 +1,4 @@
-"""Callbacks of a run: step timing, the progress bar, and stopping cleanly on a signal."""
+"""Callbacks of a run: the time of a step, the progress bar, and a clean stop on a signal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nestlearn.train.meter import Meter
@@ -29,12 +29,16 @@ class StepTimer(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
         self.meter.seconds += time.perf_counter() - self.began
-        # The last interval is logged even where it is a short one.
+        # The last interval is logged even if it is a short one.
         control.should_log |= state.global_step >= state.max_steps
 
 
 class ProgressBar(TrainerCallback):
-    """Loss, bits per byte, tokens per second and the time left, on a terminal or as plain lines in a file."""
+    """Loss, bits per byte, tokens per second and the time left after every step: a bar on a terminal, lines in a file.
+
+    Loss and bits per byte are means over the steps since the last line of the log. A file gets a line for the first
+    step, for the last one, and every 10 seconds.
+    """
 
     def __init__(self, meter: Meter, console: Console, title: str):
         self.meter, self.console, self.title = meter, console, title
@@ -43,14 +47,12 @@ class ProgressBar(TrainerCallback):
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.began = self.printed = time.perf_counter()
+        self.began = self.printed = 0.0
         self.tokens_before = self.seconds_before = 0.0
-        self.started_at = 0
+        self.first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
@@ -59,12 +61,25 @@ class ProgressBar(TrainerCallback):
             self.bar.start()
         self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, status="")
         self.tokens_before, self.seconds_before = self.meter.tokens, self.meter.seconds
-        self.began, self.started_at = time.perf_counter(), state.global_step
+        self.began, self.first_step = time.perf_counter(), state.global_step + 1
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        if not state.is_world_process_zero:
+            return
+        now, step = time.perf_counter(), state.global_step
+        left = (now - self.began) / (step - self.first_step + 1) * (state.max_steps - step)
+        rate = (self.meter.tokens - self.tokens_before) / max(self.meter.seconds - self.seconds_before, 1e-9)
+        mean = self.meter.interval()
+        status = (
+            f"loss {mean['loss']:.4f}  {mean['bits_per_byte']:.3f} bits/byte  {rate:,.0f} tokens/s  ETA {left:.0f} s"
+        )
+        self.bar.update(self.task, completed=step, status=status)
+        due = step in (self.first_step, state.max_steps) or now - self.printed >= SECONDS_BETWEEN_PLAIN_LINES
+        if due and not self.console.is_terminal:
+            self.printed = now
+            self.console.print(f"{self.title} step {step}/{state.max_steps}  {status}", soft_wrap=True)
 
     def on_log(
         self,
@@ -74,33 +89,14 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_kwargs: Any,
     ) -> None:
-        if not logs or not state.is_world_process_zero:
-            return
-        if "eval_bits_per_byte" in logs:
+        if logs and "eval_bits_per_byte" in logs and state.is_world_process_zero:
             self.console.print(
                 f"{self.title} step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
                 f"{logs['eval_bits_per_byte']:.3f} bits per byte"
             )
-        elif "loss" in logs:
-            self._show(state, logs)
-
-    def _show(self, state: TrainerState, logs: dict[str, float]) -> None:
-        rate = (self.meter.tokens - self.tokens_before) / max(self.meter.seconds - self.seconds_before, 1e-9)
-        status = f"loss {logs['loss']:.4f}  {logs['bits_per_byte']:.3f} bits/byte  {rate:,.0f} tokens/s"
-        self.bar.update(self.task, status=status)
-        now = time.perf_counter()
-        last = state.global_step >= state.max_steps
-        if not self.console.is_terminal and (last or now - self.printed >= SECONDS_BETWEEN_PLAIN_LINES):
-            self.printed = now
-            done = max(state.global_step - self.started_at, 1)
-            left = (now - self.began) / done * (state.max_steps - state.global_step)
-            self.console.print(
-                f"{self.title} step {state.global_step}/{state.max_steps}  {status}  ETA {left:.0f} s",
-                soft_wrap=True,
-            )
 
     def close(self) -> None:
-        """Give the terminal back, also after an error."""
+        """Release the terminal; needed after an error too."""
         self.bar.stop()
 
     def on_train_end(self, *_args: Any, **_kwargs: Any) -> None:
@@ -108,12 +104,12 @@ class ProgressBar(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Finishes the step, saves a checkpoint and stops on Ctrl-C, SIGTERM or SIGHUP; saves and goes on with SIGUSR1.
+    """On Ctrl-C, SIGTERM or SIGHUP: finish the step, save a checkpoint and stop. On SIGUSR1: save and continue.
 
-    A second Ctrl-C stops at once. SIGHUP is ignored where it was ignored before (nohup).
+    A second Ctrl-C stops at once. SIGHUP stays ignored if it was ignored before (nohup).
 
     Attributes:
-        received: the signal to stop that came, None so far.
+        received: number of the signal that asked to stop; None before.
     """
 
     def __init__(self, console: Console):

@@ -1,4 +1,4 @@
-"""What a run has used and reached so far: tokens, seconds, FLOPs, loss and bits per byte."""
+"""What a run has used and reached so far: tokens, seconds, FLOPs, loss and bits per byte; and its log."""
 
 from __future__ import annotations
 
@@ -44,12 +44,16 @@ class Meter:
     targets: int = 0
     bytes: int = 0
 
-    def take_interval(self) -> dict[str, float]:
-        """Loss (nats per token) and bits per byte since the last call; starts a new interval."""
-        summary = {
+    def interval(self) -> dict[str, float]:
+        """Loss (nats per token) and bits per byte of the present interval."""
+        return {
             "loss": self.nats / self.targets if self.targets else math.nan,
             "bits_per_byte": bits_per_byte(self.nats, self.bytes),
         }
+
+    def take_interval(self) -> dict[str, float]:
+        """As `interval`; then starts a new interval."""
+        summary = self.interval()
         self.nats, self.targets, self.bytes = 0.0, 0, 0
         return summary
 
