@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.evals.plots import BLUE, GREEN, ORANGE, Line, Panel, chart
+from nestlearn.evals.report.plots import BLUE, GREEN, ORANGE, Line, Panel, chart
 from nestlearn.optim import AssociativeMomentum, DeltaMomentum
 
 START = (-3.5, 2.0)

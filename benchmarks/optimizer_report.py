@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, Line, Panel, chart
+from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, Line, Panel, chart
 
 TUNED = 100
 """The seed on which rates are chosen; it is in no table."""

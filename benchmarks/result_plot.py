@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.evals.bench.tables import mean_of
-from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
+from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
 
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY, "#111111")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nestlearn.evals import report
 from nestlearn.evals.compare import Curve, compare, eval_curve, interpolate
 from nestlearn.evals.demo import QUICK_PLAN, run_demo
-from nestlearn.evals.plots import BLUE, Line, Panel, chart
+from nestlearn.evals.report import demo as report
+from nestlearn.evals.report.plots import BLUE, Line, Panel, chart
 
 PLAN = dataclasses.replace(
     QUICK_PLAN, sequence_length=32, eval_length=64, state_lengths=(16, 64), sample_tokens=5,

@@ -287,9 +287,9 @@ def _local_task(
 
 def _print_by_length(result: EvalResult, results: _Results) -> None:
     """Accuracy by length of context, with published numbers in columns of their own."""
-    from nestlearn.evals.tasks.published_language import NIAH as published
+    from nestlearn.evals.tasks.published import PUBLISHED
 
-    entries = published.get(result.task.removeprefix("local_"), ())
+    entries = PUBLISHED.get(result.task.removeprefix("local_"), ())
     papers = PUBLISHED_MODELS if entries else ()
     table = Table(title=f"{result.task}, %")
     for name in ("tokens", "accuracy", "±", "samples"):
@@ -313,9 +313,9 @@ def _print_by_length(result: EvalResult, results: _Results) -> None:
 
 def _print_harness(measured: Sequence[EvalResult], results: _Results) -> None:
     """One line per metric, with the paper's number in a column of its own."""
-    from nestlearn.evals.tasks.published_language import COMMON_SENSE, NL_TABLE_2
+    from nestlearn.evals.tasks.published import PUBLISHED
 
-    table, shown_any = Table(title="lm-evaluation-harness"), False
+    table, sources = Table(title="lm-evaluation-harness"), set()
     for name in ("task", "metric", "value", "±", "examples", "Hope 1.3 B (published)"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for result in measured:
@@ -325,16 +325,16 @@ def _print_harness(measured: Sequence[EvalResult], results: _Results) -> None:
                 continue
             error = metrics.get(f"{metric}_stderr")
             shown = "" if error is None or error != error else f"{error:.4f}"
-            published = [entry for entry in COMMON_SENSE.get((name, metric), ()) if entry.model == "Hope"]
-            shown_any |= bool(published)
+            published = [entry for entry in PUBLISHED.get(f"{name}/{metric}", ()) if entry.model == "Hope"]
+            sources |= {entry.source for entry in published}
             # Our accuracies are shares, the paper's are percentages; perplexities are the same.
             unit = "" if "perplexity" in metric else " %"
             paper = f"{published[0].value:g}{unit}" if published else ""
             table.add_row(name, metric, f"{value:.4f}", shown, str(result.n), paper)
     Console().print(table)
     console = plain_console()
-    if shown_any:
-        console.print(f"Published: {NL_TABLE_2}. Sizes and data differ: do not compare row by row.")
+    for source in sources:
+        console.print(f"Published: {source}. Sizes and data differ: do not compare row by row.")
     cut = max((result.config["cut_requests"] for result in measured), default=0)
     if cut:
         console.print(f"{cut} requests were cut from the left to {measured[0].config['max_length']} tokens.")

@@ -16,7 +16,7 @@ from rich.table import Table
 from nestlearn.data import load_corpus
 from nestlearn.evals.compare import Curve, Row, compare, eval_curve
 from nestlearn.evals.language import bits_per_byte, loss_by_position, state_bytes_by_context
-from nestlearn.evals.report import DemoResults, RunSummary, write_report
+from nestlearn.evals.report.demo import DemoResults, RunSummary, write_report
 from nestlearn.evals.result import EvalResult
 from nestlearn.evals.sample import continue_text
 from nestlearn.models import flops

@@ -16,11 +16,11 @@ from rich.progress import Progress as Bars
 
 from nestlearn.evals.bench.cells import Cell, plan
 from nestlearn.evals.bench.pool import Settings, run_jobs
-from nestlearn.evals.bench.report import write_report
 from nestlearn.evals.bench.store import ResultStore
 from nestlearn.evals.bench.suites import Suite
 from nestlearn.evals.bench.tables import write_table
 from nestlearn.evals.bench.training import Progress
+from nestlearn.evals.report import bench as html_report
 from nestlearn.evals.result import EvalResult
 
 # Of a cell's share of the budget; the rest is for judging it and for starting workers.
@@ -105,7 +105,7 @@ def run_bench(suite: Suite, options: BenchOptions, console: Console | None = Non
     finally:
         results = store.of(cells)
         table = write_table(options.out / "table.md", suite, cells, results, options.command)
-        report = write_report(options.out / "report.html", suite, cells, results, options.command)
+        report = html_report.write_report(options.out / "report.html", suite, cells, results, options.command)
     finished = store.finished()
     return BenchOutcome(results, [cell for cell in cells if cell.key not in finished], table, report)
 

@@ -16,7 +16,7 @@ import torch
 
 from nestlearn.data.synthetic import Batch
 from nestlearn.evals.tasks.base import Metric, Published, Split, Task, pad
-from nestlearn.evals.tasks.published import FORMAL
+from nestlearn.evals.tasks.published import PUBLISHED
 
 _BLOCK = 4096
 _MAX_REPEATS = 2000
@@ -123,7 +123,7 @@ class Parity(FormalLanguage):
 
     name: ClassVar[str] = "parity"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = FORMAL["parity"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["parity"]
     symbols: ClassVar[int] = 2
     classes: ClassVar[int] = 2
 
@@ -171,7 +171,7 @@ class EvenA(_Repeated):
 
     name: ClassVar[str] = "aa"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = FORMAL["aa"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["aa"]
     symbols: ClassVar[int] = 1
     word: ClassVar[tuple[int, ...]] = (0, 0)
 
@@ -182,7 +182,7 @@ class RepeatedAbab(_Repeated):
 
     name: ClassVar[str] = "abab"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = FORMAL["abab"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["abab"]
     symbols: ClassVar[int] = 2
     word: ClassVar[tuple[int, ...]] = (0, 1, 0, 1)
 
@@ -213,7 +213,7 @@ class Counter2(_Counter):
 
     name: ClassVar[str] = "anbn"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = FORMAL["anbn"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["anbn"]
     symbols: ClassVar[int] = 2
     classes: ClassVar[int] = 3
 
@@ -224,7 +224,7 @@ class Counter3(_Counter):
 
     name: ClassVar[str] = "anbncn"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = FORMAL["anbncn"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["anbncn"]
     symbols: ClassVar[int] = 3
     classes: ClassVar[int] = 4
 
@@ -239,7 +239,7 @@ class Shuffle2(FormalLanguage):
 
     name: ClassVar[str] = "shuffle2"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = FORMAL["shuffle2"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["shuffle2"]
     symbols: ClassVar[int] = 4
     classes: ClassVar[int] = 4
 

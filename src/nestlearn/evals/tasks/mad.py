@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nestlearn.data.synthetic import IGNORE, Batch
 from nestlearn.evals.tasks.base import Metric, Published, Split, Task, require_at_least
-from nestlearn.evals.tasks.published import MAD
+from nestlearn.evals.tasks.published import PUBLISHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class InContextRecall(MadTask):
 
     name: ClassVar[str] = "in_context_recall"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = MAD["in_context_recall"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["in_context_recall"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +173,7 @@ class FuzzyRecall(MadTask):
 
     name: ClassVar[str] = "fuzzy_recall"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = MAD["fuzzy_recall"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["fuzzy_recall"]
 
     motif: int = 3
 
@@ -238,7 +238,7 @@ class SelectiveCopying(MadTask):
 
     name: ClassVar[str] = "selective_copying"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = MAD["selective_copying"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["selective_copying"]
 
     length: int = 256
     copied: int = 16
@@ -277,7 +277,7 @@ class Compression(MadTask):
 
     name: ClassVar[str] = "compression"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = MAD["compression"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["compression"]
 
     length: int = 32
 
@@ -339,7 +339,7 @@ class Memorization(MadTask):
 
     name: ClassVar[str] = "memorization"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = MAD["memorization"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["memorization"]
 
     vocabulary: int = 256
     length: int = 32

@@ -13,7 +13,7 @@ from nestlearn.data.synthetic import IGNORE, Batch
 from nestlearn.evals.long_context.ruler import NOISE
 from nestlearn.evals.long_context.words import key_nouns, sentences
 from nestlearn.evals.tasks.base import Metric, Published, Split, Task, pad, require_at_least
-from nestlearn.evals.tasks.published_language import NIAH
+from nestlearn.evals.tasks.published import PUBLISHED
 
 _NOISE = tuple(sentences(NOISE))
 _NAMES = 4
@@ -95,7 +95,7 @@ class NeedleInNoise(LongContext):
 
     name: ClassVar[str] = "niah_single_1"
     version: ClassVar[int] = 1
-    published: ClassVar[tuple[Published, ...]] = NIAH["niah_single_1"]
+    published: ClassVar[tuple[Published, ...]] = PUBLISHED["niah_single_1"]
 
     digits: int = 4
     keys: int = 120

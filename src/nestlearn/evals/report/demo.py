@@ -1,4 +1,4 @@
-"""The demonstration's report: one HTML file that explains itself."""
+"""The report of `nestlearn demo`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nestlearn.evals import page
 from nestlearn.evals.compare import Curve, Row
-from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
+from nestlearn.evals.report import page
+from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
 from nestlearn.evals.result import EvalResult
-from nestlearn.train.checkpoint import write_text
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One training run of the demonstration; `flops_per_token` counts forward and backward."""
+    """One training run of the demonstration; ``flops_per_token`` counts forward and backward."""
 
     folder: Path
     label: str
@@ -29,7 +28,7 @@ class RunSummary:
     log: list[dict[str, Any]]
 
     def last(self, key: str) -> float:
-        """The last value of `key` in the log."""
+        """The last value of ``key`` in the log."""
         return next(line[key] for line in reversed(self.log) if key in line)
 
 
@@ -58,54 +57,44 @@ COLORS = {"hope": BLUE, "transformer": ORANGE, "transformer-long": ORANGE}
 
 def write_report(results: DemoResults, path: Path) -> Path:
     """Write the report, under a temporary name first, and return its path."""
-    body = [
-        *_opening(results),
+    hope, transformer = results.runs["hope"], results.runs["transformer"]
+    lead = (
+        "A Hope model has no attention. Its layers are small memories that go on learning while they read: every token "
+        "changes their weights a little, at inference too. Here one was trained next to a Transformer of the same size "
+        f"({hope.parameters:,} and {transformer.parameters:,} parameters) on the same {hope.last('tokens'):,.0f} bytes "
+        f"of {escape(_corpus_name(results.corpus))}. Then both predicted documents that neither had seen."
+    )
+    sections = [
         *_learning(results),
         *_positions(results),
         *_state(results),
         *_samples(results),
         *_numbers(results),
-        *_repeat(results),
+        *_expected(results),
     ]
-    write_text(path, page.page("Hope and a Transformer, trained side by side", body))
-    return path
+    title = "Hope and a Transformer, trained side by side"
+    return page.write_page(path, title, lead, sections, tiles=_tiles(results), commands=results.commands)
 
 
-def _opening(results: DemoResults) -> list[str]:
-    hope, transformer = results.runs["hope"], results.runs["transformer"]
-    value = {name: results.evaluations[name]["bits_per_byte"].value for name in ("hope", "transformer")}
-    far = {name: _curve(results, name, "on")[-1] or 0.0 for name in ("hope", "transformer")}
+def _tiles(results: DemoResults) -> list[tuple[str, str]]:
+    """The four most important numbers."""
+    names = ("hope", "transformer")
+    value = [f"{results.evaluations[name]['bits_per_byte'].value:.2f}" for name in names]
+    far = [f"{_curve(results, name, 'on')[-1] or 0.0:.2f}" for name in names]
+    size = [_size(results.state_bytes[name][-1]) for name in names]
     last = results.evaluations["hope"]["loss_by_position"].config["length"]
+    speed = results.runs["transformer"].last("seconds") / results.runs["hope"].last("seconds")
     return [
-        "<h1>Hope and a Transformer, trained side by side</h1>",
-        page.paragraph(
-            "A Hope model has no attention. Its layers are small memories that go on learning while they read: every "
-            "token changes their weights a little, at inference too. Here one was trained next to a Transformer of the "
-            f"same size ({hope.parameters:,} and {transformer.parameters:,} parameters) on the same "
-            f"{hope.last('tokens'):,.0f} bytes of {escape(_corpus_name(results.corpus))}, and both were asked to "
-            "predict documents neither had seen.",
-            "lead",
+        (
+            " vs ".join(value),
+            "bits per byte on held-out documents, Hope vs Transformer, after the same text (lower is better)",
         ),
-        page.tiles(
-            [
-                (
-                    f"{value['hope']:.2f} vs {value['transformer']:.2f}",
-                    "bits per byte on held-out documents, Hope vs Transformer, after the same text (lower is better)",
-                ),
-                (
-                    f"{far['hope']:.2f} vs {far['transformer']:.2f}",
-                    f"bits per byte at position {last:,}, {last // results.training_length} times the training length",
-                ),
-                (
-                    f"{_size(results.state_bytes['hope'][-1])} vs {_size(results.state_bytes['transformer'][-1])}",
-                    f"state of one sequence after {results.state_lengths[-1]:,} bytes",
-                ),
-                (
-                    f"{transformer.last('seconds') / hope.last('seconds'):.2f} ×",
-                    "training speed of Hope relative to the Transformer on this machine",
-                ),
-            ]
+        (
+            " vs ".join(far),
+            f"bits per byte at position {last:,}, {last // results.training_length} times the training length",
         ),
+        (" vs ".join(size), f"state of one sequence after {results.state_lengths[-1]:,} bytes"),
+        (f"{speed:.2f} ×", "training speed of Hope relative to the Transformer on this machine"),
     ]
 
 
@@ -118,7 +107,8 @@ def _curve(results: DemoResults, name: str, condition: str) -> list[float | None
 
 
 def _learning(results: DemoResults) -> list[str]:
-    panels = []
+    values = [value for curve in results.curves.values() for value in curve.bits_per_byte]
+    y_range, panels = (min(values) - 0.1, max(values) + 0.1), []
     for axis, label in (("tokens", "bytes read"), ("flops", "FLOPs"), ("seconds", "seconds")):
         lines = []
         for name, curve in results.curves.items():
@@ -128,13 +118,8 @@ def _learning(results: DemoResults) -> list[str]:
                 continue
             label_of = results.runs["transformer"].label if name == "transformer-long" else curve.label
             lines.append(Line(label_of, getattr(curve, axis), curve.bits_per_byte, COLORS[name]))
-        panels.append(Panel(lines, label, "held-out bits per byte" if axis == "tokens" else "", x_format=_short))
-    top = max(max(curve.bits_per_byte) for curve in results.curves.values())
-    low = min(min(curve.bits_per_byte) for curve in results.curves.values())
-    panels = [
-        Panel(panel.lines, panel.x_label, panel.y_label, y_range=(low - 0.1, top + 0.1), x_format=_short)
-        for panel in panels
-    ]
+        y_label = "held-out bits per byte" if axis == "tokens" else ""
+        panels.append(Panel(lines, label, y_label, y_range=y_range, x_format=_short))
     training = [
         Line(run.label, *_training_points(run), color=COLORS[name], width=1.4)
         for name, run in results.runs.items()
@@ -143,7 +128,7 @@ def _learning(results: DemoResults) -> list[str]:
     longer = results.runs.get("transformer-long")
     extra = (
         f" In the two panels on the right the Transformer is a second run of {longer.steps:,} steps with a schedule of "
-        "its own, so that it may spend as much computation and time as Hope."
+        "its own, so that it spends at least as much computation and time as Hope."
         if longer
         else " In the two panels on the right the curves end where their runs end."
     )
@@ -155,7 +140,7 @@ def _learning(results: DemoResults) -> list[str]:
         ),
         page.figure(
             chart([Panel(training, "bytes read", "training bits per byte", x_format=_short)], height=2.8),
-            "The same on the training text, each point a mean over five steps.",
+            "The same on the training text; each point is a mean over five steps.",
         ),
     ]
 
@@ -191,7 +176,7 @@ def _positions(results: DemoResults) -> list[str]:
             "<b>Writes off</b>: the same weights, but no memory learns while reading (inner step size 0). "
             f"<b>Exchanged</b>: after {length // 2:,} bytes every document goes on with the memories of another one; "
             "the distance to the solid line is what the memories held about this document. The dashed vertical line "
-            f"marks the training length of {results.training_length} bytes: to its right, neither model was trained. "
+            f"marks the training length of {results.training_length} bytes; no model was trained on later positions. "
             "The band is one standard error over documents.",
         ),
     ]
@@ -205,17 +190,17 @@ def _state(results: DemoResults) -> list[str]:
     panel = Panel(lines, "context length (bytes read)", "state of one sequence", x_log=True, y_log=True,
                   x_format=lambda value: f"{value:,.0f}", y_format=lambda value: _size(value))  # fmt: skip
     return [
-        page.heading("What has to be kept"),
+        page.heading("Size of the state"),
         page.figure(
             chart([panel], height=3.0),
-            "Memory that one sequence needs to go on after its context. Hope's memories have a fixed size; attention "
-            "keeps keys and values of every token.",
+            "What a model stores of one sequence to continue it. Hope's memories have a fixed size; attention stores "
+            "keys and values of every token.",
         ),
     ]
 
 
 def _samples(results: DemoResults) -> list[str]:
-    parts = [page.heading("A sample"), page.paragraph("The given beginning is marked; the model wrote the rest.")]
+    parts = [page.heading("Samples"), page.paragraph("The prompt is marked; the model wrote the rest.")]
     for name in ("hope", "transformer"):
         parts.append(page.paragraph(f"<b>{escape(results.runs[name].label)}</b>"))
         parts.append(page.sample(results.prompt, results.samples[name]))
@@ -245,14 +230,15 @@ def _numbers(results: DemoResults) -> list[str]:
             [
                 (
                     "bits per byte",
-                    "the loss in bits divided by the bytes of text it predicts: 8 is knowing nothing, lower is better",
+                    "the loss in bits divided by the bytes of text it predicts; 8 for a model that knows nothing, "
+                    "lower is better",
                 ),
                 (
                     "FLOPs",
                     "floating-point operations of the model, forward and backward, from its formula; a "
                     "multiply-add counts 2",
                 ),
-                ("seconds", "time spent in training steps, without evaluation and saving"),
+                ("seconds", "time in training steps, without evaluation and saving"),
                 ("learning rate", "the best for each model on one common grid, cosine schedule, same seed and batches"),
             ]
         ),
@@ -264,19 +250,17 @@ def _with_error(evaluations: dict[str, EvalResult]) -> str:
     return f"{result.value:.3f} ± {result.stderr or 0:.3f}"
 
 
-def _repeat(results: DemoResults) -> list[str]:
+def _expected(results: DemoResults) -> list[str]:
     expected = ", ".join(
         f"{results.runs[name].label} {value:.2f} ± {results.tolerance:.2f}" for name, value in results.expected.items()
     )
     return [
-        page.heading("Repeat it"),
-        page.commands(results.commands),
         page.paragraph(
             f"With the default settings expect, in bits per byte on held-out documents: {escape(expected)}. "
-            "Times depend on the machine, losses a little on its thread count and Python version (the text is the "
-            f"documentation of the running Python). Made with: {escape(results.machine)}.",
+            "Times depend on the machine. Losses depend a little on its thread count and on the version of Python, "
+            f"whose documentation is the text. Made with: {escape(results.machine)}.",
             "note",
-        ),
+        )
     ]
 
 

@@ -1,11 +1,10 @@
-"""report.html of a benchmark: tables and charts on one self-contained page."""
+"""The report of `nestlearn bench`: tables and charts."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
 
-from nestlearn.evals import page
 from nestlearn.evals.bench.cells import Cell
 from nestlearn.evals.bench.suites import Suite
 from nestlearn.evals.bench.tables import (
@@ -19,42 +18,33 @@ from nestlearn.evals.bench.tables import (
     summaries,
     tasks_of,
 )
-from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
+from nestlearn.evals.report import page
+from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
 from nestlearn.evals.result import EvalResult
 from nestlearn.evals.tasks import Task
-from nestlearn.train.checkpoint import write_text
 
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY)
 _STYLES = ("-", "--", ":")
 
 
 def write_report(path: Path, suite: Suite, cells: list[Cell], results: list[EvalResult], command: str) -> Path:
-    """Write the page, under a temporary name first, and return its path."""
-    header, rows = measured_table(cells, results)
-    seeds = len({result.seed for result in results})
-    body = [
-        f"<h1>{escape(suite.title)}</h1>",
-        page.paragraph(
-            f"{len(mixers_of(cells, results))} mixers, {len(tasks_of(cells))} tasks, {seeds} "
-            f"{'seed' if seeds == 1 else 'seeds'}: {len(results)} models, trained from the same seeds on the same "
-            "batches and judged on the same sequences.",
-            "lead",
-        ),
+    """Write the report, under a temporary name first, and return its path."""
+    mixers, tasks, seeds = mixers_of(cells, results), tasks_of(cells), len({result.seed for result in results})
+    lead = (
+        f"{len(mixers)} mixers, {len(tasks)} tasks, {seeds} {'seed' if seeds == 1 else 'seeds'}: {len(results)} "
+        "models, trained from the same seeds on the same batches and evaluated on the same sequences."
+    )
+    found, looks = summaries(cells, results), _looks(mixers)
+    sections = [
         page.heading("Measured accuracy"),
-        page.table(header, rows),
+        page.table(*measured_table(cells, results)),
         *(page.paragraph(escape(line), "note") for line in notes(cells, results)),
+        *(part for task in tasks for part in _task(task, found, results, looks)),
+        *_published(cells),
+        page.heading("Models and cost"),
+        page.table(*cost_table(cells, results)),
     ]
-    found = summaries(cells, results)
-    colors = _looks(mixers_of(cells, results))
-    for task in tasks_of(cells):
-        body += _task(task, found, results, colors)
-    body += _published(cells)
-    header, rows = cost_table(cells, results)
-    body += [page.heading("Models and cost"), page.table(header, rows)]
-    if command:
-        body += [page.heading("Repeat it"), page.commands([command])]
-    write_text(path, page.page(suite.title, body))
-    return path
+    return page.write_page(path, suite.title, lead, sections, commands=[command] if command else [])
 
 
 def _looks(mixers: list[str]) -> dict[str, tuple[str, str]]:
@@ -84,7 +74,7 @@ def _task(
     panels.append(_learning(task, by_mixer, results, looks))
     captions.append(
         f"{'Right: accuracy' if captions else 'Accuracy'} on {escape(splits[-1].name)} during training (on a part "
-        "of the sequences), one line per seed; a line ends where the model was good enough."
+        "of the sequences), one line per seed. A line ends when the model was good enough to stop."
     )
     width = 9.0 if len(panels) > 1 else 6.0
     return [page.heading(task.name), page.figure(chart(panels, width=width, height=3.6), " ".join(captions))]

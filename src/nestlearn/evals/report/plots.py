@@ -1,4 +1,4 @@
-"""Line charts as inline SVG whose text takes the colour of the page, so that they read in light and dark."""
+"""Line charts as inline SVG. Text has the colour of the page, so it is readable on light and dark."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 # Distinguishable with the common colour-vision deficiencies and on both backgrounds.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f7de1", "#e0762a", "#1f9d74", "#a463d6", "#8a8f98"
-# A colour no line uses: matplotlib writes it for text and axes, then it becomes the colour of the page's text.
+# A colour that no line uses. matplotlib draws text and axes in it; then it is replaced by the page's text colour.
 _INK = "#010203"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `y` may hold None where there is no value."""
+    """One curve; ``y`` is None where there is no value, ``band`` is half the height of a shaded band."""
 
     label: str
     x: Sequence[float]
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes; ``marks`` are vertical lines as (x, text)."""
 
     lines: Sequence[Line]
     x_label: str
@@ -47,7 +47,7 @@ class Panel:
 
 
 def chart(panels: Sequence[Panel], *, height: float = 3.3, width: float = 9.0, legend: bool = True) -> str:
-    """Panels side by side as one `<svg>` element."""
+    """Panels side by side as one ``<svg>`` element; sizes in inches."""
     import matplotlib
 
     settings: dict[Any, Any] = {
@@ -104,7 +104,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         if formatter is not None:
             axis.set_major_formatter(FuncFormatter(lambda value, _position, f=formatter: f(value)))
     axes.grid(True, color=_INK, alpha=0.12, lw=0.8)
-    # One line of text lower for every mark, so that marks close to each other do not print over each other.
+    # Each mark's text is one line lower than the one before, so that texts of close marks do not overlap.
     for row, (position, text) in enumerate(panel.marks):
         axes.axvline(position, color=_INK, alpha=0.45, lw=1, ls=(0, (2, 3)))
         axes.annotate(text, (position, 1), xycoords=("data", "axes fraction"), xytext=(4, -4 - 12 * row),
@@ -123,7 +123,7 @@ def _legend(figure: Any, all_axes: Sequence[Axes]) -> None:
 
 
 def _inline(svg: str) -> str:
-    """The `<svg>` element alone, free of identifiers that would clash on a page with several charts."""
+    """The ``<svg>`` element alone, without identifiers that would clash on a page with several charts."""
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)

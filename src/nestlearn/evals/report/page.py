@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+
+from nestlearn.train.checkpoint import write_text
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #5b6470; --page: #ffffff; --card: #f4f6f8; --line: #dde2e7;
@@ -41,8 +44,32 @@ dt { font-weight: 600; } dd { margin: 0 0 .6rem; color: var(--soft); }
 """
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """A whole HTML document."""
+def write_page(
+    path: Path,
+    title: str,
+    lead: str,
+    sections: Iterable[str],
+    *,
+    tiles: Sequence[tuple[str, str]] = (),
+    commands: Sequence[str] = (),
+) -> Path:
+    """Write a report, under a temporary name first, and return its path.
+
+    Args:
+        path: the file.
+        title: heading of the page.
+        lead: HTML of the first paragraph.
+        sections: HTML of the rest.
+        tiles: the most important numbers, as (value, label).
+        commands: shell commands that repeat what the page shows.
+    """
+    opening = [f"<h1>{escape(title)}</h1>", paragraph(lead, "lead"), *([_tiles(tiles)] if tiles else [])]
+    ending = [heading("Repeat it"), _preformatted("\n".join(commands))] if commands else []
+    write_text(path, _document(title, [*opening, *sections, *ending]))
+    return path
+
+
+def _document(title: str, body: Sequence[str]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
@@ -56,12 +83,11 @@ def heading(text: str) -> str:
 
 
 def paragraph(html: str, kind: str = "") -> str:
-    """A paragraph of HTML; escape what is not yours."""
+    """A paragraph of HTML. Escape text that comes from outside."""
     return f'<p class="{kind}">{html}</p>' if kind else f"<p>{html}</p>"
 
 
-def tiles(items: Sequence[tuple[str, str]]) -> str:
-    """(value, label) pairs as large numbers."""
+def _tiles(items: Sequence[tuple[str, str]]) -> str:
     inner = "".join(
         f'<div class="tile"><div class="value">{escape(value)}</div><div class="label">{escape(label)}</div></div>'
         for value, label in items
@@ -75,7 +101,7 @@ def figure(svg: str, caption: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[int | None] | None = None) -> str:
-    """A table of text cells; `best[i]` is the column of row i to emphasise."""
+    """A table of text cells; ``best[i]`` is the column of row i to emphasise."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = []
     for number, row in enumerate(rows):
@@ -89,13 +115,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[i
 
 
 def sample(prompt: str, continuation: str) -> str:
-    """Generated text, the given part marked."""
+    """Generated text, with the prompt marked."""
     return f'<pre class="wrap"><span class="given">{escape(prompt)}</span>{escape(continuation)}</pre>'
 
 
-def commands(lines: Sequence[str]) -> str:
-    """Shell commands to copy."""
-    return "<pre>" + escape("\n".join(lines)) + "</pre>"
+def _preformatted(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
 
 
 def definitions(items: Sequence[tuple[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""The report of `nestlearn learn`: what the stream taught, and what it cost of what was known."""
+"""The report of `nestlearn learn`: what the model learned from a stream, and what it forgot."""
 
 from __future__ import annotations
 
@@ -6,56 +6,42 @@ from html import escape
 from itertools import accumulate
 from pathlib import Path
 
-from nestlearn.evals import page
 from nestlearn.evals.learning import DocumentRecord, StreamRecord
-from nestlearn.evals.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
-from nestlearn.train.checkpoint import write_text
+from nestlearn.evals.report import page
+from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
 
-_WORDS = {
+_WHAT_CHANGED = {
     "cms": "the levels of its memory changed; the pretrained weights did not",
-    "finetune": "all weights changed, and nothing guards the old",
+    "finetune": "all weights changed, without protection of earlier knowledge",
     "ewc": "all weights changed, those that mattered for earlier text less (elastic weight consolidation)",
     "replay": "all weights changed, with earlier text mixed in",
-    "lora": "an adapter of low rank changed beside the frozen weights",
+    "lora": "an adapter of low rank changed; the weights did not",
 }
 _CURVE_POINTS = 400
 _LEVEL_COLORS = (PURPLE, GREEN, ORANGE, GREY)
 
 
-def write_learning_report(record: StreamRecord, path: Path) -> Path:
+def write_report(record: StreamRecord, path: Path) -> Path:
     """Write the report, under a temporary name first, and return its path."""
-    body = [*_opening(record), *_documents(record), *_online(record), *_levels(record), *_repeat(record)]
-    write_text(path, page.page("What a model learned from a stream", body))
-    return path
-
-
-def _opening(record: StreamRecord) -> list[str]:
     documents = record.documents
     size = sum(document.bytes for document in documents)
-    weights = [document.bytes / size for document in documents]
-    before = sum(w * document.before for w, document in zip(weights, documents, strict=True))
-    after = sum(w * document.after for w, document in zip(weights, documents, strict=True))
-    known = documents[-1].known
+    before = sum(document.bytes * document.before for document in documents) / size
+    after = sum(document.bytes * document.after for document in documents) / size
+    known, seconds = documents[-1].known, max(sum(document.seconds for document in documents), 1e-9)
     change = 100 * (known / record.known_before - 1)
-    return [
-        "<h1>What a model learned from a stream</h1>",
-        page.paragraph(
-            f"{escape(record.model)} read {len(documents)} document{'s' * (len(documents) != 1)} ({size:,} bytes) by "
-            f"the method {escape(record.method)}: {_WORDS[record.method]}. Bits per byte: lower is better.",
-            "lead",
-        ),
-        page.tiles(
-            [
-                (f"{before:.3f} → {after:.3f}", "the documents, before and after each was learned"),
-                (
-                    f"{documents[0].after:.3f} → {documents[-1].first:.3f}",
-                    "the first document, right after and at the end",
-                ),
-                (f"{record.known_before:.3f} → {known:.3f}", f"{record.known_name}, known before ({change:+.1f} %)"),
-                (f"{size / max(sum(d.seconds for d in documents), 1e-9) / 1000:.1f} KB/s", "learned on this machine"),
-            ]
-        ),
+    lead = (
+        f"{escape(record.model)} read {len(documents)} document{'s' * (len(documents) != 1)} ({size:,} bytes) by the "
+        f"method {escape(record.method)}: {_WHAT_CHANGED[record.method]}. Bits per byte: lower is better."
+    )
+    tiles = [
+        (f"{before:.3f} → {after:.3f}", "the documents, before and after each was learned"),
+        (f"{documents[0].after:.3f} → {documents[-1].first:.3f}", "the first document, right after and at the end"),
+        (f"{record.known_before:.3f} → {known:.3f}", f"{record.known_name}, known before ({change:+.1f} %)"),
+        (f"{size / seconds / 1000:.1f} KB/s", "learned on this machine"),
     ]
+    sections = [*_documents(record), *_online(record), *_levels(record), *_settings(record)]
+    commands = [record.command] if record.command else []
+    return page.write_page(path, "What a model learned from a stream", lead, sections, tiles=tiles, commands=commands)
 
 
 def _documents(record: StreamRecord) -> list[str]:
@@ -84,15 +70,15 @@ def _documents(record: StreamRecord) -> list[str]:
         page.heading("Document by document"),
         page.figure(
             chart([learned, kept]),
-            "Left: each document before and after it was learned, with a fresh context each time. Right: what was "
-            "known before, and the first document, as the stream goes on; rising lines are forgetting.",
+            "Left: each document before and after it was learned, with a fresh context each time. Right: the known "
+            "text and the first document as the stream goes on. A rising line is forgetting.",
         ),
         page.table(header, rows),
     ]
 
 
 def _whole(place: float) -> str:
-    """Documents are counted: no tick between two of them."""
+    """No tick between two whole numbers: the axis counts documents."""
     return f"{place:.0f}" if place == round(place) else ""
 
 
@@ -112,22 +98,17 @@ def _online(record: StreamRecord) -> list[str]:
     every = max(1, len(on) // _CURVE_POINTS)
     places = list(range(every - 1, len(on), every))
     lines = [Line("learning", places, [_mean(on, place, every) for place in places], BLUE)]
+    panels = [Panel(lines, "segments read", "bits per byte")]
     if len(off) == len(on):
         lines.insert(0, Line("writes off", places, [_mean(off, place, every) for place in places], GREY))
         gains = list(accumulate(b - a for a, b in zip(on, off, strict=True)))
-        total = Panel(
-            [Line("saved by learning", places, [gains[place] / (place + 1) for place in places], GREEN)],
-            "segments read",
-            "bits per byte saved so far",
-        )
-    else:
-        total = None
-    panels = [Panel(lines, "segments read", "bits per byte"), *([] if total is None else [total])]
+        saved = Line("saved by learning", places, [gains[place] / (place + 1) for place in places], GREEN)
+        panels.append(Panel([saved], "segments read", "bits per byte saved so far"))
     return [
         page.heading("While it reads"),
         page.figure(
             chart(panels),
-            "Every segment is scored before it is learned, so this is prediction of text never seen."
+            "Every segment is scored before it is learned, so this is prediction of unseen text."
             + (f" Means of {every} segments." if every > 1 else ""),
         ),
     ]
@@ -162,10 +143,6 @@ def _levels(record: StreamRecord) -> list[str]:
     ]
 
 
-def _repeat(record: StreamRecord) -> list[str]:
+def _settings(record: StreamRecord) -> list[str]:
     settings = [(name, str(value)) for name, value in record.settings.items() if value is not None]
-    return [
-        page.heading("Settings"),
-        page.table(("setting", "value"), settings),
-        *([page.commands([record.command])] if record.command else []),
-    ]
+    return [page.heading("Settings"), page.table(("setting", "value"), settings)]
