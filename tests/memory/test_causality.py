@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestlearn.memory import L2, MLP, Gates, Huber, Matrix, catalog, scan
+from nestlearn.memory import L2, MLP, Gates, Huber, catalog, scan
 
 from .cases import AXES, MIRAS_AXES, Case, Inputs, covering, make_inputs, run, state_tensors
 
@@ -48,8 +48,9 @@ def test_the_past_and_the_other_rows_stay_bit_identical(case: Case, dtype: torch
     inputs = make_inputs(case, dtype=dtype)
     y, state = run(case, inputs)
     last, rest = slice(CHANGED, CHANGED + 1), slice(CHANGED, None)
-    edits = [(PARTS, where, value) for where in (last, rest) for value in (0.0, HUGE, NAN)]
-    edits += [((part,), rest, value) for part in PARTS for value in (0.0, HUGE)]
+    huge = 10 * torch.finfo(dtype).max ** (1 / 3)  # beyond what a scan takes
+    edits = [(PARTS, where, value) for where in (last, rest) for value in (0.0, huge, NAN)]
+    edits += [((part,), rest, value) for part in PARTS for value in (0.0, huge)]
     for parts, where, value in edits:
         other, other_state = run(case, changed(inputs, parts, 1, where, value))
         assert torch.equal(other[1, :CHANGED], y[1, :CHANGED]), (parts, where, value)
@@ -116,24 +117,6 @@ def test_a_lost_state_goes_on_as_nan_and_a_reset_clears_it(read: str):
     assert y[0, :6].isnan().all() and torch.isfinite(y[0, 6:]).all() and torch.isfinite(state.params["in"]).all()
     (late, _), fresh = inputs.cut(6, 12), case.memory.init_state((2,), 3, 3, params=inputs.initial, dtype=torch.float64)
     torch.testing.assert_close(y[0, 6:], scan(memory, fresh, *late)[0][0], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@torch.no_grad()
-def test_an_overflow_inside_a_chunk_stays_behind_it(dtype: torch.dtype):
-    """A raw delta step on long keys grows by a factor of 1e12 a token: finite at first, then lost, then reset."""
-    case = Case(Matrix(), step_size="raw", momentum=False, chunk_size=32, tokens=96, batch=1)
-    inputs = make_inputs(case, dtype=dtype)
-    y, _ = run(case, inputs)
-    reset = torch.zeros(1, 96, dtype=torch.bool)
-    reset[0, 70] = True
-    wild = dataclasses.replace(changed(inputs, ("k",), 0, slice(8, 40), 1e6), reset=reset)
-    wild = changed(wild, ("lr",), 0, slice(8, 40), 1.0)
-    other, state = run(case, wild)
-    torch.testing.assert_close(other[:, :8], y[:, :8], rtol=1e-5, atol=1e-6)
-    assert torch.isfinite(other[:, :8]).all()
-    assert torch.isfinite(other[:, 70:]).all() and torch.isfinite(state.params["W"]).all()
-    assert dtype == torch.float64 or other[:, 39:70].isnan().all()
 
 
 @torch.no_grad()

@@ -9,17 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nestlearn.memory import clock
-from nestlearn.memory.clock import Grid, compaction, place, scatter_outputs, span_length
+from nestlearn.memory.clock import Clock, Grid, compaction, place, scatter_outputs, span_length
 
 
 @st.composite
 def grids(draw: st.DrawFn) -> dict:
-    """Arguments of `place` and the boundary that ends spans."""
+    """Arguments of `place`."""
     rows, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 20))
-    boundary = draw(st.integers(1, 8))
-    chunk = boundary * draw(st.integers(1, 3))
-    # As `span_length` makes it: an equal part of what lies between two boundaries, or the whole call.
-    span = draw(st.sampled_from([n for n in range(1, boundary + 1) if boundary % n == 0]))
+    chunk = draw(st.integers(1, 16))
+    # As `span_length` makes it: an equal part of a chunk, or the whole call.
+    span = draw(st.sampled_from([n for n in range(1, chunk + 1) if chunk % n == 0]))
 
     def flags(chance: float) -> Tensor | None:
         if draw(st.booleans()):
@@ -33,7 +32,6 @@ def grids(draw: st.DrawFn) -> dict:
         "span": min(span, tokens),
         "mask": flags(0.7),
         "reset": flags(0.3),
-        "boundary": boundary,
     }
 
 
@@ -47,8 +45,8 @@ def simulate(arguments: dict, row: int) -> tuple[list[list[int]], list[int], int
             continue
         restarts = reset is not None and bool(reset[row, token])
         position = 0 if restarts else position
-        # A reset inside a span goes on in it; any other start of a chunk (or boundary) begins a span.
-        begins = position % arguments["boundary"] == 0 and not restarts
+        # A reset inside a span goes on in it; any other start of a chunk begins a span.
+        begins = position % arguments["chunk_size"] == 0 and not restarts
         if not spans or begins or len(spans[-1]) == arguments["span"]:
             spans.append([])
             phases.append(position)
@@ -87,8 +85,8 @@ def test_the_promised_number_of_spans_suffices(arguments: dict):
         patch.setattr(clock, "known_empty", lambda flags: False)
         grid = place(**arguments)
     check(grid, arguments)
-    tokens, span, boundary = (arguments[name] for name in ("tokens", "span", "boundary"))
-    assert grid.index.shape[1] <= tokens // span + tokens // boundary + 2
+    tokens, span, chunk = (arguments[name] for name in ("tokens", "span", "chunk_size"))
+    assert grid.index.shape[1] <= tokens // span + tokens // chunk + 2
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -114,3 +112,40 @@ def test_compaction_moves_true_tokens_to_the_front():
 def test_span_length(chunk: int, tokens: int, length: int):
     """Equal parts of a long chunk; a chunk without a useful divisor stays whole."""
     assert span_length(chunk, tokens) == length
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(grids(), st.booleans())
+def test_a_clock_knows_where_chunks_begin_and_end(arguments: dict, aligned: bool):
+    """Against a count in words, and what is cut comes back in order."""
+    if aligned:
+        arguments["position"] = torch.zeros_like(arguments["position"])
+    clock = Clock.start(aligned=aligned, **arguments)
+    rows, tokens, chunk = len(arguments["position"]), arguments["tokens"], arguments["chunk_size"]
+    x = torch.arange(1.0, tokens + 1).expand(rows, tokens)
+    parts = clock.cut(x, -1)
+    for row in range(rows):
+        place, flags = int(arguments["position"][row]), []
+        for token in range(tokens):
+            if arguments["mask"] is not None and not arguments["mask"][row, token]:
+                continue
+            place = 0 if arguments["reset"] is not None and arguments["reset"][row, token] else place
+            flags.append((token, place))
+            place = (place + 1) % chunk
+        found = []
+        for span, part in zip(clock.spans, parts, strict=True):
+            valid = span.valid[row] if span.valid is not None else torch.ones_like(part[row], dtype=torch.bool)
+            places = span.places(x.device).expand(rows, -1)[row][valid].tolist()
+            closing = span.closing(x.device).expand(rows, -1)[row][valid].tolist()
+            assert closing == [p == chunk - 1 for p in places]
+            each = (span.begins, span.ends)
+            begins, ends = (bool(flag[row]) if isinstance(flag, Tensor) else flag for flag in each)
+            if places:
+                reset = span.reset is not None and bool(span.reset[row, 0])
+                assert begins == (places[0] == 0) or reset
+                assert ends == closing[-1]
+                assert int(span.after(arguments["position"])[row]) == (places[-1] + 1) % chunk
+            found += list(zip((part[row][valid] - 1).int().tolist(), places, strict=True))
+        assert found == flags and int(clock.position[row]) == place
+    kept = torch.ones_like(x, dtype=torch.bool) if arguments["mask"] is None else arguments["mask"]
+    assert torch.equal(clock.join([part.unsqueeze(-1) for part in parts]).squeeze(-1), torch.where(kept, x, 0))

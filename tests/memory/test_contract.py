@@ -65,6 +65,9 @@ class Structural:
     def close(self, accumulator: Tensor) -> Tensor:
         return 0.9 * accumulator
 
+    def keep(self, weights: Tensor, alpha: Tensor, eta: Tensor, x: Tensor) -> Tensor:
+        return alpha * weights - 0.1 * eta * (weights @ x.unsqueeze(-1)) * x.unsqueeze(-2)
+
     def start(self, weights: Tensor) -> Tensor:
         return weights
 

@@ -21,7 +21,6 @@ from nestlearn.memory import (
     catalog,
     chunked,
     explain,
-    general,
     reference,
     scan,
 )
@@ -48,7 +47,7 @@ def arguments(
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the calls of the engines and of the two paths of the chunked one."""
+    """Counts the calls of the engines, and how the chunked one's tokens were placed."""
     calls: Counter[str] = Counter()
 
     def watch(module, name: str, label: str) -> None:
@@ -61,10 +60,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(module, name, counted)
 
     watch(reference, "scan", "reference")
-    for part in (chunked, general):
-        watch(part, "scan", "chunked")
-        watch(part, "_scan_aligned", "aligned")
-        watch(part, "_scan_placed", "placed")
+    watch(chunked, "run", "chunked")
+    start = chunked.Clock.start
+
+    def placing(*args, **kwargs):
+        clock = start(*args, **kwargs)
+        calls["aligned" if clock.grid is None else "placed"] += 1
+        return clock
+
+    monkeypatch.setattr(chunked.Clock, "start", placing)
     return calls
 
 

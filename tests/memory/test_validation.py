@@ -187,7 +187,8 @@ def test_absorb_and_surprise_refuse_what_does_not_fit():
 @pytest.mark.parametrize(
     ("replaced", "error", "message"),
     [
-        ({"state": None}, TypeError, "state must be a nestlearn.memory.State, got NoneType.*init_state"),
+        ({"state": {}}, TypeError, "state must be a nestlearn.memory.State, got dict.*init_state"),
+        ({"state": None, "k": X.tolist()}, TypeError, "k must be a tensor, got list.*torch.as_tensor"),
         ({"gates": None}, TypeError, r"gates must be a nestlearn.memory.Gates, got NoneType.*Gates\(lr, retain\)"),
         ({"gates": Gates(None, G)}, TypeError, "gates.lr is None"),  # type: ignore[arg-type]
         ({"gates": Gates(G, G.tolist())}, TypeError, "gates.retain must be a tensor, got list"),  # type: ignore[arg-type]

@@ -3,20 +3,22 @@
 `scan` runs a memory over tokens; `catalog` names the memories of the literature.
 """
 
-from .algorithms import Descent, Momentum, OrthogonalizedMomentum
-from .architectures import MLP, Matrix
+from .algorithms import Algorithm, Descent, Momentum, OrthogonalizedMomentum
+from .architectures import MLP, Architecture, Matrix
 from .associative import AssociativeMemory
 from .catalog import catalog
 from .engine import Explanation, absorb, explain, scan, surprise
 from .kernels.newton_schulz import newton_schulz
 from .objectives import L2, DotProduct, Huber, Lp, Objective, ThresholdObjective, ValueShiftRobust
 from .retention import KL, Bregman, Decay, Delta, ElasticNet, Lq, LqDual, Retention
-from .types import Factor, Gates, State
+from .types import Factor, Gates, State, Tokens
 
 __all__ = [
     "KL",
     "L2",
     "MLP",
+    "Algorithm",
+    "Architecture",
     "AssociativeMemory",
     "Bregman",
     "Decay",
@@ -38,6 +40,7 @@ __all__ = [
     "Retention",
     "State",
     "ThresholdObjective",
+    "Tokens",
     "ValueShiftRobust",
     "absorb",
     "catalog",

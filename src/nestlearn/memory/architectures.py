@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .kernels.products import Activation, activate, activate_with_error
 from .objectives import Objective
-from .types import Factor
+from .types import Factor, Weights
 
 Linear = Callable[[str, Tensor], Tensor]
 
@@ -44,6 +45,18 @@ class Architecture(Protocol):
 
     def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
         """Input and error of every map for the loss of ``(k, v)``, in closed form."""
+        ...
+
+
+@runtime_checkable
+class SteepArchitecture(Protocol):
+    """An architecture that states its steepness, as the layers' bounds of the step size need it."""
+
+    def steepness(self, weights: Weights) -> float | Float[Tensor, "h 1"]:
+        """How many times more than in a matrix an update of these weights can change what is read.
+
+        ``weights: {map: [h, out, in]}`` are those that each head starts from.
+        """
         ...
 
 

@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .algorithms import Algorithm, Descent, Momentum, OrthogonalizedMomentum, has_momentum
+from .algorithms import Algorithm, Descent, OrthogonalizedMomentum
 from .architectures import Architecture, Matrix
 from .objectives import DotProduct, Objective
-from .retention import Decay, Delta, Retention, is_linear, is_per_channel
+from .retention import Decay, Delta, Retention, is_per_channel
 from .types import State, Weights
 
 StepSize = Literal["raw", "proximal", "normalized"]
 RetainTo = Literal["zero", "initial"]
 Read = Literal["token", "chunk"]
+Values = Literal["given", "own"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class AssociativeMemory:
     Data, not behaviour: `scan`, `surprise`, `absorb` and `explain` run it. ``dataclasses.replace`` gives a variant.
 
     Args:
-        architecture: the map M, `Matrix()` or `MLP(expansion)`.
+        architecture: the map M: `Matrix()`, `MLP(expansion)` or any `Architecture`.
         objective: what M minimizes over (key, value): `DotProduct()`, `L2()`, `Lp(p)`, `Huber(form)`,
             `ValueShiftRobust()` or any `Objective`.
         retention: how weights are kept: `Decay(per_channel=False)`, `Delta(gated=False)`, a mirror map (`Lq`, `LqDual`,
             `KL`, `ElasticNet`, `Bregman`) or any `Retention`.
-        algorithm: `Descent()`, `Momentum()` or `OrthogonalizedMomentum()`.
+        algorithm: `Descent()`, `Momentum()`, `OrthogonalizedMomentum()` or any `Algorithm`.
         step_size: how the gate ``eta`` becomes the step ``eta'`` of a map with input x (one for all maps, or a mapping
             from map name; only with delta retention, which needs the bound):
             ``raw`` ``eta``; ``proximal`` ``eta / (1 + eta ||x||^2)`` (the exact DGD step, NL Eq. 57);
@@ -42,6 +43,10 @@ class AssociativeMemory:
         chunk_size: tokens between two refreshes of the anchor at which errors are taken. Part of the function, not
             only of its speed.
         read: ``token`` reads ``M_t`` (after the token's own write), ``chunk`` the weights at the start of the chunk.
+        values: what a key is associated with: the ``given`` value v, or the memory's ``own`` answer to it at the start
+            of the chunk, ``M(v) / ||M(v)||`` (NL Eq. 87: self-modification).
+        gradient_limit: largest norm of the outer gradient that passes through the weights from span to span; a larger
+            one is scaled down to it. None is exact. Recurrences that can be chaotic need a limit.
 
     Raises:
         ValueError: for contradictory or unknown settings, with the fix.
@@ -61,6 +66,8 @@ class AssociativeMemory:
     retain_to: RetainTo = "zero"
     chunk_size: int = 64
     read: Read = "token"
+    values: Values = "given"
+    gradient_limit: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
@@ -78,9 +85,10 @@ class AssociativeMemory:
                 f"retention must be Decay() or Delta(), got {self.retention!r}; "
                 "any instance of a subclass of Retention that defines `weights` will do"
             )
-        if not isinstance(self.algorithm, Descent | Momentum | OrthogonalizedMomentum):
+        if isinstance(self.algorithm, type) or not isinstance(self.algorithm, Algorithm):
             raise ValueError(
-                f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; or use OrthogonalizedMomentum()"
+                f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; "
+                "any instance of a subclass of Algorithm that defines `step` will do"
             )
         if isinstance(self.algorithm, OrthogonalizedMomentum) and self.retention != Decay():
             raise ValueError(
@@ -89,6 +97,11 @@ class AssociativeMemory:
             )
         _require("retain_to", self.retain_to, get_args(RetainTo))
         _require("read", self.read, get_args(Read))
+        _require("values", self.values, get_args(Values))
+        if self.gradient_limit is not None and not self.gradient_limit > 0:
+            raise ValueError(
+                f"gradient_limit must be positive, or None for exact gradients; got {self.gradient_limit!r}"
+            )
         names = tuple(self.architecture.shapes(1, 1))
         if not isinstance(self.step_size, str):
             per_map = dict(self.step_size)
@@ -107,14 +120,8 @@ class AssociativeMemory:
 
     @property
     def has_momentum(self) -> bool:
-        """Whether the algorithm keeps a momentum and needs its gate."""
-        return has_momentum(self.algorithm)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether one decay a token and weights that change at every token are all there is: the fast engine's case."""
-        linear = is_linear(self.retention) and not is_per_channel(self.retention)
-        return linear and not isinstance(self.algorithm, OrthogonalizedMomentum)
+        """Whether every token needs a momentum gate."""
+        return self.algorithm.has_momentum
 
     def step_size_of(self, name: str) -> StepSize:
         """The step-size mode of one map."""
@@ -158,37 +165,45 @@ class AssociativeMemory:
                 raise ValueError(f"params has maps {sorted(params)}, this memory has {sorted(shapes)}")
             full = {n: _expand(n, params[n], (*batch_shape, *s)) for n, s in shapes.items()}
         initial = {n: w.to(dtype=dtype, device=device) for n, w in full.items()}
-        momentum = None
-        if has_momentum(self.algorithm):
-            momentum = {n: torch.zeros_like(w) for n, w in initial.items()}
-        first = next(iter(initial.values()))
-        position = torch.zeros(batch_shape, dtype=torch.long, device=first.device)
-        pending = first.new_zeros(batch_shape) if isinstance(self.algorithm, OrthogonalizedMomentum) else None
-        return State(initial, momentum, dict(initial), position, pending, aligned=True)
+        return self.begin(initial)
 
-    def full_initial(self, initial: Weights | None, state: State, needed: bool) -> Weights:
-        """The initial weights of the rows of ``state``; the memory's own start where none are given.
+    def begin(self, params: Weights) -> State:
+        """A fresh state of these weights ``{map: [*b, out, in]}``; nothing is checked."""
+        first = next(iter(params.values()))
+        names = [carried for name in params for carried in self.carried_names(name)]
+        momentum = {name: torch.zeros_like(params[name.split(".")[0]]) for name in names} or None
+        position = torch.zeros(first.shape[:-2], dtype=torch.long, device=first.device)
+        pending = first.new_zeros(first.shape[:-2]) if self.algorithm.writes_at_close else None
+        return State(params, momentum, dict(params), position, pending, aligned=True)
+
+    def carried_names(self, name: str) -> list[str]:
+        """The names in ``State.momentum`` of what the algorithm carries along for one map: the map's own first."""
+        return [name, *(f"{name}.{i}" for i in range(1, self.algorithm.carries))][: self.algorithm.carries]
+
+    def full_initial(self, initial: Weights | None, like: Weights, *, needed: bool) -> Weights:
+        """The initial weights in the shapes and the dtype of ``like``; the memory's own start where none are given.
 
         Args:
             initial: ``{map: [*b, out, in]}`` or broadcastable to it.
-            state: of the rows.
+            like: weights of the rows.
             needed: whether something goes back to them: a reset, or retention to the initial weights.
 
         Raises:
             ValueError: wrong names or shapes; or none, where they are needed and the memory starts at random.
         """
         if initial is not None:
-            if set(initial) != set(state.params):
-                raise ValueError(f"initial has maps {sorted(initial)}, this memory has {sorted(state.params)}")
-            return {n: _expand(n, initial[n], tuple(w.shape)).to(w.dtype) for n, w in state.params.items()}
+            if set(initial) != set(like):
+                raise ValueError(f"initial has maps {sorted(initial)}, this memory has {sorted(like)}")
+            return {n: _expand(n, initial[n], tuple(w.shape)).to(w.dtype) for n, w in like.items()}
         if not needed:
-            return state.params
+            return like
         if not isinstance(self.architecture, Matrix):
             raise ValueError(
-                f"{type(self.architecture).__name__} starts at random weights, and a reset or retain_to='initial' goes "
-                "back to them: pass initial=, the weights that the state began with (init_state(...).params)."
+                f"{type(self.architecture).__name__} starts at random weights, and a fresh state, a reset and "
+                "retain_to='initial' go back to them: pass initial=, the weights that the state began with "
+                "(init_state(...).params)."
             )
-        return {n: self.retention.start(torch.zeros_like(w)) for n, w in state.params.items()}
+        return {n: self.retention.start(torch.zeros_like(w)) for n, w in like.items()}
 
 
 def _require(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ def check_engine(engine: str) -> None:
     """A known one."""
     if engine not in get_args(Engine):
         raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference' or 'chunked'")
+
+
+def check_tensors(**inputs: object) -> None:
+    """Every input is a tensor."""
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}. Use torch.as_tensor({name}).")
 
 
 def check_scan(
@@ -57,7 +64,7 @@ def check_scan(
             )
     check_momentum(memory, gates)
     check_threshold(memory, gates.threshold)
-    if memory.has_momentum and state.momentum is None:
+    if memory.algorithm.carries and state.momentum is None:
         raise ValueError("this state was made without momentum; make it with this memory's init_state")
     channels = is_per_channel(memory.retention)
     for name, x in (*gates._asdict().items(), ("mask", mask), ("reset", reset)):
@@ -87,9 +94,9 @@ def check_types(state: object, gates: object, inputs: Mapping[str, object], flag
             raise TypeError(f"{name} is None, but every token needs one; ones keep everything and write fully.")
     optional = {name: x for name, x in (*named.items(), *flags.items()) if x is not None}
     device = next(iter(state.params.values())).device
-    for name, x in {**inputs, **optional}.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}. Use torch.as_tensor({name}).")
+    given: dict[str, Any] = {**inputs, **optional}
+    check_tensors(**given)
+    for name, x in given.items():
         if x.device != device:
             raise ValueError(
                 f"{name} is on {x.device}, but the state is on {device}. Move one of them, or make the state with "

@@ -1,16 +1,26 @@
-"""Where tokens go: the static grid of spans that the chunked engine runs over.
+"""The clock: which tokens form a span, and where chunks begin and end.
 
-A span is a run of tokens of one row that share one anchor. Rows of different phase, masked tokens and resets make
-the spans of the rows differ; the grid holds them all at fixed shapes, without asking the device for a value.
+A span is a run of tokens of one row that share one anchor. Where all rows stand at the start of a chunk and every token
+is real, spans are slices of the sequence. Rows inside a chunk, masked tokens and resets make the spans of the rows
+differ; then a grid holds them all at fixed shapes, without asking the device for a value.
+
+    clock = Clock.start(position, aligned, tokens, chunk_size, span_length(chunk_size, tokens), mask, reset)
+    for span, x in zip(clock.spans, clock.cut(x)):
+        ...                                        # span.begins, span.ends: rows whose chunk begins or ends
+    y = clock.join(outputs)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from .types import Weights
 
 LONGEST_SPAN = 128
 
@@ -53,15 +63,6 @@ class Grid(NamedTuple):
     phase: Int[Tensor, "b n"]
     end: Int[Tensor, "b"]
 
-    def repeat(self, heads: int) -> Grid:
-        """The grid of ``heads`` rows for every row."""
-
-        def each(x: Tensor) -> Tensor:
-            return x.repeat_interleave(heads, 0)
-
-        reset = None if self.reset is None else each(self.reset)
-        return Grid(each(self.index), each(self.valid), reset, each(self.phase), each(self.end))
-
 
 def compaction(mask: Bool[Tensor, "b t"]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
     """Indices that move the True tokens of every row to its front, in order, and how many there are.
@@ -82,15 +83,13 @@ def place(
     span: int,
     mask: Bool[Tensor, "b t"] | None,
     reset: Bool[Tensor, "b t"] | None,
-    boundary: int | None = None,
 ) -> Grid:
     """Assign the tokens of every row to spans that end where a chunk ends or after ``span`` tokens.
 
     Every chunk begins a span, so that the last span of a chunk is shorter where ``span`` does not divide it.
-    ``boundary`` also ends spans at its multiples inside a chunk (memories of two chunk sizes share a grid).
 
     A reset inside a span needs no new span: after it the anchor is the initial weights, known beforehand. So a row
-    needs at most ``t // span + t // boundary + 2`` spans, however many resets it has.
+    needs at most ``t // span + t // chunk_size + 2`` spans, however many resets it has.
     """
     rows, device = position.shape[0], position.device
     slots = torch.arange(tokens, device=device)
@@ -104,14 +103,13 @@ def place(
         restart = reset.gather(1, order) & present
         last = torch.where(restart, slots, -1).cummax(1).values
         phase = torch.where(last >= 0, slots - last, position[:, None] + slots) % chunk_size
-    boundary = chunk_size if boundary is None else boundary
-    ends = phase % boundary == 0
+    ends = phase % chunk_size == 0
     ends = ends if restart is None else ends & ~restart
     following = torch.where(ends, slots, tokens).flip(1).cummin(1).values.flip(1)
     following = torch.cat([following[:, 1:], following.new_full((rows, 1), tokens)], 1)
 
-    ragged = boundary % span != 0 and span < tokens
-    firsts, lasts = _spans(following, count, tokens, boundary, span, several=restart is not None or ragged)
+    ragged = chunk_size % span != 0 and span < tokens
+    firsts, lasts = _spans(following, count, tokens, chunk_size, span, several=restart is not None or ragged)
     slot = firsts[..., None] + torch.arange(span, device=device)
     valid = slot < lasts[..., None]
     slot = slot.clamp(max=tokens - 1)
@@ -150,6 +148,150 @@ def scatter_outputs(y: Tensor, grid: Grid, tokens: int) -> Tensor:
     target = torch.where(grid.valid, grid.index, tokens).flatten(1)
     out = y.new_zeros(rows, tokens + 1, width)
     return out.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), y.flatten(1, 2))[:, :tokens]
+
+
+Rows = bool | Bool[Tensor, "b"]
+"""A flag of every row: each row's own, or one that is known to hold for all."""
+
+
+def choose(rows: Rows, yes: Weights, no: Weights) -> Weights:
+    """The weights ``yes`` of the flagged rows, and ``no`` of the others."""
+    if isinstance(rows, bool):
+        return yes if rows else no
+    flags = {w.dim(): rows.view(*rows.shape, *[1] * (w.dim() - rows.dim())) for w in no.values()}
+    return {name: torch.where(flags[w.dim()], yes[name], w) for name, w in no.items()}
+
+
+class Span(NamedTuple):
+    """One span of a `Clock`, the same for every map of a memory.
+
+    Args:
+        phase: place of the first token in its chunk (-1 in a row whose span is empty); one number where it is the
+            same in all rows.
+        length: tokens, or slots of tokens.
+        chunk_size: tokens of a chunk.
+        valid: slots that hold a token (None: all). They come first.
+        reset: tokens that reset their row (None: none).
+    """
+
+    phase: int | Int[Tensor, "b"]
+    length: int
+    chunk_size: int
+    valid: Bool[Tensor, "b c"] | None = None
+    reset: Bool[Tensor, "b c"] | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Span:
+        """``change`` applied to every tensor."""
+        phase = self.phase if isinstance(self.phase, int) else change(self.phase)
+        flags = (None if flag is None else change(flag) for flag in (self.valid, self.reset))
+        return Span(phase, self.length, self.chunk_size, *flags)
+
+    @property
+    def begins(self) -> Rows:
+        """Rows whose chunk begins with the first token."""
+        return self.phase % self.chunk_size == 0 if isinstance(self.phase, int) else self.phase == 0
+
+    @property
+    def ends(self) -> Rows:
+        """Rows whose chunk ends with the last token."""
+        if self.valid is None:
+            return (self.phase + self.length) % self.chunk_size == 0
+        last = self.valid & ~torch.cat([self.valid[:, 1:], torch.zeros_like(self.valid[:, :1])], 1)
+        return (self.closing(self.valid.device) & last).any(-1)
+
+    def after(self, position: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+        """The position of every row in its chunk after the span, given that before it."""
+        if isinstance(self.phase, int):
+            return torch.full_like(position, (self.phase + self.length) % self.chunk_size)
+        places = self.places(position.device)
+        if self.valid is None:
+            return (places[..., -1] + 1) % self.chunk_size
+        last = places.gather(-1, (self.valid.sum(-1, keepdim=True) - 1).clamp(min=0)).squeeze(-1)
+        return torch.where(self.valid.any(-1), (last + 1) % self.chunk_size, position)
+
+    def places(self, device: torch.device) -> Int[Tensor, "#b c"]:
+        """The place of every token in its chunk, where chunks are counted anew from a reset."""
+        slots = torch.arange(self.length, device=device)
+        place = (self.phase if isinstance(self.phase, int) else self.phase.unsqueeze(-1)) + slots.unsqueeze(0)
+        if self.reset is None:
+            return place
+        last = torch.where(self.reset, slots, -1).cummax(-1).values
+        return torch.where(last >= 0, slots - last, place)
+
+    def closing(self, device: torch.device) -> Bool[Tensor, "#b c"]:
+        """The last token of a chunk. There is one at most: a span is no longer than a chunk, and goes on beyond the
+        end of one only where its next token resets the row."""
+        last = (self.places(device) + 1) % self.chunk_size == 0
+        return last if self.valid is None else last & self.valid
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the tokens of one call go. Make one with `Clock.start`.
+
+    Args:
+        spans: one after another.
+        tokens: of the call.
+        position: of every row in its chunk, after the last token.
+        aligned: whether all rows are known to stand at the start of a chunk then.
+        grid: which token stands in which slot (None: spans are slices of the sequence).
+    """
+
+    spans: tuple[Span, ...]
+    tokens: int
+    position: Int[Tensor, "b"]
+    aligned: bool
+    grid: Grid | None = None
+
+    @classmethod
+    def start(
+        cls,
+        position: Int[Tensor, "b"],
+        aligned: bool,
+        tokens: int,
+        chunk_size: int,
+        span: int,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+    ) -> Clock:
+        """The clock of ``tokens`` more tokens, in spans of at most ``span``.
+
+        Args:
+            position: of every row in its chunk, before the first token.
+            aligned: whether all rows are known to stand at the start of a chunk.
+            chunk_size: tokens of a chunk.
+            mask: False marks tokens that take no part.
+            reset: True starts a chunk with that token.
+        """
+        whole = chunk_size % span == 0 or span >= tokens
+        if aligned and whole and mask is None and reset is None:
+            firsts = range(0, tokens, span)
+            spans = tuple(Span(first % chunk_size, min(span, tokens - first), chunk_size) for first in firsts)
+            end = tokens % chunk_size
+            return cls(spans, tokens, torch.full_like(position, end), end == 0)
+        grid = place(position, tokens, chunk_size, span, mask, reset)
+        flags = [None] * grid.index.shape[1] if grid.reset is None else grid.reset.unbind(1)
+        columns = zip(grid.phase.unbind(1), grid.valid.unbind(1), flags, strict=True)
+        length = grid.index.shape[2]
+        spans = tuple(Span(phase, length, chunk_size, valid, flag) for phase, valid, flag in columns)
+        return cls(spans, tokens, grid.end, False, grid)
+
+    def cut(self, x: Float[Tensor, "b t ..."], empty: float = 0) -> Sequence[Tensor]:
+        """The part ``[b, c, ...]`` of every span; slots without a token hold ``empty``.
+
+        One operation for all spans, not slices: the gradient of a slice is a full-size tensor of zeros.
+        """
+        if self.grid is None:
+            return x.split(self.spans[0].length, 1)
+        row = torch.arange(x.shape[0], device=x.device)[:, None, None]
+        valid = self.grid.valid.view(*self.grid.valid.shape, *[1] * (x.dim() - 2))
+        return torch.where(valid, x[row, self.grid.index], empty).unbind(1)
+
+    def join(self, parts: Sequence[Float[Tensor, "b c d"]]) -> Float[Tensor, "b t d"]:
+        """The parts of all spans in the order of their tokens; tokens without a slot (masked) give 0."""
+        if self.grid is None:
+            return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+        return scatter_outputs(torch.stack(list(parts), 1), self.grid, self.tokens)
 
 
 def poisoned_from(

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from . import chunked, general, reference
+from . import chunked, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
-from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_threshold
-from .clock import known_empty, poisoned_from
-from .objectives import with_threshold
+from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_tensors, check_threshold
+from .clock import Span, choose, compaction, known_empty, poisoned_from
 from .retention import Delta
-from .types import Factor, Gates, Running, State, Weights
+from .spans import explain_span, longest_span
+from .types import Factor, Gates, State, Tokens, Weights
 
 LARGEST_KEPT = 1.25
 """Products of 128 larger kept fractions leave the range of float32."""
@@ -24,7 +23,7 @@ LARGEST_KEPT = 1.25
 
 def scan(
     memory: AssociativeMemory,
-    state: State,
+    state: State | None,
     q: Float[Tensor, "*b t d_key"],
     k: Float[Tensor, "*b t d_key"],
     v: Float[Tensor, "*b t d_value"],
@@ -44,6 +43,8 @@ def scan(
     (NL Eq. 57, 88; Titans Eq. 9-14). ``scan(a)`` then ``scan(b)`` equals ``scan(a + b)`` for any split.
 
     Args:
+        memory: what to run.
+        state: from `AssociativeMemory.init_state` or an earlier call; None starts at ``initial``.
         q, k, v: queries, keys, values. No scaling or normalization happens here.
         gates: step size, retention and momentum of every token, ``[*b, t]``.
         initial: the weights ``{map: [*b, out, in]}`` (or broadcastable) that a reset and ``retain_to="initial"`` go
@@ -57,7 +58,8 @@ def scan(
     Returns:
         Outputs in the dtype of q, and the state after the last token. A key, value or gate that is not finite (or
         beyond the cube root of the dtype's largest number; retain or momentum beyond 1.25) makes the outputs of its
-        row NaN from there to the next reset, and never touches an earlier one.
+        row NaN from there to the next reset, and never touches an earlier one or another row. Gates under which the
+        recurrence itself expands beyond the dtype's range are the caller's to avoid.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or gates that do not fit.
@@ -67,28 +69,45 @@ def scan(
         >>> memory = catalog["deltanet"]
         >>> k = torch.nn.functional.normalize(torch.randn(1, 5, 8), dim=-1)
         >>> gates = Gates(lr=torch.ones(1, 5), retain=torch.ones(1, 5))
-        >>> y, state = scan(memory, memory.init_state((1,), 8, 8), k, k, k, gates)
+        >>> y, state = scan(memory, None, k, k, k, gates)
         >>> torch.allclose(y, k, atol=1e-5)
         True
     """
     how = memory.read if read is None else read
     check_engine(engine)
+    check_tensors(q=q, k=k, v=v)
+    fresh = state is None
+    state = _start(memory, initial, q, k, v) if state is None else state
     check_scan(memory, state, q, k, v, gates, mask, reset, how)
-    compute, out_dtype = next(iter(state.params.values())).dtype, q.dtype
-    q, k, v, gates = q.to(compute), k.to(compute), v.to(compute), gates.map(lambda g: g.to(compute))
-    k, v, gates, poisoned = _quarantine(k, v, gates, mask, reset)
-    run = _scan_loop if engine == "reference" else _scan_rows
-    y, end = run(memory, _begin(memory, state, initial, reset), q, k, v, gates, mask, reset, how, return_state)
+    weights = next(iter(state.params.values()))
+    tokens = Tokens(q, k, v, gates, mask, reset)
+    whole = memory.full_initial(initial, state.params, needed=reset is not None or memory.retain_to == "initial")
+    # A state may come from a variant with larger chunks.
+    state = state._replace(position=state.position % memory.chunk_size)
+    state, broken = reset_nonfinite(state, whole, reset)
+    tokens, poisoned = _admit(tokens._replace(q=q.to(weights.dtype)), weights.dtype, broken)
+    if engine == "reference":
+        y, end = reference.scan(memory, state, tokens, whole, how)
+    else:
+        leading = weights.dim() - 2
+        rows = tokens.map(lambda x: _flat(x, leading))
+        flat, there = flatten_state(state, leading), {n: _flat(w, leading) for n, w in whole.items()}
+        y, end = chunked.run(memory, flat, rows, there, read_mode=how, fresh=fresh, return_state=return_state)
+        batch = weights.shape[:leading]
+        y, end = y.reshape((*batch, *y.shape[1:])), unflatten_state(end, batch)
     if not known_empty(poisoned):
         y, end = _spread(y, end, poisoned, mask)
-    return y.to(out_dtype), end.state()
+    return y.to(q.dtype), end
 
 
-def _begin(memory: AssociativeMemory, state: State, initial: Weights | None, reset: Tensor | None) -> Running:
-    """The state with the weights that resets and retention go back to."""
-    full = memory.full_initial(initial, state, reset is not None or memory.retain_to == "initial")
-    # A state may come from a variant with larger chunks.
-    return Running.of(state._replace(position=state.position % memory.chunk_size), full)
+def _start(memory: AssociativeMemory, initial: Weights | None, q: Tensor, k: Tensor, v: Tensor) -> State:
+    """A fresh state for these tokens."""
+    known = {} if initial is None else initial
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    dtype = next((w.dtype for w in known.values()), dtype)
+    shapes = memory.architecture.shapes(k.shape[-1], v.shape[-1])
+    like = {name: k.new_zeros((), dtype=dtype).expand(*k.shape[:-2], *shape) for name, shape in shapes.items()}
+    return memory.begin(memory.full_initial(initial, like, needed=True))
 
 
 def surprise(
@@ -113,9 +132,8 @@ def surprise(
     """
     check_maps(memory, params, k, v, k.shape[:-2])
     check_threshold(memory, threshold)
-    weights = {name: memory.retention.anchored(a) for name, a in params.items()}
-    linear, adjoint = chunked.anchored(weights, weights, None)
-    return memory.architecture.factors(linear, adjoint, k, v, with_threshold(memory.objective, threshold))
+    linear, adjoint = chunked.at_anchor(chunked.seen_weights(memory, params), {}, None)
+    return chunked.find_factors(memory, linear, adjoint, k, v, threshold)
 
 
 def absorb(
@@ -147,29 +165,28 @@ def absorb(
         ([4.0, 4.0, 4.0, 0.0], 3)
     """
     check_factors(memory, state, factors, gates, mask)
-    tokens = gates.lr.shape[-1]
+    shape, tokens = state.position.shape, gates.lr.shape[-1]
+    initial = memory.full_initial(initial, state.params, needed=memory.retain_to == "initial")
+
+    def flat(x: Tensor) -> Tensor:
+        return _flat(x, len(shape))
+
+    valid = None
     if mask is not None:
-        factors = {name: Factor(*(torch.where(mask[..., None], x, 0) for x in f)) for name, f in factors.items()}
-        gates = _neutral(gates, mask)
-    count = tokens if mask is None else mask.sum(-1)
-    position = (state.position + count) % memory.chunk_size
-    finished = position == 0 if mask is None else (position == 0) & mask.any(-1)
-    begin = Running.of(state, memory.full_initial(initial, state, memory.retain_to == "initial"))
-    if memory.is_plain:
-        empty = next(iter(factors.values())).input
-        span = chunked.Tokens(None, empty, empty, gates, mask)
-        kernels, starts, writes = chunked.absorb_span(memory, begin, factors, span)
-        end = chunked.advance_span(memory, begin, kernels, starts, writes, mask)
+        # Tokens that count come first, as spans want them.
+        order, count = compaction(flat(mask))
+        valid = torch.arange(tokens, device=mask.device) < count[:, None]
+        row = torch.arange(len(order), device=mask.device)[:, None]
+        factors = {
+            n: Factor(*(torch.where(valid[..., None], flat(x)[row, order], 0) for x in f)) for n, f in factors.items()
+        }
+        gates = _neutral(gates.map(lambda gate: flat(gate)[row, order]), valid)
     else:
-        leading = position.dim()
-        rows = _flatten_state(begin, leading)
-        flat = {name: Factor(*(_flat(x, leading) for x in factor)) for name, factor in factors.items()}
-        flat_gates, flat_mask = gates.map(lambda g: _flat(g, leading)), None if mask is None else _flat(mask, leading)
-        end = general.absorb_span(memory, rows, flat, flat_gates, finished.reshape(-1), flat_mask)
-        end = _unflatten_state(end, position.shape)
-    anchor = {n: torch.where(finished[..., None, None], w, state.anchor[n]) for n, w in end.params.items()}
-    aligned = state.aligned and mask is None and tokens % memory.chunk_size == 0
-    return end.state()._replace(anchor=anchor, position=position, aligned=aligned)
+        factors, gates = {n: Factor(*map(flat, f)) for n, f in factors.items()}, gates.map(flat)
+    rows = flatten_state(state, len(shape))
+    span = Span(0 if state.aligned and valid is None else rows.position, tokens, memory.chunk_size, valid)
+    there = {name: flat(w) for name, w in initial.items()}
+    return unflatten_state(chunked.write_rows(memory, rows, factors, gates, there, span=span), shape)
 
 
 def _neutral(gates: Gates, mask: Tensor) -> Gates:
@@ -208,121 +225,81 @@ def explain(memory: AssociativeMemory) -> Explanation:
         f"{chunk} tokens a chunk: the recurrence inside runs as matrix products"
         + (" and one triangular solve per map" if isinstance(memory.retention, Delta) else ""),
     ]
-    span = chunked.span_length(chunk, chunk)
+    span = longest_span(memory, chunk, memory.read)
     if span < chunk:
-        reasons.append(f"a chunk is computed in {chunk // span} spans of {span} tokens that share its anchor")
-    if not memory.is_plain:
-        reasons.extend(general.explain_general(memory))
+        reasons.append(f"a chunk is computed in {-(-chunk // span)} spans of {span} tokens that share its anchor")
+    reasons.extend(explain_span(memory))
+    if chunked.changes_at_close(memory.retention):
+        reasons.append(f"{type(memory.retention).__name__} changes the accumulators when a chunk ends")
     if isinstance(memory.algorithm, Momentum):
         reasons.append("momentum needs one more kernel, the product of both decays")
     reasons.append("a fresh state runs aligned; masks, resets and a state inside a chunk place tokens on a grid")
     return Explanation("chunked", tuple(reasons))
 
 
-def _quarantine(
-    k: Tensor, v: Tensor, gates: Gates, mask: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor, Gates, Tensor]:
-    """Replace tokens that matrix products cannot hold by zeros, and say which outputs they poison.
+def _admit(tokens: Tokens, dtype: torch.dtype, broken: Tensor | None) -> tuple[Tokens, Tensor]:
+    """Tokens in the dtype of the weights, those that matrix products cannot hold as zeros, and which they poison.
 
     In a product over tokens a future NaN meets a zero coefficient and gives NaN in the past, which a loop would not.
-    Values whose products over a span would overflow count as well.
+    Values whose products over a span would overflow count as well. Rows that are ``broken`` count from the first token.
     """
+    q, k, v, gates, mask, reset = tokens
+    k, v, gates = k.to(dtype), v.to(dtype), gates.map(lambda g: g.to(dtype))
+    limit = torch.finfo(dtype).max ** (1 / 3)
     # NaN compares False.
-    bad = ~(k.abs() <= _limit(k)).all(-1) | ~(v.abs() <= _limit(v)).all(-1)
-    for gate, limit in zip(gates, (_limit(k), LARGEST_KEPT, LARGEST_KEPT, _limit(k)), strict=True):
+    bad = ~(k.abs() <= limit).all(-1) | ~(v.abs() <= limit).all(-1)
+    for gate, largest in zip(gates, (limit, LARGEST_KEPT, LARGEST_KEPT, limit), strict=True):
         if gate is not None:
-            here = gate.abs() <= limit
+            here = gate.abs() <= largest
             bad = bad | ~(here if here.dim() == bad.dim() else here.all(-1))
-    if mask is not None:
-        bad = bad & mask
-    clean = gates.map(lambda g: torch.where(bad if g.dim() == bad.dim() else bad.unsqueeze(-1), 0, g))
+    bad = bad if mask is None else bad & mask
+    if broken is not None:
+        bad = torch.cat([bad[..., :1] | broken.unsqueeze(-1), bad[..., 1:]], -1)
+    gates = gates.map(lambda g: torch.where(bad if g.dim() == bad.dim() else bad.unsqueeze(-1), 0, g))
     k, v = (torch.where(bad[..., None], 0, x) for x in (k, v))
-    return k, v, clean, poisoned_from(bad, mask, reset)
+    return Tokens(q, k, v, gates, mask, reset), poisoned_from(bad, mask, reset)
 
 
-def _limit(x: Tensor) -> float:
-    return torch.finfo(x.dtype).max ** (1 / 3)
+def reset_nonfinite(state: State, initial: Weights, reset: Tensor | None) -> tuple[State, Tensor | None]:
+    """Rows whose weights are not finite go back to initial where this call resets them, and are named.
+
+    The closed form forgets by a factor 0, which does not clear NaN.
+    """
+    if reset is None:
+        return state, None
+    broken = reset.any(-1)
+    broken = broken & torch.stack([~w.detach().sum((-2, -1)).isfinite() for w in state.params.values()]).any(0)
+    if known_empty(broken):
+        return state, None
+    momentum = state.momentum
+    if momentum is not None:
+        momentum = choose(broken, {name: torch.zeros_like(s) for name, s in momentum.items()}, momentum)
+    pending = None if state.pending is None else torch.where(broken, 0, state.pending)
+    params, anchor = choose(broken, initial, state.params), choose(broken, initial, state.anchor)
+    return state._replace(params=params, anchor=anchor, momentum=momentum, pending=pending), broken
 
 
-def _spread(y: Tensor, end: Running, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, Running]:
+def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
     """Make poisoned outputs and states NaN."""
     here = poisoned if mask is None else poisoned & mask
-    lost = poisoned[..., -1, None, None]
 
     def spoil(weights: Weights) -> Weights:
-        return {n: torch.where(lost, torch.nan, w) for n, w in weights.items()}
+        return choose(poisoned[..., -1], {n: torch.full_like(w, torch.nan) for n, w in weights.items()}, weights)
 
     momentum = None if end.momentum is None else spoil(end.momentum)
     end = end._replace(params=spoil(end.params), anchor=spoil(end.anchor), momentum=momentum)
     return torch.where(here[..., None], torch.nan, y), end
 
 
-def _scan_loop(
-    memory: AssociativeMemory,
-    state: Running,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    how: str,
-    return_state: bool,
-) -> tuple[Tensor, Running]:
-    """The reference engine; it has the state at hand whether anybody asks for it or not."""
-    y, end = reference.scan(memory, state, q, k, v, gates, mask, reset, how)
-    aligned = state.aligned and mask is None and reset is None and q.shape[-2] % memory.chunk_size == 0
-    return y, end._replace(aligned=aligned)
-
-
-def _scan_rows(
-    memory: AssociativeMemory,
-    state: Running,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    how: str,
-    return_state: bool,
-) -> tuple[Tensor, Running]:
-    """The chunked engine on any leading dimensions: it sees them as one."""
-    batch = gates.lr.shape[:-1]
-
-    def rows(x: Tensor) -> Tensor:
-        return x.reshape(-1, *x.shape[len(batch) :])
-
-    flat_mask, flat_reset = (None if flag is None else rows(flag) for flag in (mask, reset))
-    flat_state, flat_gates = _flatten_state(state, len(batch)), gates.map(rows)
-    run = chunked.scan if memory.is_plain else general.scan
-    y, end = run(
-        memory, flat_state, rows(q), rows(k), rows(v), flat_gates, flat_mask, flat_reset, how, return_state=return_state
-    )
-    return y.reshape((*batch, *y.shape[1:])), _unflatten_state(end, batch)
-
-
-def _map_rows(state: Running, change: Callable[[Tensor], Tensor]) -> Running:
-    def weights(group: Weights) -> Weights:
-        return {n: change(w) for n, w in group.items()}
-
-    return state._replace(
-        params=weights(state.params),
-        momentum=None if state.momentum is None else weights(state.momentum),
-        anchor=weights(state.anchor),
-        initial=weights(state.initial),
-        position=change(state.position),
-        pending=None if state.pending is None else change(state.pending),
-    )
-
-
 def _flat(x: Tensor, leading: int) -> Tensor:
     return x.reshape(-1, *x.shape[leading:])
 
 
-def _flatten_state(state: Running, leading: int) -> Running:
-    return _map_rows(state, lambda x: _flat(x, leading))
+def flatten_state(state: State, leading: int) -> State:
+    """The state with its leading dimensions as one."""
+    return state.map(lambda x: _flat(x, leading))
 
 
-def _unflatten_state(state: Running, batch: tuple[int, ...]) -> Running:
-    return _map_rows(state, lambda x: x.reshape((*batch, *x.shape[1:])))
+def unflatten_state(state: State, batch: tuple[int, ...]) -> State:
+    """The inverse of `flatten_state`."""
+    return state.map(lambda x: x.reshape((*batch, *x.shape[1:])))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algorithms import GRADIENT_LIMIT, OrthogonalizedMomentum
+from .algorithms import GRADIENT_LIMIT, Algorithm, OrthogonalizedMomentum
 from .associative import AssociativeMemory
 from .objectives import with_threshold
 from .retention import Delta
-from .types import Gates, Running, Weights
+from .types import Gates, State, Tokens, Weights
 
 
 def read_weights(memory: AssociativeMemory, weights: Weights, x: Tensor) -> Tensor:
@@ -66,101 +66,101 @@ def limited(x: Tensor) -> Tensor:
 
 def token_step(
     memory: AssociativeMemory,
-    state: Running,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    retain: Tensor,
-    beta: Tensor | None = None,
-    threshold: Tensor | None = None,
-    written: Tensor | None = None,
-) -> tuple[Weights, Weights | None]:
-    """Weights (or accumulators) and momentum after one token ``k, v: [*b, d]`` and its gates ``[*b]``.
-
-    ``written: [*b]`` are the step sizes with which orthogonalized momentum is written after it (0 inside a chunk).
-    """
-    anchor = {name: memory.retention.anchored(a) for name, a in state.anchor.items()}
-    objective = with_threshold(memory.objective, threshold)
-    inputs = map_inputs(memory, anchor, k)
-    # d loss(M(k), v) / d W of every map and row, by autograd; differentiable again.
-    gradients = torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(anchor)
-    weights, momentum = {}, {}
-    for name, gradient in gradients.items():
-        x, w = inputs[name], state.params[name]
-        target = state.initial[name] if memory.retain_to == "initial" else torch.zeros_like(w)
-        eta = effective_step(memory.step_size_of(name), lr, retain, x)[..., None, None]
-        keep = retain if retain.dim() > lr.dim() else retain[..., None]
-        keep = keep.unsqueeze(-2 if name == memory.architecture.query_map else -1)
-        change = -eta * gradient
-        if state.momentum is not None and beta is not None:
-            pushed = -gradient if isinstance(memory.algorithm, OrthogonalizedMomentum) else change
-            momentum[name] = change = beta[..., None, None] * state.momentum[name] + pushed
-        if isinstance(memory.algorithm, OrthogonalizedMomentum) and written is not None:
-            change = orthogonalized(limited(change), memory.algorithm.steps)
-            change = written[..., None, None] * change
-        kept = keep * (w - target)
-        if isinstance(memory.retention, Delta):
-            erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))
-            kept = kept - (keep if memory.retention.gated else 1) * eta * erased
-        weights[name] = target + kept + change
-    return weights, momentum or None
-
-
-def select(condition: Tensor, yes: Weights, no: Weights) -> Weights:
-    """Row-wise choice between two sets of weights."""
-    return {name: torch.where(condition[..., None, None], yes[name], no[name]) for name in no}
-
-
-def scan(
-    memory: AssociativeMemory,
-    state: Running,
-    q: Tensor,
+    state: State,
+    initial: Weights,
     k: Tensor,
     v: Tensor,
     gates: Gates,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    read: str,
-) -> tuple[Tensor, Running]:
+    closes: Tensor | None = None,
+) -> State:
+    """The state after one token ``k, v: [*b, d]`` with its gates ``[*b]``; its clock does not move.
+
+    ``closes: [*b]`` marks rows whose chunk ends with the token.
+    """
+    anchor = {name: memory.retention.anchored(a) for name, a in state.anchor.items()}
+    if memory.values == "own":
+        v = read_weights(memory, anchor, v)
+        v = v / (v.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    objective, algorithm = with_threshold(memory.objective, gates.threshold), memory.algorithm
+    inputs = map_inputs(memory, anchor, k)
+    # d loss(M(k), v) / d W of every map and row, by autograd; differentiable again.
+    gradients = torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(anchor)
+    lr, retain, beta, _ = gates
+    beta = None if beta is None else beta[..., None, None]
+    pending = state.pending
+    if pending is not None:
+        pending = retain * pending + lr
+    params, momentum = {}, {}
+    for name, gradient in gradients.items():
+        x, w = inputs[name], state.params[name]
+        target = initial[name] if memory.retain_to == "initial" else torch.zeros_like(w)
+        eta = effective_step(memory.step_size_of(name), lr, retain, x)[..., None, None]
+        keep = retain if retain.dim() > lr.dim() else retain[..., None]
+        keep = keep.unsqueeze(-2 if name == memory.architecture.query_map else -1)
+        names = memory.carried_names(name)
+        carried = tuple(state.momentum[n] for n in names) if state.momentum else ()
+        change, carried = algorithm.step(carried, gradient, eta, beta)
+        kept = memory.retention.keep(w - target, keep, eta, x)
+        if isinstance(memory.retention, Delta):
+            erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))
+            kept = keep * (w - target) - (keep if memory.retention.gated else 1) * eta * erased
+        if pending is not None and closes is not None:
+            change = change + torch.where(closes[..., None, None], _close(algorithm, carried, pending), 0)
+        params[name] = target + kept + change
+        momentum.update(zip(names, carried, strict=True))
+    if pending is not None and closes is not None:
+        pending = torch.where(closes, 0, pending)
+    return state._replace(params=params, momentum=momentum or None, pending=pending)
+
+
+def _close(algorithm: Algorithm, carried: tuple[Tensor, ...], pending: Tensor) -> Tensor:
+    """What is written when a chunk ends."""
+    pending = pending[..., None, None]
+    if isinstance(algorithm, OrthogonalizedMomentum):
+        return pending * orthogonalized(limited(carried[0]), algorithm.steps)
+    return algorithm.close(carried, pending)
+
+
+def select(condition: Tensor, yes: Weights | None, no: Weights) -> Weights:
+    """Row-wise choice between two sets of weights (None: zeros)."""
+    return {name: torch.where(condition[..., None, None], 0 if yes is None else yes[name], no[name]) for name in no}
+
+
+def scan(
+    memory: AssociativeMemory, state: State, tokens: Tokens, initial: Weights, read_mode: str
+) -> tuple[Tensor, State]:
     """Run the recurrence token by token. Arguments are validated by `nestlearn.memory.scan`."""
-    outputs = []
+    q, k, v, gates, mask, reset = tokens
+    outputs, retention = [], memory.retention
     none = torch.zeros_like(gates.lr[..., 0], dtype=torch.bool)
+    aligned = state.aligned and mask is None and reset is None and q.shape[-2] % memory.chunk_size == 0
     for t in range(q.shape[-2]):
         valid = ~none if mask is None else mask[..., t]
         fresh = none if reset is None else reset[..., t] & valid
         start = state._replace(
-            params=select(fresh, state.initial, state.params),
-            anchor=select(fresh, state.initial, state.anchor),
+            params=select(fresh, initial, state.params),
+            momentum=None if state.momentum is None else select(fresh, None, state.momentum),
+            anchor=select(fresh, initial, state.anchor),
             position=torch.where(fresh, 0, state.position),
             pending=None if state.pending is None else torch.where(fresh, 0, state.pending),
         )
-        if state.momentum is not None:
-            zeros = {name: torch.zeros_like(s) for name, s in state.momentum.items()}
-            start = start._replace(momentum=select(fresh, zeros, state.momentum))
         start = start._replace(anchor=select(start.position == 0, start.params, start.anchor))
         position = (start.position + 1) % memory.chunk_size
         closes = valid & (position == 0)
         # A masked token may hold anything, NaN included; it must reach neither values nor gradients.
         k_t, v_t, q_t = (torch.where(valid[..., None], x[..., t, :], 0) for x in (k, v, q))
-        here = gates.at(t, valid)
-        pending, written = start.pending, None
-        if pending is not None:
-            pending = here.retain * pending + here.lr
-            pending, written = torch.where(closes, 0, pending), torch.where(closes, pending, 0)
-        weights, momentum = token_step(memory, start, k_t, v_t, *here, written)
-        retention = memory.retention
-        if read == "token":
-            seen = {name: retention.weights(a, start.anchor[name]) for name, a in weights.items()}
-        else:
-            seen = {name: retention.anchored(a) for name, a in start.anchor.items()}
+        end = token_step(memory, start, initial, k_t, v_t, gates.at(t, valid), closes)
+        seen = {name: retention.anchored(a) for name, a in start.anchor.items()}
+        if read_mode == "token":
+            seen = {name: retention.weights(a, start.anchor[name]) for name, a in end.params.items()}
         outputs.append(torch.where(valid[..., None], read_weights(memory, seen, q_t), 0))
-        ended = select(closes, {name: retention.close(a) for name, a in weights.items()}, weights)
-        weights = select(valid, ended, state.params)
-        anchor = select(closes, weights, select(valid, start.anchor, state.anchor))
-        if momentum is not None and state.momentum is not None:
-            momentum = select(valid, momentum, state.momentum)
-        if pending is not None and state.pending is not None:
-            pending = torch.where(valid, pending, state.pending)
-        position = torch.where(valid, position, state.position)
-        state = Running(weights, momentum, anchor, state.initial, position, pending)
-    return torch.stack(outputs, -2), state
+        params = select(closes, {name: retention.close(a) for name, a in end.params.items()}, end.params)
+        anchor = select(closes, params, start.anchor)
+        state = State(
+            select(valid, params, state.params),
+            None if end.momentum is None or state.momentum is None else select(valid, end.momentum, state.momentum),
+            select(valid, anchor, state.anchor),
+            torch.where(valid, position, state.position),
+            None if end.pending is None or state.pending is None else torch.where(valid, end.pending, state.pending),
+        )
+    return torch.stack(outputs, -2), state._replace(aligned=aligned)

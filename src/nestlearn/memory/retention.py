@@ -1,7 +1,7 @@
 """Retention (Miras section 3): how the weights of a memory are kept from one token to the next.
 
-Beside decay and delta, retentions are mirror maps: what evolves linearly inside a chunk is an *accumulator* A, and the
-weights that the memory works with are a function of it,
+Decay and delta keep the weights themselves. The others are mirror maps: what evolves linearly inside a chunk is an
+*accumulator* A, and the weights that the memory works with are a function of it,
 
     A_t = alpha_t A_{t-1} + S_t,     W_t = weights(A_t)
 
@@ -22,10 +22,28 @@ from torch import Tensor
 
 @runtime_checkable
 class Retention(Protocol):
-    """How accumulators become weights. Subclass it and define `weights`; the other three have defaults.
+    """How weights are kept. Subclass it and define `weights`, or `keep` as well; the others have defaults.
 
-    Each gets accumulators of one linear map, ``[*b, out, in]``, and must treat every matrix on its own.
+    Each gets accumulators of one linear map, ``[*b, out, in]``, and must treat every matrix on its own. A retention
+    with a `keep` of its own runs token by token; without one the recurrence has a closed form.
     """
+
+    def keep(
+        self,
+        weights: Float[Tensor, "*b out in"],
+        alpha: Float[Tensor, "*#b #out #in"],
+        eta: Float[Tensor, "*b 1 1"],
+        x: Float[Tensor, "*b in"],
+    ) -> Float[Tensor, "*b out in"]:
+        """What is left of the accumulator at one token, before its change is added.
+
+        Args:
+            weights: the accumulator's distance to what retention pulls toward.
+            alpha: the retention gate.
+            eta: the effective step size.
+            x: the input of the map.
+        """
+        return alpha * weights
 
     def weights(
         self, accumulator: Float[Tensor, "*b out in"], anchor: Float[Tensor, "*#b out in"]
@@ -87,6 +105,10 @@ class Delta(_Identity):
     """
 
     gated: bool = False
+
+    def keep(self, weights: Tensor, alpha: Tensor, eta: Tensor, x: Tensor) -> Tensor:
+        erased = (weights @ x.unsqueeze(-1)) * x.unsqueeze(-2)
+        return alpha * weights - (alpha if self.gated else 1) * eta * erased
 
 
 @dataclass(frozen=True)
@@ -299,8 +321,13 @@ class Bregman(Retention):
 
 
 def is_linear(retention: Retention) -> bool:
-    """Whether accumulators are the weights themselves, at every token."""
-    return isinstance(retention, Decay | Delta)
+    """Whether accumulators are the weights themselves, kept by decay or by the delta rule."""
+    return type(retention) in (Decay, Delta)
+
+
+def is_mirror(retention: Retention) -> bool:
+    """Whether accumulators only decay, and weights are a function of them."""
+    return not is_linear(retention) and type(retention).keep is Retention.keep
 
 
 def is_per_channel(retention: Retention) -> bool:

@@ -90,30 +90,29 @@ class State(NamedTuple):
         )
 
 
-class Running(NamedTuple):
-    """A `State` while tokens are read, with the ``initial`` weights that resets and retention go back to.
+class Tokens(NamedTuple):
+    """The tokens of one call: queries, keys, values, gates, and which of them count.
 
-    ``displacement`` is params - initial, where one span hands it to the next.
+    Args:
+        q, k: ``[*b, t, d_key]``.
+        v: ``[*b, t, d_value]``.
+        gates: each ``[*b, t]``.
+        mask: False marks a token that changes nothing (None: all count).
+        reset: True puts the row back to its initial weights before that token (None: never).
     """
 
-    params: Weights
-    momentum: Weights | None
-    anchor: Weights
-    initial: Weights
-    position: Int[Tensor, "*b"]
-    pending: Float[Tensor, "*b"] | None = None
-    displacement: Weights | None = None
-    aligned: bool = False
+    q: Float[Tensor, "*b t d_key"]
+    k: Float[Tensor, "*b t d_key"]
+    v: Float[Tensor, "*b t d_value"]
+    gates: Gates
+    mask: Bool[Tensor, "*b t"] | None = None
+    reset: Bool[Tensor, "*b t"] | None = None
 
-    @classmethod
-    def of(cls, state: State, initial: Weights) -> Running:
-        """A state that goes on from here."""
-        params, momentum, anchor, position, pending, aligned = state
-        return cls(params, momentum, anchor, initial, position, pending, None, aligned)
-
-    def state(self) -> State:
-        """What the next call needs."""
-        return State(self.params, self.momentum, self.anchor, self.position, self.pending, self.aligned)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """``change`` applied to every tensor that is there."""
+        q, k, v, gates, mask, reset = self
+        flags = (None if flag is None else change(flag) for flag in (mask, reset))
+        return Tokens(change(q), change(k), change(v), gates.map(change), *flags)
 
 
 def _each(weights: Weights, change: Callable[[Tensor], Tensor]) -> Weights:

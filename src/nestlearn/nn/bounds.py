@@ -11,8 +11,8 @@ objective and retention         emitted step size                               
 dot product, delta              ``max_step sigma``                                          2; proximal: any
 dot product, decay, matrix      ``max_step sigma``                                          any
 dot product, decay, MLP         ``max_step sigma (1 - retain) (1 - b)^2 / 2``               1
-any other, matrix               ``max_step sigma (1 - b) / max(C, 4 / (1 - b))``            1
-any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / 2g``       1
+any other, matrix               ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / s``        1
+any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / 2gs``      1
 ==============================  ==========================================================  ====================
 
 - *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
@@ -31,10 +31,11 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
   ball, ``eta <= (1 - b)^2 / 4``. In an MLP the hidden activations and the second map multiply the curvature: the half
   was found by experiment for initial weights at their random start (docs/decisions.md), and ``g >= 1`` is how far
   training has let the initial weights outgrow that start (`outgrown`). Where an error or a mirror map is steeper than
-  that of L2 and decay, the step is divided by how much (`curvature`): ``p (p - 1) 2^(p-2)`` for `Lp` with p of at
+  that of L2 and decay, the step is divided by how much (s, `curvature`): ``p (p - 1) 2^(p-2)`` for `Lp` with p of at
   least 2, the root of the width for Yaad's switch, the slope at 0 for `LqDual` (its eps sets it: with the default the
   step is 10,000 times smaller; take 1e-3 to learn), the scale of the initial weights over their accumulators for `Lq`.
-  Each objective and each retention states its own ``steepness``; a layer refuses one of yours that does not.
+- *Objects from outside the package* take the last two rows, whatever their objective. Each axis states its own
+  ``steepness``, and s is their product; a layer refuses an object that does not state it.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestlearn.memory import L2, AssociativeMemory, Delta, DotProduct, Matrix
+from nestlearn.memory import L2, MLP, AssociativeMemory, Delta, DotProduct, Matrix
+from nestlearn.memory.algorithms import SteepAlgorithm
+from nestlearn.memory.architectures import SteepArchitecture
 from nestlearn.memory.objectives import SteepObjective
 from nestlearn.memory.retention import SteepRetention, is_linear, is_per_channel
+from nestlearn.memory.spans import has_closed_form
 from nestlearn.memory.types import Weights
 
 MAX_MOMENTUM = 0.9
@@ -66,34 +70,64 @@ def bounds_values(memory: AssociativeMemory) -> bool:
 
 
 def curvature(memory: AssociativeMemory, initial: Weights) -> float | Float[Tensor, "h 1"]:
-    """How much more than with L2 and decay an update can change what is read, for residuals up to `MAX_THRESHOLD`.
+    """How much more than with `L2`, `Decay` and `Descent` on a matrix an update can change what is read.
 
-    Objective and retention state it themselves (``steepness``). ``initial: {map: [h, out, in]}``.
+    Residuals have norms up to `MAX_THRESHOLD`. Every axis states its part (``steepness``). Momentum is not counted
+    here: the bounds of the built-in algorithms hold it. ``initial: {map: [h, out, in]}`` are accumulators.
     """
-    objective, retention = memory.objective, memory.retention
+    objective, retention, algorithm = memory.objective, memory.retention, memory.algorithm
     assert isinstance(objective, SteepObjective) and isinstance(retention, SteepRetention)
+    assert isinstance(algorithm, SteepAlgorithm)
     width = next(iter(initial.values())).shape[-1]
-    steep = objective.steepness(width, MAX_THRESHOLD)
+    # A dot product feeds no error back; what an object from outside makes of its gradient may.
+    steep = objective.steepness(width, MAX_THRESHOLD) or 1.0
+    if not is_known(memory):
+        steep *= algorithm.steepness(MAX_MOMENTUM)
     slopes = [retention.steepness(start) for start in initial.values()]
-    numbers = [slope for slope in slopes if not isinstance(slope, Tensor)]
-    tensors = [slope.flatten(-2) for slope in slopes if isinstance(slope, Tensor)]
-    steep = steep * max(numbers, default=1.0)
+    slopes.append(_architecture_steepness(memory, initial))
+    numbers = [slope for slope in slopes[:-1] if not isinstance(slope, Tensor)]
+    tensors = [slope.flatten(-2) for slope in slopes[:-1] if isinstance(slope, Tensor)]
+    steep = steep * max(numbers, default=1.0) * slopes[-1]
     return steep * torch.stack(tensors).amax(0) if tensors else steep
 
 
+def _architecture_steepness(memory: AssociativeMemory, initial: Weights) -> float | Float[Tensor, "h 1"]:
+    """1 for a matrix; for an MLP twice what its initial weights have outgrown their random start."""
+    if isinstance(memory.architecture, Matrix):
+        return 1.0
+    weights = {name: memory.retention.anchored(a) for name, a in initial.items()}
+    if isinstance(memory.architecture, MLP):
+        return 2 * outgrown(weights).unsqueeze(-1)
+    assert isinstance(memory.architecture, SteepArchitecture)
+    return memory.architecture.steepness(weights)
+
+
+def is_known(memory: AssociativeMemory) -> bool:
+    """Whether algorithm, architecture and retention are the package's own, whose bounds are worked out above."""
+    return isinstance(memory.architecture, Matrix | MLP) and has_closed_form(memory)
+
+
 def _require_steepness(memory: AssociativeMemory) -> None:
-    """Raise for an objective or a retention that does not say how steep it is: no step is known to be safe."""
-    objective, retention = memory.objective, memory.retention
-    if not isinstance(objective, SteepObjective):
-        raise ValueError(
-            f"{objective!r} does not state its steepness, so that no step size is known to be stable. Give it a method "
-            "steepness(width, reach): the largest slope of its error for residuals up to the norm reach (L2 has 1)."
-        )
-    if not isinstance(retention, SteepRetention):
-        raise ValueError(
-            f"{retention!r} does not state its steepness, so that no step size is known to be stable. Give it a method "
-            "steepness(start): how many times faster than the accumulator the weights can change (Decay has 1)."
-        )
+    """Raise for an axis that does not say how steep it is: no step is known to be safe."""
+    retention = "how many times faster than the accumulator the weights can change (Decay has 1)"
+    axes: list[tuple[object, type, str]] = [
+        (memory.objective, SteepObjective, "steepness(width, reach): the largest slope of its error for residuals up "
+         "to the norm reach (L2 has 1)"),
+        (memory.retention, SteepRetention, f"steepness(start): {retention}"),
+        (memory.algorithm, SteepAlgorithm, "steepness(beta): how many times larger than under Descent the whole effect "
+         "of one gradient can be (Momentum has 1 / (1 - beta))"),
+    ]  # fmt: skip
+    if not isinstance(memory.architecture, Matrix | MLP):
+        text = "steepness(weights): how much more than a matrix an update can change what is read (a matrix has 1)"
+        axes.append((memory.architecture, SteepArchitecture, text))
+    for axis, protocol, method in axes:
+        if not isinstance(axis, protocol):
+            raise ValueError(
+                f"{axis!r} does not state its steepness, so that no step size is known to be stable. Give it a method "
+                f"{method}."
+            )
+    objective = memory.objective
+    assert isinstance(objective, SteepObjective)
     steep = objective.steepness(1, MAX_THRESHOLD)
     if not 0 <= steep < math.inf or (steep == 0 and not isinstance(objective, DotProduct)):
         raise ValueError(f"{objective!r} states a steepness of {steep!r}; it must be positive and finite.")
@@ -101,7 +135,7 @@ def _require_steepness(memory: AssociativeMemory) -> None:
 
 def largest_step(memory: AssociativeMemory) -> float:
     """The largest ``max_step`` that is stable for this memory; see the module documentation."""
-    if not isinstance(memory.objective, DotProduct):
+    if not (isinstance(memory.objective, DotProduct) and is_known(memory)):
         return 1.0
     if isinstance(memory.retention, Delta):
         kinds = {memory.step_size_of(name) for name in memory.architecture.shapes(1, 1)}
@@ -189,11 +223,9 @@ def bounded_step(
     damping = 1 - (MAX_MOMENTUM if memory.has_momentum else 0.0)
     if is_per_channel(memory.retention):
         retain = retain.amax(-1)
-    if not isinstance(memory.objective, DotProduct):
+    if not (isinstance(memory.objective, DotProduct) and is_known(memory)):
         tokens = max(memory.chunk_size, 4 / damping if damping < 1 else 1)
-        step = sigma * (max_step * damping / tokens) / curvature(memory, initial)
-        weights = {name: memory.retention.anchored(a) for name, a in initial.items()}
-        return step / (2 * outgrown(weights).unsqueeze(-1)) if is_deep(memory) else step
+        return sigma * (max_step * damping / tokens) / curvature(memory, initial)
     if isinstance(memory.retention, Delta) or not is_deep(memory):
         return sigma * max_step  # no feedback
     return sigma * (1 - retain) * (max_step * damping**2 / 2)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Lq, Matrix
-from nestlearn.memory.clock import span_length
-from nestlearn.memory.general import longest_span
 from nestlearn.memory.retention import is_linear
+from nestlearn.memory.spans import longest_span
 
 
 def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_length: int, writes: bool = True) -> int:
@@ -18,9 +17,7 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
     dense = {name: 2 * out * width for name, (out, width) in shapes.items()}
     if not writes:
         return sum(dense.values())
-    span = span_length(memory.chunk_size, context_length)
-    if not memory.is_plain:
-        span = longest_span(memory, context_length, memory.read)
+    span = longest_span(memory, context_length, memory.read)
     dense_reads = memory.read == "token" and not (is_linear(memory.retention) or isinstance(memory.retention, Lq))
     delta, momentum = isinstance(memory.retention, Delta), memory.has_momentum
     total = 0

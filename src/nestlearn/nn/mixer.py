@@ -16,7 +16,7 @@ from nestlearn.memory.objectives import needs_threshold
 from nestlearn.memory.retention import is_per_channel
 from nestlearn.memory.types import Weights
 
-from .bounds import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, check_step, is_deep
+from .bounds import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, check_step, is_deep, is_known
 from .common import (
     GateProjection,
     InitialWeights,
@@ -178,7 +178,7 @@ class MemoryMixer(nn.Module):
             heads = (-1, self.num_heads, -1)
             y, end = scan(
                 self.memory,
-                self._start(state, initial, q),
+                None if state is None else state.memory,
                 q,
                 k,
                 v,
@@ -228,13 +228,6 @@ class MemoryMixer(nn.Module):
         momentum = MAX_MOMENTUM * torch.sigmoid(logits["momentum"]) if "momentum" in logits else None
         threshold = MAX_THRESHOLD * torch.sigmoid(logits["threshold"]) if "threshold" in logits else None
         return Gates(lr if writes else torch.zeros_like(lr), retain, momentum, threshold)
-
-    def _start(self, state: MixerState | None, initial: Weights, like: Tensor) -> State:
-        """The memory's state before the first token of this call."""
-        if state is not None:
-            return state.memory
-        rows = (like.shape[0], self.num_heads)
-        return self.memory.init_state(rows, self.d_head, self.d_head, initial, dtype=like.dtype, device=like.device)
 
     def initial_weights(self, like: Tensor) -> Weights:
         """Initial weights ``[h, out, in]`` in the dtype (and on the device) of ``like``."""
@@ -292,7 +285,8 @@ def _resolve(
 
 def _tied(memory: AssociativeMemory) -> bool:
     """Whether only decay bounds the memory, so that its step must stay below it; see `nestlearn.nn.bounds`."""
-    return is_deep(memory) and isinstance(memory.objective, DotProduct) and not isinstance(memory.retention, Delta)
+    tied = is_deep(memory) and isinstance(memory.objective, DotProduct) and not isinstance(memory.retention, Delta)
+    return tied and is_known(memory)
 
 
 def _gate_biases(memory: AssociativeMemory, rule: GateRule, heads: int, width: int) -> dict[str, tuple[float, ...]]:

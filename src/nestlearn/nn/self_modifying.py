@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,50 +18,26 @@ from nestlearn.memory import (
     Delta,
     Descent,
     DotProduct,
-    Factor,
     Gates,
     Momentum,
     State,
+    Tokens,
 )
 from nestlearn.memory.associative import Read, RetainTo, StepSize
-from nestlearn.memory.chunked import (
-    Prepared,
-    Tokens,
-    absorb_span,
-    advance_span,
-    anchored,
-    prepare,
-    revive,
-    run_span,
-    split_tokens,
-    spoil_before_reset,
-)
-from nestlearn.memory.clock import known_empty, place, scatter_outputs, span_length
-from nestlearn.memory.kernels.products import Activation, limit_gradient, unit_norm
-from nestlearn.memory.types import Running, Weights
+from nestlearn.memory.chunked import LONGEST_WRITE, Prepared, at_anchor, find_factors, prepare_tokens, run, write_rows
+from nestlearn.memory.clock import Clock, Span, choose, known_empty, poisoned_from, span_length
+from nestlearn.memory.engine import flatten_state, reset_nonfinite, unflatten_state
+from nestlearn.memory.kernels.products import Activation, unit_norm
+from nestlearn.memory.types import Weights
 
 from .bounds import MAX_MOMENTUM, check_self_modifying_step
 from .common import HeadNorm, InitialWeights, check_tokens, full_precision, wide_dtype
 from .conv import ShortConv
 from .flops import self_modifying_flops
-from .self_modifying_state import (
-    MOST_LEARNED,
-    STREAMS,
-    Projected,
-    SelfModifyingState,
-    back_to_initial,
-    check_settings,
-    handed_on,
-    poison_state,
-    quarantine,
-    refresh,
-    single,
-    split_projected,
-    stacked,
-)
+from .self_modifying_state import STREAMS, SelfModifyingState, check_settings, quarantine
 
 GRADIENT_LIMIT = 1e6
-"""Norm beyond which the gradient of carried weights is scaled down."""
+"""Norm beyond which the gradient of weights that pass from span to span is scaled down."""
 
 
 class SelfModifyingTitans(nn.Module):
@@ -149,6 +126,8 @@ class SelfModifyingTitans(nn.Module):
             retain_to=retain_to,
             chunk_size=memory_chunk_size,
             read=read,
+            values="own" if self_values else "given",
+            gradient_limit=GRADIENT_LIMIT,
         )
         if projection_chunk_size < 1 or projection_chunk_size % memory_chunk_size:
             raise ValueError(
@@ -158,6 +137,7 @@ class SelfModifyingTitans(nn.Module):
         self.max_step = check_self_modifying_step(self.memory, max_step)
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.projection_chunk_size = projection_chunk_size
+        self.projections = replace(self.memory, chunk_size=projection_chunk_size)
         self.adaptive = tuple(name for name in STREAMS if name in adaptive)
         self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
         self.retention, self.self_values = retention, self_values
@@ -227,11 +207,10 @@ class SelfModifyingTitans(nn.Module):
         x, poisoned = quarantine(x, mask, reset)
         streams, beta, tail = self._streams(x, None if state is None else state.conv, mask, reset)
         with full_precision(x):
-            if mask is None and reset is None and (state is None or state.clock.aligned):
-                y, new = self._aligned(streams, beta, state, writes, return_state)
-            else:
-                y, new = self._placed(streams, beta, state, mask, reset, writes)
+            y, new, broken = self._read(streams, beta, state, mask, reset, writes, return_state)
         y = self._merge(y, x)
+        if broken is not None:
+            poisoned = poisoned | poisoned_from(broken, mask, reset)
         if not known_empty(poisoned):
             visible = poisoned if mask is None else poisoned & mask
             y = torch.where(visible.unsqueeze(-1), float("nan"), y)
@@ -239,13 +218,16 @@ class SelfModifyingTitans(nn.Module):
             y = torch.where(mask.unsqueeze(-1), y, 0)
         if not return_state:
             return y, None
-        new = poison_state(new._replace(conv=tail), poisoned[:, -1])
-        return y, new
+        lost = poisoned[:, -1]
+        spoilt = choose(
+            lost, {m: torch.full_like(w, torch.nan) for m, w in new.memory.params.items()}, new.memory.params
+        )
+        return y, SelfModifyingState(new.projections, new.memory._replace(params=spoilt), tail)
 
     def _streams(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Streams ``[b, t, streams, heads, d]``, momentum gate ``[b, heads, t]``, both wide, and the new tail."""
+        """Streams ``[b, t, streams, heads, d]``, momentum gate ``[b, t, heads]``, both wide, and the new tail."""
         mixed, end = self.streams(x), None
         if self.conv is None:
             mixed = F.silu(mixed)
@@ -255,48 +237,87 @@ class SelfModifyingTitans(nn.Module):
         split = mixed.to(wide).unflatten(-1, (len(STREAMS), self.num_heads, self.d_head))
         beta = None
         if self.beta_gate is not None:
-            beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide)).mT
+            beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide))
         return split, beta, end
 
     def _merge(self, y: Tensor, x: Tensor) -> Tensor:
-        """Heads back together, in the dtype of the inputs: ``[b * heads, t, d] -> [b, t, d_model]``."""
-        y = self.norm(y).unflatten(0, (x.shape[0], self.num_heads))
-        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
+        """Heads back together, in the dtype of the inputs: ``[b, t, heads * d] -> [b, t, d_model]``."""
+        return self.out(self.norm(y.unflatten(-1, (self.num_heads, -1))).flatten(2).to(x.dtype))
 
-    def _initial(self, names: tuple[str, ...], batch: int, dtype: torch.dtype) -> Weights:
-        """Initial weights of a group of memories, ``[batch * heads, memories, out, in]``."""
-        maps = self.memory.architecture.shapes(self.d_head, self.d_head)
-        made = [self.initial[n](dtype) for n in names]
-        stacked = {m: torch.stack([weights[m] for weights in made], 1) for m in maps}
-        return {m: w.repeat(batch, 1, 1, 1) for m, w in stacked.items()}
+    def _projections(self, state: State | None, batch: int, dtype: torch.dtype) -> tuple[State, Weights]:
+        """The projection memories as rows ``[batch * heads, streams]``, and their initial weights."""
+        made = [self.initial[name](dtype) for name in self.adaptive]
+        initial = {m: torch.stack([weights[m] for weights in made], 1).repeat(batch, 1, 1, 1) for m in made[0]}
+        state = self.projections.begin(initial) if state is None else flatten_state(state, 2)
+        return state._replace(position=state.position[:, :1]), initial
 
-    def _group(self, names: tuple[str, ...], fast: State | None, batch: int, dtype: torch.dtype) -> Running:
-        """A group of memories as one state of rows ``[batch * heads, memories]``."""
-        initial = self._initial(names, batch, dtype)
-        nothing = torch.zeros((), dtype=torch.long)
-        if fast is None:
-            momentum = None
-            if isinstance(self.memory.algorithm, Momentum):
-                momentum = {m: torch.zeros_like(w) for m, w in initial.items()}
-            return Running(initial, momentum, initial, initial, nothing)
+    def _read(
+        self,
+        streams: Tensor,
+        beta: Tensor | None,
+        state: SelfModifyingState | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        writes: bool,
+        return_state: bool,
+    ) -> tuple[Tensor, SelfModifyingState, Tensor | None]:
+        """One span of the projections' chunk after another: project, read and write, then learn to project.
 
-        def rows(weights: Weights) -> Weights:
-            return {m: w.flatten(0, 1) for m, w in weights.items()}
+        Returns outputs ``[b, t, heads * d]``, the state after the last token, and the tokens up to a reset of rows
+        that came in broken.
+        """
+        (batch, count), dtype, heads = streams.shape[:2], streams.dtype, self.num_heads
+        start = {m: w.repeat(batch, 1, 1) for m, w in self.initial["memory"](dtype).items()}
+        main = self.memory.begin(start) if state is None else flatten_state(state.memory, 2)
+        main, broken = reset_nonfinite(main, start, None if reset is None else _per_head(reset, heads))
+        group = self._projections(None if state is None else state.projections, batch, dtype) if self.adaptive else None
+        chunk, aligned = self.projection_chunk_size, state is None or state.clock.aligned
+        position = torch.zeros(batch, dtype=torch.long, device=streams.device)
+        if state is not None:
+            position = state.clock.position.flatten(1)[:, 0]
+        clock = Clock.start(position, aligned, count, chunk, min(chunk, count), mask, reset)
+        gates = [None] * len(clock.spans) if beta is None else clock.cut(beta, 1)
+        outputs = []
+        for i, (span, here, kept) in enumerate(zip(clock.spans, clock.cut(streams), gates, strict=True)):
+            keep = return_state or i + 1 < len(clock.spans)
+            span = span.map(lambda x: _per_head(x, heads))
+            if group is not None and span.begins is not False:
+                learned, initial = group
+                group = learned._replace(anchor=choose(span.begins, learned.params, learned.anchor)), initial
+            tokens = self._project(group, here, kept, span, writes)
+            ready = self._prepare(tokens) if clock.grid is None else None
+            y, main = run(
+                self.memory, main, tokens, start, fresh=state is None and i == 0, return_state=keep, prepared=ready
+            )
+            outputs.append(y.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2))
+            if group is not None and keep:
+                group = self._learn(group, tokens, span, ready, fresh=state is None and i == 0), group[1]
+        y = clock.join(outputs)
+        bad = None if broken is None else broken.view(batch, heads)[:, :1] & (torch.arange(count, device=y.device) == 0)
+        return y, self._pack(None if group is None else group[0], main, batch), bad
 
-        momentum = None if fast.momentum is None else rows(fast.momentum)
-        return Running(rows(fast.params), momentum, rows(fast.anchor), initial, nothing)
+    def _prepare(self, tokens: Tokens) -> list[Prepared]:
+        """What gates and keys alone decide: the main memory and the projections share both."""
+        return prepare_tokens(self.memory, tokens.k, tokens.gates)
+
+    def _pack(self, projections: State | None, memory: State, batch: int) -> SelfModifyingState:
+        """The states of both groups, by text and head."""
+        learned, shape = None, (batch, self.num_heads)
+        if projections is not None:
+            position = projections.position.expand(-1, len(self.adaptive))
+            learned = unflatten_state(projections._replace(position=position), shape)
+        return SelfModifyingState(learned, unflatten_state(memory, shape), None)
 
     def _project(
-        self, group: Running | None, streams: Tensor, beta: Tensor | None, reset: Tensor | None, writes: bool
-    ) -> Projected:
+        self, group: tuple[State, Weights] | None, streams: Tensor, beta: Tensor | None, span: Span, writes: bool
+    ) -> Tokens:
         """Keys, values, queries, gates of a span at the projection anchor; ``streams: [b, c, streams, heads, d]``."""
         sizes = (len(self.adaptive), len(STREAMS) - len(self.adaptive))
         adaptive, static = (x.permute(0, 3, 2, 1, 4).flatten(0, 1) for x in streams.split(sizes, 2))
+        made = static.unbind(1)
         if group is not None:
-            linear, _ = anchored(group.anchor, group.initial, None if reset is None else reset.unsqueeze(1))
-            made = (*self.memory.architecture(linear, adaptive).unbind(1), *static.unbind(1))
-        else:
-            made = static.unbind(1)
+            linear, _ = at_anchor(group[0].anchor, group[1], None if span.reset is None else span.reset.unsqueeze(1))
+            made = (*self.memory.architecture(linear, adaptive).unbind(1), *made)
         named = dict(zip(self.streams_order, made, strict=True))
         q, k, v, eta, alpha = (named[name] for name in STREAMS)
         batch = streams.shape[0]
@@ -304,8 +325,11 @@ class SelfModifyingTitans(nn.Module):
             torch.bmm(x, vector.to(x.dtype).repeat(batch, 1).unsqueeze(-1)).view(batch, self.num_heads, -1)
             for x, vector in ((eta, self.eta_vector), (alpha, self.alpha_vector))
         )
-        gates = self._gates(eta_logit, alpha_logit, beta, writes)
-        return Projected(unit_norm(q), unit_norm(k), unit_norm(v), gates)
+        gates = self._gates(eta_logit, alpha_logit, None if beta is None else beta.mT.flatten(0, 1), writes)
+        if span.valid is not None:
+            lr, retain = torch.where(span.valid, gates.lr, 0), torch.where(span.valid, gates.retain, 1)
+            gates = gates._replace(lr=lr, retain=retain)
+        return Tokens(unit_norm(q), unit_norm(k), unit_norm(v), gates, span.valid, span.reset)
 
     def _gates(self, eta_logit: Tensor, alpha_logit: Tensor, beta: Tensor | None, writes: bool) -> Gates:
         """Bounded gates (see the class docstring) from their logits ``[b, heads, c]``; returns rows ``[r, c]``."""
@@ -324,151 +348,22 @@ class SelfModifyingTitans(nn.Module):
             eta = torch.zeros_like(eta)
         return Gates(eta, alpha, beta)
 
-    def _learn_projections(
-        self,
-        group: Running,
-        made: Projected,
-        valid: Tensor | None,
-        reset: Tensor | None,
-        prepared: Sequence[Prepared] | None = None,
-    ) -> Running:
-        """Write a span into the projection memories; errors at their anchor. ``prepared``: its pieces, if at hand."""
-        memories, flag = self.memory.architecture, None if reset is None else reset.unsqueeze(1)
-        linear, adjoint = anchored(group.anchor, group.initial, flag)
-        k, v = made.k.unsqueeze(1), made.v.unsqueeze(1)
-        target = unit_norm(memories(linear, v)) if self.self_values else v.expand(-1, len(self.adaptive), -1, -1)
-        factors = memories.factors(linear, adjoint, k, target, self.memory.objective)
-        tokens = k.shape[-2]
-        size = span_length(self.projection_chunk_size, tokens, longest=MOST_LEARNED) if valid is None else tokens
-        inputs = {m: f.input.split(size, -2) for m, f in factors.items()}
-        errors = {m: f.error.split(size, -2) for m, f in factors.items()}
-        pieces = split_tokens(made.gates, size)
-        for i, gates in enumerate(pieces):
-            here = {m: Factor(inputs[m][i], errors[m][i]) for m in factors}
-            gates = Gates(*gates).map(lambda g: g.unsqueeze(1))
-            shared = None if prepared is None else prepared[i].map(lambda x: x.unsqueeze(1))
-            span = Tokens(None, k, v, gates, None if valid is None else valid.unsqueeze(1), flag, shared)
-            kernels, starts, writes = absorb_span(self.memory, group, here, span, guard=False)
-            last = i == len(pieces) - 1
-            group = advance_span(self.memory, group, kernels, starts, writes, span.valid, settle=last)
-        return self._carry(group._replace(displacement=None))
-
-    def _run_memory(
-        self,
-        group: Running,
-        made: Projected,
-        valid: Tensor | None,
-        reset: Tensor | None,
-        update: bool,
-        prepared: Prepared | None = None,
-    ) -> tuple[Tensor, Running]:
-        """Outputs of a span and the main memory after it."""
-        group, lost = (group, None) if reset is None else revive(group, reset)
-        linear, _ = anchored(group.anchor, group.initial, reset)
-        target = unit_norm(self.memory.architecture(linear, made.v)) if self.self_values else made.v
-        span = Tokens(made.q, made.k, target, made.gates, valid, reset, prepared)
-        y, group = run_span(self.memory, group, span, self.memory.read, update=update, guard=False)
-        assert y is not None
-        if lost is not None and reset is not None:
-            y = spoil_before_reset(y, lost, reset)
-        return y, self._carry(group) if update else group
-
-    def _carry(self, group: Running) -> Running:
-        """The group as it goes on to the next span, its gradients finite whatever the gates were."""
-        params = {m: limit_gradient(w, GRADIENT_LIMIT) for m, w in group.params.items()}
-        return group._replace(params=params, displacement=None)
-
-    def _aligned(
-        self, streams: Tensor, beta: Tensor | None, state: SelfModifyingState | None, writes: bool, return_state: bool
-    ) -> tuple[Tensor, SelfModifyingState]:
-        """All rows at the start of a chunk: projections run over whole projection chunks."""
-        (batch, tokens), dtype = streams.shape[:2], streams.dtype
-        projections = None
-        if self.adaptive:
-            projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
-        memory = single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
-        beta = None if beta is None else beta.flatten(0, 1)
-        chunk, outputs = self.projection_chunk_size, []
-        size = span_length(self.memory.chunk_size, tokens)
-        streams_cut, beta_cut = streams.split(chunk, 1), None if beta is None else beta.split(chunk, 1)
-        for j, here in enumerate(streams_cut):
-            begin, end = j * chunk, min(j * chunk + chunk, tokens)
-            if projections is not None:
-                projections = projections._replace(anchor=projections.params)
-            made = self._project(projections, here, None if beta_cut is None else beta_cut[j], None, writes)
-            parts = split_projected(made, size)
-            prepared = prepare(self.memory, [part.k for part in parts], [part.gates for part in parts])
-            for i, part in enumerate(parts):
-                if i * size % self.memory.chunk_size == 0:
-                    memory = memory._replace(anchor=memory.params)
-                update = return_state or begin + (i + 1) * size < tokens
-                y, memory = self._run_memory(memory, part, None, None, update, prepared[i])
-                outputs.append(y)
-            if projections is not None and (return_state or end < tokens):
-                same = span_length(chunk, end - begin, longest=MOST_LEARNED) == size
-                projections = self._learn_projections(projections, made, None, None, prepared if same else None)
-        if tokens % self.memory.chunk_size == 0:
-            memory = memory._replace(anchor=memory.params)
-        if tokens % chunk == 0 and projections is not None:
-            projections = projections._replace(anchor=projections.params)
-        position = torch.full((batch,), tokens % chunk, dtype=torch.long, device=streams.device)
-        return torch.cat(outputs, 1), self._pack(projections, memory, position, tokens % chunk == 0)
-
-    def _pack(
-        self, projections: Running | None, memory: Running, position: Tensor, aligned: bool
-    ) -> SelfModifyingState:
-        learned = None if projections is None else handed_on(projections, position, aligned)
-        inside = position % self.memory.chunk_size
-        return SelfModifyingState(learned, handed_on(stacked(memory), inside, aligned), None)
-
-    def _placed(
-        self,
-        streams: Tensor,
-        beta: Tensor | None,
-        state: SelfModifyingState | None,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        writes: bool,
-    ) -> tuple[Tensor, SelfModifyingState]:
-        """Rows of any phase, masks and resets: one span of the main memory's chunk at a time."""
-        (batch, tokens), dtype, device = streams.shape[:2], streams.dtype, streams.device
-        projections = None
-        if self.adaptive:
-            projections = self._group(self.adaptive, None if state is None else state.projections, batch, dtype)
-        memory = single(self._group(("memory",), None if state is None else state.memory, batch, dtype))
-        position = (
-            torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.clock.position[:, 0, 0]
-        )
-        size = span_length(self.memory.chunk_size, tokens)
-        grid = place(position, tokens, self.projection_chunk_size, size, mask, reset, boundary=self.memory.chunk_size)
-        texts, grid = grid, grid.repeat(self.num_heads)
-        row = torch.arange(batch * self.num_heads, device=device)[:, None, None]
-        beta = None if beta is None else torch.where(grid.valid, beta.flatten(0, 1)[row, grid.index], 1)
-        outputs = []
-        for i in range(grid.index.shape[1]):
-            valid, flag = grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
-            here = streams[row[:batch, 0], texts.index[:, i]]
-            here = torch.where(texts.valid[:, i, :, None, None, None], here, 0)
-            begins = grid.phase[:, i]
-            projections = None if projections is None else refresh(projections, begins == 0)
-            memory = refresh(memory, begins % self.memory.chunk_size == 0)
-            made = self._project(projections, here, None if beta is None else beta[:, i], flag, writes)
-            gates = Gates(
-                torch.where(valid, made.gates.lr, 0), torch.where(valid, made.gates.retain, 1), made.gates.momentum
-            )
-            made = made._replace(gates=gates)
-            y, memory = self._run_memory(memory, made, valid, flag, update=True)
-            outputs.append(y)
-            if projections is not None:
-                projections = self._learn_projections(projections, made, valid, flag)
-            if flag is not None:
-                restarted = flag.any(-1)
-                memory = back_to_initial(memory, restarted)
-                projections = None if projections is None else back_to_initial(projections, restarted)
-        memory = refresh(memory, grid.end % self.memory.chunk_size == 0)
-        projections = None if projections is None else refresh(projections, grid.end == 0)
-        y = scatter_outputs(torch.stack(outputs, 1), grid, tokens)
-        return y, self._pack(projections, memory, grid.end.view(batch, self.num_heads)[:, 0], aligned=False)
+    def _learn(
+        self, group: tuple[State, Weights], tokens: Tokens, span: Span, prepared: list[Prepared] | None, fresh: bool
+    ) -> State:
+        """Write a span into the projection memories; errors at their anchor."""
+        state, initial = group
+        span = span.map(lambda x: x.unsqueeze(1))
+        linear, adjoint = at_anchor(state.anchor, initial, span.reset)
+        k, v = tokens.k.unsqueeze(1), tokens.v.unsqueeze(1).expand(-1, len(self.adaptive), -1, -1)
+        factors = find_factors(self.projections, linear, adjoint, k, v, None)
+        count, shared = k.shape[-2], None
+        if prepared is not None:
+            same = span_length(self.projection_chunk_size, count, longest=LONGEST_WRITE)
+            if same == span_length(self.memory.chunk_size, count):
+                shared = [here.map(lambda x: x.unsqueeze(1)) for here in prepared]
+        gates = tokens.gates.map(lambda g: g.unsqueeze(1))
+        return write_rows(self.projections, state, factors, gates, initial, span=span, prepared=shared, fresh=fresh)
 
     def loop(
         self, x: Float[Tensor, "b t d"], state: SelfModifyingState | None = None
@@ -480,7 +375,7 @@ class SelfModifyingTitans(nn.Module):
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
-        width, longest = self.d_head, span_length(self.projection_chunk_size, context_length, MOST_LEARNED)
+        width, longest = self.d_head, span_length(self.projection_chunk_size, context_length, LONGEST_WRITE)
         learning = max(0, 1 - self.projection_chunk_size / context_length)
         fast = self_modifying_flops(
             self.memory, width, len(self.adaptive), learning, longest, context_length, self_values=self.self_values
@@ -493,3 +388,8 @@ class SelfModifyingTitans(nn.Module):
             f"d_model={self.d_model}, num_heads={self.num_heads}, adaptive={self.adaptive}, "
             f"projection_chunk_size={self.projection_chunk_size}, max_step={self.max_step}, memory={self.memory}"
         )
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Flags of texts ``[b, ...]`` as those of rows ``[b * heads, ...]``."""
+    return x.repeat_interleave(heads, 0)

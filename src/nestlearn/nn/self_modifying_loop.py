@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.memory import DotProduct, Momentum, State
+from nestlearn.memory import DotProduct, Gates, State
 from nestlearn.memory.reference import read_weights, token_step
-from nestlearn.memory.types import Running, Weights
+from nestlearn.memory.types import Weights
 
 from .self_modifying_state import SelfModifyingState
 
@@ -28,7 +28,11 @@ def token_loop(
 ) -> tuple[Tensor, SelfModifyingState]:
     """Run the layer token by token, ``x: [b, t, d]``; a continued ``state`` may come from here or from `forward`."""
     names = (*layer.adaptive, "memory")
-    memories = {name: _start(layer, name, x.shape[0], state) for name in names}
+    initial: dict[str, Weights] = {
+        name: {m: w.expand(len(x), *w.shape) for m, w in layer.initial[name].items()}  # type: ignore[operator]
+        for name in names
+    }
+    memories = {name: _start(layer, name, initial[name], state) for name in names}
     taps = torch.ones(1, 1, dtype=x.dtype) if layer.conv is None else layer.conv.weight
     history = x.new_zeros(x.shape[0], len(taps) - 1, layer.streams.out_features)
     if state is not None and state.conv is not None:
@@ -44,11 +48,9 @@ def token_loop(
         for name in layer.adaptive:
             stream[name] = read_weights(layer.memory, memories[name].anchor, stream[name])
         q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
-        lr, retain, beta = _gates(layer, stream["eta"], stream["alpha"], x[:, t])
+        gates = _gates(layer, stream["eta"], stream["alpha"], x[:, t])
         for name in names:
-            target = unit(read_weights(layer.memory, memories[name].anchor, v)) if layer.self_values else v
-            params, momentum = token_step(layer.memory, memories[name], k, target, lr, retain, beta)
-            memories[name] = memories[name]._replace(params=params, momentum=momentum)
+            memories[name] = token_step(layer.memory, memories[name], initial[name], k, v, gates)
         main = memories["memory"]
         y = read_weights(layer.memory, main.anchor if layer.memory.read == "chunk" else main.params, q)
         y = y / (y.square().mean(-1, keepdim=True) + layer.norm_eps).sqrt() * layer.norm.weight
@@ -58,42 +60,38 @@ def token_loop(
             chunk = layer.memory.chunk_size if name == "memory" else layer.projection_chunk_size
             if position % chunk == 0:
                 memories[name] = memories[name]._replace(anchor=memories[name].params)
-
-    def fast(group: tuple[str, ...]) -> State | None:
-        if not group:
-            return None
-
-        def stack(weights: list[Weights]) -> Weights:
-            return {m: torch.stack([w[m] for w in weights], 2) for m in weights[0]}
-
-        momenta = [memories[n].momentum for n in group]
-        momentum = None if momenta[0] is None else stack([m for m in momenta if m is not None])
-        params, anchor = (stack([getattr(memories[n], part) for n in group]) for part in ("params", "anchor"))
-        chunk = layer.memory.chunk_size if group == ("memory",) else layer.projection_chunk_size
-        return State(params, momentum, anchor, torch.full(params["in"].shape[:3], position % chunk))
-
-    memory = fast(("memory",))
-    assert memory is not None
+    rows = torch.full(q.shape[:2], position)  # type: ignore[possibly-undefined]
+    memory = memories["memory"]._replace(position=rows % layer.memory.chunk_size, aligned=False)
+    projections = [memories[name]._replace(position=rows, aligned=False) for name in layer.adaptive]
     tail = None if layer.conv is None else history
-    return torch.stack(outputs, 1), SelfModifyingState(fast(layer.adaptive), memory, tail)
+    return torch.stack(outputs, 1), SelfModifyingState(_stack(projections), memory, tail)
 
 
-def _start(layer: SelfModifyingTitans, name: str, batch: int, state: SelfModifyingState | None) -> Running:
-    initial = {m: w.expand(batch, *w.shape) for m, w in layer.initial[name].items()}  # type: ignore[operator]
-    momentum = None
-    if isinstance(layer.memory.algorithm, Momentum):
-        momentum = {m: torch.zeros_like(w) for m, w in initial.items()}
-    start = Running(initial, momentum, initial, initial, torch.zeros(batch, dtype=torch.long))
+def _stack(states: list[State]) -> State | None:
+    """The states of several memories as one, their dimension after that of the heads."""
+    if not states:
+        return None
+
+    def stack(weights: list[Weights]) -> Weights:
+        return {m: torch.stack([w[m] for w in weights], 2) for m in weights[0]}
+
+    momenta = [state.momentum for state in states if state.momentum is not None]
+    params, anchor = stack([state.params for state in states]), stack([state.anchor for state in states])
+    position = torch.stack([state.position for state in states], -1)
+    return State(params, stack(momenta) if momenta else None, anchor, position)
+
+
+def _start(layer: SelfModifyingTitans, name: str, initial: Weights, state: SelfModifyingState | None) -> State:
+    """The state of one memory."""
     if state is None:
-        return start
-    group, at = (state.memory, 0) if name == "memory" else (state.projections, layer.adaptive.index(name))
-    assert group is not None
-    momentum = None if group.momentum is None else {m: w[:, :, at] for m, w in group.momentum.items()}
-    params = {m: w[:, :, at] for m, w in group.params.items()}
-    return start._replace(params=params, anchor={m: w[:, :, at] for m, w in group.anchor.items()}, momentum=momentum)
+        return layer.memory.begin(initial)
+    if name == "memory" or state.projections is None:
+        return state.memory
+    at = layer.adaptive.index(name)
+    return state.projections.map(lambda x: x[:, :, at])
 
 
-def _gates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _gates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor, x: Tensor) -> Gates:
     """Step size, retention and momentum of one token, ``[b, heads]`` (bounds: see the layer)."""
     retain = torch.sigmoid((alpha * layer.alpha_vector).sum(-1) + layer.alpha_bias)
     lr = layer.max_step * torch.sigmoid((eta * layer.eta_vector).sum(-1) + layer.eta_bias)
@@ -107,4 +105,4 @@ def _gates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor, x: Tensor) ->
         lr = lr * (1 - beta)
     if not isinstance(layer.memory.objective, DotProduct):
         lr = lr / layer.projection_chunk_size
-    return lr, retain if layer.retention else torch.ones_like(retain), beta
+    return Gates(lr, retain if layer.retention else torch.ones_like(retain), beta)

@@ -9,13 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nestlearn.memory import Factor, Gates, State
-from nestlearn.memory.types import Running
 from nestlearn.nn.common import GateProjection, full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 
 from .level import Level, loss_gates
 from .local import LevelWeights
-from .nested import NestedState, restart, transfer, unpack_nested
+from .nested import NestedState, Running, restart, transfer, unpack_nested
 from .tape import Factors, Tape, read, write
 
 

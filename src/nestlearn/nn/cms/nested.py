@@ -30,7 +30,7 @@ from torch import Tensor
 from nestlearn.memory import AssociativeMemory, Gates, State, scan
 from nestlearn.memory.clock import compaction, known_empty
 from nestlearn.memory.kernels.products import segment_products
-from nestlearn.memory.types import Running, Weights
+from nestlearn.memory.types import Weights
 from nestlearn.nn.state import record
 
 from .tape import gradients, usable
@@ -70,6 +70,28 @@ class Nest(NamedTuple):
     rho: float
     initial: Weights
     by: TransferBy = "difference"
+
+
+class Running(NamedTuple):
+    """A `State` with the ``initial`` weights that it goes back to, which move themselves."""
+
+    params: Weights
+    momentum: Weights | None
+    anchor: Weights
+    initial: Weights
+    position: Int[Tensor, "*b"]
+    pending: Float[Tensor, "*b"] | None = None
+    aligned: bool = False
+
+    @classmethod
+    def of(cls, state: State, initial: Weights) -> Running:
+        """A state that goes on from here."""
+        params, momentum, anchor, position, pending, aligned = state
+        return cls(params, momentum, anchor, initial, position, pending, aligned)
+
+    def state(self) -> State:
+        """What the next call needs."""
+        return State(self.params, self.momentum, self.anchor, self.position, self.pending, self.aligned)
 
 
 def unpack_nested(state: NestedState) -> Running:

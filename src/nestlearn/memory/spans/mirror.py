@@ -11,40 +11,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .associative import AssociativeMemory
-from .chunked import Tokens, absorb_span, advance_span
-from .forms import Span
-from .retention import Lq, Retention
-from .span import Entering, Kernels, Writes, read
-from .types import Factor, Running
+from ..retention import Lq, Retention
+from .base import Entering, Kernels, Opened, Running, Update, Writes, decay_kernels, open_span, read_map, write_kept
 
 DENSE_ENTRIES = 2**21
 """Entries of weights that are held for one block of tokens."""
 
 
-def open_mirror(memory: AssociativeMemory, state: Running, factors: dict[str, Factor], tokens: Tokens) -> Span:
+def open_mirror(retention: Retention, run: Running, update: Update) -> Opened:
     """A span whose accumulators follow scalar kernels."""
-    kernels, starts, writes = absorb_span(memory, state, factors, tokens)
-    retention = memory.retention
-    after = None if tokens.reset is None else tokens.reset.cummax(-1).values
+    kernels = decay_kernels(run, update)
+    writes = {name: write_kept(kernels, *factor, update.gates.lr) for name, factor in update.factors.items()}
+    after = None if update.reset is None else update.reset.cummax(-1).values
 
-    def token_read(name: str, x: Tensor) -> Tensor:
-        base = state.initial[name] if memory.retain_to == "initial" else None
+    def read(name: str, x: Tensor) -> Tensor:
+        start = run.entering(name, update.reset)
         if not isinstance(retention, Lq):
-            back = None if after is None else state.initial[name]
-            anchors = (state.anchor[name], back, after)
-            return read_dense(retention, kernels, writes[name], starts[name], x, base, anchors)
-        scale = retention.scale(state.anchor[name])
+            back = None if after is None else run.initial[name]
+            return read_dense(retention, kernels, writes[name], start, x, (run.anchor[name], back, after))
+        scale = retention.scale(run.anchor[name])
         if after is not None:
-            scale = torch.where(after.unsqueeze(-1), retention.scale(state.initial[name]), scale)
-        return scale * read(kernels, writes[name], starts[name], x, base)
+            scale = torch.where(after.unsqueeze(-1), retention.scale(run.initial[name]), scale)
+        return scale * read_map(kernels, writes[name], start, x)
 
-    def advance() -> Running:
-        end = advance_span(memory, state, kernels, starts, writes, tokens.valid)
-        # Distances to the initial state would not follow what `close` does to the accumulators.
-        return end._replace(displacement=None)
-
-    return Span(token_read, advance)
+    return Opened(read, open_span(run, update, kernels, lambda name, _: writes[name]).advance)
 
 
 def read_dense(
@@ -53,7 +43,6 @@ def read_dense(
     writes: Writes,
     start: Entering,
     x: Float[Tensor, "b c in"],
-    base: Float[Tensor, "b out in"] | None,
     anchors: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> Float[Tensor, "b c out"]:
     """``weights(A_t) x_t`` for every token of the span, block by block.
@@ -68,22 +57,19 @@ def read_dense(
     for first in range(0, tokens, block):
         last = min(first + block, tokens)
         accumulators = dense_accumulators(kernels, writes, start, first, last)
-        if base is not None:
-            accumulators = accumulators + base.unsqueeze(1)
         seen = anchor.unsqueeze(1)
         if back is not None and after is not None:
             seen = torch.where(after[:, first:last, None, None], back.unsqueeze(1), seen)
         weights = retention.weights(accumulators, seen.expand_as(accumulators))
         answers.append((weights @ x[:, first:last].unsqueeze(-1)).squeeze(-1))
-    y = answers[0] if len(answers) == 1 else torch.cat(answers, 1)
-    return y if writes.lost is None else torch.where(writes.lost.unsqueeze(-1), torch.nan, y)
+    return answers[0] if len(answers) == 1 else torch.cat(answers, 1)
 
 
 def dense_accumulators(
     kernels: Kernels, writes: Writes, start: Entering, first: int, last: int
 ) -> Float[Tensor, "b t out in"]:
-    """Accumulators (or their distances to the initial ones) after the tokens ``first .. last - 1`` of a span."""
-    total = None
+    """Accumulators after the tokens ``first .. last - 1`` of a span."""
+    total = None if start.base is None else start.base.unsqueeze(1)
     entries = ((kernels.entry, start.weights), (kernels.restart, start.back), (kernels.impulse_entry, start.momentum))
     for coefficient, weights in entries:
         if coefficient is not None and weights is not None:

@@ -1,0 +1,149 @@
+"""Spans of the delta rule: what a key holds is erased before it is written.
+
+With the kernels of `base` and sh() a shift down by one row (a token erases from the weights before it):
+
+    (I + diag(eta') [sh(A) * X X^T]) P = -diag(eta') (sh(A_t) * X W_0^T + sh(K_t) * X S_0^T + [sh(Lambda) * X X^T] G)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..associative import AssociativeMemory
+from ..kernels.fused import erased
+from ..kernels.products import product, solved_erasure
+from ..retention import Delta
+from ..types import Gates
+from .base import (
+    Entering,
+    Erasure,
+    Kernels,
+    Opened,
+    Prepared,
+    Running,
+    Update,
+    Writes,
+    add_product,
+    is_erasing,
+    make_kernels,
+    open_span,
+    sources,
+)
+
+
+def delta_kernels(
+    retention: Delta, gates: Gates, valid: Tensor | None, reset: Tensor | None, *, restart: bool = False
+) -> Kernels:
+    """The kernels of a span from its gates, with the coefficients of the weights that each token erases from."""
+    kernels = make_kernels(gates.retain, gates.momentum, valid, reset, restart=restart)
+    return _erasing(kernels, gates.retain if retention.gated else None, reset)
+
+
+def _shift(x: Tensor, dim: int, first: Tensor | None = None) -> Tensor:
+    """Rows moved down by one; the first row becomes ``first`` (default 0)."""
+    head = torch.zeros_like(x.narrow(dim, 0, 1)) if first is None else first
+    return torch.cat([head, x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+
+
+def _erasing(kernels: Kernels, gate: Tensor | None, reset: Tensor | None) -> Kernels:
+    """Add the ``_before`` coefficients: shifted by one token, cut at resets, times alpha for gated delta."""
+    live = None if reset is None else ~reset
+
+    def cut(x: Tensor) -> Tensor:
+        extra = (1,) * (x.dim() - kernels.entry.dim())
+        if live is not None:
+            x = x * live.view(*live.shape, *extra)
+        return x if gate is None else x * gate.view(*gate.shape, *extra)
+
+    entry = kernels.entry
+    restart = kernels.restart
+    if restart is not None:
+        restart = cut(_shift(restart, -1))
+        assert reset is not None
+        restart = restart + (reset if gate is None else reset * gate)
+    return kernels._replace(
+        decay_before=cut(_shift(kernels.decay, -2)),
+        entry_before=cut(_shift(entry, -1, torch.ones_like(entry[..., :1]))),
+        impulse_before=None if kernels.impulse is None else cut(_shift(kernels.impulse, -2)),
+        impulse_entry_before=None if kernels.impulse_entry is None else cut(_shift(kernels.impulse_entry, -1)),
+        restart_before=restart,
+    )
+
+
+def step_size(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Float[Tensor, "*b c"]:
+    """eta' of every token of one map with inputs x: ``raw``, ``proximal`` or ``normalized`` (see AssociativeMemory)."""
+    if kind == "raw":
+        return lr
+    square = torch.linalg.vecdot(x, x)
+    if kind == "proximal":
+        return lr / (1 + lr * square)
+    return torch.minimum(lr, 1 + retain) / (square + 1e-6)
+
+
+def erase(kernels: Kernels, x: Tensor, kind: str, lr: Tensor, retain: Tensor) -> Erasure:
+    """The triangular system of one map with inputs ``x: [*b, c, in]``, solved for all right-hand sides."""
+    assert kernels.decay_before is not None
+    eta = step_size(kind, lr, retain, x)
+    return Erasure(solved_erasure(x, kernels.decay_before, eta), -eta)
+
+
+def prepare(memory: AssociativeMemory, keys: Sequence[Tensor], gates: Sequence[Gates]) -> list[Prepared]:
+    """Kernels and erasures of several spans without masks or resets, computed together where lengths agree.
+
+    ``keys[i]: [b, c, d]``, ``gates[i]``: each ``[b, c]``. One large operation costs less than many small ones.
+    """
+    if len({k.shape[1] for k in keys}) > 1:
+        return prepare(memory, keys[:-1], gates[:-1]) + prepare(memory, keys[-1:], gates[-1:])
+    together = Gates(*(None if g[0] is None else torch.stack(g, 1) for g in zip(*gates, strict=True)))  # type: ignore[arg-type]
+    retention, erasures = memory.retention, {}
+    if isinstance(retention, Delta):
+        kernels, name = delta_kernels(retention, together, None, None), memory.architecture.query_map
+        kind = memory.step_size_of(name)
+        erasures[name] = erase(kernels, torch.stack(list(keys), 1), kind, together.lr, together.retain)
+    else:
+        kernels = make_kernels(together.retain, together.momentum, None, None)
+    # One unbind a tensor: the gradient of a slice would be a full-size tensor of zeros.
+    per_span = [Kernels(*x) for x in zip(*(_spans(x, len(keys)) for x in kernels), strict=True)]
+    solved = {n: [Erasure(*x) for x in zip(*(y.unbind(1) for y in e), strict=True)] for n, e in erasures.items()}
+    return [Prepared(here, {n: e[i] for n, e in solved.items()}) for i, here in enumerate(per_span)]
+
+
+def _spans(x: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    return [None] * count if x is None else x.unbind(1)
+
+
+def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: Entering) -> Writes:
+    """The writes of one map; ``x: [*b, c, in]``, ``error: [*b, c, out]``."""
+    solved, gain = erasure
+    if is_erasing(kernels, start) and start.weights is not None and kernels.entry_before is not None:
+        return Writes(x, erased(error, solved, x, start.weights, kernels.entry_before), None, gain)
+    change = None if kernels.impulse is not None else error
+    for coefficient, weights in sources(kernels, start, before=True):
+        held, scale = product(x, weights.mT), coefficient.unsqueeze(-1)
+        change = scale * held if change is None else torch.addcmul(change, scale, held)
+    change = None if change is None else product(solved, change)
+    if kernels.impulse is None:
+        return Writes(x, change, None, gain)
+    assert kernels.impulse_before is not None
+    pushed = product(solved, kernels.impulse_before * product(x, x.mT) * gain.unsqueeze(-2))
+    return Writes(x, add_product(change, pushed, error), error, gain)
+
+
+def open_delta(memory: AssociativeMemory, retention: Delta, run: Running, update: Update) -> Opened:
+    """A span under `Delta`."""
+    gates, erasures = update.gates, {}
+    if update.prepared is not None:
+        kernels, erasures = update.prepared
+    else:
+        kernels = delta_kernels(retention, gates, update.valid, update.reset, restart=run.base is None)
+
+    def written(name: str, start: Entering) -> Writes:
+        x, error = update.factors[name]
+        erasure = erasures.get(name) or erase(kernels, x, memory.step_size_of(name), gates.lr, gates.retain)
+        return write(kernels, x, error, erasure, start)
+
+    return open_span(run, update, kernels, written)
