@@ -218,11 +218,9 @@ class SelfModifyingTitans(nn.Module):
             y = torch.where(mask.unsqueeze(-1), y, 0)
         if not return_state:
             return y, None
-        lost = poisoned[:, -1]
-        spoilt = choose(
-            lost, {m: torch.full_like(w, torch.nan) for m, w in new.memory.params.items()}, new.memory.params
-        )
-        return y, SelfModifyingState(new.projections, new.memory._replace(params=spoilt), tail)
+        params = new.memory.params
+        params = choose(poisoned[:, -1], {m: torch.full_like(w, torch.nan) for m, w in params.items()}, params)
+        return y, SelfModifyingState(new.projections, new.memory._replace(params=params), tail)
 
     def _streams(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
@@ -285,7 +283,8 @@ class SelfModifyingTitans(nn.Module):
                 learned, initial = group
                 group = learned._replace(anchor=choose(span.begins, learned.params, learned.anchor)), initial
             tokens = self._project(group, here, kept, span, writes)
-            ready = self._prepare(tokens) if clock.grid is None else None
+            # What gates and keys alone decide: the main memory and the projections share both.
+            ready = prepare_tokens(self.memory, tokens.k, tokens.gates) if clock.grid is None else None
             y, main = run(
                 self.memory, main, tokens, start, fresh=state is None and i == 0, return_state=keep, prepared=ready
             )
@@ -295,10 +294,6 @@ class SelfModifyingTitans(nn.Module):
         y = clock.join(outputs)
         bad = None if broken is None else broken.view(batch, heads)[:, :1] & (torch.arange(count, device=y.device) == 0)
         return y, self._pack(None if group is None else group[0], main, batch), bad
-
-    def _prepare(self, tokens: Tokens) -> list[Prepared]:
-        """What gates and keys alone decide: the main memory and the projections share both."""
-        return prepare_tokens(self.memory, tokens.k, tokens.gates)
 
     def _pack(self, projections: State | None, memory: State, batch: int) -> SelfModifyingState:
         """The states of both groups, by text and head."""
