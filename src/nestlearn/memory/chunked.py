@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .architectures import Linear
 from .associative import AssociativeMemory
-from .clock import Clock, Rows, Span, choose, span_length
+from .clock import Clock, Rows, Span, choose, known_empty, span_length
 from .kernels.products import limit_gradient, product, unit_norm
 from .objectives import with_threshold
 from .retention import Retention, is_linear, is_per_channel
@@ -199,10 +199,8 @@ def run_span(
     if y is not None and not update:
         return y, running
     factors = find_factors(memory, linear, adjoint, k, v, gates.threshold)
-    closing = None
-    if memory.algorithm.writes_at_close and span.ends is not False:
-        closing = span.closing(k.device).expand_as(gates.lr)
-    opened = open_span(memory, running, Update(factors, gates, span.valid, span.reset, closing, prepared))
+    asked = Update(factors, gates, span.valid, span.reset, find_closing(memory, span, gates), prepared)
+    opened = open_span(memory, running, asked)
     if y is None:
         y = memory.architecture(opened.read, q)
     if update:
@@ -224,6 +222,14 @@ def finish(memory: AssociativeMemory, running: Running, ends: Rows, reset: Tenso
     if reset is not None:
         running = running._replace(anchor=choose(reset.any(-1), running.initial, running.anchor))
     return running
+
+
+def find_closing(memory: AssociativeMemory, span: Span, gates: Gates) -> Tensor | None:
+    """The last tokens of chunks, for an algorithm that writes there; None where there is none, if looking is free."""
+    if not memory.algorithm.writes_at_close or span.ends is False:
+        return None
+    closing = span.closing(gates.lr.device)
+    return None if known_empty(closing) else closing.expand_as(gates.lr)
 
 
 def changes_at_close(retention: Retention) -> bool:
@@ -263,10 +269,7 @@ def _pieces(
 ) -> Iterator[Update]:
     """The tokens in pieces short enough for their triangular systems, where all of them count."""
     if span.valid is not None or span.reset is not None or not _is_plain(memory):
-        closing = None
-        if memory.algorithm.writes_at_close and span.ends is not False:
-            closing = span.closing(gates.lr.device).expand_as(gates.lr)
-        yield Update(factors, gates, span.valid, span.reset, closing)
+        yield Update(factors, gates, span.valid, span.reset, find_closing(memory, span, gates))
         return
     size = span_length(memory.chunk_size, span.length, longest=LONGEST_WRITE)
     parts = {name: (f.input.split(size, -2), f.error.split(size, -2)) for name, f in factors.items()}

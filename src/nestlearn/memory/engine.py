@@ -79,25 +79,43 @@ def scan(
     fresh = state is None
     state = _start(memory, initial, q, k, v) if state is None else state
     check_scan(memory, state, q, k, v, gates, mask, reset, how)
-    weights = next(iter(state.params.values()))
     tokens = Tokens(q, k, v, gates, mask, reset)
+    y, end = _scan(memory, state, tokens, initial, how, engine, fresh, return_state)
+    return y.to(q.dtype), end
+
+
+def _scan(
+    memory: AssociativeMemory,
+    state: State,
+    tokens: Tokens,
+    initial: Weights | None,
+    read_mode: str,
+    engine: str,
+    fresh: bool,
+    keep: bool,
+) -> tuple[Tensor, State]:
+    """`scan` of checked arguments: what is not finite is taken out, and put back where it belongs."""
+    reset, mask = tokens.reset, tokens.mask
     whole = memory.full_initial(initial, state.params, needed=reset is not None or memory.retain_to == "initial")
     # A state may come from a variant with larger chunks.
-    state = state._replace(position=state.position % memory.chunk_size)
-    state, broken = reset_nonfinite(state, whole, reset)
-    tokens, poisoned = _admit(tokens._replace(q=q.to(weights.dtype)), weights.dtype, broken)
+    state, broken = reset_nonfinite(state._replace(position=state.position % memory.chunk_size), whole, reset)
+    tokens, poisoned = _admit(tokens, next(iter(state.params.values())).dtype, broken)
     if engine == "reference":
-        y, end = reference.scan(memory, state, tokens, whole, how)
+        y, end = reference.scan(memory, state, tokens, whole, read_mode)
     else:
-        leading = weights.dim() - 2
-        rows = tokens.map(lambda x: _flat(x, leading))
-        flat, there = flatten_state(state, leading), {n: _flat(w, leading) for n, w in whole.items()}
-        y, end = chunked.run(memory, flat, rows, there, read_mode=how, fresh=fresh, return_state=return_state)
-        batch = weights.shape[:leading]
-        y, end = y.reshape((*batch, *y.shape[1:])), unflatten_state(end, batch)
-    if not known_empty(poisoned):
-        y, end = _spread(y, end, poisoned, mask)
-    return y.to(q.dtype), end
+        y, end = _run_rows(memory, state, tokens, whole, read_mode, fresh, keep)
+    return (y, end) if known_empty(poisoned) else _spread(y, end, poisoned, mask)
+
+
+def _run_rows(
+    memory: AssociativeMemory, state: State, tokens: Tokens, initial: Weights, read_mode: str, fresh: bool, keep: bool
+) -> tuple[Tensor, State]:
+    """The chunked engine on any leading dimensions: it sees them as one."""
+    batch = state.position.shape
+    rows, whole = flatten_state(state, len(batch)), {name: _flat(w, len(batch)) for name, w in initial.items()}
+    flat = tokens.map(lambda x: _flat(x, len(batch)))
+    y, end = chunked.run(memory, rows, flat, whole, read_mode=read_mode, fresh=fresh, return_state=keep)
+    return y.reshape((*batch, *y.shape[1:])), unflatten_state(end, batch)
 
 
 def _start(memory: AssociativeMemory, initial: Weights | None, q: Tensor, k: Tensor, v: Tensor) -> State:
@@ -257,7 +275,7 @@ def _admit(tokens: Tokens, dtype: torch.dtype, broken: Tensor | None) -> tuple[T
         bad = torch.cat([bad[..., :1] | broken.unsqueeze(-1), bad[..., 1:]], -1)
     gates = gates.map(lambda g: torch.where(bad if g.dim() == bad.dim() else bad.unsqueeze(-1), 0, g))
     k, v = (torch.where(bad[..., None], 0, x) for x in (k, v))
-    return Tokens(q, k, v, gates, mask, reset), poisoned_from(bad, mask, reset)
+    return Tokens(q.to(dtype), k, v, gates, mask, reset), poisoned_from(bad, mask, reset)
 
 
 def reset_nonfinite(state: State, initial: Weights, reset: Tensor | None) -> tuple[State, Tensor | None]:
