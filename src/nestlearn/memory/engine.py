@@ -79,8 +79,7 @@ def scan(
     fresh = state is None
     state = _start(memory, initial, q, k, v) if state is None else state
     check_scan(memory, state, q, k, v, gates, mask, reset, how)
-    tokens = Tokens(q, k, v, gates, mask, reset)
-    y, end = _scan(memory, state, tokens, initial, how, engine, fresh, return_state)
+    y, end = _scan(memory, state, Tokens(q, k, v, gates, mask, reset), initial, how, engine, fresh, return_state)
     return y.to(q.dtype), end
 
 
