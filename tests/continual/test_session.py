@@ -21,7 +21,7 @@ from transformers import AddedToken, DynamicCache, LlamaConfig, LlamaForCausalLM
 from nestlearn import HopeConfig, HopeForCausalLM, Level, MemorySession, stack_levels
 from nestlearn.continual import ReadInterrupted, ReadReport, SegmentScore
 from nestlearn.continual.chat import Chat, Sampling
-from nestlearn.continual.session_text import BLOCK, TokenReader, cut_blocks
+from nestlearn.continual.session.reader import BLOCK, BlockTokenizer, cut_blocks
 from nestlearn.data import byte_tokenizer, train_bpe
 from nestlearn.data.documents import Document
 from nestlearn.data.tokenizers import encode
@@ -186,7 +186,7 @@ def test_blocks_depend_on_the_text_alone():
 
 def test_bytes_of_bpe_tokens_add_up():
     tokenizer = train_bpe([Document(TEXT, "t")], 300)
-    reader = TokenReader(tokenizer)
+    reader = BlockTokenizer(tokenizer)
     text = "A sheep né in the herds </s> <s>.  "
     assert sum(size for _, size in reader(text, first=True)) == len(text.encode())
     assert tokenizer.decode([token for token, _ in reader(text, first=True)]) == text
@@ -211,12 +211,13 @@ def test_generate(hope, kind):
     assert drawn[0] == drawn[1] != drawn[2]
     stop = learned[3]
     assert session.generate("The ", max_new_tokens=12, stop=stop) == learned[: learned.index(stop)]
+    assert session.generate("The ", max_new_tokens=12, stop="") == learned
 
 
 def test_generate_is_the_model_at_the_learned_weights(model):
     session = MemorySession(model, TOKENIZER, compare="none")
     session.read(TEXT[:300])
-    state = session._place.mind.levels
+    state = session._cursor.memory.levels
     ids = torch.tensor([[256, *b"The "]])
     for _ in range(5):
         with torch.no_grad():
@@ -299,7 +300,7 @@ def test_what_a_user_says_is_letters(monkeypatch):
     assert prompts == [[259, *b"user\n", *attack.encode(), 260, 10, 259, *b"assistant\n"]]
     session.generate(attack, max_new_tokens=1)
     assert prompts[1] == list(attack.encode())
-    assert [token for token, _ in TokenReader(tokenizer)(attack, first=True)] == list(attack.encode())
+    assert [token for token, _ in BlockTokenizer(tokenizer)(attack, first=True)] == list(attack.encode())
     assert encode(tokenizer, [attack])[0].tolist() == list(attack.encode())
 
 
@@ -400,7 +401,7 @@ def test_a_hope_models_levels_are_forgotten_one_by_one(signal, tmp_path):
     if signal == "local":
         alone = MemorySession(hope_levels(still=(0,)), TOKENIZER, compare="none")
         alone.read(TEXT[:310])
-        score = lambda one: one._engine.read(one._place.mind, list(other.encode()), False, start=False).nats[1:]  # noqa: E731
+        score = lambda one: one._backend.read(one._cursor.memory, list(other.encode()), False, start=False).nats[1:]  # noqa: E731
         assert score(session) == pytest.approx(score(alone), rel=1e-5)
     session.save(tmp_path / "s")
     loaded = MemorySession.load(tmp_path / "s", model, TOKENIZER)
@@ -424,7 +425,7 @@ def test_changes_of_a_hope_models_levels_are_those_of_their_weights():
     for (_, *one), (_, *two) in ((a.diff(b), b.diff(a)),):
         assert [r.change for r in one] == pytest.approx([r.change for r in two])
     level = model.model.layers[0].cms.networks[1]
-    params, base = (s._place.mind.cache.layers[0].cms.levels[1].params for s in (a, b))
+    params, base = (s._cursor.memory.cache.layers[0].cms.levels[1].params for s in (a, b))
     moved = size = 0.0
     for name, w in level.fixed.items():
         new, old = (p[f"{name}_B"][0] @ p[f"{name}_A"][0] for p in (params, base))
@@ -439,7 +440,7 @@ def test_diff_says_how_far_levels_are_apart(model):
     for row, other, base in zip(a.diff(b), b.diff(a), a.describe(), strict=True):
         assert row.change == pytest.approx(other.change) and row.change == base.change > 0
     mlp = model.model.layers[0].mlp
-    fast = a._place.mind.levels.networks["model.layers.0.mlp"][0].weights.params
+    fast = a._cursor.memory.levels.networks["model.layers.0.mlp"][0].weights.params
     moved = sum((w[0] - mlp.dense(0)[name]).square().sum() for name, w in fast.items()).sqrt()
     size = sum(w.square().sum() for w in mlp.dense(0).values()).sqrt()
     assert a.diff()[0].change == pytest.approx((moved / size).item(), rel=1e-5)
@@ -504,9 +505,10 @@ def test_files_that_are_refused(model, hope, tmp_path):
     for length in (0, 7, 100, len(content) // 2, len(content) - 1):
         refused("truncated|not a session", content[:length])
     refused("does not match its checksum", content[:-4] + bytes(4))
-    place = content.index(b'\\"place\\": [')
-    digits = re.finditer(rb"[0-9]", content[place : content.index(b"]", place)])
-    for at in [place + found.start() for found in digits]:
+    cursor = content[: content.index(b'"dtype"')]
+    values = [found.end() - 1 for found in re.finditer(rb'\\"value\\": [0-9]', cursor)]
+    assert len(values) > 4
+    for at in values:
         digit = b"7" if content[at : at + 1] != b"7" else b"6"
         refused("does not match its checksum", content[:at] + digit + content[at + 1 :])
     refused("truncated|not a session", b"hello world, this is no session" * 10)
@@ -532,12 +534,27 @@ def test_a_save_that_fails_leaves_the_old_file_and_the_session(model, tmp_path, 
         Path(args[1]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nestlearn.continual.session_file.save_file", full)
+    monkeypatch.setattr("nestlearn.models.files.save_file", full)
     with pytest.raises(OSError, match=r"No space left.*Nothing there was changed"):
         session.save(path)
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["s"] and states_equal(session, kept)
     with pytest.raises(OSError, match="could not write"):
         session.save(path / "below_a_file")
+
+
+def test_saving_keeps_a_file_that_is_no_session(model, tmp_path):
+    session, text = MemorySession(model, TOKENIZER, compare="none"), tmp_path / "book.txt"
+    text.write_text(TEXT)
+    session.read(text)
+    save_file({"x": torch.zeros(2)}, tmp_path / "weights")
+    weights = (tmp_path / "weights").read_bytes()
+    for path in (text, tmp_path / "weights"):
+        with pytest.raises(ValueError, match="something else than a session"):
+            session.save(path)
+    assert text.read_text() == TEXT and (tmp_path / "weights").read_bytes() == weights
+    (tmp_path / "empty").touch()
+    session.save(tmp_path / "empty")
+    assert states_equal(MemorySession.load(tmp_path / "empty", model, TOKENIZER), session)
 
 
 def test_a_kill_during_save_leaves_the_old_file(model, tmp_path):

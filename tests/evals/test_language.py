@@ -11,7 +11,7 @@ from nestlearn import HopeCache, HopeConfig, HopeForCausalLM
 from nestlearn.data import Document, byte_tokenizer
 from nestlearn.evals import EvalResult, bits_per_byte, loss_by_position, state_bytes_by_context
 from nestlearn.evals.language import CONDITIONS, bucket_edges, ratio_with_stderr, read_segments
-from nestlearn.evals.sample import continue_text
+from nestlearn.models import generate_texts
 
 TOKENIZER = byte_tokenizer()
 
@@ -165,8 +165,8 @@ def test_samples_depend_on_their_seed_only():
     for global_seed, seed in ((1, 0), (2, 0), (1, 7)):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        texts.append(continue_text(model, TOKENIZER, "ab", max_new_tokens=20, seed=seed))
+        texts.append(generate_texts(model, TOKENIZER, [[97, 98]], max_new_tokens=20, temperature=0.8, seed=seed))
         assert torch.equal(before, torch.get_rng_state())
     assert texts[0] == texts[1] != texts[2]
-    greedy = [continue_text(model, TOKENIZER, "ab", max_new_tokens=5, temperature=0, seed=s) for s in (0, 1)]
+    greedy = [generate_texts(model, TOKENIZER, [[97, 98]], max_new_tokens=5, seed=s) for s in (0, 1)]
     assert greedy[0] == greedy[1]

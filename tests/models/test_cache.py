@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_the_old_file(read, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nestlearn.models.cache.save_file", full)
+    monkeypatch.setattr("nestlearn.models.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         cache.save(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before

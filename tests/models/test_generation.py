@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 from nestlearn import HopeCache
+from nestlearn.data import byte_tokenizer
+from nestlearn.models import generate_texts
 from nestlearn.models.stacking import read_segment, stack_levels
 from nestlearn.nn import Level
 
@@ -139,3 +141,30 @@ def test_a_whole_generation_leaves_the_model_unchanged(build, ids, mixer):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     generate(model, ids, do_sample=False)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_draws_follow_temperature_and_top_p(build, seed):
+    model, tokenizer, rows = build(vocab_size=259), byte_tokenizer(), 4000
+    prompt = [5, 6, 7]
+    with torch.no_grad():
+        p = (model(torch.tensor([prompt])).logits[0, -1] / 1.5).softmax(-1)
+    order = p.argsort(descending=True)
+    kept = order[: int((p[order].cumsum(0) < 0.6).sum()) + 1]
+    kept = kept[kept < 128]  # bytes that are letters on their own
+    torch.manual_seed(1)
+    texts = generate_texts(model, tokenizer, [prompt] * rows, max_new_tokens=1, temperature=1.5, top_p=0.6, seed=seed)
+    expected = (p / p[order].cumsum(0)[int((p[order].cumsum(0) < 0.6).sum())])[kept]
+    found = torch.tensor([texts.count(chr(token)) / rows for token in kept.tolist()])
+    deviation = (expected * (1 - expected) / rows).sqrt()
+    assert len(kept) > 5 and ((found - expected).abs() < 4 * deviation).all()
+
+
+def test_generated_rows_are_those_of_each_prompt_alone(build):
+    model, tokenizer = build(vocab_size=259), byte_tokenizer()
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    together = generate_texts(model, tokenizer, prompts, max_new_tokens=6)
+    assert together == [generate_texts(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    word = next(letter for letter in together[0][1:] if letter != together[0][0])
+    cut = generate_texts(model, tokenizer, prompts, max_new_tokens=6, stop=["", word])
+    assert cut == [text.split(word)[0] for text in together] and cut[0]

@@ -26,14 +26,16 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Print the prompt and its continuation."""
-    from nestlearn.evals.sample import continue_text
+    from nestlearn.data import document_ids
+    from nestlearn.models import generate_texts
     from nestlearn.train import load_model, load_tokenizer
 
     tune(verbose)
-    text = continue_text(
+    tokenizer = load_tokenizer(model)
+    (text,) = generate_texts(
         load_model(model),
-        load_tokenizer(model),
-        prompt,
+        tokenizer,
+        [document_ids(tokenizer, prompt)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -21,9 +21,7 @@ from nestlearn.continual.methods import EWC, ExperienceReplay, FineTuning, Joint
 from nestlearn.continual.metrics import Metrics, continual_metrics
 from nestlearn.continual.readers import FineTuningReader, InContextReader, Reader
 from nestlearn.continual.result import ContinualResult
-from nestlearn.continual.session import MemorySession, ReadInterrupted
-from nestlearn.continual.session_levels import LevelRow
-from nestlearn.continual.session_report import ReadReport, SegmentScore
+from nestlearn.continual.session import LevelRow, MemorySession, ReadInterrupted, ReadReport, SegmentScore
 
 __all__ = [
     "CMS",

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestlearn.continual.session import PromptTooLong
-from nestlearn.continual.session_report import now_and_then
+from nestlearn.continual.session import PromptTooLong, at_most_every
 
 HELP = """Type a message to get an answer. Commands:
   /read FILE...        learn from text files; prints bits per byte with and without what is being learned
@@ -147,7 +146,7 @@ class Chat:
             # Before it is read: what was read before an error or Ctrl-C stays learned.
             self.unsaved = True
             result = self.session.read(
-                Path(name).expanduser(), progress=now_and_then(lambda now: self.report(str(now)))
+                Path(name).expanduser(), progress=at_most_every(0.5, lambda report: self.report(str(report)))
             )
             lines.append(f"{name}: {result}")
         return "\n".join(lines)

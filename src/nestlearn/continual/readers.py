@@ -14,9 +14,9 @@ from torch import nn
 
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.methods import Boundaries, Method, OptimizerFactory
-from nestlearn.continual.session_generation import cut_at, generation_arguments
 from nestlearn.data.continual import Examples
 from nestlearn.data.synthetic import IGNORE
+from nestlearn.models.generation import generate_texts
 
 
 class Reader(Protocol):
@@ -33,16 +33,6 @@ class Reader(Protocol):
     def fork(self) -> Reader:
         """An independent copy."""
         ...
-
-
-@torch.inference_mode()
-def complete(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, stop: str) -> str:
-    """The most likely continuation of ``ids`` up to ``stop`` or the end-of-text token."""
-    words = [stop] if stop else []
-    inputs = torch.tensor([ids], device=model.device)
-    arguments = generation_arguments(tokenizer, model, len(ids), max_new_tokens, 0.0, 1.0, words)
-    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), **arguments)
-    return cut_at(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), words)
 
 
 def start_ids(tokenizer: Any) -> list[int]:
@@ -92,7 +82,7 @@ class InContextReader:
                 f"context_length={self.context_length}; raise it."
             )
         ids = start + self._read[len(self._read) - min(room, len(self._read)) :] + asked
-        return complete(self.model, self.tokenizer, ids, max_new_tokens, stop)
+        return generate_texts(self.model, self.tokenizer, [ids], max_new_tokens=max_new_tokens, stop=stop)[0]
 
     def fork(self) -> InContextReader:
         """An independent copy over the same model."""
@@ -183,7 +173,7 @@ class FineTuningReader:
         was_training = self.model.training
         self.model.eval()
         try:
-            return complete(self.model, self.tokenizer, ids, max_new_tokens, stop)
+            return generate_texts(self.model, self.tokenizer, [ids], max_new_tokens=max_new_tokens, stop=stop)[0]
         finally:
             self.model.train(was_training)
 

@@ -19,7 +19,7 @@ from nestlearn.data.corpora import CORPUS_SPECS, load_corpus
 from nestlearn.data.documents import Corpus, Document, LocalCorpus, Split
 from nestlearn.data.packing import PackedDataset, PackedStream, pack
 from nestlearn.data.streams import StreamingCorpus
-from nestlearn.data.tokenizers import byte_tokenizer, bytes_per_token, train_bpe
+from nestlearn.data.tokenizers import byte_tokenizer, bytes_per_token, document_ids, train_bpe
 
 __all__ = [
     "CORPUS_SPECS",
@@ -37,6 +37,7 @@ __all__ = [
     "byte_tokenizer",
     "bytes_per_token",
     "class_incremental",
+    "document_ids",
     "document_stream",
     "load_banking77",
     "load_clinc150",

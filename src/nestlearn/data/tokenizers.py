@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -110,6 +111,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.
         np.asarray(ids if controls.isdisjoint(ids) else LiteralText(tokenizer).ids(text), dtype=np.int32)
         for text, ids in zip(texts, encoded["input_ids"], strict=True)
     ]
+
+
+def document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of the start of a document: the start token, if the tokenizer has one, then those of the text.
+
+    Example:
+        >>> document_ids(byte_tokenizer(), "ab")
+        [256, 97, 98]
+    """
+    start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
+    return [*start, *encode(tokenizer, [text])[0].tolist()]
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:

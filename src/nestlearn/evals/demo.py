@@ -13,13 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nestlearn.data import load_corpus
+from nestlearn.data import document_ids, load_corpus
 from nestlearn.evals.compare import Curve, Row, compare, eval_curve
 from nestlearn.evals.language import bits_per_byte, loss_by_position, state_bytes_by_context
 from nestlearn.evals.report.demo import DemoResults, RunSummary, write_report
 from nestlearn.evals.result import EvalResult
-from nestlearn.evals.sample import continue_text
-from nestlearn.models import flops
+from nestlearn.models import flops, generate_texts
 from nestlearn.train import TrainConfig, TrainingInterrupted, load_model, load_tokenizer, read_log, saved_config, train
 from nestlearn.train.checkpoint import write_text
 from nestlearn.train.folder import is_exported
@@ -80,9 +79,10 @@ def run_demo(out: Path, corpus: str, plan: DemoPlan, console: Console, note: str
         if name != "transformer-long":
             model, tokenizer = load_model(run.folder), load_tokenizer(run.folder)
             states[name] = state_bytes_by_context(model, plan.state_lengths)
-            samples[name] = continue_text(
-                model, tokenizer, PROMPT, max_new_tokens=plan.sample_tokens, temperature=0.7, seed=plan.seed
-            )
+            samples[name] = generate_texts(
+                model, tokenizer, [document_ids(tokenizer, PROMPT)], max_new_tokens=plan.sample_tokens,
+                temperature=0.7, seed=plan.seed,
+            )[0]  # fmt: skip
     curves = {name: eval_curve(run.log, run.label) for name, run in runs.items()}
     rows = comparison(curves, evaluations)
     results = DemoResults(

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.methods import EWC, ExperienceReplay, FineTuning, Method
 from nestlearn.continual.readers import windows
-from nestlearn.continual.session import MemorySession
-from nestlearn.continual.session_report import now_and_then
+from nestlearn.continual.session import MemorySession, at_most_every
 from nestlearn.data.documents import Document
 from nestlearn.data.synthetic import IGNORE
 from nestlearn.train.checkpoint import write_text
@@ -118,7 +117,7 @@ class SessionMethod:
         size = max(1, len(document.text.encode()))
         report = self.session.read(
             document.text,
-            progress=now_and_then(lambda now: progress(f"{document.name}: {now.bytes / size:.0%} read, {now}")),
+            progress=at_most_every(0.5, lambda now: progress(f"{document.name}: {now.bytes / size:.0%} read, {now}")),
         )
         for _ in range(self.passes - 1):
             self.session.read(document.text)

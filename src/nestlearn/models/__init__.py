@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from nestlearn.models.cache import HopeCache, LayerState
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.flops import RowBytes, flops, row_bytes
+from nestlearn.models.generation import generate_texts
 from nestlearn.models.modeling import HopeForCausalLM, HopeModel, HopePreTrainedModel
 from nestlearn.models.presets import presets
 from nestlearn.models.stacking import (
@@ -33,6 +34,7 @@ __all__ = [
     "RowBytes",
     "flops",
     "freeze_backbone",
+    "generate_texts",
     "level_parameters",
     "load_stacked",
     "presets",

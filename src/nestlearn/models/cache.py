@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nestlearn.models.files import checksum, whole_file
+from nestlearn.models.files import TensorFile
 from nestlearn.nn.cms import ContinuumState
 from nestlearn.nn.state import (
     Tree,
@@ -28,8 +25,7 @@ from nestlearn.nn.state import (
 )
 from nestlearn.nn.state import unflatten_state as rebuild
 
-_FORMAT = "nestlearn.HopeCache"
-_VERSION = 1
+CACHE_FILE = TensorFile("nestlearn.HopeCache", 1, "HopeCache", "HopeCache.save")
 
 
 @record("block")
@@ -231,9 +227,7 @@ class HopeCache:
             OSError: the file cannot be written; what was at ``path`` before is untouched.
         """
         tensors, header = self.to_tree()
-        header["checksum"] = checksum(tensors, header)
-        with whole_file(Path(path), "the cache") as temporary:
-            save_file(tensors, str(temporary), {"nestlearn": json.dumps(header)})
+        CACHE_FILE.write(Path(path), tensors, header)
 
     def to_tree(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Named tensors on the CPU and a header that JSON can hold, for a file of one's own; see `from_tree`.
@@ -247,16 +241,8 @@ class HopeCache:
         if self.segments:
             tree["segments"] = self.segments
         tensors, spec = flatten_state(tree, "cache")
-        # Tensors may share memory (an anchor equal to the weights); a safetensors file holds each on its own.
-        tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "seen": self.seen,
-            "signature": self.signature,
-            "spec": spec,
-        }
-        return tensors, header
+        tensors = {name: x.detach().cpu() for name, x in tensors.items()}
+        return tensors, {"seen": self.seen, "signature": self.signature, "spec": spec}
 
     @classmethod
     def from_tree(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> HopeCache:
@@ -291,9 +277,7 @@ class HopeCache:
             ValueError: the file is truncated, corrupted, not a HopeCache, or of another model configuration.
         """
         path = Path(path)
-        header, tensors = _read(path)
-        if header.pop("checksum", None) != checksum(tensors, header):
-            raise ValueError(f"{path} is corrupted: its content does not match its checksum. Restore it from a copy.")
+        tensors, header = CACHE_FILE.read(path)
         try:
             cache = cls.from_tree(tensors, header)
         except ValueError as error:
@@ -320,25 +304,3 @@ def _moved(segment: Segment, index: Tensor) -> Segment | None:
     device = segment.rows.device
     new, old = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
     return cast(Segment, index_rows(segment, old))._replace(rows=new)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a cache file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no cache file {path}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("nestlearn")
-            header = json.loads(text) if text else None
-            if not isinstance(header, dict) or header.get("format") != _FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but not a HopeCache; was it saved by HopeCache.save?")
-            if header.get("version") != _VERSION:
-                raise ValueError(
-                    f"{path} is a HopeCache of format version {header.get('version')}; this nestlearn reads version "
-                    f"{_VERSION}. Load it with the version that saved it."
-                )
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is truncated, corrupted or not a HopeCache ({error}). Restore it from a copy."
-        ) from error

@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -138,3 +139,94 @@ def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
     add_tensors(digest, tensors)
     return digest.hexdigest()
+
+
+class TensorFile(NamedTuple):
+    """A kind of safetensors file with a header of JSON and a checksum of both.
+
+    Args:
+        format: the name of the kind in the file.
+        version: of the format.
+        noun: what a file holds, for errors.
+        writer: the function that writes such files, for errors.
+
+    Example:
+        >>> kind = TensorFile("documentation.example", 1, "example", "kind.write")
+        >>> kind.write(Path("a.example"), {"x": torch.ones(2)}, {"seen": 3})
+        >>> kind.read(Path("a.example"))
+        ({'x': tensor([1., 1.])}, {'seen': 3})
+    """
+
+    format: str
+    version: int
+    noun: str
+    writer: str
+
+    def write(
+        self, path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], advice: str = "free some space"
+    ) -> None:
+        """Write a file; at any time ``path`` holds what it held before, or all of the new content.
+
+        Raises:
+            OSError: it cannot be written; what was at ``path`` is untouched.
+            ValueError: ``path`` holds something else than a file of this kind.
+        """
+        self._refuse_to_replace(path)
+        # Tensors may share memory (an anchor equal to the weights); a safetensors file holds each on its own.
+        held = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+        header = {"format": self.format, "version": self.version, **header}
+        text = json.dumps({**header, "checksum": checksum(held, header)})
+        with whole_file(path, f"the {self.noun}", advice) as temporary:
+            save_file(held, str(temporary), {"nestlearn": text})
+
+    def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of a file. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, corrupted, of another kind or of another version.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {self.noun} file {path}.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = _header(file)
+                if header.get("format") != self.format:
+                    raise ValueError(
+                        f"{path} is a safetensors file, but not a {self.noun}; was it written by {self.writer}?"
+                    )
+                if header.get("version") != self.version:
+                    raise ValueError(
+                        f"{path} is a {self.noun} of format version {header.get('version')}; this nestlearn reads "
+                        f"version {self.version}. Load it with the version that saved it."
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} is truncated, corrupted or not a {self.noun} ({error}). Restore it from a copy."
+            ) from error
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}.") from error
+        if header.pop("checksum", None) != checksum(tensors, header):
+            raise ValueError(f"{path} is corrupted: its content does not match its checksum. Restore it from a copy.")
+        return tensors, {name: value for name, value in header.items() if name not in ("format", "version")}
+
+    def _refuse_to_replace(self, path: Path) -> None:
+        """Files of other kinds stay: a name given by mistake must not destroy a text or a model."""
+        if not path.is_file() or not path.stat().st_size:
+            return
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                known = _header(file).get("format") == self.format
+        except (SafetensorError, OSError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"{path} holds something else than a {self.noun}, and is kept. Choose another name, or remove the file."
+            )
+
+
+def _header(file: Any) -> dict[str, Any]:
+    """The header of an open file; empty if it has none."""
+    header = json.loads((file.metadata() or {}).get("nestlearn") or "{}")
+    return header if isinstance(header, dict) else {}

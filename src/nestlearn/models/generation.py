@@ -1,13 +1,139 @@
-"""Which columns of a batch that `generate` fills are padding."""
+"""Generated text: the arguments of `generate`, and which columns of the batch that it fills are padding."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@torch.inference_mode()
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    **options: Any,
+) -> list[str]:
+    """Continue prompts, given as tokens; returns the continuations alone.
+
+    Shorter prompts of a batch are padded on the left, and padding is masked. A row ends at the end-of-text token or
+    before the first of the words ``stop``.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: tokens of each prompt, for example by `nestlearn.data.document_ids`.
+        max_new_tokens: the most tokens of a continuation.
+        temperature: 0 takes the most likely token each time; above 0, tokens are drawn.
+        top_p: draw from the smallest set of tokens with this much probability.
+        seed: of the drawing, which then leaves the random state of the process alone.
+        stop: a word, or several.
+        options: further arguments of ``model.generate`` (``streamer``, ``repetition_penalty``, ...).
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> from nestlearn.data import byte_tokenizer, document_ids
+        >>> model, tokenizer = HopeForCausalLM(HopeConfig(mixer="attention", num_hidden_layers=1)), byte_tokenizer()
+        >>> prompts = [document_ids(tokenizer, text) for text in ("a", "abc")]
+        >>> len(generate_texts(model.eval(), tokenizer, prompts, max_new_tokens=2))
+        2
+    """
+    words = [word for word in ([stop] if isinstance(stop, str) else stop) if word]
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), None)
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad or 0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    arguments: dict[str, Any] = {"attention_mask": mask.to(model.device), "pad_token_id": pad}
+    arguments |= _sampling(max_new_tokens, temperature, top_p, seed, model.device)
+    if ends := _end_tokens(model, tokenizer):
+        arguments["eos_token_id"] = ends
+    if words:
+        arguments["stopping_criteria"] = StoppingCriteriaList([StopAt(tokenizer, words, length)])
+    output = model.generate(ids.to(model.device), **{**arguments, **options})
+    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return [cut_at(text, words) for text in texts]
+
+
+def _sampling(
+    max_new_tokens: int, temperature: float, top_p: float, seed: int | None, device: torch.device
+) -> dict[str, Any]:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 (always the most likely token) or above.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1.")
+    greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    if not temperature:
+        return greedy
+    # The largest of the scores with noise is the draw, so `generate` itself need not sample.
+    drawing = [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p), GumbelNoise(seed, device)]
+    return {**greedy, "logits_processor": LogitsProcessorList(drawing)}
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The end of a text; instruction-tuned models end a turn by further tokens (Gemma's <end_of_turn>, for example)."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({*(known if isinstance(known, list) else []), tokenizer.eos_token_id} - {None})
+
+
+def cut_at(text: str, words: Sequence[str]) -> str:
+    """The text before the first of the words.
+
+    Example:
+        >>> cut_at("Paris. Next", [". ", "!"])
+        'Paris'
+    """
+    ends = [text.index(word) for word in words if word in text]
+    return text[: min(ends)] if ends else text
+
+
+class StopAt(StoppingCriteria):
+    """Ends a row when its new text contains one of the words."""
+
+    def __init__(self, tokenizer: Any, words: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer, self.words, self.prompt_length = tokenizer, tuple(words), prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del scores, kwargs
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        done = [any(word in text for word in self.words) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise, so that the largest score is a draw from softmax(scores).
+
+    With a seed the noise comes from a generator of its own. Then the drawing does not change the random state of the
+    process, nor does it depend on what other threads draw.
+    """
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del input_ids
+        exponential = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self.generator)
+        return scores.float() - exponential.log()
 
 
 class EndedRows(StoppingCriteriaList):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from nestlearn.data.tokenizers import document_ids
+from nestlearn.models.generation import generate_texts
 
 _PREFILL = 2048  # tokens of a prompt read at once, so that memory does not grow with its length
 
@@ -15,7 +16,6 @@ def token_count(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-@torch.inference_mode()
 def answer_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 8
 ) -> list[str]:
@@ -44,8 +44,7 @@ def answer_prompts(
             "the tokenizer has no end-of-text token (eos_token is None), so an answer could not be seen to end. "
             "Name one of its tokens, e.g. tokenizer.eos_token = '</s>', and save it beside the model."
         )
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [start + list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    rows = [document_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     answers = [""] * len(rows)
     was_training = model.training
@@ -54,31 +53,13 @@ def answer_prompts(
         for first in range(0, len(order), batch_size):
             numbers = order[first : first + batch_size]
             batch = [rows[number] for number in numbers]
-            for number, answer in zip(numbers, _answer(model, tokenizer, batch, max_new_tokens), strict=True):
+            chunks: dict[str, Any] = {"prefill_chunk_size": _PREFILL} if len(batch[-1]) > _PREFILL else {}
+            found = generate_texts(model, tokenizer, batch, max_new_tokens=max_new_tokens, **chunks)
+            for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
     finally:
         model.train(was_training)
     return answers
-
-
-def _answer(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int) -> list[str]:
-    longest = max(map(len, rows))
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = torch.tensor(row)
-        mask[number, longest - len(row) :] = 1
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-        **({"prefill_chunk_size": _PREFILL} if longest > _PREFILL else {}),
-    )
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
 def mean_with_stderr(scores: Sequence[float]) -> dict[str, float | int | None]:

@@ -1,4 +1,4 @@
-"""What a session says about a text it has read: bits per byte before each write, and what each level brought."""
+"""The report of a reading: bits per byte before each write, and what the writes of each level gain."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SegmentScore:
-    """One segment, scored before it was written.
+    """The score of one segment before it was written.
 
-    ``nats`` is ``-ln p`` of its bytes; ``off`` the same had nothing of this text been written; ``without[l]`` the same
-    had level l ignored what it wrote of this text. None and {} where that was not asked for.
+    ``nats`` is ``-ln p`` of its bytes. ``off`` is the same if nothing of this text had been written, ``without[l]`` if
+    level l had ignored what it wrote of this text. None and {} if `MemorySession` does not compare.
     """
 
     tokens: int
@@ -29,12 +29,14 @@ class SegmentScore:
 
 @dataclass
 class ReadReport:
-    """What `MemorySession.read` has read, segment by segment; complete when it returns.
+    """What `MemorySession.read` has read so far, segment by segment.
 
-    The first token of a document is not scored where the tokenizer has no token that documents start with.
+    The first token of a document is not scored if the tokenizer has no start token.
 
     Args:
-        total_bytes: of the whole source, if that is known beforehand.
+        segments: the score of each.
+        total_bytes: bytes of the whole source, if they are known beforehand.
+        seconds: wall time.
 
     Example:
         >>> report = ReadReport([SegmentScore(8, 8, 11.1, off=16.6, without={0: 13.9})])
@@ -45,6 +47,11 @@ class ReadReport:
     segments: list[SegmentScore] = field(default_factory=list)
     total_bytes: int | None = None
     seconds: float = 0.0
+
+    def add(self, segment: SegmentScore, seconds: float) -> None:
+        """Add a segment; ``seconds`` is the wall time so far."""
+        self.segments.append(segment)
+        self.seconds = seconds
 
     @property
     def tokens(self) -> int:
@@ -57,23 +64,23 @@ class ReadReport:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the text as it was read, each segment before it was written; NaN if nothing was scored."""
+        """Bits per byte of the text, each segment scored before it was written; NaN if nothing was scored."""
         return _bits(sum(segment.nats for segment in self.segments), self.bytes)
 
     @property
     def off(self) -> float | None:
-        """Bits per byte of the same text with writes off; None if not asked for."""
+        """Bits per byte of the same text with its writes ignored; None without the comparison."""
         return self._mean(lambda segment: segment.off)
 
     @property
     def by_level(self) -> dict[int, float]:
-        """Bits per byte when one level's writes are ignored: what lies above `bits_per_byte`, that level brought."""
+        """Bits per byte with the writes of one level ignored; the excess over `bits_per_byte` is its gain."""
         levels = self.segments[0].without if self.segments else {}
         found = {level: self._mean(lambda segment, level=level: segment.without.get(level)) for level in levels}
         return {level: mean for level, mean in found.items() if mean is not None}
 
     def part(self, start: float, end: float) -> ReadReport:
-        """The report of a part of the text, by fractions of its segments: ``part(0.5, 1)`` is the second half."""
+        """The report of a part of the text, by fractions of its segments; ``part(0.5, 1)`` is the second half."""
         first, last = (round(fraction * len(self.segments)) for fraction in (start, end))
         return ReadReport(self.segments[first:last])
 
@@ -87,24 +94,24 @@ class ReadReport:
         if self.off is not None:
             text += f" (writes off {self.off:.3f})"
         for level, bits in self.by_level.items():
-            text += f"; level {level} brought {bits - self.bits_per_byte:+.3f}"
+            text += f"; level {level} gains {bits - self.bits_per_byte:+.3f}"
         return text
 
 
-def now_and_then(told: Callable[[ReadReport], None], seconds: float = 0.5) -> Callable[[ReadReport], None]:
-    """A progress function for `MemorySession.read` that is told at most every so many seconds.
+def at_most_every(seconds: float, progress: Callable[[ReadReport], None]) -> Callable[[ReadReport], None]:
+    """A progress function for `MemorySession.read` that calls another one at most every so many seconds.
 
     A report sums over all its segments, which costs more than reading one when there are many.
     """
     last = -math.inf
 
-    def tell(report: ReadReport) -> None:
+    def call(report: ReadReport) -> None:
         nonlocal last
         if time.monotonic() - last >= seconds:
-            told(report)
+            progress(report)
             last = time.monotonic()
 
-    return tell
+    return call
 
 
 def _bits(nats: float, count: float) -> float:

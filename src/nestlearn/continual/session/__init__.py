@@ -1,0 +1,15 @@
+"""Sessions: what one user's reading has taught a model that many users share."""
+
+from nestlearn.continual.session.levels import LevelRow
+from nestlearn.continual.session.report import ReadReport, SegmentScore, at_most_every
+from nestlearn.continual.session.session import MemorySession, PromptTooLong, ReadInterrupted
+
+__all__ = [
+    "LevelRow",
+    "MemorySession",
+    "PromptTooLong",
+    "ReadInterrupted",
+    "ReadReport",
+    "SegmentScore",
+    "at_most_every",
+]

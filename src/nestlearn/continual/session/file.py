@@ -1,0 +1,46 @@
+"""Session files, and the fingerprint of the model that a session belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nestlearn.models.files import TensorFile, add_tensors
+
+SESSION_FILE = TensorFile("nestlearn.MemorySession", 1, "session", "MemorySession.save")
+
+# Settings of a configuration that do not change what the model computes.
+_VOLATILE = {
+    "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the configuration and of all weights of a model.
+
+    It reads every weight, which takes about a second per gigabyte.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = getattr(model, "config", None)
+    if config is not None:
+        kept = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    add_tensors(digest, model.state_dict())
+    return digest.hexdigest()
+
+
+def check_fingerprint(path: Path, header: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise ValueError if the session in a file was learned with another model."""
+    mine = fingerprint(model)
+    if header.get("fingerprint") != mine:
+        raise ValueError(
+            f"{path} is a session over another model: a {header.get('model')} with fingerprint "
+            f"{header.get('fingerprint')}, this is a {type(model).__name__} with {mine}. What it has learned belongs "
+            "to the exact weights, levels and dtype with which it was learned; load those."
+        )

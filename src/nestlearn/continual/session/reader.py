@@ -1,0 +1,262 @@
+"""Text to segments, and segments into a memory: each segment is scored before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nestlearn.data.control_tokens import LiteralText
+from nestlearn.data.text_files import find_files, read_text
+from nestlearn.data.tokenizers import bytes_per_token
+
+from .backends import Backend, Memory
+from .report import SegmentScore
+
+BLOCK = 1_024
+"""A text is cut at the first end of a word after so many characters, and tokenized block by block."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a session stands in its reading. Immutable.
+
+    ``memory`` is what it has learned. ``text`` is the start of a block of text that is not complete, ``waiting`` the
+    tokens (with their bytes) of a segment that is not complete. ``blocks`` and ``segments`` count those of the current
+    document, ``tokens`` counts all tokens read.
+    """
+
+    memory: Any
+    text: str = ""
+    waiting: tuple[tuple[int, float], ...] = ()
+    blocks: int = 0
+    segments: int = 0
+    tokens: int = 0
+
+    def end_document(self) -> Cursor:
+        """The cursor after the end of the document; incomplete blocks and segments are dropped."""
+        return Cursor(self.memory.end_document(), tokens=self.tokens)
+
+
+class DocumentReader:
+    """Reads documents, segment by segment.
+
+    For comparison it reads the same text alongside with memories that ignore writes.
+
+    Args:
+        backend: of the model.
+        tokens_of: tokenizes blocks of text.
+        memory: the memory at the start of the reading.
+        writes: whether anything is learned.
+        compare: ``"off"`` compares with all writes of the reading ignored, ``"levels"`` also with those of each level
+            ignored, ``"none"`` with nothing.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokens_of: BlockTokenizer,
+        memory: Memory,
+        *,
+        writes: bool = True,
+        compare: str = "none",
+    ) -> None:
+        self.backend, self.tokens_of, self.writes, self._before = backend, tokens_of, writes, memory
+        ignored: list[int | None] = {"none": [], "off": [None], "levels": [None, *backend.levels]}[compare]
+        self._views: dict[int | None, Any] = dict.fromkeys(ignored, memory)
+
+    def take(self, cursor: Cursor, piece: str | None) -> Cursor:
+        """Tokenize a piece of the document as far as it completes blocks; None, the end, completes the last one."""
+        blocks, rest = ([cursor.text], "") if piece is None else cut_blocks(cursor.text + piece)
+        for block in filter(None, blocks):
+            tokens = self.tokens_of(block, first=cursor.blocks == 0)
+            cursor = replace(cursor, waiting=(*cursor.waiting, *tokens), blocks=cursor.blocks + 1)
+        return replace(cursor, text=rest)
+
+    def next_segment(self, cursor: Cursor, *, ending: bool) -> int:
+        """Tokens of the next segment, 0 if it is not complete; at the end of a document it may be shorter."""
+        waiting, segment = len(cursor.waiting), self.backend.segment
+        return segment if waiting >= segment else waiting if ending else 0
+
+    def read(self, cursor: Cursor, count: int) -> tuple[Cursor, SegmentScore]:
+        """Score the first ``count`` waiting tokens, write them, and move the cursor behind them."""
+        tokens, start = cursor.waiting[:count], cursor.segments == 0
+        ids = [token for token, _ in tokens]
+        read = self.backend.read(cursor.memory, ids, self.writes, start=start)
+        score = SegmentScore(
+            tokens=count,
+            bytes=sum(size for (_, size), nats in zip(tokens, read.nats, strict=True) if nats is not None),
+            nats=_total(read.nats),
+            **self._compare(cursor.memory, ids, start),
+        )
+        after = replace(
+            cursor,
+            memory=read.memory,
+            waiting=cursor.waiting[count:],
+            segments=cursor.segments + 1,
+            tokens=cursor.tokens + count,
+        )
+        return after, score
+
+    def _compare(self, memory: Memory, ids: list[int], start: bool) -> dict[str, Any]:
+        """The nats of the segment had writes been ignored: all of them (``off``), or those of one level."""
+        found: dict[int | None, float] = {}
+        for level, view in self._views.items():
+            seen = view.ignoring(None if level is None else (level,), memory, self._before)
+            read = self.backend.read(seen, ids, False, start=start)
+            self._views[level], found[level] = read.memory, _total(read.nats)
+        return {"off": found.pop(None, None), "without": found}
+
+    def end_document(self, cursor: Cursor) -> Cursor:
+        """End the document, for the memories of the comparison too."""
+        self._views = {level: memory.end_document() for level, memory in self._views.items()}
+        return cursor.end_document()
+
+
+def _total(nats: list[float | None]) -> float:
+    return sum(x for x in nats if x is not None)
+
+
+class SourceFailed(Exception):
+    """An error of the source of a text (its cause), told apart from errors of the model."""
+
+
+def pieces_of(documents: Iterable[Iterable[str]], end: bool) -> Iterator[str | None]:
+    """Pieces of at most `BLOCK` characters; None where a document ends, the last one with ``end`` only.
+
+    Raises:
+        SourceFailed: the source raised an error, or gave something that is no text.
+    """
+    started = False
+    for document in documents:
+        if started:
+            yield None
+        started, pieces = True, iter(document)
+        while True:
+            try:
+                piece = check_text(next(pieces), "a piece of the stream")
+            except StopIteration:
+                break
+            except Exception as error:
+                raise SourceFailed(str(error)) from error
+            yield from (piece[at : at + BLOCK] for at in range(0, len(piece), BLOCK))
+    if end:
+        yield None
+
+
+def cut_blocks(text: str) -> tuple[list[str], str]:
+    """Whole blocks at the start of a text, and the rest, which more text may complete.
+
+    Where a block ends depends on the text alone, so a stream gives the same tokens in whatever pieces it comes. A block
+    ends before the first blank after a word at or beyond `BLOCK` characters, or at twice as many.
+
+    Example:
+        >>> blocks, rest = cut_blocks("word " * 300)
+        >>> [len(block) for block in blocks], len(rest)
+        ([1024], 476)
+    """
+    blocks, start = [], 0
+    while len(text) - start > BLOCK:
+        limit = start + 2 * BLOCK
+        known = range(start + BLOCK, min(limit, len(text)))
+        end = next((i for i in known if text[i].isspace() and not text[i - 1].isspace()), None)
+        if end is None:
+            if len(text) < limit:
+                break
+            end = limit
+        blocks.append(text[start:end])
+        start = end
+    return blocks, text[start:]
+
+
+class BlockTokenizer:
+    """Tokens of blocks of text, each with its number of bytes.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._literal = LiteralText(tokenizer)
+        try:
+            self._bytes = bytes_per_token(tokenizer).tolist()
+        except TypeError:
+            self._bytes = None  # its tokens do not spell out bytes: a block's bytes are spread evenly
+        # SentencePiece puts a blank before what it is given, so a block must come without its own.
+        joined, parted = self._ids("one two"), self._ids("one") + self._ids(" two")
+        self._drop_blank = joined != parted and joined == self._ids("one") + self._ids("two")
+
+    def _ids(self, text: str) -> list[int]:
+        # A control token spelled out in a text is its letters: a document cannot end itself.
+        return self._literal.ids(text)
+
+    def __call__(self, block: str, first: bool) -> list[tuple[int, float]]:
+        """``(token, bytes)`` of a block; ``first`` if a document starts with it.
+
+        Example:
+            >>> BlockTokenizer(byte_tokenizer())("hé", first=True)
+            [(104, 1), (195, 1), (169, 1)]
+        """
+        given = block[1:] if self._drop_blank and not first and block.startswith(" ") else block
+        ids = self._ids(given)
+        if self._bytes is not None:
+            return [(token, self._bytes[token]) for token in ids]
+        return [(token, len(block.encode()) / len(ids)) for token in ids]
+
+
+def check_text(text: object, where: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        TypeError: it is bytes or something else.
+        ValueError: it contains a NUL character or half a surrogate pair.
+    """
+    if not isinstance(text, str):
+        fix = " Open the file in text mode: open(path, encoding='utf-8')." if isinstance(text, bytes) else ""
+        raise TypeError(f"{where} must be str, got {type(text).__name__}.{fix}")
+    if "\0" in text:
+        raise ValueError(f"{where} is binary: character {text.index(chr(0))} is NUL. Give text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} is not Unicode text: character {error.start} is half of a pair ({error})."
+        ) from error
+    return text
+
+
+def documents_of(source: str | Path | Iterable[str]) -> tuple[Iterator[Iterable[str]], int | None]:
+    """The documents of a source, each as pieces of text, and the bytes of all if they are known beforehand.
+
+    A string is one document, a path is a file or a folder of files (each a document), and anything else is iterated
+    over: one document in pieces. Files are read once to be checked before anything is learned.
+
+    Raises:
+        ValueError: a path that does not exist, cannot be read, is binary or not UTF-8; a string that names a file.
+        TypeError: nothing of these.
+    """
+    if isinstance(source, str):
+        if source and len(source) < 256 and "\n" not in source and _is_file(source):
+            raise ValueError(f"{source!r} is the name of a file. To read the file, give pathlib.Path({source!r}).")
+        check_text(source, "the text")
+        return iter([[source]]), len(source.encode())
+    if isinstance(source, Path):
+        files = find_files(str(source))
+        size = sum(len(read_text(file).encode()) for file in files)
+        return (_content(file) for file in files), size
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise TypeError(f"a session reads a str, a pathlib.Path or an iterable of str, got {type(source).__name__}.")
+    return iter([source]), None
+
+
+def _content(file: Path) -> Iterator[str]:
+    """The text of a file, read when its turn comes: if it has vanished, the source has failed."""
+    yield read_text(file)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False

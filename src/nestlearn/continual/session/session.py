@@ -1,0 +1,331 @@
+"""A session: one user's memory over a shared model. It reads, generates, and is saved, forked and forgotten."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nestlearn.data.control_tokens import LiteralText, control_ids
+from nestlearn.models import HopeForCausalLM
+from nestlearn.models.generation import generate_texts
+from nestlearn.nn.state import flatten_state, unflatten_state
+
+from .backends import Backend, HopeBackend, StackedBackend
+from .file import SESSION_FILE, check_fingerprint, fingerprint
+from .levels import LevelRow
+from .reader import BlockTokenizer, Cursor, DocumentReader, SourceFailed, check_text, documents_of, pieces_of
+from .report import ReadReport
+
+Compare = Literal["levels", "off", "none"]
+Progress = Callable[[ReadReport], None]
+Source = str | Path | Iterable[str]
+
+# The rotary embedding of some models keeps a table that longer inputs change: their sessions take turns.
+_TURNS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+class ReadInterrupted(RuntimeError):
+    """The source of a text failed while it was read; ``report`` says how much of it was read.
+
+    `MemorySession.read` keeps what it has learned up to the last whole segment; the next call starts a new document.
+    """
+
+    def __init__(self, message: str, report: ReadReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class PromptTooLong(ValueError):
+    """A prompt and its answer do not fit into the model's positions."""
+
+
+class MemorySession:
+    """The memory of one user over a model. Many sessions share one model, which never changes.
+
+    A stacked model (`nestlearn.stack_levels`) learns from the loss of the next tokens, segment by segment, in every
+    level. A `HopeForCausalLM` learns in its forward pass. Calls on one session wait for each other; threads may use
+    different sessions at once.
+
+    Args:
+        model: a stacked model (an adapter around it is fine) or a `HopeForCausalLM`, in evaluation mode.
+        tokenizer: its tokenizer.
+        context_length: tokens after which the attention of a stacked model starts anew, rounded down to whole segments
+            (default: the model's positions, at most 1,024). What was learned stays.
+        compare: what `read` measures for comparison. ``"off"``: the same text with all writes ignored, those of the
+            mixers of a Hope model too. ``"levels"``: also with the writes of each level ignored. ``"none"``: nothing.
+            Each comparison costs one more forward pass.
+
+    Raises:
+        ValueError: a model without levels or in training mode, or a context too short for a segment.
+
+    Example:
+        >>> from nestlearn.data import byte_tokenizer
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2, max_position_embeddings=128)
+        >>> model = stack_levels(LlamaForCausalLM(config), [Level(period=16), Level(period=64)]).eval()
+        >>> session = MemorySession(model, byte_tokenizer())
+        >>> report = session.read("What is read once may be known later. " * 10)
+        >>> report.tokens, report.bits_per_byte < report.off
+        (380, True)
+        >>> session.save("mine.session")
+        >>> MemorySession.load("mine.session", model, byte_tokenizer()).diff(session)[0].change
+        0.0
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, context_length: int | None = None, compare: Compare = "levels"
+    ) -> None:
+        if compare not in get_args(Compare):
+            raise ValueError(f"compare={compare!r} does not exist; use 'levels', 'off' or 'none'.")
+        if model.training:
+            raise ValueError("the model is in training mode. Call model.eval() before it reads.")
+        self.model, self.tokenizer, self.compare = model, tokenizer, compare
+        kind = HopeBackend if isinstance(model, HopeForCausalLM) else StackedBackend
+        self._backend: Backend = kind(model, tokenizer, context_length)
+        self._tokens_of = BlockTokenizer(tokenizer)
+        self._cursor = Cursor(self._backend.fresh())
+        self._lock = threading.RLock()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read(self, source: Source, *, end: bool = True, progress: Progress | None = None) -> ReadReport:
+        """Learn from a text, and report how well each of its segments was predicted before it was written.
+
+        A document is read in segments of the smallest period. The last one may be shorter: it is written like the
+        others, and the period of the fastest level ends with it. After the end of a document a stacked model keeps what
+        it has learned, but no context.
+
+        With ``end=False`` the document goes on with the next read. The session keeps what does not fill a segment, and
+        the last 1,024 to 2,048 characters, which are not tokenized yet. So ``read(a, end=False)`` and ``read(b)`` equal
+        ``read(a + b)``.
+
+        Args:
+            source: a text; a `pathlib.Path` of a file or folder (each file is a document); or an iterable of pieces of
+                one document (an open text file, a generator).
+            end: whether the last document ends here.
+            progress: called after every segment with the report so far.
+
+        Raises:
+            ValueError, TypeError: the source is no text; nothing was learned. All files of a folder are checked before
+                the first is read.
+            ReadInterrupted: the source failed later; what was read before is learned.
+        """
+        with self._lock:
+            reader = DocumentReader(self._backend, self._tokens_of, self._cursor.memory, compare=self.compare)
+            return self._read(source, reader, end, progress)
+
+    def score(self, source: Source) -> float:
+        """Bits per byte of a text with what was learned up to now. Nothing is written, nothing changes.
+
+        The text is read in a fresh context, so of a stacked model only learned weights can help.
+
+        Raises:
+            ValueError, TypeError, ReadInterrupted: see `read`.
+        """
+        other = self.fork()
+        other._cursor = other._cursor.end_document()
+        reader = DocumentReader(self._backend, self._tokens_of, other._cursor.memory, writes=False)
+        return other._read(source, reader, True, None).bits_per_byte
+
+    def _read(self, source: Source, reader: DocumentReader, end: bool, progress: Progress | None) -> ReadReport:
+        """The loop of a reading: score a segment, write it, move the cursor."""
+        documents, size = documents_of(source)
+        report, began = ReadReport(total_bytes=size), time.monotonic()
+        with self._turn():
+            try:
+                for piece in pieces_of(documents, end):
+                    self._cursor = reader.take(self._cursor, piece)
+                    while count := reader.next_segment(self._cursor, ending=piece is None):
+                        self._cursor, score = reader.read(self._cursor, count)
+                        report.add(score, time.monotonic() - began)
+                        if progress is not None:
+                            progress(report)
+                    if piece is None:
+                        self._cursor = reader.end_document(self._cursor)
+            except BaseException as error:
+                self._cursor = self._cursor.end_document()
+                if isinstance(error, SourceFailed):
+                    message = f"the source failed after {report.tokens} tokens, which were read: {error}"
+                    raise ReadInterrupted(message, report) from error.__cause__
+                raise
+        return report
+
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[dict[str, str]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        special_tokens: bool = False,
+        **options: Any,
+    ) -> str:
+        """Continue a prompt with everything learned up to now. The session learns nothing from it.
+
+        Args:
+            prompt: a text, or a conversation ``[{"role": "user", "content": ...}, ...]`` for the chat template of the
+                tokenizer. A stacked model has nothing else in its context.
+            max_new_tokens, temperature, top_p, seed, stop, options: see `nestlearn.models.generate_texts`.
+            special_tokens: whether control tokens spelled out in a text are such (a start token among them, so none is
+                added); by default they are letters. In a conversation only the template writes control tokens. The
+                token at which a Hope model forgets (``reset_token_id``) is left out of prompts and never generated.
+
+        Returns:
+            The continuation, without the prompt.
+
+        Raises:
+            ValueError: an empty prompt, one too long for the model (`PromptTooLong`), or arguments out of range.
+        """
+        forgetting = self._backend.forgetting_tokens()
+        ids = [token for token in self._prompt_ids(prompt, special_tokens) if token not in forgetting]
+        self._check_prompt(ids, max_new_tokens)
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        with self._lock, self._turn(), self._backend.generating(self._cursor.memory, len(ids)) as state:
+            options = {**sampling, "stop": stop, **state, **options}
+            return generate_texts(self.model, self.tokenizer, [ids], **options)[0]
+
+    def _prompt_ids(self, prompt: str | Sequence[dict[str, str]], special_tokens: bool) -> list[int]:
+        if not isinstance(prompt, str | bytes) and isinstance(prompt, Sequence):
+            for message in prompt:
+                check_text(message["content"], "a message of the prompt")
+            return LiteralText(self.tokenizer).conversation(prompt)
+        text = check_text(prompt, "the prompt")
+        if special_tokens:
+            return control_ids(self.tokenizer, text)
+        return [*self._backend.start_tokens, *(token for token, _ in self._tokens_of(text, first=True))]
+
+    def _check_prompt(self, ids: list[int], max_new_tokens: int) -> None:
+        if not ids:
+            raise ValueError("the prompt is empty, and the tokenizer has no token that a text starts with.")
+        room = self._backend.positions
+        if room is not None and len(ids) + max_new_tokens > room:
+            raise PromptTooLong(
+                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {room} positions. "
+                "Shorten the prompt (what was read need not be in it), or lower max_new_tokens."
+            )
+
+    # -- what was learned ---------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was learned."""
+        return self._cursor.memory.nbytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return self._cursor.tokens
+
+    def describe(self) -> list[LevelRow]:
+        """Every level of every layer: period, writes, distance from its initial weights, bytes."""
+        return self.diff()
+
+    def diff(self, other: MemorySession | None = None) -> list[LevelRow]:
+        """How far the levels of this session are from those of another one (None: from the model).
+
+        Raises:
+            ValueError: sessions over different models.
+        """
+        if other is not None and other.model is not self.model and fingerprint(other.model) != fingerprint(self.model):
+            raise ValueError("the sessions are over different models; what they have learned cannot be compared.")
+        base = self._backend.fresh() if other is None else other._cursor.memory
+        return self._backend.rows(self._cursor.memory, base)
+
+    def forget(self, levels: Iterable[int] | None = None) -> None:
+        """Return levels (by number, 0 the fastest) to their initial weights; None forgets everything.
+
+        Raises:
+            ValueError: a level that does not exist or never learns.
+        """
+        with self._lock:
+            if levels is None:
+                self._cursor = Cursor(self._backend.fresh())
+                return
+            chosen, learning = list(levels), self._backend.levels
+            if wrong := [level for level in chosen if level not in learning]:
+                raise ValueError(
+                    f"levels {wrong} cannot be forgotten; those of this model that learn are {list(learning)}. "
+                    "Without levels, everything is forgotten."
+                )
+            memory = self._cursor.memory.end_document().forget(chosen)
+            self._cursor = Cursor(memory, tokens=self._cursor.tokens)
+
+    def fork(self) -> MemorySession:
+        """An independent session that knows the same; costs no memory until one of them reads on."""
+        other = MemorySession.__new__(MemorySession)
+        other.__dict__.update(self.__dict__)
+        other._lock = threading.RLock()
+        return other
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to one file: what differs from the model, and the fingerprint of the model.
+
+        The file is complete or absent: the session is written under another name and renamed.
+
+        Raises:
+            OSError: it cannot be written; what was there before is untouched.
+            ValueError: ``path`` holds something else than a session, which stays.
+        """
+        with self._lock:
+            cursor = self._cursor
+        memory = self._backend.to_tree(cursor.memory)
+        rest = (cursor.text, cursor.waiting, cursor.blocks, cursor.segments, cursor.tokens)
+        tensors, spec = flatten_state((memory, *rest), "cursor")
+        header = {
+            "model": type(self.model).__name__,
+            "fingerprint": fingerprint(self.model),
+            "context_length": self._backend.context_length,
+            "compare": self.compare,
+            "spec": spec,
+        }
+        SESSION_FILE.write(
+            Path(path), tensors, header, "the session in memory is whole; free some space, and save again"
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, tokenizer: Any) -> MemorySession:
+        """A session from a file, over the model with which it was learned.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, corrupted, no session, or the session of another model.
+        """
+        tensors, header = SESSION_FILE.read(Path(path))
+        check_fingerprint(Path(path), header, model)
+        try:
+            session = cls(model, tokenizer, context_length=header["context_length"], compare=header["compare"])
+            memory, *rest = unflatten_state(tensors, header["spec"])
+            session._cursor = Cursor(session._backend.from_tree(memory), *rest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} has an incomplete session header ({error!r}). Restore it from a copy.") from error
+        return session
+
+    def _turn(self) -> AbstractContextManager[Any]:
+        """The lock of a model whose forward pass changes the model itself; nothing for others."""
+        if not _has_changing_table(self.model):
+            return nullcontext()
+        with _TURNS_LOCK:
+            return _TURNS.setdefault(self.model, threading.RLock())
+
+    def __repr__(self) -> str:
+        return f"MemorySession({type(self.model).__name__}, tokens={self.tokens}, bytes={self.nbytes})"
+
+
+def _has_changing_table(model: Any) -> bool:
+    """Whether the rotary frequencies depend on the longest input so far."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
