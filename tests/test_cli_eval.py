@@ -204,7 +204,7 @@ def test_documented_commands_run(
     Path("my_tasks/texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     code, text, err = run(capsys, *shlex.split(command)[1:])
     if "piqa" in command:
-        assert code == 1 and "'EleutherAI/lambada_openai' of the task lambada_openai could not be had" in err
+        assert code == 1 and "'EleutherAI/lambada_openai' of the task lambada_openai could not be loaded" in err
     else:
         assert code == 0 and "runs/mine/evals" in text, err
 

@@ -214,11 +214,11 @@ def test_niah_single_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_data_that_cannot_be_had_are_named(tmp_path: Path):
     model, builtin = make_model("attention"), RULER.parent
-    with pytest.raises(ValueError, match="data set 'baber/piqa' of the task piqa could not be had"):
+    with pytest.raises(ValueError, match="data set 'baber/piqa' of the task piqa could not be loaded"):
         evaluate_harness(model, TOKENIZER, ["piqa"], include_path=builtin / "piqa")
     folder = write_task(tmp_path, SENTENCES)
     (folder / "data.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"data\.jsonl'\}\) of the task lambada_local could not be had"):
+    with pytest.raises(ValueError, match=r"data\.jsonl'\}\) of the task lambada_local could not be loaded"):
         evaluate_harness(model, TOKENIZER, ["lambada_local"], include_path=folder)
 
 

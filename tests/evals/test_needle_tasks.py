@@ -82,7 +82,7 @@ def test_sequences_depend_on_their_seed_only(kind: type):
     [
         (NeedleInNoise, {"length": 100}, r"length=100 must be an integer of at least \d+"),
         (NeedleInNoise, {"eval_lengths": ()}, "eval_lengths is empty"),
-        (NeedleInNoise, {"keys": 10_000}, r"keys=10000: there are \d+ words"),
+        (NeedleInNoise, {"keys": 10_000}, r"keys=10000 must be at most \d+, the number of words"),
         (NeedleInNoise, {"digits": 0}, "digits=0"),
         (WhereIs, {"eval_lengths": (256, 20)}, "eval_lengths=20 must be an integer of at least 27"),
         (WhereIs, {"most_facts": 0}, "most_facts=0"),

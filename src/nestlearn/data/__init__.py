@@ -1,8 +1,9 @@
-"""Corpora, tokenizers and packing: from a name such as `python-docs` to windows of tokens.
+"""Corpora, tokenizers, windows of tokens, and streams of tasks.
 
-corpus = load_corpus("python-docs")
-tokenizer = byte_tokenizer()
-windows = pack(corpus, tokenizer, sequence_length=256)
+Example:
+    >>> windows = pack(load_corpus("python-docs"), byte_tokenizer(), sequence_length=256)
+    >>> windows[0]["input_ids"].shape
+    torch.Size([256])
 """
 
 from nestlearn.data.continual import (

@@ -1,4 +1,4 @@
-"""Streams of tasks, one after the other: what a continual learner is taught and tested on."""
+"""Streams of tasks for continual learning."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nestlearn.data.synthetic import IGNORE
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs and what to answer.
+    """Inputs and their targets.
 
     Attributes:
         inputs: features, or token ids; the first axis counts examples.
-        targets: class per example, Long[n], or answer per position, Long[n, t], -100 where none is asked for.
+        targets: class per example, Long[n], or token per position, Long[n, t], with -100 where there is no target.
     """
 
     inputs: Shaped[Tensor, "n ..."]
@@ -42,7 +42,7 @@ class Examples:
 
     @classmethod
     def concatenate(cls, parts: Iterable[Examples]) -> Examples:
-        """All examples of several, in order; token sequences are padded to the longest, their padding not asked for."""
+        """All examples of several sets, in order. Token sequences are padded to the longest; padding has no target."""
         every = list(parts)
         inputs, targets = [part.inputs for part in every], [part.targets for part in every]
         lengths = {part.shape[1] for part in targets if part.ndim > 1}
@@ -54,12 +54,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """A part of a stream: examples to learn from, and held-out ones to test what was learned.
+    """A part of a stream: training and test examples.
 
     Attributes:
-        name: for tables.
+        name: name in tables.
         train, test: examples; no example is in both.
-        classes: the classes that occur, where the targets are classes.
+        classes: the classes that occur, if targets are classes.
     """
 
     name: str
@@ -73,10 +73,10 @@ class TaskStream:
     """Tasks in the order in which they are learned.
 
     Attributes:
-        name: for tables.
-        tasks: in order.
-        num_classes: size of the one head that all tasks share: outputs of the model.
-        config: everything that the tasks were made from.
+        name: name in tables.
+        tasks: the tasks in order.
+        num_classes: outputs of the model: all tasks share one head.
+        config: the settings that made the tasks.
 
     Example:
         >>> stream = permuted_digits(tasks=3)
@@ -110,17 +110,19 @@ def _digits(train: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = torch.as_tensor(pixels, dtype=torch.float32)[order] / 16.0
     y = torch.as_tensor(classes, dtype=torch.long)[order]
     if not 0 < train < len(y):
-        raise ValueError(f"train is {train}; it must leave some of the {len(y)} digits for the test.")
+        raise ValueError(
+            f"train is {train}; it must be from 1 to {len(y) - 1}, to leave some of the {len(y)} digits for the test."
+        )
     return x[:train], x[train:], y[:train], y[train:]
 
 
 def permuted_digits(tasks: int = 10, seed: int = 0, train: int = 1347) -> TaskStream:
-    """The digits with their 64 pixels in another order in each task; ten classes, one head, no task identity.
+    """The digits with a different order of their 64 pixels in each task; ten classes, one head, no task identity.
 
     Args:
-        tasks: how many; the first has the pixels in order.
-        seed: of the split and of the permutations.
-        train: examples to learn from (three quarters of the 1,797 by default); the rest are the test.
+        tasks: number of tasks; the first has the pixels in their original order.
+        seed: seed of the split and of the permutations.
+        train: number of training examples (by default three quarters of the 1,797); the others are the test.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -136,7 +138,7 @@ def permuted_digits(tasks: int = 10, seed: int = 0, train: int = 1347) -> TaskSt
 
 
 def split_digits(tasks: int = 5, seed: int = 0, train: int = 1347) -> TaskStream:
-    """The digits by class, ``10 / tasks`` new classes in each task, one head over all ten (class-incremental)."""
+    """The digits by class (class-incremental): ``10 / tasks`` new classes in each task, one head over all ten."""
     x_train, x_test, y_train, y_test = _digits(train, seed)
     return class_incremental(
         "split-digits", Examples(x_train, y_train), Examples(x_test, y_test), tasks=tasks, order_seed=None,
@@ -154,19 +156,19 @@ def class_incremental(
     names: Sequence[str] = (),
     config: dict[str, Any] | None = None,
 ) -> TaskStream:
-    """A labelled data set as a stream in which each task brings new classes; one head over all classes.
+    """A labelled data set as a stream in which each task has new classes; one head over all classes.
 
     Args:
-        name: of the stream.
+        name: name of the stream.
         train, test: all examples; targets are classes 0 to n - 1.
-        tasks: how many; the classes are divided over them evenly.
-        order_seed: of the order of the classes; None keeps it.
-        names: of the classes, for the tasks' names.
-        config: what else the examples were made from.
+        tasks: number of tasks; each gets the same number of classes.
+        order_seed: seed of the order of the classes; None keeps the order.
+        names: names of the classes, for the tasks' names.
+        config: further settings that made the examples.
 
     Raises:
-        ValueError: the number of classes is no multiple of the number of tasks, or a class has no examples to learn
-            from or to be tested on.
+        ValueError: the number of classes is no multiple of the number of tasks, or a class has no training or no test
+            examples.
     """
     count = 1 + int(max(train.targets.max(), test.targets.max()))
     for part, examples in (("train", train), ("test", test)):
@@ -195,21 +197,21 @@ def class_incremental(
 def document_stream(
     documents: Iterable[Document], tokenizer: Any, *, length: int = 256, held_out: float = 0.2, name: str = "documents"
 ) -> TaskStream:
-    """Documents read one after the other by a language model: each is a task of windows of next-token targets.
+    """Documents in sequence for a language model: each is a task of windows with next-token targets.
 
     Args:
-        documents: in the order in which they are read.
-        tokenizer: turns text into ids.
-        length: tokens per window; a document's last window is padded and its padding not asked for.
-        held_out: share of a document's windows kept for the test, spread evenly over it; at least one, and not all.
+        documents: the documents in reading order.
+        tokenizer: a Hugging Face tokenizer.
+        length: tokens per window; a document's last window is padded, and padding has no target.
+        held_out: share of a document's windows for the test, spread evenly over it; at least one, and not all.
 
     Raises:
-        ValueError: a document too short for one window to learn from and one to be tested on, a length below 1, or a
-            share that is not between 0 and 1.
+        ValueError: a document is too short for one training and one test window, the length is below 1, or the share
+            is not between 0 and 1.
     """
     if length < 1 or not 0.0 < held_out < 1.0:
         raise ValueError(
-            f"length is {length} and held_out {held_out}; give at least 1 token per window, and a share of them for "
+            f"length is {length} and held_out {held_out}; give at least 1 token per window, and a share of windows for "
             "the test between 0 and 1, such as 0.2."
         )
     made = []
@@ -219,7 +221,7 @@ def document_stream(
         if windows < 2:
             raise ValueError(
                 f"Document {document.name!r} has {len(ids)} tokens; it needs more than {length + 1} for a window of "
-                f"{length} to learn from and one to be tested on. Choose a smaller length or join documents."
+                f"{length} for training and one for the test. Choose a smaller length or join documents."
             )
         padded = torch.full((windows * length + 1,), IGNORE)
         padded[: len(ids)] = ids
@@ -231,9 +233,9 @@ def document_stream(
 
 
 def _spread(windows: int, share: float) -> Bool[Tensor, " windows"]:
-    """Which of at least two windows are tested: where ``share * place`` passes a whole number, but not none or all."""
+    """Test windows among at least two: those where ``share * place`` passes a whole number, but not none or all."""
     place = torch.arange(windows, dtype=torch.float64)
-    # A share such as 0.1 is no binary fraction; ten of them shall make 1.
+    # 1e-9: a share such as 0.1 is no binary fraction, but ten of them must make 1.
     tested = ((place + 1) * share + 1e-9).floor() > (place * share + 1e-9).floor()
     tested[-1] |= not bool(tested.any())
     tested[0] &= not bool(tested.all())

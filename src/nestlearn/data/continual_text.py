@@ -1,4 +1,4 @@
-"""Intent classification as class-incremental streams: CLINC150 and Banking77 from a user's files."""
+"""Intent classification as class-incremental streams: CLINC150 and Banking77 from local files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from nestlearn.data.continual import Examples, TaskStream, class_incremental
 
 Encoder = Callable[[Sequence[str]], Tensor]
-"""From texts to the model's inputs, one row per text."""
+"""A function from texts to the model's inputs, one row per text."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class IntentTexts:
     """Short texts and their classes.
 
     Attributes:
-        name: of the data set.
-        train, test: texts.
-        train_labels, test_labels: index into `classes` per text.
+        name: name of the data set.
+        train, test: the texts.
+        train_labels, test_labels: for each text the index of its label in `classes`.
         classes: the labels' names, in alphabetical order.
     """
 
@@ -38,10 +38,10 @@ class IntentTexts:
 
     @classmethod
     def from_pairs(cls, name: str, train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> IntentTexts:
-        """From (text, label) pairs.
+        """Texts from (text, label) pairs.
 
         Raises:
-            ValueError: a label of the test that no training text has.
+            ValueError: the test has a label that no training text has.
         """
         classes = tuple(sorted({label for _, label in train}))
         place = {label: index for index, label in enumerate(classes)}
@@ -58,13 +58,13 @@ class IntentTexts:
         )
 
     def stream(self, encode: Encoder, *, tasks: int, order_seed: int = 0, **config: Any) -> TaskStream:
-        """The classes divided over tasks, texts encoded as the model reads them.
+        """A stream of tasks with the encoded texts and equal numbers of classes.
 
         Args:
-            encode: from texts to inputs, called once for the training texts and once for the test's.
-            tasks: how many; the classes are divided evenly (CLINC150: 10 x 15, Banking77: 7 x 11).
-            order_seed: of the order of the classes.
-            config: what the encoding was, for the record.
+            encode: function from texts to inputs, called once for the training and once for the test texts.
+            tasks: number of tasks (CLINC150: 10 of 15 classes, Banking77: 7 of 11).
+            order_seed: seed of the order of the classes.
+            config: description of the encoding, for the record.
         """
         learned = Examples(encode(self.train), torch.tensor(self.train_labels))
         held = Examples(encode(self.test), torch.tensor(self.test_labels))
@@ -73,7 +73,7 @@ class IntentTexts:
         )
 
     def texts_by_task(self, stream: TaskStream) -> list[tuple[list[str], list[str]]]:
-        """(training texts, test texts) of each task, in the order of the stream's examples."""
+        """Training and test texts of each task, in the order of the stream's examples."""
 
         def of(texts: Sequence[str], labels: Sequence[int], classes: tuple[int, ...]) -> list[str]:
             return [text for text, label in zip(texts, labels, strict=True) if label in classes]
@@ -91,7 +91,7 @@ def load_clinc150(path: str | Path) -> IntentTexts:
         path: data_full.json of github.com/clinc/oos-eval, or its folder.
 
     Raises:
-        ValueError: no such file, or not of that form.
+        ValueError: the file does not exist or has another form.
     """
     file = Path(path) / "data_full.json" if Path(path).is_dir() else Path(path)
     try:
@@ -108,10 +108,10 @@ def load_banking77(path: str | Path) -> IntentTexts:
     """Banking77 (Casanueva et al. 2020): 77 intents of bank customers, 10,003 training and 3,080 test texts.
 
     Args:
-        path: the folder of train.csv and test.csv of github.com/PolyAI-LDN/task-specific-datasets.
+        path: folder with train.csv and test.csv of github.com/PolyAI-LDN/task-specific-datasets.
 
     Raises:
-        ValueError: no such files, or not of that form.
+        ValueError: the files do not exist or have another form.
     """
     folder = Path(path)
     try:
@@ -130,13 +130,13 @@ def _read_pairs(file: Path) -> list[tuple[str, str]]:
 
 
 def ngram_features(texts: Sequence[str], *, dimensions: int = 300, words: int = 2, seed: int = 0) -> Encoder:
-    """A frozen encoder: TF-IDF of word n-grams, reduced by SVD, scaled to unit variance of a feature on average.
+    """A frozen encoder: TF-IDF of word n-grams, reduced by SVD, with features of mean variance 1.
 
     Args:
-        texts: to fit vocabulary, frequencies and SVD on; no labels are used.
-        dimensions: of the features.
-        words: longest n-gram.
-        seed: of the randomized SVD.
+        texts: texts that fit the vocabulary, the frequencies and the SVD; no labels are used.
+        dimensions: number of features.
+        words: words of the longest n-gram.
+        seed: seed of the randomized SVD.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -163,7 +163,7 @@ def ngram_features(texts: Sequence[str], *, dimensions: int = 300, words: int = 
 
 
 def token_ids(tokenizer: Any, length: int) -> Encoder:
-    """An encoder to token ids, Long[n, length], cut or padded on the right with the tokenizer's padding.
+    """An encoder from texts to token ids, Long[n, length], cut or padded on the right with the tokenizer's padding.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

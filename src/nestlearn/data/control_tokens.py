@@ -1,4 +1,4 @@
-"""Text that stays text: tokens that control a model (start, end, marks of turns) come from the program alone."""
+"""Encoding of text in which only the program, never the text, writes control tokens (start, end, marks of turns)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Tokens that mean more than their letters, by number.
+    """The tokens that mean more than their letters, by id.
 
     These are the special tokens, and the added tokens that are written in brackets (``<tool_call>``, ``[INST]``) or
     that the chat template writes. Other added tokens (words, runs of blanks) are ordinary text.
@@ -35,7 +35,7 @@ _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 def control_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that the program wrote: a control token spelled out in it is that token.
+    """Token ids of a text that the program wrote: a control token spelled out in it becomes that token.
 
     Example:
         >>> from nestlearn.data import byte_tokenizer
@@ -48,7 +48,7 @@ def control_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 class LiteralText:
-    """Encodes the text of users: a control token spelled out in it is its letters.
+    """Encodes the text of users: a control token spelled out in it becomes its letters.
 
     Args:
         tokenizer: any Hugging Face tokenizer, fast or slow.
@@ -66,10 +66,10 @@ class LiteralText:
         self._spelled = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
     def ids(self, text: str) -> list[int]:
-        """Tokens of a text, none of them a control token.
+        """Token ids of a text without control tokens.
 
         Raises:
-            ValueError: the tokenizer has no other token for a character than a control token.
+            ValueError: the tokenizer has only a control token for a character.
         """
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         if not self.controls.keys() & set(encoded["input_ids"]):
@@ -77,26 +77,26 @@ class LiteralText:
         return self._refuse_controls([token for piece in self.pieces(text) for token in self._encode(piece)], text)
 
     def pieces(self, text: str) -> list[str]:
-        """The text in pieces, cut within every control token that is spelled out in it."""
+        """The text, cut within every control token that is spelled out in it."""
         found, rest = [], text
         while self._spelled is not None and (match := self._spelled.search(rest)):
             found.append(rest[: match.start() + 1])
             rest = rest[match.start() + 1 :]
-        # A tokenizer that normalizes (upper case, other blanks) may still see one.
+        # A tokenizer that normalizes (case, blanks) may still find a control token.
         whole = (*found, rest) if rest or not found else tuple(found)
         return [part for piece in whole for part in (piece if self._sees_control(piece) else [piece])]
 
     def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation by the tokenizer's chat template, up to the place where the answer begins.
+        """Token ids of a conversation by the tokenizer's chat template, up to the start of the answer.
 
         Args:
-            messages: ``{"role": ..., "content": ...}``; contents are text, whatever they spell out.
+            messages: ``{"role": ..., "content": ...}``; control tokens spelled out in contents become letters.
 
         Raises:
             ValueError: the tokenizer has no chat template.
         """
         if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template; give the prompt as a str.")
+            raise ValueError("the tokenizer has no chat template; pass the prompt as a str.")
         cut = _absent_character(message["content"] for message in messages)
         given = [{**message, "content": cut.join(self.pieces(message["content"]))} for message in messages]
         text = self.tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)

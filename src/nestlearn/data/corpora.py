@@ -1,4 +1,4 @@
-"""`load_corpus`: from a short text such as `python-docs` to documents."""
+"""`load_corpus`: documents from a spec such as `python-docs`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nestlearn.data.text_files import text_corpus
 
 _INSTALLED = {"python-docs": python_docs, "python-source": python_source}
 CORPUS_SPECS = (*_INSTALLED, "text:PATH", "hf:NAME[:CONFIG]")
-"""The forms a spec can take, for help texts."""
+"""The forms of a spec, for help texts."""
 
 
 def load_corpus(spec: str, split: Split = "train", seed: int = 0) -> LocalCorpus | StreamingCorpus:
-    """Opens a corpus.
+    """The corpus that a spec names.
 
     Args:
         spec: one of
@@ -25,13 +25,13 @@ def load_corpus(spec: str, split: Split = "train", seed: int = 0) -> LocalCorpus
             `text:PATH`: a file, a folder or a glob pattern of UTF-8 text;
             `hf:NAME[:CONFIG]`: a Hugging Face data set, streamed.
         split: `"train"` or `"validation"`; no document is in both.
-        seed: of the choice of validation documents.
+        seed: seed of the choice of validation documents.
 
     Returns:
         A `LocalCorpus`, or a `StreamingCorpus` for `hf:`. Both can be iterated repeatedly.
 
     Raises:
-        ValueError: unknown spec or split; nothing to read; binary content.
+        ValueError: the spec or split is unknown, there is nothing to read, or the content is binary.
 
     Example:
         >>> corpus = load_corpus("python-docs", "validation")

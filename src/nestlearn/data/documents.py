@@ -1,8 +1,8 @@
-"""Documents, corpora and the choices made by hash: which split, which order, which are copies of each other.
+"""Documents and corpora; split, order and near-duplicates of documents by hash.
 
-Everything here is a function of the documents' names and texts (and a seed) alone. BLAKE2 is used instead of Python's
-`hash` (salted per process) and of library random numbers (which may change between releases), so the same corpus gives
-the same split and order on every machine.
+All choices depend on the documents' names and texts and a seed alone. BLAKE2 replaces Python's `hash` (salted per
+process) and library random numbers (which may change between releases), so a corpus has the same split and order on
+every machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Document(NamedTuple):
 
 @runtime_checkable
 class Corpus(Protocol):
-    """Anything that can be iterated again and again over the same documents in the same order."""
+    """Documents that can be iterated repeatedly, in the same order each time."""
 
     @property
     def name(self) -> str: ...
@@ -48,9 +48,9 @@ class LocalCorpus(Sequence[Document]):
     """Documents held in memory.
 
     Args:
-        name: the spec it was loaded from.
+        name: the spec that it was loaded from.
         split: `"train"` or `"validation"`.
-        documents: in a fixed order.
+        documents: the documents in a fixed order.
 
     Example:
         >>> corpus = LocalCorpus("example", "train", (Document("to be", "a"), Document("or not", "b")))
@@ -82,13 +82,13 @@ class LocalCorpus(Sequence[Document]):
 
 
 def stable_hash(*parts: object) -> int:
-    """A 64-bit hash of the parts' text forms, equal in every process and on every machine."""
+    """A 64-bit hash of the parts as text, equal in every process and on every machine."""
     joined = "\0".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
-    """The documents in an order that depends on the seed and their names alone."""
+    """The documents in an order that depends only on the seed and their names."""
     return sorted(documents, key=lambda document: (stable_hash("order", seed, document.name), document.name))
 
 
@@ -97,12 +97,12 @@ def split_documents(
 ) -> tuple[Document, ...]:
     """The part of `documents` that belongs to `split`.
 
-    A document goes to validation where the hash of (seed, name) falls below `share`, so that adding documents never
-    moves another one. In a collection so small that none falls below, the one with the lowest hash goes there.
+    A document goes to validation if the hash of (seed, name) is below `share`, so adding documents never moves
+    another one. If no hash of a small collection is below it, the document with the lowest hash goes there.
 
     Args:
-        documents: with distinct names.
-        split: which part to return; the two parts never share a document.
+        documents: documents with distinct names.
+        split: the part to return; the two parts share no document.
         seed: another seed gives another split.
         share: expected share of validation documents, between 0 and 1.
     """
@@ -116,9 +116,9 @@ def split_documents(
 
 
 def shingles(text: str) -> set[int]:
-    """Hashes of all runs of eight words, ignoring case, punctuation and layout.
+    """Hashes of all runs of eight words, without case, punctuation and layout.
 
-    A text of fewer words has one shingle, all of it.
+    A shorter text has one shingle: all of it.
     """
     words = _WORD.findall(text.lower())
     if len(words) <= _SHINGLE_WORDS:
@@ -130,11 +130,10 @@ def shingles(text: str) -> set[int]:
 
 
 def drop_near_duplicates(documents: Sequence[Document], max_overlap: float = _MAX_OVERLAP) -> list[Document]:
-    """Removes documents that mostly repeat text that others have.
+    """Documents without those that mostly repeat text of others, in the same order.
 
-    Longest first, a document is kept if at most `max_overlap` of its eight-word runs occur in the documents kept so
-    far (together). This removes copies, lightly edited copies and excerpts, wherever the pieces come from, so held-out
-    text is not text seen in training. The order of the rest is kept.
+    Longest first, a document is kept if at most `max_overlap` of its eight-word runs occur in all documents kept so
+    far. This removes copies, lightly edited copies and excerpts, so held-out text does not occur in training.
     """
     seen: set[int] = set()
     kept: set[str] = set()

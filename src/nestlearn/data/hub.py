@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached: asked once, before its libraries try again and again."""
+"""One quick request that tells whether the Hugging Face Hub can be reached."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _TIMEOUT = 5.0  # seconds
 
 
 def hub_unreachable(name: str) -> str | None:
-    """Why the Hub cannot be asked for `name`; None if it can be, or if `name` is a path here and needs no Hub.
+    """The reason why the Hub cannot serve `name`; None if it can, or if `name` is a local path.
 
-    One request without retries, of at most five seconds to connect. The Hub's own libraries repeat a failed request
-    for up to a minute, for each file.
+    It makes one request without retries and waits at most five seconds to connect. The Hub's own libraries repeat a
+    failed request for up to a minute, for each file.
 
     Args:
-        name: a path, or a name on the Hub.
+        name: a local path or a name on the Hub.
 
     Example:
         >>> hub_unreachable(".") is None

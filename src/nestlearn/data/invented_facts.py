@@ -1,4 +1,4 @@
-"""Facts about people nobody has heard of, each with statements, a question and its answer."""
+"""Facts about invented people, each with statements, a question and its answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PLACES = ("Rome", "Oslo", "Lima", "Cairo", "Delhi", "Paris", "Tokyo", "Dublin", 
 TRADES = ("baker", "weaver", "sailor", "painter", "miller", "tailor", "potter", "singer", "hunter", "farmer", "smith")
 PETS = ("cat", "dog", "owl", "goat", "horse", "parrot", "rabbit", "snake", "pony", "duck", "lizard", "hen")
 
-# Relation: possible values, ways to say it, and the question. A model that was asked one wording must know the other.
+# Relation: possible values, two wordings of the statement, and the question.
 _RELATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "place": (PLACES, ("{name} lives in {value}.", "The home of {name} is {value}."), "Where does {name} live?"),
     "trade": (TRADES, ("{name} is a {value}.", "{name} works as a {value}."), "What is the trade of {name}?"),
@@ -25,9 +25,9 @@ class Fact:
     """One fact.
 
     Attributes:
-        name: of the person, invented.
+        name: the invented person.
         relation: one of `RELATIONS`.
-        value: what is true of the person.
+        value: the person's value of the relation.
 
     Example:
         >>> fact = Fact("Zamiko", "pet", "owl")
@@ -40,25 +40,25 @@ class Fact:
     value: str
 
     def statement(self, wording: int = 0) -> str:
-        """The fact in a sentence; there are two wordings."""
+        """The fact as a sentence, in wording 0 or 1."""
         return _RELATIONS[self.relation][1][wording].format(name=self.name, value=self.value)
 
     @property
     def question(self) -> str:
-        """The prompt that asks for the value. It ends before the space: tokenizers join that to the next word."""
+        """The prompt for the value. It ends before the space, which tokenizers join to the next word."""
         return f"Question: {_RELATIONS[self.relation][2].format(name=self.name)}\nAnswer:"
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All values the relation can have."""
+        """All possible values of the relation."""
         return _RELATIONS[self.relation][0]
 
 
 def invent_facts(people: int, seed: int, relations: Sequence[str] = RELATIONS) -> list[Fact]:
-    """Facts about so many people, one for each relation; no two people share a name.
+    """One fact per person and relation; no two people share a name.
 
     Raises:
-        ValueError: no people, or a relation that does not exist.
+        ValueError: fewer than one person, or an unknown relation.
 
     Example:
         >>> len(invent_facts(people=4, seed=0))
@@ -68,7 +68,7 @@ def invent_facts(people: int, seed: int, relations: Sequence[str] = RELATIONS) -
         raise ValueError(f"people={people} must be at least 1.")
     for relation in relations:
         if relation not in _RELATIONS:
-            raise ValueError(f"unknown relation {relation!r}; there are {', '.join(RELATIONS)}.")
+            raise ValueError(f"unknown relation {relation!r}; use {', '.join(RELATIONS)}.")
     generator = random.Random(f"facts {seed}")
     names: list[str] = []
     while len(names) < people:

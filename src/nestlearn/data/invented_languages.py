@@ -1,4 +1,4 @@
-"""Languages nobody has spoken, with an English translation of every sentence: what a model cannot have seen before."""
+"""Invented languages with an English translation of every sentence, which no model has seen in training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NounPhrase(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What a sentence says: who did what to whom, and when."""
+    """The meaning of a sentence: subject, verb, object and tense."""
 
     subject: NounPhrase
     verb: str
@@ -59,7 +59,7 @@ def in_english(meaning: Meaning) -> str:
 
 
 def draw_meaning(generator: random.Random) -> Meaning:
-    """A meaning at random; subject and object are different nouns."""
+    """A random meaning; subject and object are different nouns."""
 
     def phrase(noun: str) -> NounPhrase:
         return NounPhrase(noun, generator.choice((None, *ADJECTIVES)), generator.random() < 0.5)
@@ -72,17 +72,17 @@ def draw_meaning(generator: random.Random) -> Meaning:
 class InventedLanguage:
     """A small language: a lexicon, an order of words, and affixes for the plural and the past.
 
-    Every sentence has exactly one meaning (`understand` finds it), so a perfect translator exists.
+    Every sentence has exactly one meaning, which `understand` finds, so a perfect translator exists.
 
     Args:
         lexicon: the foreign stem of every English noun, verb and adjective.
-        order: of subject, verb and object.
-        adjective_first: whether adjectives stand before their noun.
+        order: order of subject, verb and object.
+        adjective_first: whether adjectives precede their noun.
         plural, past: affixes of nouns and verbs.
         suffixing: whether affixes follow the stem; otherwise they precede it.
 
     Raises:
-        ValueError: words are missing, or two forms of words are the same.
+        ValueError: words are missing, or two forms of words are equal.
 
     Example:
         >>> language = InventedLanguage.invent(seed=0)
@@ -102,14 +102,14 @@ class InventedLanguage:
         needed = {*NOUNS, *VERBS, *ADJECTIVES}
         if set(self.lexicon) != needed:
             wrong = sorted(needed ^ set(self.lexicon))
-            raise ValueError(f"the lexicon must have exactly the {len(needed)} English words; differing: {wrong}.")
+            raise ValueError(f"the lexicon must have exactly the {len(needed)} English words; it differs in {wrong}.")
         forms = [form for english in self.lexicon for form in self._forms(english)]
         if len(set(forms)) < len(forms):
-            raise ValueError("two forms of words are the same; choose other stems or affixes.")
+            raise ValueError("two forms of words are equal; choose other stems or affixes.")
 
     @classmethod
     def invent(cls, seed: int) -> InventedLanguage:
-        """The language of a seed. Stems have two or three syllables, affixes one."""
+        """The language of a seed, with stems of two or three syllables and affixes of one."""
         generator = random.Random(f"invented language {seed}")
         syllables = [c + v for c, v in product(_CONSONANTS, _VOWELS)]
 
@@ -123,7 +123,7 @@ class InventedLanguage:
             lexicon = {english: stem() for english in (*NOUNS, *VERBS, *ADJECTIVES)}
             try:
                 return cls(lexicon, order, first, plural, past, suffixing)
-            except ValueError:  # two words came out the same
+            except ValueError:  # two words are equal
                 continue
 
     def _forms(self, english: str) -> tuple[str, ...]:
@@ -156,21 +156,21 @@ class InventedLanguage:
         """The meaning of a sentence of the language.
 
         Raises:
-            ValueError: an unknown word, or words in an order the language does not have.
+            ValueError: a word is unknown, or the words are in an order that the language does not have.
         """
         forms = {form: (english, i > 0) for english in self.lexicon for i, form in enumerate(self._forms(english))}
         words = foreign.split()
         for word in words:
             if word not in forms:
-                raise ValueError(f"{word!r} is no word of this language.")
+                raise ValueError(f"{word!r} is not a word of this language.")
         known = [forms[word] for word in words]
         verbs = [known_word for known_word in known if known_word[0] in VERBS]
         nouns = [i for i, (english, _) in enumerate(known) if english in NOUNS]
         if len(verbs) == 1 and len(nouns) == 2:
-            beside = -1 if self.adjective_first else 1
+            offset = -1 if self.adjective_first else 1
             phrases = []
             for i in nouns:
-                neighbour = known[i + beside][0] if 0 <= i + beside < len(known) else ""
+                neighbour = known[i + offset][0] if 0 <= i + offset < len(known) else ""
                 adjective = neighbour if neighbour in ADJECTIVES else None
                 phrases.append(NounPhrase(known[i][0], adjective, known[i][1]))
             if self.order.index("O") < self.order.index("S"):
@@ -178,14 +178,14 @@ class InventedLanguage:
             meaning = Meaning(phrases[0], verbs[0][0], phrases[1], verbs[0][1])
             if self.say(meaning) == " ".join(words):
                 return meaning
-        raise ValueError(f"{foreign!r} is no sentence of this language, whose order is {self.order}.")
+        raise ValueError(f"{foreign!r} is not a sentence of this language, whose order is {self.order}.")
 
     def pairs(self, seed: int, without: Collection[str] = ()) -> Iterator[SentencePair]:
-        """Different sentences with their translations, without end (there are about 860,000).
+        """An endless iterator over distinct sentences with translations (about 860,000 exist).
 
         Args:
-            seed: of the choice; the same sentences in English for every language.
-            without: English sentences to leave out, e.g. those of another set.
+            seed: seed of the choice; every language has the same English sentences.
+            without: English sentences to leave out, for example those of another set.
         """
         generator, seen = random.Random(f"sentences {seed}"), set(without)
         while True:
@@ -196,7 +196,7 @@ class InventedLanguage:
                 yield SentencePair(self.say(meaning), english)
 
     def dictionary(self) -> list[SentencePair]:
-        """Every word with its translation, plural and past forms included."""
+        """Every word with its translation, including plural and past forms."""
         endings = {True: "s", False: "ed"}
         found = []
         for english in self.lexicon:

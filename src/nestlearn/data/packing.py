@@ -1,8 +1,8 @@
-"""From documents to training windows of equal length.
+"""Windows of equal length from documents.
 
 Documents are shuffled by hash, each becomes `<s> text </s>`, all are concatenated and cut into windows. A label is the
-token itself (Hugging Face models shift inside), but -100 where it is `<s>`: that it follows `</s>` is no news.
-A tokenizer with one token for both ends (GPT-2, Qwen, ...) gets it after each document only, and it is predicted.
+token itself, since Hugging Face models shift labels inside. The label of `<s>` is -100: it always follows `</s>`.
+Where a tokenizer has one token for both ends (GPT-2, Qwen, ...), it stands after each document only and is predicted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nestlearn.data.documents import Corpus, shuffled, stable_hash
 from nestlearn.data.streams import StreamingCorpus
+from nestlearn.data.synthetic import IGNORE
 from nestlearn.data.tokenizers import encode
-
-IGNORED = -100
-"""Label of a token that no loss is taken on."""
 
 Window = dict[str, Tensor]
 T = TypeVar("T")
@@ -42,15 +40,15 @@ class PackedDataset(Dataset[Window]):
     """Windows of a corpus held in memory.
 
     Args:
-        corpus: documents.
-        tokenizer: with a beginning- and an end-of-text token.
+        corpus: the documents.
+        tokenizer: a tokenizer with an end-of-text token.
         sequence_length: tokens per window.
-        seed: of the order of documents.
-        drop_last: leave out the last window if it is not full (training); otherwise it is filled up with padding
-            whose labels are -100 (evaluation).
+        seed: seed of the order of documents.
+        drop_last: leave out the last window if it is not full (training). Otherwise padding fills it, with labels of
+            -100 (evaluation).
 
     Raises:
-        ValueError: no window can be filled; a special token is missing; `sequence_length` below 2.
+        ValueError: the text does not fill a window, a special token is missing, or `sequence_length` is below 2.
 
     Example:
         >>> data = PackedDataset(load_corpus("python-docs"), byte_tokenizer(), sequence_length=256, seed=0)
@@ -68,7 +66,9 @@ class PackedDataset(Dataset[Window]):
         drop_last: bool = True,
     ) -> None:
         if isinstance(corpus, StreamingCorpus):
-            raise TypeError(f"{corpus.name} is a stream and has no length. Use PackedStream, or pack(), which chooses.")
+            raise TypeError(
+                f"{corpus.name} is a stream and has no length. Use PackedStream, or pack(), which chooses the class."
+            )
         self.sequence_length = sequence_length
         self._bos, eos = _ends(tokenizer, sequence_length)
         documents = shuffled(list(corpus), seed)
@@ -88,11 +88,11 @@ class PackedDataset(Dataset[Window]):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, `<s>` and `</s>` included, before any are dropped."""
+        """Number of tokens of all documents, including `<s>` and `</s>`, before any are dropped."""
         return len(self._tokens)
 
     def digest(self) -> str:
-        """SHA-256 of all tokens, in hexadecimal: equal for equal texts, tokenizers and seeds."""
+        """SHA-256 of all tokens, in hexadecimal: equal for equal texts, tokenizer and seed."""
         return hashlib.sha256(self._tokens.tobytes()).hexdigest()
 
     def __getitem__(self, index: int) -> Window:
@@ -105,19 +105,19 @@ class PackedDataset(Dataset[Window]):
 
 
 class PackedStream(IterableDataset[Window]):
-    """Windows of a streaming corpus, resumable without reading again what was read.
+    """Windows of a streaming corpus; iteration can be resumed without reading again.
 
-    Documents are shuffled within blocks of `shuffle_documents`, so the place is known exactly: the stream's state at
-    the beginning of the block, how many documents of it are used up, and the tokens left over. A last window that is
-    not full is left out. Loader processes share the data set's shards among them; `state_dict` is then the main
-    process' own and says nothing of theirs, so use it without them.
+    Documents are shuffled within blocks of `shuffle_documents`. A place is the stream's state at the beginning of the
+    block, the number of its documents that are used up, and the tokens left over. A last window that is not full is
+    left out. Loader processes divide the data set's shards; `state_dict` knows only the main process, so use it
+    without them.
 
     Args:
         corpus: a `StreamingCorpus`.
         tokenizer: with a beginning- and an end-of-text token.
         sequence_length: tokens per window.
-        seed: of the order inside blocks.
-        shuffle_documents: documents per block; 1 keeps the corpus' order.
+        seed: seed of the order inside blocks.
+        shuffle_documents: documents per block; 1 keeps the order of the corpus.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class PackedStream(IterableDataset[Window]):
             yield _window(tokens, self.sequence_length, self._bos, self._eos)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last window given out, as plain data for JSON."""
+        """The place after the last yielded window, as plain data for JSON."""
         return {"place": self._place, "settings": self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration begins at the place saved.
+        """Starts the next iteration at the saved place.
 
         Raises:
             ValueError: the state was saved with another corpus, window length, seed or block size.
@@ -178,7 +178,7 @@ class PackedStream(IterableDataset[Window]):
             block = list(islice(reader, self.shuffle_documents))
             if not block:
                 return
-            # Named by the first document, so that each block has its own order.
+            # The first document's name gives each block its own order.
             ordered = shuffled(block, stable_hash(self.seed, block[0].name))
             for position, document in enumerate(ordered[used:], start=used):
                 ids = encode(self._tokenizer, [document.text])[0]
@@ -193,14 +193,14 @@ class PackedStream(IterableDataset[Window]):
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> tuple[int | None, int]:
-    """The tokens around a document; the first is None where the tokenizer has but one for both ends."""
+    """The tokens around a document; the first is None if the tokenizer has one token for both ends."""
     if sequence_length < 2:
-        raise ValueError(f"sequence_length is {sequence_length}; predicting a next token takes at least 2.")
+        raise ValueError(f"sequence_length is {sequence_length}; a next-token loss needs at least 2.")
     eos = _token_id(tokenizer, "eos", None)
     if eos is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no end-of-text token, so documents cannot be told apart. "
-            "Set tokenizer.eos_token (and bos_token)."
+            "Set tokenizer.eos_token, and bos_token if there is one."
         )
     bos = _token_id(tokenizer, "bos", None)
     return (None if bos == eos else bos), eos
@@ -218,6 +218,6 @@ def _framed(ids: np.ndarray, bos: int | None, eos: int) -> np.ndarray:
 def _window(tokens: np.ndarray, length: int, bos: int | None, padding: int) -> Window:
     input_ids = torch.full((length,), padding, dtype=torch.int64)
     input_ids[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-    labels = input_ids.clone() if bos is None else input_ids.masked_fill(input_ids == bos, IGNORED)
-    labels[len(tokens) :] = IGNORED
+    labels = input_ids.clone() if bos is None else input_ids.masked_fill(input_ids == bos, IGNORE)
+    labels[len(tokens) :] = IGNORE
     return {"input_ids": input_ids, "labels": labels}

@@ -1,4 +1,4 @@
-"""Sentences with translations from a person's own files (MTOB's JSON, tables of Manchu and English, ...)."""
+"""Sentences with translations from local files (MTOB's JSON, tables of Manchu and English, ...)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _ENGLISH = ("ground_truth", "translation", "target", "english", "tgt")
 
 
 def load_pairs(path: str | Path, foreign: str | None = None, english: str | None = None) -> list[SentencePair]:
-    """Reads ``.json`` (a list of objects), ``.jsonl``, ``.csv`` or ``.tsv`` (with a header line).
+    """The pairs of a ``.json`` (a list of objects), ``.jsonl``, ``.csv`` or ``.tsv`` file (with a header line).
 
-    Entries without both sentences are left out, such as the canary that opens MTOB's files.
+    Entries without both sentences are left out, such as the canary at the top of MTOB's files.
 
     Args:
         path: the file.
-        foreign, english: names of the two columns or keys; found by their usual names if not given
+        foreign, english: names of the two columns or keys; by default the usual names are tried
             (original, source, manchu, ...; ground_truth, translation, target, english).
 
     Raises:
-        ValueError: no such file, another format, no column of that name, or no pair in it.
+        ValueError: the file does not exist, has another format, or has no such column or no pair.
 
     Example:
         >>> load_pairs("splits/test_examples_ke.json")                                       # doctest: +SKIP
@@ -39,7 +39,7 @@ def load_pairs(path: str | Path, foreign: str | None = None, english: str | None
     names = {str(name) for entry in entries for name in entry}
     if foreign is not None and foreign == english:
         raise ValueError(f"foreign and english are both {foreign!r}; name two columns of {file}.")
-    # A column that the caller named is not up for guessing.
+    # A column that the caller named is not guessed again.
     first = _column(foreign, _FOREIGN, names if foreign is not None else names - {english}, "foreign", file)
     second = _column(english, _ENGLISH, names if english is not None else names - {first}, "english", file)
     texts = ((entry.get(first), entry.get(second)) for entry in entries)
@@ -63,7 +63,7 @@ def _entries(file: Path) -> Iterable[Mapping[str, Any]]:
         elif kind in (".csv", ".tsv"):
             return list(csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ","))
         else:
-            raise ValueError(f"{file} is no .json, .jsonl, .csv or .tsv; convert it to one of them.")
+            raise ValueError(f"{file} is not a .json, .jsonl, .csv or .tsv file; convert it to one of them.")
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(content, list):

@@ -1,7 +1,7 @@
-"""The text that every CPython carries: its documentation topics, docstrings and source.
+"""Text that comes with CPython: its documentation topics, docstrings and source.
 
-Files are read and parsed, never imported, so nothing runs and optional modules (Tk, curses, ...) are read as well.
-The text is that of the running interpreter, hence sizes and losses differ a little between Python versions.
+Files are parsed, never imported, so no code runs and optional modules (Tk, curses, ...) are included. The text is that
+of the running interpreter, so sizes and losses differ a little between Python versions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nestlearn.data.documents import Document, drop_near_duplicates
 
-# Tests and bundled third-party packages are not the standard library's own documentation; pydoc_data is read apart.
+# Tests and bundled packages are not the standard library's own documentation; `topics` reads pydoc_data.
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "_bundled"}
     | {"pydoc_data", "turtledemo", "__phello__"}
@@ -38,7 +38,7 @@ def standard_library() -> Path:
 
 
 def source_files(folder: Path) -> Iterator[Path]:
-    """All Python files below `folder` but tests, bundled packages and data, in sorted order."""
+    """All Python files below `folder` except tests, bundled packages and data, in sorted order."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name not in _SKIPPED_FOLDERS and not path.name.startswith(("config-", ".")):
             yield from source_files(path)
@@ -49,7 +49,7 @@ def source_files(folder: Path) -> Iterator[Path]:
 def parse(path: Path) -> ast.Module | None:
     """The syntax tree of a file, or None for a template or a file meant for another version of Python."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escape sequences in a library file are not the reader's concern
+        warnings.simplefilter("ignore")  # old escape sequences in library files
         try:
             return ast.parse(path.read_bytes(), filename=str(path))
         except (SyntaxError, ValueError):
@@ -57,7 +57,7 @@ def parse(path: Path) -> ast.Module | None:
 
 
 def topics(folder: Path) -> list[Document]:
-    """The language reference as `help("topic")` shows it, one document per topic."""
+    """The language reference as `help("topic")` shows it: one document per topic."""
     path = folder / "pydoc_data" / "topics.py"
     tree = parse(path) if path.is_file() else None
     if tree is None:
@@ -92,7 +92,7 @@ def _heading(node: _Named, prefix: str) -> str:
 
 
 def module_name(path: Path, folder: Path) -> str:
-    """`json/decoder.py` is json.decoder, `json/__init__.py` is json."""
+    """The module of a file: json.decoder for `json/decoder.py`, json for `json/__init__.py`."""
     parts = path.relative_to(folder).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -128,7 +128,7 @@ def read_source(folder: Path) -> tuple[Document, ...]:
             with tokenize.open(path) as file:  # honours the encoding a file declares
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):
-            continue  # no Python source in a declared encoding, hence not part of this corpus
+            continue  # not Python source in the declared encoding
         documents.append(Document(text, f"source/{path.relative_to(folder).as_posix()}"))
     return _finished(documents, folder)
 
@@ -140,6 +140,6 @@ def _finished(documents: list[Document], folder: Path) -> tuple[Document, ...]:
             f"No documentation found in {folder}: this Python carries no source files. "
             "Use a regular CPython installation, or another corpus such as text:PATH."
         )
-    # A docstring may spell out half of a surrogate pair, which no encoding can write.
+    # A docstring may contain half of a surrogate pair, which UTF-8 cannot encode.
     writable = [document._replace(text=document.text.encode("utf-8", "replace").decode()) for document in long_enough]
     return tuple(drop_near_duplicates(writable))

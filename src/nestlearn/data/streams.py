@@ -1,4 +1,4 @@
-"""Hugging Face datasets, read as streams: nothing is downloaded but what is read."""
+"""Hugging Face datasets, read as streams: only what is read is downloaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ class StreamingCorpus:
     """A Hugging Face data set as documents, in the data set's own order.
 
     Args:
-        name: the spec it was loaded from.
+        name: the spec that it was loaded from.
         split: `"train"` or `"validation"`.
         dataset: the streaming data set.
         column: the column that holds the text.
-        held_out: None if the data set has a validation split of its own; else the documents whose text hashes to one
-            in this many are validation, the others training. (The text, not the row number: loader processes and
-            machines count their own rows, and copies go the same way.)
-        seed: of that hash.
+        held_out: None if the data set has a validation split. Otherwise one document in this many, by the hash of its
+            text, is validation. (Row numbers would differ between loader processes, and copies stay together.)
+        seed: seed of that hash.
     """
 
     name: str
@@ -44,11 +43,11 @@ class StreamingCorpus:
         return self.read()
 
     def read(self, state: Mapping[str, Any] | None = None) -> StreamReader:
-        """Reads from the beginning, or from where a reader's `state()` was taken."""
+        """A reader at the beginning, or at a place that `StreamReader.state` returned."""
         return StreamReader(self, state)
 
     def holds(self, text: str) -> bool:
-        """Whether a document of this text belongs to this split."""
+        """Whether a document with this text belongs to this split."""
         if self.held_out is None:
             return True
         held_out = stable_hash("stream", self.seed, text) % self.held_out == 0
@@ -56,7 +55,7 @@ class StreamingCorpus:
 
 
 class StreamReader(Iterator[Document]):
-    """One pass over a `StreamingCorpus`, whose place can be saved and taken up again."""
+    """One pass over a `StreamingCorpus`; its place can be saved and restored."""
 
     def __init__(self, corpus: StreamingCorpus, state: Mapping[str, Any] | None = None) -> None:
         self._corpus = corpus
@@ -86,13 +85,13 @@ class StreamReader(Iterator[Document]):
 
 
 def stream_corpus(spec: str, split: Split, seed: int = 0) -> StreamingCorpus:
-    """Opens `hf:NAME[:CONFIG]` (`spec` without the `hf:`).
+    """The corpus `hf:NAME[:CONFIG]` (`spec` without the `hf:`).
 
-    The validation split is the data set's `validation`, else its `test`, else one training document in a hundred.
+    The validation split is the data set's `validation` or `test`, or one training document in a hundred.
 
     Raises:
-        ValueError: the data set, its configuration, a training split or a column of text is missing, or the Hub
-            cannot be reached.
+        ValueError: the data set, its configuration, its training split or a text column is missing, or the Hub cannot
+            be reached.
     """
     name, _, config = spec.partition(":")
     if not name:

@@ -1,4 +1,4 @@
-"""Synthetic sequence tasks: deterministic batches from a generator, nothing stored."""
+"""Synthetic sequence tasks: batches from a random generator, nothing is stored."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+"""Target of a position without a loss."""
 
 
 class Batch(NamedTuple):
-    """``inputs`` Long[b, t]; ``targets`` Long[b, t], the answer at each position (not shifted), -100 where none is."""
+    """``inputs`` Long[b, t] and ``targets`` Long[b, t]: the answer at each position (not shifted), or -100."""
 
     inputs: Tensor
     targets: Tensor
@@ -30,11 +31,11 @@ def multi_query_recall(
 ) -> Batch:
     """Multi-query associative recall, Zoology's layout (Arora et al. 2023, arXiv 2312.04927).
 
-    ``pairs`` key-value pairs fill the first ``2 * pairs`` positions; afterwards every key is asked once, at even
-    positions drawn with weight ``gap ** (power - 1)``; other positions hold random tokens, or token 0. Keys are
-    ``1 .. vocabulary/2 - 1``, values the upper half, both without repetition. The target, at the query's own position,
-    is its value. With more than one of ``writes`` (not Zoology's) every key comes that many times before it is asked
-    for, all keys in another order each time; the last values are the targets, earlier ones others, which may repeat.
+    ``pairs`` key-value pairs fill the first ``2 * pairs`` positions. Then every key is queried once, at even positions
+    drawn with weight ``gap ** (power - 1)``; other positions hold random tokens, or token 0. Keys are
+    ``1 .. vocabulary/2 - 1``, values the upper half, both without repetition. The target at a query is its value. With
+    ``writes`` above 1 (not in Zoology) every key is written that many times, in a new order each time. The last value
+    is the target; earlier ones differ from it and may repeat.
 
     Raises:
         ValueError: if the pairs do not fit the vocabulary or the length.
@@ -59,7 +60,7 @@ def multi_query_recall(
     inputs[:, told - 2 * pairs : told : 2], inputs[:, told - 2 * pairs + 1 : told : 2] = keys, values
     for write in range(writes - 1):
         order = torch.rand(batch, pairs, generator=generator).argsort(1)
-        # Another value each time: the places of all values but the last one's, counted from there.
+        # An offset from the last value, never 0, so that earlier values differ from it.
         steps = torch.randint(1, vocabulary - half, (batch, pairs), generator=generator)
         begin = 2 * pairs * write
         inputs[:, begin : begin + 2 * pairs : 2] = keys.gather(1, order)

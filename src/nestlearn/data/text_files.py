@@ -1,4 +1,4 @@
-"""Documents from a person's own text files: one file, a folder, or a glob pattern."""
+"""Documents from local text files: one file, a folder, or a glob pattern."""
 
 from __future__ import annotations
 
@@ -7,39 +7,41 @@ from pathlib import Path
 
 from nestlearn.data.documents import Document, LocalCorpus, Split, split_documents, stable_hash
 
-_BLOCK = 65_536  # characters: long enough that blocks are documents of their own, small beside a book
-_BLOCKS = 20  # one block of each twenty is held out
+_BLOCK = 65_536  # characters: long enough for a document, short compared with a book
+_BLOCKS = 20  # one block in twenty is held out
 _FIX = "Give a file, a folder or a quoted glob pattern of UTF-8 text, e.g. 'text:notes/**/*.md'."
 
 
 def text_corpus(path: str, split: Split, seed: int = 0) -> LocalCorpus:
-    """Reads `text:PATH`.
+    """The corpus `text:PATH`.
 
-    Several files are documents and are split by the hash of their path below the folder (or pattern) given; blank
-    files are left out, and files of equal text, layout aside, are read once. A single file is cut at line ends into
-    blocks of at most 65,536 characters, at least twenty of them; every twentieth goes to validation, and the runs of
-    blocks between them are the documents of the training split, so that a book keeps its long range.
+    If there are several files, each is a document. The hash of its path below the folder or pattern decides its split.
+    Blank files are left out, and files with the same words are read once. A single file is cut at line ends into at
+    least twenty blocks of at most 65,536 characters. Every twentieth block goes to validation. The runs of blocks
+    between them are the training documents, so that a book keeps its long range.
 
     Raises:
-        ValueError: nothing found, nothing but blanks, binary content, or a file too short to be split.
+        ValueError: no file is found, all are blank, the content is binary, or a file is too short to be split.
     """
     files = find_files(path)
     name = f"text:{path}"
     if len(files) == 1:
         text = read_text(files[0])
         if not text.strip():
-            raise ValueError(f"{files[0]} is empty ({len(text)} characters): there is nothing to learn from. {_FIX}")
+            raise ValueError(f"{files[0]} is empty ({len(text)} characters): it has no text to learn from. {_FIX}")
         return LocalCorpus(name, split, split_blocks(text, files[0].name, split, seed))
     root = Path(path) if Path(path).is_dir() else _common_folder(files)
     documents = [Document(read_text(file), file.relative_to(root).as_posix()) for file in files]
     documents = drop_copies([document for document in documents if document.text.strip()])
     if len(documents) < 2:
-        raise ValueError(f"The {len(files)} files of {path!r} hold {len(documents)} different texts; two are needed.")
+        raise ValueError(
+            f"The {len(files)} files of {path!r} hold {len(documents)} different texts; at least 2 are needed."
+        )
     return LocalCorpus(name, split, split_documents(documents, split, seed))
 
 
 def find_files(path: str) -> list[Path]:
-    """All files meant by a path or pattern, sorted; hidden files of a folder are left out."""
+    """All files of a path or pattern, sorted, without hidden files of a folder."""
     target = Path(path).expanduser()
     if target.is_file():
         return [target]
@@ -55,7 +57,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file exactly as it is, line ends included; a byte order mark is dropped.
+    """The unchanged text of a UTF-8 file, without a byte order mark.
 
     Raises:
         ValueError: the file cannot be opened, contains a NUL byte or is not UTF-8.
@@ -77,7 +79,7 @@ def read_text(path: Path) -> str:
 
 
 def split_blocks(text: str, name: str, split: Split, seed: int = 0) -> tuple[Document, ...]:
-    """One text's part of `split`: blocks for validation, the runs between them for training."""
+    """The part of one text that belongs to `split`: blocks for validation, the runs between them for training."""
     blocks = cut_blocks(text, min(_BLOCK, max(1, len(text) // _BLOCKS)))
     if len(blocks) < 2:
         raise ValueError(f"{name} is too short to be split: {len(text)} characters. Give a longer file, or a folder.")
@@ -99,7 +101,7 @@ def split_blocks(text: str, name: str, split: Split, seed: int = 0) -> tuple[Doc
 
 
 def cut_blocks(text: str, size: int) -> list[str]:
-    """Cuts after the first line end at or beyond each multiple of `size`; a very long line is cut inside."""
+    """The text in blocks, cut after the first line end at or beyond each multiple of `size`, or within a long line."""
     blocks = []
     start = 0
     while start < len(text):
@@ -110,7 +112,7 @@ def cut_blocks(text: str, size: int) -> list[str]:
 
 
 def drop_copies(documents: list[Document]) -> list[Document]:
-    """Keeps the first of documents whose words are the same."""
+    """The documents without later ones that have the same words."""
     first = {stable_hash(*document.text.split()): document for document in reversed(documents)}
     return [document for document in documents if first[stable_hash(*document.text.split())] is document]
 

@@ -1,8 +1,7 @@
-"""Tokenizers whose tokens are exact bytes, as Hugging Face tokenizers.
+"""Byte-level Hugging Face tokenizers.
 
-Both kinds here are lossless: decoding gives back any text exactly. Neither adds special tokens on its own; packing
-puts `<s>` before and `</s>` after each document. A `<s>` typed in a text is three characters, never the token, so a
-document cannot reset the model's state.
+Decoding returns the text exactly. No special tokens are added; packing puts `<s>` before and `</s>` after each
+document. A `<s>` in a text becomes three characters, never the token, so a document cannot reset the model's state.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _NO_LIMIT = int(1e30)  # the value transformers uses for "no maximum length"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte b is token b; 256 `<s>`, 257 `</s>`, 258 `<pad>`.
+    """A tokenizer in which byte b is token b, and 256 is `<s>`, 257 `</s>`, 258 `<pad>`.
 
     Example:
         >>> tokenizer = byte_tokenizer()
@@ -43,14 +42,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_bpe(corpus: Iterable[Document], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding over bytes, learned from the corpus; the same special tokens as `byte_tokenizer`.
+    """Byte-pair encoding over bytes, learned from a corpus, with the special tokens of `byte_tokenizer`.
 
     Args:
         corpus: the training split.
-        vocab_size: number of tokens, the 256 bytes and 3 special tokens included.
+        vocab_size: number of tokens, including the 256 bytes and 3 special tokens.
 
     Raises:
-        ValueError: `vocab_size` below 259, or a corpus too small for it.
+        ValueError: `vocab_size` is below 259, or the corpus is too small for it.
     """
     smallest = 256 + 3
     if vocab_size < smallest:
@@ -74,9 +73,9 @@ def train_bpe(corpus: Iterable[Document], vocab_size: int) -> PreTrainedTokenize
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "vocab"]:
-    """How many bytes of text each token stands for; special tokens 0. Turns nats per token into bits per byte.
+    """Bytes of text of each token, 0 for special tokens. They convert nats per token into bits per byte.
 
-    Knows byte-level vocabularies (ours, GPT-2, Llama 3, Qwen, ...) and SentencePiece ones (Llama 2, Gemma, ...).
+    Byte-level vocabularies (ours, GPT-2, Llama 3, Qwen, ...) and SentencePiece ones (Llama 2, Gemma, ...) are known.
 
     Raises:
         TypeError: the tokenizer is of another kind, so its tokens do not spell out their text.
@@ -100,7 +99,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "vocab"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, without control tokens, whatever the text spells out."""
+    """Token ids of each text. A control token spelled out in a text becomes its letters."""
     if is_byte_tokenizer(tokenizer):  # ids are the bytes; the general way takes fifty times as long
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
     encoded = tokenizer(
@@ -143,9 +142,9 @@ def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in a byte-level vocabulary, in byte order.
+    """The printable letter of each byte in a byte-level vocabulary, in byte order.
 
-    Printable Latin-1 characters stand for themselves, the 68 others for U+0100, U+0101, ... in order.
+    Printable Latin-1 characters are their own letters; the 68 others are U+0100, U+0101, ... in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others: Iterator[int] = iter(range(0x100, 0x200))

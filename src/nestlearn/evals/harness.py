@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness (EleutherAI) on a saved model; its tasks, our result files."""
+"""The lm-evaluation-harness (EleutherAI) on a saved model, with the result files of this package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nestlearn.evals.language import describe_model
 from nestlearn.evals.result import EvalResult
 
 _BOOTSTRAPS = 1000  # resamples of the standard error of a perplexity
-_NOT_MEASURED = -1.0  # what RULER's tasks report for lengths they were not run at
+_NOT_MEASURED = -1.0  # RULER's tasks report it for lengths that were not run
 
 METRIC = {
     "wikitext": "word_perplexity",
@@ -30,11 +30,11 @@ METRIC = {
     "hellaswag": "acc_norm",
     "arc_challenge": "acc_norm",
 }
-"""The metric NL's Table 2 reports, where it is not the first one of the task."""
+"""The metric of NL's Table 2, for tasks whose first metric is another."""
 
 
 class HarnessTasks(NamedTuple):
-    """The harness's ``TaskManager`` and names it knows."""
+    """The harness's ``TaskManager`` and names that it knows."""
 
     manager: Any
     names: list[str]
@@ -43,19 +43,19 @@ class HarnessTasks(NamedTuple):
 def harness_tasks(
     names: Sequence[str], *, include_path: str | Path | None = None, metadata: dict[str, Any] | None = None
 ) -> HarnessTasks:
-    """The tasks meant by names, or by patterns such as ``"arc_*"``, with the harness's manager that knows them.
+    """The tasks of names or patterns such as ``"arc_*"``, with the harness's manager that knows them.
 
     Args:
         names: tasks, groups, tags or glob patterns.
         include_path: a folder of task YAML files to add.
-        metadata: handed to the tasks, e.g. ``{"max_seq_lengths": [1024]}`` for RULER.
+        metadata: passed to the tasks, e.g. ``{"max_seq_lengths": [1024]}`` for RULER.
 
     Raises:
         RuntimeError: lm-eval is not installed.
-        ValueError: no names, an unknown task, or a folder that does not exist.
+        ValueError: no name is given, a task is unknown, or the folder does not exist.
     """
     if not names:
-        raise ValueError("No task was named. Give some, for example --tasks lambada_openai,piqa.")
+        raise ValueError("No task was named. Give at least one, for example --tasks lambada_openai,piqa.")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"--include-path {include_path} is not a folder; give the one that holds the task YAML files.")
     try:
@@ -64,11 +64,11 @@ def harness_tasks(
     except ImportError as error:
         raise RuntimeError(
             f"Tasks of the lm-evaluation-harness need the extra packages of `pip install nestlearn[eval]` ({error}). "
-            f"Asked for: {', '.join(names)}."
+            f"Requested: {', '.join(names)}."
         ) from error
     with _quiet():
         if include_path is not None:
-            # Reading all fourteen thousand definitions takes seconds; a person's own tasks may be all that is asked.
+            # Reading all fourteen thousand definitions takes seconds; the tasks of the folder may be enough.
             manager = TaskManager(include_path=str(include_path), include_defaults=False, metadata=metadata)
             if all(name in manager.all_tasks for name in names):
                 return HarnessTasks(manager, list(names))
@@ -102,31 +102,31 @@ def evaluate_harness(
     seed: int = 0,
     command: str = "",
 ) -> list[EvalResult]:
-    """Run tasks of the lm-evaluation-harness on a model.
+    """Runs tasks of the lm-evaluation-harness on a model.
 
     Every request starts with `<s>` and fresh state, and padding is never written into a memory. The global random
-    states are as before afterwards.
+    states are restored afterwards.
 
     Args:
         model: a causal language model; its training mode is restored afterwards.
-        tokenizer: the tokenizer it was trained with.
-        tasks: names as `harness_tasks` takes them, or what it returned.
+        tokenizer: the tokenizer that it was trained with.
+        tasks: names as in `harness_tasks`, or its result.
         limit: examples per task; None for all.
-        num_fewshot: examples shown before each question; None for the task's own number.
+        num_fewshot: solved examples before each question; None for the task's own number.
         include_path: a folder of task YAML files to add.
-        metadata: handed to the tasks. Those that make their own data by length (RULER) need ``tokenizer``, the
-            folder of the tokenizer.
+        metadata: passed to the tasks. Tasks that make their own data by length (RULER) need ``tokenizer``, the folder
+            of the tokenizer.
         batch_size: requests per forward pass.
         max_length: cut requests to this many tokens from the left; None for no limit.
-        seed: of the examples that are made or shown.
-        command: recorded in the results.
+        seed: seed of generated and few-shot examples.
+        command: the command to record in the results.
 
     Returns:
         One result per task; ``details`` holds all its metrics.
 
     Raises:
         RuntimeError: lm-eval is not installed.
-        ValueError: an unknown task, data that cannot be had, a tokenizer without an end-of-text token.
+        ValueError: a task is unknown, its data cannot be loaded, or the tokenizer has no end-of-text token.
     """
     if not isinstance(tasks, HarnessTasks):
         tasks = harness_tasks(tasks, include_path=include_path, metadata=metadata)
@@ -160,7 +160,7 @@ def _run(
     max_length: int | None,
     seed: int,
 ) -> tuple[dict[str, Any], int]:
-    """The harness's own report, and how many requests were cut."""
+    """The harness's own report, and the number of cut requests."""
     import lm_eval
 
     from nestlearn.evals.harness_model import DocumentLM
@@ -188,14 +188,14 @@ def _load(manager: Any, names: Sequence[str]) -> list[Any]:
     """Tasks and groups with their data.
 
     Raises:
-        ValueError: the data of one cannot be had.
+        ValueError: data cannot be loaded.
     """
     built: list[Any] = []
     for name in names:
         try:
             with _no_download_where_offline():
                 loaded = manager.load([name])
-        # The data sets come through several libraries, each with errors of its own.
+        # The data sets come from several libraries, each with its own errors.
         except Exception as error:
             raise ValueError(_no_data(manager, name, error)) from error
         built += [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
@@ -210,15 +210,15 @@ def _no_data(manager: Any, name: str, error: Exception) -> str:
     named += f" ({files})" if files else ""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return (
-        f"The data set{named} of the task {name} could not be had: {reason}. Data sets come from the Hugging Face Hub: "
-        "check the network (and HF_HUB_OFFLINE), or name a task whose data are local files with --include-path."
+        f"The data set{named} of the task {name} could not be loaded: {reason}. Data sets come from the Hugging Face "
+        "Hub: check the network (and HF_HUB_OFFLINE), or name a task with local data files by --include-path."
     )
 
 
 def _result(
     name: str, report: dict[str, Any], settings: dict[str, Any], seed: int, seconds: float, command: str
 ) -> EvalResult:
-    """The result of one task or group; its first metric (or the one NL reports) is the value."""
+    """The result of one task or group; its value is the first metric, or the one that NL reports."""
     numbers: dict[str, float] = {}
     for key, value in report["results"][name].items():
         metric, _, kept = key.partition(",")
@@ -230,7 +230,7 @@ def _result(
     metric = wanted if wanted in values else next(iter(values), "")
     value, stderr = values.get(metric, math.nan), numbers.get(f"{metric}_stderr", math.nan)
     lengths = [key for key in values if key.isdigit()]
-    if lengths:  # RULER's tasks name their metrics after the length
+    if lengths:  # RULER's tasks name their metrics by length
         metric = f"accuracy at {', '.join(lengths)} tokens"
         value = sum(values[length] for length in lengths) / len(lengths)
     count = report.get("n-samples", {}).get(name, {}).get("effective")
@@ -255,7 +255,7 @@ def _result(
 
 
 def _whole(version: Any) -> int:
-    """The whole part of a version such as 1.0 or "2"; 0 where there is none."""
+    """The integer part of a version such as 1.0 or "2"; 0 without a version."""
     try:
         return int(float(version))
     except (TypeError, ValueError):
@@ -264,7 +264,7 @@ def _whole(version: Any) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness's and its libraries' notes and warnings, which are about themselves, are not shown."""
+    """Hides notes and warnings of the harness and its libraries."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -278,8 +278,8 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_random_state(seed: int) -> Iterator[None]:
-    """Seeds the global generators the harness draws from, and puts their states back."""
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - the harness draws from this one
+    """Seeds the global generators that the harness uses, and restores their states."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - the harness uses this one
     try:
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
@@ -292,7 +292,7 @@ def _own_random_state(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_processes() -> Iterator[None]:
-    """Standard errors are resampled here: forking a process that has threads may hang."""
+    """Keeps the bootstrap of standard errors in this process: forking a process with threads may hang."""
     name = "DISABLE_MULTIPROC"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -307,7 +307,7 @@ def _no_processes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_download_where_offline() -> Iterator[None]:
-    """RULER's tasks ask nltk for a file when they are loaded, which needs it for essays only: not where offline."""
+    """Skips the nltk download of RULER's tasks when offline; only its essays need the file."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -318,7 +318,7 @@ def _no_download_where_offline() -> Iterator[None]:
     download = nltk.download
     nltk.download = lambda *_args, **_options: False
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the task says it was downloaded, whatever came of it
+        with contextlib.redirect_stdout(io.StringIO()):  # the task prints that it was downloaded in any case
             yield
     finally:
         nltk.download = download

@@ -1,4 +1,4 @@
-"""Long contexts: RULER's needles in a haystack and BABILong, made locally."""
+"""Long contexts: RULER's needles in a haystack and BABILong, generated locally."""
 
 from nestlearn.evals.long_context.answers import answer_prompts
 from nestlearn.evals.long_context.babilong import (

@@ -1,4 +1,4 @@
-"""BABILong (Kuratov et al. 2024, arXiv 2406.10149) from bAbI files and a book: facts scattered in a long text."""
+"""BABILong (Kuratov et al. 2024, arXiv 2406.10149): facts from bAbI files, scattered in a book."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from nestlearn.data.text_files import read_text
 from nestlearn.evals.language import describe_model
-from nestlearn.evals.long_context.answers import answer_prompts, mean_over_lengths, mean_with_stderr, token_count
+from nestlearn.evals.long_context.answers import score_by_length, token_count
 from nestlearn.evals.long_context.words import read_sentences
 from nestlearn.evals.result import EvalResult
 from nestlearn.fields import unknown_name
@@ -24,14 +24,14 @@ LABELS: dict[str, tuple[str, ...]] = {
     "qa4": _ROOMS,
     "qa5": ("bill", "fred", "jeff", "mary", "apple", "football", "milk"),
 }
-"""The closed set of answers of each task, in lower case."""
+"""All answers of each task, in lower case."""
 ANSWER_TOKENS = 16
-_SHORTEST = 10  # tokens of the shortest sentence that is taken from a book
+_SHORTEST = 10  # tokens of the shortest sentence taken from a book
 _LINE = re.compile(r"(\d+) (.*)")
 
 
 class Question(NamedTuple):
-    """``facts`` are all sentences of the story up to the question."""
+    """A question of bAbI; ``facts`` are all sentences of the story before it."""
 
     facts: tuple[str, ...]
     question: str
@@ -39,7 +39,7 @@ class Question(NamedTuple):
 
 
 class BabilongSample(NamedTuple):
-    """``prompt`` ends where the answer begins; ``tokens`` counts the text with facts and question."""
+    """A prompt that ends where the answer begins; ``tokens`` counts the text with facts and question."""
 
     prompt: str
     question: Question
@@ -47,7 +47,7 @@ class BabilongSample(NamedTuple):
 
 
 def read_babi(path: str | Path, task: str, split: str = "test") -> list[Question]:
-    """The questions of a bAbI task, each with the facts before it; a story with five questions gives five.
+    """The questions of a bAbI task, each with the facts before it.
 
     Args:
         path: a folder with files such as ``qa1_test.txt`` or ``qa1_single-supporting-fact_test.txt``.
@@ -55,7 +55,7 @@ def read_babi(path: str | Path, task: str, split: str = "test") -> list[Question
         split: ``"train"``, ``"valid"`` or ``"test"``.
 
     Raises:
-        ValueError: an unknown task, no such file, or a file that is not of bAbI's form.
+        ValueError: the task is unknown, the file does not exist, or it does not have bAbI's form.
     """
     if task not in LABELS:
         raise unknown_name("BABILong task", task, LABELS)
@@ -85,7 +85,7 @@ def read_babi(path: str | Path, task: str, split: str = "test") -> list[Question
 
 
 def exact_label(prediction: str, question: Question, labels: Sequence[str]) -> bool:
-    """Whether the prediction's first sentence names one label that the question does not, and it is the right one.
+    """Whether the right label is the only one in the prediction's first sentence, labels of the question aside.
 
     Example:
         >>> asked = Question((), "Where is Mary?", "garden")
@@ -112,25 +112,24 @@ def babilong_samples(
     split: str = "test",
     seed: int = 0,
 ) -> list[BabilongSample]:
-    """Questions whose facts stand, in order, at random places between the sentences of a book.
+    """Questions with their facts in order at random places between the sentences of a book.
 
-    The book is read on from a random sentence, sentences of fewer than ten tokens left out, until the text has
-    ``length`` tokens; each fact goes to one of the gaps, drawn with repetition and sorted. Questions whose facts alone
-    are longer are left out.
+    Sentences of at least ten tokens are taken from a random one on, until the text has ``length`` tokens. Each fact
+    goes to a gap, drawn with repetition; the gaps are sorted. Questions whose facts alone are longer are left out.
 
     Args:
         task: ``"qa1"`` to ``"qa5"``.
-        tokenizer: counts the tokens.
+        tokenizer: the tokenizer that counts the tokens.
         babi: folder of bAbI files, see `read_babi`.
-        book: a text file, a folder of them, or sentences.
+        book: a text file, a folder of text files, or sentences.
         length: tokens of facts, book and question together; 0 for the facts alone.
-        n: samples; fewer where fewer questions fit.
-        shots: answered questions, with their facts alone, that stand before; from the train split.
-        split: of the questions.
-        seed: of everything drawn.
+        n: number of samples; fewer if fewer questions fit.
+        shots: answered questions of the train split, with their facts alone, before the text.
+        split: split of the questions.
+        seed: seed of all random choices.
 
     Raises:
-        ValueError: files that cannot be read, or no question that fits.
+        ValueError: a file cannot be read, or no question fits.
     """
     if n < 1 or length < 0 or shots < 0:
         raise ValueError(f"n={n}, length={length}, shots={shots}: n must be at least 1, the others at least 0.")
@@ -165,7 +164,7 @@ def _examples(questions: Sequence[Question], shots: int, seed: int) -> str:
 
 
 class _Noise:
-    """Sentences of a book, each long enough, with their sizes."""
+    """The sentences of a book that are long enough, with their numbers of tokens."""
 
     def __init__(self, sentences: Sequence[str], tokenizer: Any) -> None:
         # A sentence is preceded by a space, which a tokenizer may count.
@@ -175,7 +174,7 @@ class _Noise:
             raise ValueError(f"the book has no sentence of at least {_SHORTEST} tokens; give a longer one.")
 
     def fill(self, room: int, draw: random.Random) -> list[str]:
-        """Sentences in the order of the book from a random one on, while they fit."""
+        """Sentences in the order of the book from a random one on, as many as fit."""
         start, found, number = draw.randrange(len(self.sentences)), [], 0
         while True:
             sentence, size = self.sentences[(start + number) % len(self.sentences)]
@@ -188,7 +187,7 @@ class _Noise:
 def _scattered(
     question: Question, least: int, noise: _Noise, length: int, tokenizer: Any, draw: random.Random
 ) -> tuple[str, int]:
-    """The facts between sentences of the book, and the tokens of the whole."""
+    """The text of facts between sentences of the book, and its number of tokens."""
     sentences = noise.fill(length - least, draw) if length else []
     while True:
         places = sorted(draw.randint(0, len(sentences)) for _ in question.facts)
@@ -200,7 +199,7 @@ def _scattered(
         tokens = token_count(tokenizer, text)
         if tokens <= length or not sentences:
             return text, tokens
-        # Sentences joined may take more tokens than each of them alone.
+        # Joined sentences may take more tokens than the sum of their own.
         sentences.pop()
 
 
@@ -219,7 +218,7 @@ def evaluate_babilong(
     batch_size: int = 8,
     command: str = "",
 ) -> EvalResult:
-    """Accuracy of a model's greedy answers, scored by `exact_label`, by length of the text.
+    """Accuracy of a model's greedy answers by `exact_label`, for each length of the text.
 
     Args:
         task: ``"qa1"`` to ``"qa5"``; the other arguments are those of `babilong_samples` and `answer_prompts`.
@@ -228,35 +227,35 @@ def evaluate_babilong(
         A result whose value is the mean over the lengths, and whose ``details`` hold ``by_length`` and an example.
 
     Raises:
-        ValueError: as `babilong_samples`, and for no lengths.
+        ValueError: as in `babilong_samples`, or no length is given.
     """
     if not lengths:
-        raise ValueError("No length was given. Give some, for example --lengths 0,1024,2048.")
+        raise ValueError("No length was given. Give at least one, for example --lengths 0,1024,2048.")
     began = time.perf_counter()
     sentences = read_sentences(book) if isinstance(book, (str, Path)) else book
     options: dict[str, Any] = {"babi": babi, "book": sentences, "n": n, "shots": shots, "split": split, "seed": seed}
     made = {length: babilong_samples(task, tokenizer, length=length, **options) for length in lengths}
-    by_length, example = {}, {}
-    for length, samples in made.items():
-        prompts = [sample.prompt for sample in samples]
-        answers = answer_prompts(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
-        pairs = zip(answers, samples, strict=True)
-        scores = [float(exact_label(answer, sample.question, LABELS[task])) for answer, sample in pairs]
-        by_length[str(length)] = mean_with_stderr(scores)
-        example = {"length": length, "question": samples[0].question.question, "answer": answers[0]}
-        example["reference"] = samples[0].question.answer
-    value, stderr, count = mean_over_lengths(by_length)
+    scores = score_by_length(
+        model,
+        tokenizer,
+        made,
+        lambda answer, sample: float(exact_label(answer, sample.question, LABELS[task])),
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=batch_size,
+    )
+    asked = made[lengths[-1]][0].question
+    example = {"length": lengths[-1], "question": asked.question, "answer": scores.answer, "reference": asked.answer}
     settings = {"lengths": list(lengths), "babi": str(babi), "book": str(book)[:200], "shots": shots, "split": split}
     return EvalResult(
         task=f"local_babilong_{task}",
         version=1,
         metric="accuracy of the label in the answer's first sentence, mean over lengths",
-        value=value,
-        stderr=stderr,
-        n=count,
+        value=scores.value,
+        stderr=scores.stderr,
+        n=scores.n,
         seed=seed,
         seconds=time.perf_counter() - began,
         command=command,
         config={**settings, "answer_tokens": ANSWER_TOKENS, "samples": n, "model": describe_model(model)},
-        details={"by_length": by_length, "example": example},
+        details={"by_length": scores.by_length, "example": example},
     )

@@ -1,4 +1,4 @@
-"""RULER's needles in a haystack (Hsieh et al. 2024, arXiv 2404.06654), generated here for any tokenizer and length."""
+"""RULER's needles in a haystack (Hsieh et al. 2024, arXiv 2404.06654), for any tokenizer and length."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nestlearn.evals.language import describe_model
-from nestlearn.evals.long_context.answers import answer_prompts, mean_over_lengths, mean_with_stderr, token_count
+from nestlearn.evals.long_context.answers import score_by_length, token_count
 from nestlearn.evals.long_context.words import key_words, read_sentences
 from nestlearn.evals.result import EvalResult
 from nestlearn.fields import unknown_name
 
 ANSWER_TOKENS = 128
-"""Tokens of every length that are kept for the answer."""
+"""Tokens of every length that are reserved for the answer."""
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-_DEPTHS = 40  # levels at which needles are put into a book
+_DEPTHS = 40  # possible depths of needles in a book
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needles:
-    """One of RULER's retrieval tasks: what is hidden, in what, and how much of it is asked.
+    """The settings of one of RULER's retrieval tasks.
 
     Attributes:
-        haystack: ``noise`` repeats five short sentences, ``book`` is a text of the reader's, ``needles`` is made of
-            other needles.
-        key: what a needle is found by.
-        value: what is to be recalled.
-        keys: different keys hidden.
+        haystack: ``noise`` repeats five short sentences, ``book`` is the caller's text, ``needles`` consists of other
+            needles.
+        key: kind of the keys.
+        value: kind of the values to recall.
+        keys: number of hidden keys.
         values: values per key.
-        queries: keys asked for.
+        queries: number of queried keys.
     """
 
     haystack: Literal["noise", "book", "needles"]
@@ -47,8 +47,8 @@ class Needles:
     def __post_init__(self) -> None:
         if min(self.keys, self.values, self.queries) < 1 or self.queries > self.keys:
             raise ValueError(
-                f"keys={self.keys}, values={self.values}, queries={self.queries}: each must be at least 1, and no more "
-                "keys can be asked for than are hidden."
+                f"keys={self.keys}, values={self.values}, queries={self.queries}: each must be at least 1, and queries "
+                "at most keys."
             )
 
 
@@ -62,11 +62,11 @@ VARIANTS: dict[str, Needles] = {
     "niah_multivalue": Needles(haystack="book", values=4),
     "niah_multiquery": Needles(haystack="book", keys=4, queries=4),
 }
-"""RULER's names and settings. Its essays are replaced by a book that the caller gives."""
+"""RULER's tasks by name. The caller's book replaces its essays."""
 
 
 class Sample(NamedTuple):
-    """``prompt`` ends where the answer begins; ``answers`` must all be in it; ``tokens`` counts the prompt's."""
+    """A prompt that ends where the answer begins, all values that the answer must contain, and the prompt's tokens."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -74,7 +74,7 @@ class Sample(NamedTuple):
 
 
 def containment(prediction: str, references: Sequence[str]) -> float:
-    """Share of the references that the prediction contains, letter case aside.
+    """Share of the references that the prediction contains, without regard to case.
 
     Example:
         >>> containment("It is ABC, or 12.", ["abc", "13"])
@@ -85,10 +85,10 @@ def containment(prediction: str, references: Sequence[str]) -> float:
 
 
 def find_variant(name: str) -> Needles:
-    """The task of that name.
+    """The task with this name.
 
     Raises:
-        ValueError: unknown name; the message has the closest known ones.
+        ValueError: the name is unknown; the message has the closest known ones.
     """
     if name not in VARIANTS:
         raise unknown_name("RULER task", name, VARIANTS)
@@ -106,23 +106,23 @@ def ruler_samples(
     seed: int = 0,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> list[Sample]:
-    """Prompts of as many haystack sentences as fit a length, the same for the same seed.
+    """Prompts with as many haystack sentences as fit a length. Equal seeds give equal prompts.
 
     Args:
         needles: a task, or the name of one of RULER's.
-        tokenizer: counts the tokens.
+        tokenizer: the tokenizer that counts the tokens.
         length: tokens of prompt and answer together.
-        n: samples.
-        book: the haystack of tasks that need one: a text file, a folder of them, or sentences. It begins at its
-            first sentence and is read again where it ends.
-        depth: where the first needle asked for goes, 0 the start and 1 the end; None for a random place. The other
-            needles go to random places.
-        seed: of keys, values and places.
-        answer_tokens: of ``length``, kept for the answer.
+        n: number of samples.
+        book: the haystack of tasks that need one: a text file, a folder of text files, or sentences. It begins at its
+            first sentence and starts again after its last.
+        depth: place of the first queried needle, 0 for the start and 1 for the end; None for a random place. The other
+            needles have random places.
+        seed: seed of keys, values and places.
+        answer_tokens: tokens of ``length`` that are reserved for the answer.
 
     Raises:
-        ValueError: an unknown task, no book where one is needed, a depth outside [0, 1], or a length that the prompt
-            without haystack does not fit.
+        ValueError: the task is unknown, a needed book is missing, the depth is outside [0, 1], or the length is too
+            short for the prompt without haystack.
 
     Example:
         >>> (sample,) = ruler_samples("niah_single_1", byte_tokenizer(), length=1024, n=1)
@@ -131,7 +131,7 @@ def ruler_samples(
     """
     task = find_variant(needles) if isinstance(needles, str) else needles
     if n < 1:
-        raise ValueError(f"{n} samples were asked for; at least 1 is needed.")
+        raise ValueError(f"n={n} samples must be at least 1.")
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth={depth} must be between 0 (the start of the haystack) and 1 (its end).")
     texts = _book(task, book)
@@ -149,8 +149,8 @@ def _book(task: Needles, book: str | Path | Sequence[str] | None) -> Sequence[st
         return ()
     if book is None:
         raise ValueError(
-            "this task hides its needles in a book, and none was given. Give a UTF-8 text file or a folder of them "
-            "(--book PATH), or take niah_single_1, whose haystack is built in."
+            "this task hides its needles in a book, and none was given. Give a UTF-8 text file or a folder of text "
+            "files (--book PATH), or use niah_single_1, whose haystack is built in."
         )
     texts = read_sentences(book) if isinstance(book, (str, Path)) else book
     if not texts:
@@ -159,7 +159,7 @@ def _book(task: Needles, book: str | Path | Sequence[str] | None) -> Sequence[st
 
 
 class _Prompt:
-    """A sample with everything drawn but the amount of haystack."""
+    """A sample with all random choices made; only the size of its haystack is open."""
 
     def __init__(self, task: Needles, book: Sequence[str], depth: float | None, draw: random.Random) -> None:
         self.task, self.book = task, book
@@ -169,7 +169,7 @@ class _Prompt:
         asked = draw.sample(range(task.keys), task.queries)
         self.queries = [self.keys[number] for number in asked]
         self.answers = tuple(value for number in asked for value in values[number])
-        # The first needle asked for comes first: `depth` is its place.
+        # The first queried needle comes first: `depth` is its place.
         order = [*asked, *(number for number in range(task.keys) if number not in asked)]
         self.needles = [self._needle(self.keys[number], value) for number in order for value in values[number]]
         self.shares = _shares(len(self.needles), depth, draw, _DEPTHS if task.haystack == "book" else None)
@@ -212,7 +212,7 @@ class _Prompt:
 
 
 def _shares(count: int, depth: float | None, draw: random.Random, levels: int | None) -> list[float]:
-    """Places of needles as shares of the haystack; of ``levels`` different ones, or anywhere."""
+    """Places of needles as shares of the haystack, at ``levels`` distinct depths if given."""
     if levels is not None and count <= levels:
         shares = [level / (levels - 1) for level in draw.sample(range(levels), count)]
     else:
@@ -221,7 +221,7 @@ def _shares(count: int, depth: float | None, draw: random.Random, levels: int | 
 
 
 def _maker(kind: str, draw: random.Random) -> Callable[[], str]:
-    """Draws words, seven-digit numbers or uuids, no one twice."""
+    """A function that draws words, seven-digit numbers or uuids, none twice."""
     seen: set[str] = set()
 
     def make() -> str:
@@ -240,10 +240,10 @@ def _maker(kind: str, draw: random.Random) -> Callable[[], str]:
 
 
 def _fitted(prompt: _Prompt, tokenizer: Any, length: int, answer_tokens: int) -> Sample:
-    """The largest haystack that fits, found by doubling and halving.
+    """The sample with the largest haystack that fits, found by bisection.
 
     Raises:
-        ValueError: not even the needles alone fit.
+        ValueError: the needles alone do not fit.
     """
     room = length - answer_tokens
     least = token_count(tokenizer, prompt.text(0))
@@ -279,7 +279,7 @@ def evaluate_ruler(
     batch_size: int = 8,
     command: str = "",
 ) -> EvalResult:
-    """Share of hidden values that a model's greedy answers contain, by length of the context.
+    """Share of hidden values that a model's greedy answers contain, for each length of the context.
 
     Args:
         name: one of RULER's tasks (`VARIANTS`); the other arguments are those of `ruler_samples` and
@@ -289,35 +289,36 @@ def evaluate_ruler(
         A result whose value is the mean over the lengths, and whose ``details`` hold ``by_length`` and an example.
 
     Raises:
-        ValueError: as `ruler_samples`, and for no lengths.
+        ValueError: as in `ruler_samples`, or no length is given.
     """
     if not lengths:
-        raise ValueError("No length was given. Give some, for example --lengths 1024,2048.")
+        raise ValueError("No length was given. Give at least one, for example --lengths 1024,2048.")
     began = time.perf_counter()
     options: dict[str, Any] = {"n": n, "book": book, "depth": depth, "seed": seed, "answer_tokens": answer_tokens}
     if isinstance(book, (str, Path)) and find_variant(name).haystack == "book":
         options["book"] = read_sentences(book)
-    # All prompts are made first: what cannot be made is said before a model runs.
+    # All prompts are made before the model runs, so that a bad setting fails at once.
     made = {length: ruler_samples(name, tokenizer, length=length, **options) for length in lengths}
-    by_length, example = {}, {}
-    for length, samples in made.items():
-        prompts = [sample.prompt for sample in samples]
-        answers = answer_prompts(model, tokenizer, prompts, max_new_tokens=answer_tokens, batch_size=batch_size)
-        scores = [containment(answer, sample.answers) for answer, sample in zip(answers, samples, strict=True)]
-        by_length[str(length)] = mean_with_stderr(scores)
-        example = {"length": length, "references": samples[0].answers, "answer": answers[0]}
-    value, stderr, count = mean_over_lengths(by_length)
+    scores = score_by_length(
+        model,
+        tokenizer,
+        made,
+        lambda answer, sample: containment(answer, sample.answers),
+        max_new_tokens=answer_tokens,
+        batch_size=batch_size,
+    )
+    example = {"length": lengths[-1], "references": made[lengths[-1]][0].answers, "answer": scores.answer}
     settings = {"lengths": list(lengths), "book": book if book is None else str(book)[:200], "depth": depth}
     return EvalResult(
         task=f"local_{name}",
         version=1,
         metric="share of the hidden values in the answer, mean over lengths",
-        value=value,
-        stderr=stderr,
-        n=count,
+        value=scores.value,
+        stderr=scores.stderr,
+        n=scores.n,
         seed=seed,
         seconds=time.perf_counter() - began,
         command=command,
         config={**settings, "answer_tokens": answer_tokens, "samples": n, "model": describe_model(model)},
-        details={"by_length": by_length, "example": example},
+        details={"by_length": scores.by_length, "example": example},
     )

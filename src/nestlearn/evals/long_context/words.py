@@ -1,4 +1,4 @@
-"""Words for the keys of needles, and a book as sentences."""
+"""Words for the keys of needles; sentences of a book."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ slipper sparrow spider spoon statue stone summit swan table temple thimble thist
 turtle valley vessel violin wagon walnut whale willow window winter wolf wren zebra
 """.split()
 
-# An end of a sentence: its mark, closing quotes or brackets, space, then something that may begin another.
+# An end of a sentence: its mark, closing quotes or brackets, space, then a possible beginning of another sentence.
 _END = re.compile(r"""(?<=[.!?])(["'”’)\]]*)\s+(?=["'“‘(\[]*[A-Z])""")
 _TITLES = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Hon|Rev|Esq|No|[A-Z])\.$")
 
 
 @cache
 def key_words() -> tuple[str, ...]:
-    """Every adjective-noun pair of a fixed list, so that a seed gives the same keys on every machine.
+    """All adjective-noun pairs of a fixed list, so that a seed gives the same keys on every machine.
 
     Example:
         >>> key_words()[0], len(key_words()) > 20_000
@@ -48,12 +48,12 @@ def key_words() -> tuple[str, ...]:
 
 
 def key_nouns() -> tuple[str, ...]:
-    """The nouns of the list alone, for keys of one word."""
+    """The nouns of the list, for keys of one word."""
     return tuple(_NOUNS)
 
 
 def sentences(text: str) -> list[str]:
-    """A text cut into sentences, white space made single spaces.
+    """The sentences of a text, with single spaces for white space.
 
     Example:
         >>> sentences('"Stop!" he said. Mr. Fox\\n went on. Why?')
@@ -73,7 +73,7 @@ def read_sentences(path: str | Path) -> list[str]:
     """The sentences of a text file, or of all files of a folder in the order of their names.
 
     Raises:
-        ValueError: nothing there, no UTF-8 text, or no sentences.
+        ValueError: there is no file, no UTF-8 text, or no sentence.
     """
     found = sentences("\n".join(read_text(file) for file in find_files(str(path))))
     if not found:

@@ -1,4 +1,4 @@
-"""What every synthetic task is: batches to train on, named splits to be judged by, and how an answer is scored."""
+"""The base class of synthetic tasks: training batches, evaluation splits, scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nestlearn.data.synthetic import IGNORE, Batch
 from nestlearn.fields import unknown_name
 
 Metric = Literal["token accuracy", "sequence accuracy"]
-_BUCKET = 8  # batches whose strings are sorted by length together
+_BUCKET = 8  # batches per window in which strings are sorted by length
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Split:
 
     Attributes:
         name: for example ``"51-100"``.
-        axis: what varies from split to split, for plots: ``"length"``, ``"pairs"``, ...; empty for a single split.
-        value: the place of this split on that axis.
+        axis: the quantity that differs between splits, for plots: ``"length"``, ``"pairs"``, ...; empty for one split.
+        value: the split's value on that axis.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Published:
-    """A number from the literature; shown beside ours, marked, and never averaged with them.
+    """A number from the literature, shown next to measured ones and never averaged with them.
 
     Attributes:
         model: the name in the source.
-        split: the split of the task it belongs to (or its nearest).
+        split: the task's split that it belongs to, or the nearest one.
         value: accuracy in percent.
-        source: paper, table, and what differs in the protocol.
+        source: paper, table, and differences of the protocol.
     """
 
     model: str
@@ -63,15 +63,15 @@ class Score(NamedTuple):
 class Task(ABC):
     """A synthetic task. Subclasses are frozen dataclasses; their fields are the task's settings.
 
-    Inputs and answers share one vocabulary: answer classes are token ids. A target stands at the position where the
-    answer is due (it is not shifted), and -100 (`IGNORE`) where none is.
+    Inputs and answers share one vocabulary: answer classes are token ids. A target is the answer at its own position
+    (not shifted), or -100 (`IGNORE`) at a position without one.
 
-    Everything random comes from a `torch.Generator` of the given seed; the global generator is never touched.
+    All random numbers come from a `torch.Generator` of the given seed, never from the global generator.
 
     Attributes:
-        train_examples: size of a fixed training set, drawn from the run's seed; None draws fresh sequences for ever.
-        eval_examples: sequences per split (fewer where the task has fewer distinct ones).
-        eval_seed: seed of the evaluation splits: the same sequences for every model and every training seed.
+        train_examples: size of a fixed training set, drawn from the run's seed; None draws new sequences without end.
+        eval_examples: sequences per split, or fewer if the task has fewer distinct ones.
+        eval_seed: seed of the evaluation splits, which are the same for every model and training seed.
 
     Example:
         >>> from nestlearn.evals.tasks import Mqar
@@ -98,16 +98,16 @@ class Task(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Token ids used by inputs and targets together."""
+        """Number of token ids of inputs and targets."""
 
     @property
     @abstractmethod
     def splits(self) -> tuple[Split, ...]:
-        """The evaluation splits, the headline last."""
+        """The evaluation splits; the last one is the headline."""
 
     @abstractmethod
     def draw(self, n: int, generator: torch.Generator) -> Batch:
-        """``n`` training sequences, right-padded to one length where theirs differ."""
+        """``n`` training sequences, padded on the right to one length."""
 
     @abstractmethod
     def examples(self, split: str) -> Batch:
@@ -119,12 +119,12 @@ class Task(ABC):
 
     @abstractmethod
     def chance(self, split: str) -> float:
-        """The score, in [0, 1], of guessing without looking at the past."""
+        """The score, in [0, 1], of guessing without the past."""
 
     def head(self, hidden_size: int) -> nn.Module | None:
         """A module from hidden states ``[b, t, d]`` to logits ``[b, t, v]``; None for the model's own output layer.
 
-        Batches end at their last target, so a head that reads the last position needs a target there.
+        Batches end at their last target, so a head that uses the last position needs a target there.
         """
         del hidden_size
         return None
@@ -134,10 +134,10 @@ class Task(ABC):
         return dataclasses.asdict(self)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Training batches without end, determined by the seed.
+        """Endless training batches, determined by the seed.
 
-        With ``train_examples`` the fixed set is gone through in a new order every epoch, sequences of similar length
-        together; every batch is cut after its last target.
+        With ``train_examples`` every epoch has a new order of the fixed set, with sequences of similar length
+        together. Every batch is cut after its last target.
         """
         require_at_least("batch_size", batch_size, 1)
         generator = torch.Generator().manual_seed(seed)
@@ -151,10 +151,10 @@ class Task(ABC):
                 yield cut(Batch(pool.inputs[rows], pool.targets[rows]))
 
     def find_split(self, name: str) -> Split:
-        """The split of that name.
+        """The split with this name.
 
         Raises:
-            ValueError: unknown name; the message has the closest known ones.
+            ValueError: the name is unknown; the message has the closest known ones.
         """
         for split in self.splits:
             if split.name == name:
@@ -173,19 +173,19 @@ def _epoch(lengths: Int[Tensor, " n"], batch_size: int, generator: torch.Generat
 
 
 def lengths_of(batch: Batch) -> Int[Tensor, " b"]:
-    """Positions of each sequence up to and including its last target; 0 where there is none."""
+    """Length of each sequence up to and including its last target; 0 without a target."""
     places = torch.arange(1, batch.targets.shape[1] + 1)
     return ((batch.targets != IGNORE) * places).amax(1)
 
 
 def cut(batch: Batch) -> Batch:
-    """The batch without the columns after its last target, which no causal model's score depends on."""
+    """The batch without the columns after its last target, which do not change a causal model's score."""
     length = max(1, int(lengths_of(batch).max()))
     return Batch(batch.inputs[:, :length], batch.targets[:, :length])
 
 
 def pad(strings: list[list[int]], targets: list[list[int]]) -> Batch:
-    """Strings of different lengths as one batch, padded on the right with token 0 and no target."""
+    """Strings of different lengths as one batch, padded on the right with token 0 and target -100."""
     longest = max(map(len, strings))
     rows = [string + [0] * (longest - len(string)) for string in strings]
     answers = [target + [IGNORE] * (longest - len(target)) for target in targets]
@@ -195,19 +195,19 @@ def pad(strings: list[list[int]], targets: list[list[int]]) -> Batch:
 def right_by_sequence(
     predictions: Int[Tensor, "b t"], targets: Int[Tensor, "b t"]
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """Right answers and targets of every sequence."""
+    """Number of right answers and of targets of every sequence."""
     asked: Bool[Tensor, "b t"] = targets != IGNORE
     return ((predictions == targets) & asked).sum(1), asked.sum(1)
 
 
 def accuracy(right: Int[Tensor, " n"], asked: Int[Tensor, " n"], metric: Metric) -> Score:
-    """The score of sequences with so many right answers out of so many asked.
+    """The score of sequences from their numbers of right answers and of targets.
 
-    ``sequence accuracy``: a sequence counts if all its answers are right; ``token accuracy``: right answers over all
-    answers, its standard error that of a ratio of sums over sequences.
+    ``sequence accuracy``: a sequence counts if all its answers are right. ``token accuracy``: right answers over all
+    answers; its standard error is that of a ratio of sums over sequences.
 
     Raises:
-        ValueError: nothing was asked, or an unknown metric.
+        ValueError: there is no target, or the metric is unknown.
     """
     n = len(asked)
     if n == 0 or int(asked.sum()) == 0:

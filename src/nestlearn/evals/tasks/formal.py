@@ -1,8 +1,8 @@
 """Formal languages, one answer per position: the protocol of Bhattamishra et al. 2020 as run by Irie et al. 2023.
 
-A string counts only if every position is answered right. Models train on strings of the first bin of lengths and are
-judged on unseen strings of that bin and of longer ones. Sets of possible next symbols (a multi-label target in
-Bhattamishra's form) are folded into one class per set, as Irie does, so that one softmax answers them.
+A string counts only if every answer is right. Models train on strings of the first bin of lengths and are evaluated on
+unseen strings of that bin and of longer ones. Every set of possible next symbols (a multi-label target of Bhattamishra)
+is one class, as in Irie, so one softmax is enough.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _MAX_REPEATS = 2000
 
 
 def uniforms(generator: torch.Generator) -> Iterator[float]:
-    """Numbers in [0, 1) from the generator, without end."""
+    """Endless numbers in [0, 1) from the generator."""
     while True:
         yield from torch.rand(_BLOCK, generator=generator, dtype=torch.float64).tolist()
 
 
 def _whole(uniform: Iterator[float], low: int, high: int) -> int:
-    """A whole number of ``low .. high``."""
+    """An integer in ``low .. high``."""
     return low + int(next(uniform) * (high - low + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormalLanguage(Task):
-    """A language and what to answer after every prefix of its strings.
+    """A language, with an answer after every prefix of its strings.
 
     Attributes:
-        bins: (shortest, longest) of every split, the training lengths first. For the counter languages the number is n
-            of a^n b^n, not the length of the string.
+        bins: (shortest, longest) of every split, the training lengths first. In the counter languages these are n of
+            a^n b^n, not lengths.
 
     Raises:
-        ValueError: bins that are empty or hold no string.
+        ValueError: there is no bin, or a bin has no string.
     """
 
     metric: ClassVar[Metric] = "sequence accuracy"
@@ -73,7 +73,7 @@ class FormalLanguage(Task):
 
     @abstractmethod
     def sample(self, low: int, high: int, uniform: Iterator[float]) -> list[int] | None:
-        """A random string of the bin; None where the draw left the bin."""
+        """A random string of the bin; None if the draw left the bin."""
 
     @abstractmethod
     def answers(self, string: list[int]) -> list[int]:
@@ -95,7 +95,7 @@ class FormalLanguage(Task):
         return pad(strings, [self.answers(string) for string in strings])
 
     def _strings(self, n: int, low: int, high: int, uniform: Iterator[float], distinct: bool) -> Iterator[list[int]]:
-        """``n`` strings of the bin, or all of them where it has fewer distinct ones."""
+        """``n`` strings of the bin, or all of them if it has fewer distinct ones."""
         seen: set[tuple[int, ...]] = set()
         found = failures = 0
         while found < n and failures < _MAX_REPEATS:
@@ -108,7 +108,7 @@ class FormalLanguage(Task):
             yield string
 
     def chance(self, split: str) -> float:
-        """Nobody guesses a whole string."""
+        """0: a whole string cannot be guessed."""
         self.find_split(split)
         return 0.0
 
@@ -117,8 +117,8 @@ class FormalLanguage(Task):
 class Parity(FormalLanguage):
     """Bit strings with an even number of ones; after every prefix: 1 if it has an even number of ones, else 0.
 
-    Symbols are drawn one by one, each with probability ``L / (2 (1 + L))`` for L the middle of the bin, until the rest
-    ends the string; a string with an odd number of ones gets one more.
+    Each bit is drawn with probability ``L / (2 (1 + L))``, with L the middle of the bin; otherwise the string ends. A
+    string with an odd number of ones gets one more.
     """
 
     name: ClassVar[str] = "parity"
@@ -146,9 +146,9 @@ class Parity(FormalLanguage):
 
 @dataclass(frozen=True, kw_only=True)
 class _Repeated(FormalLanguage):
-    """A word repeated; after every prefix: 1 if the prefix is itself such a string, else 0.
+    """A repeated word; after every prefix: 1 if the prefix is a repetition of the word, else 0.
 
-    A bin has few such strings (25 and 12 of lengths 2-50), so that accuracies are coarse: mostly 0 or 100 %.
+    A bin has few such strings (25 and 12 of lengths 2-50), so accuracies are coarse: mostly 0 or 100 %.
     """
 
     word: ClassVar[tuple[int, ...]]
@@ -191,7 +191,7 @@ class RepeatedAbab(_Repeated):
 class _Counter(FormalLanguage):
     """a^n b^n ...: every symbol n times, n uniform in the bin.
 
-    Answer: the set of symbols that may follow. Class 0 is {a, b} (after every a), class i the i-th further symbol
+    The answer is the set of symbols that may follow. Class 0 is {a, b} (after every a), class i the i-th further symbol
     alone, and the last class the end of the string.
     """
 
@@ -231,10 +231,10 @@ class Counter3(_Counter):
 
 @dataclass(frozen=True, kw_only=True)
 class Shuffle2(FormalLanguage):
-    """Two Dyck-1 words, over ``()`` and over ``[]``, shuffled into each other.
+    """Two Dyck-1 words, over ``()`` and over ``[]``, in a uniformly random shuffle.
 
-    Each word is drawn from the grammar ``S -> ( S ) [1/2] | S S [1/4] | empty [1/4]``, every shuffle being as likely.
-    Answer: which brackets are open, ``[open (] + 2 [open []``. Symbols 0 to 3 are ``( ) [ ]``.
+    Each word is drawn from the grammar ``S -> ( S ) [1/2] | S S [1/4] | empty [1/4]``. The answer says which brackets
+    are open: 1 for ``(``, plus 2 for ``[``. Symbols 0 to 3 are ``( ) [ ]``.
     """
 
     name: ClassVar[str] = "shuffle2"
@@ -279,7 +279,7 @@ class Shuffle2(FormalLanguage):
 
 
 def _dyck(opening: int, longest: int, uniform: Iterator[float]) -> list[int] | None:
-    """A Dyck-1 word of the grammar of `Shuffle2`; None where it grows longer than ``longest``."""
+    """A Dyck-1 word of the grammar of `Shuffle2`; None if it is longer than ``longest``."""
     variable = -1
     pending, word = [variable], []
     while pending:

@@ -1,10 +1,10 @@
 """MAD's six tasks (Poli et al. 2024, arXiv 2403.17844), with the baseline settings as defaults.
 
-Recall tasks train on the plain next token of the whole sequence and are judged at the values of keys seen before; the
-other three train on what they are judged by. Every task has one split, ``test``, and a fixed training set.
+Recall tasks train on the next token of the whole sequence and are scored at the values of keys seen before; the other
+three train on the targets that they are scored by. Every task has one split, ``test``, and a fixed training set.
 
-Differences from the published generators: the random numbers are torch's, all from one seed (theirs are numpy's, for
-selective copying the global ones); in selective copying every order of tokens and blanks is equally likely.
+Differences from the published generators: all random numbers are torch's, from one seed (theirs are numpy's, in
+selective copying global ones); in selective copying every order of tokens and blanks is equally likely.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from nestlearn.evals.tasks.published import PUBLISHED
 
 @dataclass(frozen=True, kw_only=True)
 class MadTask(Task):
-    """What MAD's tasks share.
+    """The base class of MAD's tasks.
 
     Attributes:
-        vocabulary: token ids, special tokens included.
+        vocabulary: number of token ids, including special tokens.
         length: tokens of a sequence.
     """
 
@@ -62,7 +62,7 @@ class MadTask(Task):
 
     @abstractmethod
     def generate(self, n: int, generator: torch.Generator, *, training: bool) -> Batch:
-        """``n`` sequences, with the targets of training or of the test."""
+        """``n`` sequences with the targets of training or of the test."""
 
     def _require(self, enough: bool, why: str) -> None:
         """Raise ValueError unless the settings are possible."""
@@ -74,7 +74,7 @@ class MadTask(Task):
 class InContextRecall(MadTask):
     """Key value key value ...: keys with replacement, the value of a key fixed (per sequence) at its first occurrence.
 
-    Keys are the first half of the vocabulary, values the second. Judged at every key seen before; the last one is.
+    Keys are the first half of the vocabulary, values the second. Every key seen before has a target, so the last has.
     """
 
     name: ClassVar[str] = "in_context_recall"
@@ -83,7 +83,7 @@ class InContextRecall(MadTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self._symbols() >= 2, "no token is left for a key and a value; raise the vocabulary")
+        self._require(self._symbols() >= 2, "no tokens remain for a key and a value; raise the vocabulary")
         self._require(self.length % 2 == 0 and self.length >= 4, "length must be even and hold two pairs")
 
     def _symbols(self) -> int:
@@ -112,7 +112,7 @@ class InContextRecall(MadTask):
         return Batch(inputs, targets)
 
     def _noise(self, n: int, pairs: int, generator: torch.Generator) -> Tensor:
-        """Which pairs are noise: none."""
+        """Mask of the noise pairs: none here."""
         del generator
         return torch.zeros(n, pairs, dtype=torch.bool)
 
@@ -128,10 +128,10 @@ class InContextRecall(MadTask):
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyRecall(InContextRecall):
-    """In-context recall where a share of the pairs is replaced by two noise tokens.
+    """In-context recall in which noise tokens replace a share of the pairs.
 
     Attributes:
-        noise_vocabulary: tokens, the last of the vocabulary, that are only noise.
+        noise_vocabulary: number of noise tokens, the last of the vocabulary.
         noise_share: probability that a pair is noise.
     """
 
@@ -164,11 +164,11 @@ class NoisyRecall(InContextRecall):
 class FuzzyRecall(MadTask):
     """In-context recall whose keys and values are motifs of one to ``motif`` different adjacent tokens.
 
-    In test sequences every key has the full ``motif`` tokens. The last token of the vocabulary pads on the left; half
-    of the others are keys. The last pair repeats an earlier key; every token of a value whose key was seen is judged.
+    In test sequences every key has ``motif`` tokens. The last token of the vocabulary pads on the left; half of the
+    others are keys. The last pair repeats an earlier key. Every token of a value whose key was seen has a target.
 
     Attributes:
-        motif: the longest motif.
+        motif: tokens of the longest motif.
     """
 
     name: ClassVar[str] = "fuzzy_recall"
@@ -221,19 +221,19 @@ class FuzzyRecall(MadTask):
 
 
 def _motif(generator: torch.Generator, low: int, high: int, shortest: int, longest: int) -> tuple[int, ...]:
-    """Different tokens of ``low .. high - 1`` in random order, ``shortest .. longest`` of them."""
+    """``shortest .. longest`` different tokens of ``low .. high - 1`` in random order."""
     size = int(torch.randint(shortest, longest + 1, (), generator=generator))
     return tuple((torch.randperm(high - low, generator=generator)[:size] + low).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(MadTask):
-    """Tokens among blanks, then a copy token, then blanks at which the tokens are to be given in order.
+    """Tokens among blanks, then a copy token, then blanks whose targets are the tokens in order.
 
     The last token of the vocabulary is the copy token, the one before it the blank.
 
     Attributes:
-        copied: tokens to copy.
+        copied: number of tokens to copy.
     """
 
     name: ClassVar[str] = "selective_copying"
@@ -246,7 +246,7 @@ class SelectiveCopying(MadTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least("copied", self.copied, 1)
-        self._require(self.vocabulary >= 3, "besides blank and copy token there must be something to copy")
+        self._require(self.vocabulary >= 3, "the vocabulary needs blank, copy token and a token to copy")
         self._require(self.length > 2 * self.copied, f"copied={self.copied} needs length above {2 * self.copied}")
 
     def generate(self, n: int, generator: torch.Generator, *, training: bool) -> Batch:
@@ -269,10 +269,10 @@ class SelectiveCopying(MadTask):
 
 @dataclass(frozen=True, kw_only=True)
 class Compression(MadTask):
-    """Random tokens and a last special one, at whose position the model must hold all of them.
+    """Random tokens and a special last one, whose hidden state must hold all of them.
 
-    The answers come from `AggregateDecoder`, which sees the hidden state of the last position and nothing else. As in
-    MAD the special token itself is judged too.
+    `AggregateDecoder` answers from the hidden state of the last position alone. As in MAD the special token also has a
+    target.
     """
 
     name: ClassVar[str] = "compression"
@@ -296,7 +296,7 @@ class Compression(MadTask):
 
 
 class AggregateDecoder(nn.Module):
-    """``logits_i = W_2 gelu(W_1 (h_T + p_i))``: every token from the last hidden state and a sinusoidal position.
+    """``logits_i = W_2 gelu(W_1 (h_T + p_i))``: every token from the last hidden state h_T and a sinusoidal position.
 
     Args:
         hidden_size: width d of the hidden states.
@@ -329,9 +329,10 @@ def sinusoids(length: int, width: int) -> Float[Tensor, "t d"]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memorization(MadTask):
-    """Key, insert token, key, insert token, ...: at the insert token the key's value, the same in all sequences.
+    """Key, insert token, key, insert token, ...: the target at an insert token is the key's value in a fixed map.
 
-    Only the weights can know it. Keys are the first half of the vocabulary without its last token, the insert token.
+    The map is the same in all sequences, so the weights must hold it. Keys are the first half of the vocabulary without
+    its last token, the insert token.
 
     Attributes:
         map_seed: seed of the fixed map.
@@ -348,7 +349,7 @@ class Memorization(MadTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.vocabulary >= 3, "besides the insert token there must be a key and a value")
+        self._require(self.vocabulary >= 3, "the vocabulary needs the insert token, a key and a value")
         self._require(self.length % 2 == 0, "length must be even")
 
     def generate(self, n: int, generator: torch.Generator, *, training: bool) -> Batch:
@@ -369,8 +370,3 @@ class Memorization(MadTask):
     def chance(self, split: str) -> float:
         self.find_split(split)
         return 1 / (self.vocabulary - 1 - (self.vocabulary - 1) // 2)
-
-
-MAD_TASKS: tuple[type[MadTask], ...] = (
-    Compression, InContextRecall, FuzzyRecall, NoisyRecall, SelectiveCopying, Memorization,
-)  # fmt: skip

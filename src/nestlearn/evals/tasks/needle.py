@@ -1,4 +1,4 @@
-"""Retrieval from long contexts, small enough to train: S-NIAH-1 on bytes, BABILong's qa1 on words."""
+"""Retrieval from long contexts at a size that can be trained: S-NIAH-1 on bytes, BABILong's qa1 on words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SPECIAL = 3  # full stop, "where is", question mark
 
 @dataclass(frozen=True, kw_only=True)
 class LongContext(Task):
-    """A task trained at one length of context and judged at longer ones too.
+    """A task trained at one length of context and evaluated at several.
 
     Attributes:
         length: tokens of a training sequence.
@@ -40,13 +40,13 @@ class LongContext(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.eval_lengths:
-            raise ValueError("eval_lengths is empty; give at least one length to judge at.")
+            raise ValueError("eval_lengths is empty; give at least one length.")
         for name, length in (("length", self.length), *(("eval_lengths", length) for length in self.eval_lengths)):
             require_at_least(name, length, self.shortest())
 
     @abstractmethod
     def shortest(self) -> int:
-        """Tokens of the longest sequence without any haystack."""
+        """Tokens of the longest sequence without haystack."""
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -66,24 +66,24 @@ class LongContext(Task):
 
     @abstractmethod
     def sequence(self, length: int, draw: random.Random) -> tuple[list[int], list[int]]:
-        """One sequence of at most ``length`` tokens, and the answer due at each, `IGNORE` where none is."""
+        """One sequence of at most ``length`` tokens, and its targets, `IGNORE` at a token without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleInNoise(LongContext):
-    """RULER's S-NIAH-1 on bytes: recall a number told once, anywhere in repeated sentences that say nothing.
+    """RULER's S-NIAH-1 on bytes: recall of a number that occurs once, anywhere in repeated noise sentences.
 
     A sequence is ``<noise> One of the special magic numbers for <key> is: <number>. <noise> The special magic number
     for <key> mentioned in the provided text is <number>``. RULER's instruction and question are left out, so that
-    prompt and noise fit 256 bytes; numbers are shorter and keys single words. The answers are the digits of the
-    number; all must be right, each given the right ones before it, which is what greedy decoding needs.
+    prompt and noise fit 256 bytes; numbers are shorter and keys are single words. The targets are the digits of the
+    number. All must be right, each after the right ones before it, as in greedy decoding.
 
     Attributes:
         digits: digits of a number.
-        keys: words that keys are drawn from.
+        keys: number of words that keys are drawn from.
 
     Raises:
-        ValueError: a length that needle and question do not fit, or more keys than there are words.
+        ValueError: a length is too short for needle and question, or there are more keys than words.
 
     Example:
         >>> task = NeedleInNoise(length=256, eval_examples=2)
@@ -104,7 +104,7 @@ class NeedleInNoise(LongContext):
         require_at_least("digits", self.digits, 1)
         require_at_least("keys", self.keys, 1)
         if self.keys > len(key_nouns()):
-            raise ValueError(f"keys={self.keys}: there are {len(key_nouns())} words to draw keys from.")
+            raise ValueError(f"keys={self.keys} must be at most {len(key_nouns())}, the number of words for keys.")
         super().__post_init__()
 
     @property
@@ -112,7 +112,7 @@ class NeedleInNoise(LongContext):
         return 256
 
     def chance(self, split: str) -> float:
-        """Guessing a number."""
+        """The probability of guessing the number."""
         self.find_split(split)
         return 1 / (9 * 10 ** (self.digits - 1))
 
@@ -137,25 +137,25 @@ class NeedleInNoise(LongContext):
 
 
 def _needle(key: str, number: str) -> tuple[str, str]:
-    """The sentence that hides a number, and the beginning of the one that recalls it."""
+    """The sentence with the number, and the beginning of the sentence that recalls it."""
     told = f"One of the special magic numbers for {key} is: {number}."
     return told, f" The special magic number for {key} mentioned in the provided text is "
 
 
 @dataclass(frozen=True, kw_only=True)
 class WhereIs(LongContext):
-    """BABILong's qa1 on words: people move between rooms, told between sentences that say nothing; where is one now?
+    """BABILong's qa1 on words: facts about moves between rooms, among noise sentences; in which room is a person?
 
     Every word is a token: 4 names, 6 rooms, 4 verbs, full stop, "where is", question mark, and ``words`` words of the
-    haystack, drawn by Zipf's law. Facts ``<name> <verb> <room> .`` stand in order at sorted random gaps between
-    sentences of 5 to 15 words. The answer, at the question mark, is the room of the last fact about the person asked.
+    haystack, drawn by Zipf's law. Facts ``<name> <verb> <room> .`` keep their order, at random gaps between sentences
+    of 5 to 15 words. The target, at the question mark, is the room of the last fact about the person.
 
     Attributes:
-        most_facts: facts of a sequence, uniform in 1 .. this.
-        words: different words of the haystack.
+        most_facts: the number of facts of a sequence is uniform in 1 .. most_facts.
+        words: distinct words of the haystack.
 
     Raises:
-        ValueError: a length that the facts and the question do not fit.
+        ValueError: a length is too short for facts and question.
 
     Example:
         >>> task = WhereIs(length=64, eval_examples=2)
@@ -180,7 +180,7 @@ class WhereIs(LongContext):
         return _NAMES + _ROOMS + _VERBS + _SPECIAL + self.words
 
     def chance(self, split: str) -> float:
-        """Guessing a room."""
+        """The probability of guessing the room."""
         self.find_split(split)
         return 1 / _ROOMS
 
@@ -205,11 +205,11 @@ class WhereIs(LongContext):
         return inputs, [IGNORE] * (len(inputs) - 1) + [place_of[asked]]
 
     def _haystack(self, room: int, stop: int, draw: random.Random) -> list[list[int]]:
-        """Sentences of exactly ``room`` tokens together."""
+        """Sentences with exactly ``room`` tokens in total."""
         first, found = stop + _SPECIAL, []
         while room > 0:
             size = min(room, draw.randint(6, 16))
-            # exp of a uniform number is spread by Zipf's law: p(rank) ~ 1 / rank.
+            # The exponential of a uniform number follows Zipf's law: p(rank) ~ 1 / rank.
             words = [first + int((self.words + 1) ** draw.random()) - 1 for _ in range(size - 1)]
             found.append([*words, stop])
             room -= size

@@ -1,4 +1,4 @@
-"""Published numbers with their sources. They are shown next to measured ones and never mixed with them."""
+"""Published numbers with their sources, shown next to measured ones and never averaged with them."""
 
 from __future__ import annotations
 

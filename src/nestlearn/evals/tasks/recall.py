@@ -13,30 +13,30 @@ from nestlearn.evals.tasks.base import Metric, Split, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Mqar(Task):
-    """Every key of ``pairs`` key-value pairs is asked once, at a gap drawn by a power law; the answer is its value.
+    """Recall of values: every key of ``pairs`` key-value pairs is queried once, at a gap drawn by a power law.
 
     The layout is that of `nestlearn.data.synthetic.multi_query_recall`: keys ``1 .. V/2 - 1``, values ``V/2 .. V-1``,
-    each without repetition; the first ``2 * pairs`` positions hold the pairs; the target stands at the query.
+    each without repetition. The first ``2 * pairs`` positions hold the pairs; the target is at the query.
 
     Attributes:
-        vocabulary: token ids, half of them keys.
+        vocabulary: number of token ids, half of them keys.
         length: tokens of a sequence.
         pairs: pairs of a training sequence.
-        train_pairs: several numbers of pairs instead, one drawn for every batch (Based and later sweeps train on a
-            mixture; few pairs are learned first).
-        eval_pairs: pairs of the evaluation splits; those of training by default. The last one is the headline.
+        train_pairs: several numbers of pairs instead, one drawn for every batch. Based and later sweeps train on such a
+            mixture, since few pairs are learned first.
+        eval_pairs: pairs of the evaluation splits, by default those of training. The last one is the headline.
         power: exponent a of the gaps' distribution ``p(g) ~ g ** (a - 1)``.
-        random_non_queries: whether the other positions hold random tokens (False: token 0, as in Zoology's figure 2).
+        random_non_queries: whether the other positions hold random tokens. False: token 0, as in Zoology's figure 2.
 
     Raises:
-        ValueError: pairs that do not fit the vocabulary or the length.
+        ValueError: the pairs do not fit the vocabulary or the length.
     """
 
     name: ClassVar[str] = "mqar"
     version: ClassVar[int] = 1
     metric: ClassVar[Metric] = "token accuracy"
     writes: ClassVar[int] = 1
-    """How often every key is told."""
+    """Times that every key is written."""
 
     vocabulary: int = 64
     length: int = 64
@@ -64,7 +64,7 @@ class Mqar(Task):
 
     def draw(self, n: int, generator: torch.Generator) -> Batch:
         choice = self._trained()
-        # A fixed training set is drawn at once and holds every number of pairs.
+        # A fixed training set is drawn at once, with every number of pairs in it.
         places = torch.randint(len(choice), (n if self.train_examples else 1,), generator=generator).tolist()
         if len(set(places)) == 1:
             return self._generate(n, generator, choice[places[0]])
@@ -77,7 +77,7 @@ class Mqar(Task):
         return self._generate(self.eval_examples, generator, pairs)
 
     def chance(self, split: str) -> float:
-        """Guessing one of the values that the sequence holds."""
+        """The probability of guessing among the values of the sequence."""
         return 1 / self.find_split(split).value
 
     def _generate(self, n: int, generator: torch.Generator, pairs: int) -> Batch:
@@ -95,10 +95,10 @@ class Mqar(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class RewrittenMqar(Mqar):
-    """The same (ours, not Zoology's), but every key is told twice, with two values; the second one counts.
+    """`Mqar` with every key written twice, with two values; the target is the second (ours, not Zoology's).
 
-    Where each key comes once, there is nothing to erase, and a sum of outer products recalls about as much as a delta
-    rule at its best step (docs/results/recall.md). Here what was written first has to go.
+    With keys written once there is nothing to erase, and a sum of outer products recalls about as much as a delta rule
+    at its best step (docs/results/recall.md). Here the first value has to be erased.
     """
 
     name: ClassVar[str] = "mqar_rewritten"

@@ -1,4 +1,4 @@
-"""State tracking: running products in a group, answered after every element."""
+"""State tracking: the running product in a group after every element."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from nestlearn.evals.tasks.base import Metric, Split, Task, require_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class GroupProduct(Task):
-    """Elements ``g_1 g_2 ...`` drawn uniformly from a group; the answer at t is their product up to t.
+    """Elements ``g_1 g_2 ...`` drawn uniformly from a group; the target at t is their product up to t.
 
-    Training sequences of one batch have one length, uniform in ``shortest .. longest``; splits have fixed lengths.
-    All prefixes of a sequence must be right.
+    The training sequences of a batch have one length, uniform in ``shortest .. longest``; splits have fixed lengths. A
+    sequence counts if all its answers are right.
 
     Attributes:
-        shortest, longest: lengths trained on.
-        eval_lengths: lengths of the splits; half the longest, the longest and twice that by default.
+        shortest, longest: lengths of training.
+        eval_lengths: lengths of the splits; by default half the longest, the longest and twice the longest.
     """
 
     metric: ClassVar[Metric] = "sequence accuracy"
@@ -64,13 +64,13 @@ class GroupProduct(Task):
         return Batch(elements, self.products(elements))
 
     def chance(self, split: str) -> float:
-        """Knowing the first answer and guessing the others."""
+        """The probability of guessing all answers but the first, which is given."""
         return self.vocab_size ** (1 - self.find_split(split).value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModularSum(GroupProduct):
-    """The running sum modulo ``modulus`` of the numbers ``0 .. modulus - 1``."""
+    """The running sum of numbers ``0 .. modulus - 1``, modulo ``modulus``."""
 
     name: ClassVar[str] = "modular_sum"
     version: ClassVar[int] = 1
@@ -91,10 +91,10 @@ class ModularSum(GroupProduct):
 
 @dataclass(frozen=True, kw_only=True)
 class _WordProblem(GroupProduct):
-    """The word problem of a symmetric group: every token is a permutation, the answer the composition so far.
+    """The word problem of a symmetric group: every token is a permutation, the target their composition so far.
 
-    Tokens number the permutations of ``0 .. degree - 1`` in lexicographic order. The answer at t is ``g_t`` after
-    ``g_(t-1)`` after ... after ``g_1``: the permutation that takes i to ``g_t(... g_1(i))``.
+    Tokens number the permutations of ``0 .. degree - 1`` in lexicographic order. The target at t is the permutation
+    that takes i to ``g_t(... g_1(i))``.
     """
 
     degree: ClassVar[int]
@@ -136,7 +136,7 @@ class S5(_WordProblem):
 
 @cache
 def compositions(degree: int) -> Int[Tensor, "n n"]:
-    """``table[g, h]`` is the number of ``g`` after ``h``, in the lexicographic order of permutations."""
+    """Products: entry ``[g, h]`` is the number of the permutation ``g`` after ``h``, in lexicographic order."""
     elements = list(itertools.permutations(range(degree)))
     number = {element: place for place, element in enumerate(elements)}
     return torch.tensor([[number[tuple(g[h[i]] for i in range(degree))] for h in elements] for g in elements])
