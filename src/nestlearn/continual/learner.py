@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from nestlearn.continual.scoring import Score, device_of, loss_of, score_example
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.documents import stable_hash
 from nestlearn.optim import OptimizerWrapper
+from nestlearn.optim.checks import one_of
 
 _NOT_FINITE = (
     "The weights are as they were before this step. Check the inputs for values that are not finite, the weights as "
@@ -79,8 +80,7 @@ class ContinualLearner:
         shuffle: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        if score not in get_args(Score):
-            raise ValueError(f"score is {score!r}; it must be one of {', '.join(get_args(Score))}.")
+        one_of("score", score, Score)
         if epochs < 1 or batch_size < 1:
             raise ValueError(f"epochs is {epochs} and batch_size {batch_size}; both must be at least 1.")
         self.method = method or FineTuning()

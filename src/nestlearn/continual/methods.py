@@ -1,4 +1,4 @@
-"""Methods against forgetting, in one harness: what each adds to plain fine-tuning on the same batches."""
+"""Methods against forgetting, as additions to plain fine-tuning on the same batches."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch.optim import Optimizer
 from nestlearn.continual.scoring import device_of, logits_of
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.synthetic import IGNORE
+from nestlearn.optim.checks import one_of
 
 OptimizerFactory = Callable[[Any], Optimizer]
-"""Makes an optimizer of parameters or parameter groups."""
+"""Makes an optimizer for parameters or parameter groups."""
 
 Boundaries = Literal["known", "unknown"]
-"""Whether a method is told where a task or text ends."""
+"""Whether a method is told the end of each task or text."""
 
 Labels = Literal["model", "data"]
-"""Where the labels of a Fisher matrix are from: drawn from the model, or given."""
+"""The labels of a Fisher matrix: drawn from the model, or given."""
 
 
 class Method:
-    """Plain fine-tuning, and the places where a method may do something else.
+    """Plain fine-tuning, with hooks that other methods override.
 
     Attributes:
         name: for tables.
-        needs_boundaries: whether it must know where a task ends.
-        without_boundaries: what to use where it is not known, for the error.
-        makes_optimizer: whether it groups or replaces the parameters that the optimizer gets.
+        needs_boundaries: whether it must know the end of each task.
+        without_boundaries: what to use where it is not known, for the error message.
+        makes_optimizer: whether it groups or replaces the parameters of the optimizer.
     """
 
     name: str = "fine-tuning"
@@ -43,16 +44,15 @@ class Method:
         return {}
 
     def check_boundaries(self, boundaries: Boundaries) -> None:
-        """Raises ValueError for an unknown word, or where the method needs boundaries and they are unknown."""
-        if boundaries not in get_args(Boundaries):
-            raise ValueError(f"boundaries is {boundaries!r}; it must be one of {', '.join(get_args(Boundaries))}.")
+        """Raises ValueError for an unknown word, or if the method needs boundaries and they are unknown."""
+        one_of("boundaries", boundaries, Boundaries)
         if self.needs_boundaries and boundaries == "unknown":
             raise ValueError(
                 f"{self.name} acts at the ends of tasks, and boundaries is 'unknown'. {self.without_boundaries}"
             )
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model to train, before the stream."""
+        """The model to train; called once, before the stream."""
         return model
 
     def make_optimizer(self, model: nn.Module, factory: OptimizerFactory) -> Optimizer:
@@ -60,46 +60,46 @@ class Method:
         return factory([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def training_examples(self, stream: TaskStream, place: int) -> Examples | None:
-        """What is learned at a place of the stream; None learns nothing there."""
+        """The examples to learn at a place of the stream; None for none."""
         return stream.tasks[place].train
 
     def measures(self, place: int, tasks: int) -> bool:
-        """Whether the model after this place is one to be tested."""
+        """Whether the model is tested after this place."""
         return True
 
     def begin_epoch(self, epoch: int, epochs: int, boundaries: bool) -> None:
-        """Called before each pass over a task's examples; `boundaries` says whether that may be used."""
+        """Called before each pass over a task's examples; a method may use it only if `boundaries` are known."""
 
     def batch(self, batch: Examples, generator: torch.Generator) -> Examples:
-        """What a step trains on, given the stream's batch."""
+        """The batch of a step, from the stream's batch."""
         return batch
 
     def penalty(self) -> Tensor | None:
-        """Added to the loss of a step."""
+        """A term of the loss of each step; None for none."""
         return None
 
     def observe(self, batch: Examples, generator: torch.Generator, first_pass: bool) -> None:
-        """The stream's batch, after the step on it."""
+        """Called with the stream's batch after the step on it."""
 
     def end_task(self, model: nn.Module, train: Examples, generator: torch.Generator) -> int:
-        """Called after each task where boundaries are known; returns for how many examples it computed gradients."""
+        """Called after each task if boundaries are known; returns how many examples it computed gradients for."""
         return 0
 
     def replace_model(self, model: nn.Module, place: int) -> nn.Module | None:
-        """Another model to go on with after the task at `place`; None keeps it."""
+        """Another model to train after the task at `place`; None keeps this one."""
         return None
 
     @property
     def stored_examples(self) -> int:
-        """How many examples of earlier tasks are kept."""
+        """Number of stored examples of earlier tasks."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What it must remember between tasks: tensors and plain values."""
+        """The method's state between tasks: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
 
 
 class FineTuning(Method):
@@ -107,7 +107,7 @@ class FineTuning(Method):
 
 
 class JointTraining(Method):
-    """All tasks' examples mixed, for as many epochs as the stream has: the ceiling, with as many steps as the others.
+    """All tasks' examples mixed, with as many steps as the other methods take: the upper bound.
 
     Only the last row of R exists.
     """
@@ -116,7 +116,7 @@ class JointTraining(Method):
     _stored = 0
 
     def training_examples(self, stream: TaskStream, place: int) -> Examples | None:
-        """Everything at the last place, nothing before."""
+        """All examples at the last place, none before."""
         if place < len(stream) - 1:
             return None
         every = Examples.concatenate(task.train for task in stream.tasks)
@@ -124,27 +124,26 @@ class JointTraining(Method):
         return every
 
     def measures(self, place: int, tasks: int) -> bool:
-        """Only the end."""
+        """Only after the last task."""
         return place == tasks - 1
 
     @property
     def stored_examples(self) -> int:
-        """All of the stream."""
+        """All examples of the stream."""
         return self._stored
 
 
 class EWC(Method):
-    """Elastic weight consolidation: a quadratic penalty around the weights that earlier tasks ended with.
+    """Elastic weight consolidation: a quadratic penalty around the weights at the end of each earlier task.
 
-    ``λ/2 Σ_tasks Σ_i F_i (θ_i - θ*_i)²`` (Kirkpatrick et al. 2017, arXiv 1612.00796), F the Fisher
-    information: the mean over examples of the squared gradient of ``log p(y | x)``. The sum over tasks is kept exactly
-    in two tensors per parameter, ΣF and ΣFθ*, and a constant. Targets of several positions
-    are one example: the gradient of their sum.
+    ``λ/2 Σ_tasks Σ_i F_i (θ_i - θ*_i)²`` (Kirkpatrick et al. 2017, arXiv 1612.00796). F is the Fisher information: the
+    mean over examples of the squared gradient of ``log p(y | x)``; the targets of one example count together. The sum
+    over tasks is exact, in two tensors per parameter (ΣF and ΣFθ*) and a constant.
 
     Args:
         strength: λ.
         samples: examples per task for F, chosen at random.
-        labels: "model" draws y from the model (the Fisher information), "data" takes the given ones.
+        labels: "model" draws y from the model (the Fisher information), "data" takes the given labels.
 
     Raises:
         ValueError: strength below 0, no samples, or unknown labels.
@@ -168,11 +167,11 @@ class EWC(Method):
         self.constant = 0.0
 
     def config(self) -> dict[str, Any]:
-        """λ and how F is estimated."""
+        """λ and the estimate of F."""
         return {"strength": self.strength, "samples": self.samples, "labels": self.labels}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Remembers which parameters are trained."""
+        """Stores the trained parameters."""
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return model
 
@@ -180,7 +179,7 @@ class EWC(Method):
         """``λ/2 (Σ_i ΣF_i θ_i² - 2 ΣF_iθ*_i θ_i + const)``; None before the first task ended."""
         if not self.fisher:
             return None
-        # Around the weighted mean of the θ*, not as a difference of large squares: float32 would lose it.
+        # Around the weighted mean of the θ*: a difference of large squares would be lost in float32.
         terms = []
         for name, fisher in self.fisher.items():
             centre = self.weighted[name] / fisher.clamp_min(torch.finfo(fisher.dtype).tiny)
@@ -188,7 +187,7 @@ class EWC(Method):
         return 0.5 * self.strength * (torch.stack(terms).sum() + self.constant)
 
     def end_task(self, model: nn.Module, train: Examples, generator: torch.Generator) -> int:
-        """Adds the task's F around the weights as they are."""
+        """Adds the task's F around the current weights."""
         chosen = torch.randperm(len(train), generator=generator)[: self.samples]
         estimate = fisher_information(model, train[chosen], self._parameters, self.labels, generator)
         with torch.no_grad():
@@ -208,7 +207,7 @@ class EWC(Method):
         return {"fisher": self.fisher, "weighted": self.weighted, "constant": self.constant}
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module) -> None:
-        """Takes over the penalty."""
+        """Restores the penalty."""
         self.prepare(model)
         self.fisher, self.weighted, self.constant = (state[key] for key in ("fisher", "weighted", "constant"))
 
@@ -223,10 +222,10 @@ def fisher_information(
     """The diagonal Fisher information: the mean over examples of the squared gradient of ``log p(y | x)``.
 
     Args:
-        model: in evaluation mode while it runs.
+        model: put into evaluation mode meanwhile.
         examples: x, and the given y.
         parameters: by name.
-        labels: "model" draws y from the model, "data" takes the given ones.
+        labels: "model" draws y from the model, "data" takes the given labels.
         generator: of the drawn labels.
     """
     training = model.training
@@ -251,12 +250,12 @@ def fisher_information(
 class ExperienceReplay(Method):
     """Each step trains on the stream's batch and as many stored examples; the store is a reservoir.
 
-    After n examples each of them is stored with probability ``capacity / n`` (Vitter's algorithm R), which needs no
-    task boundaries. Only first passes fill it.
+    After n examples each of them is stored with probability ``capacity / n`` (Vitter's algorithm R), without task
+    boundaries. Only first passes fill the store.
 
     Args:
         capacity: examples kept.
-        batch_size: stored examples per step; as many as the stream's batch has by default.
+        batch_size: stored examples per step; by default as many as the stream's batch has.
 
     Raises:
         ValueError: sizes below 1.
@@ -300,7 +299,7 @@ class ExperienceReplay(Method):
 
     @property
     def stored_examples(self) -> int:
-        """How full the store is."""
+        """Number of examples in the store."""
         return len(self.inputs)
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,5 +307,5 @@ class ExperienceReplay(Method):
         return {"seen": self.seen, "inputs": self.inputs, "targets": self.targets}
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module) -> None:
-        """Takes over the store."""
+        """Restores the store."""
         self.seen, self.inputs, self.targets = state["seen"], state["inputs"], state["targets"]

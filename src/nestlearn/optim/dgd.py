@@ -1,18 +1,20 @@
-"""Delta gradient descent: each step also erases what a linear map answers to its inputs (NL Eq. 56-57)."""
+"""Delta gradient descent: each step also erases the old answers of a linear map to its inputs (NL Eq. 56-57)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nestlearn.optim.checks import not_negative, one_of, refuse_copy
 from nestlearn.optim.linear_layers import Form, LinearLayer, linear_layers, observe
 from nestlearn.optim.matrices import Matrices, Stack, stack_count, together
-from nestlearn.optim.matrix_optimizer import MatrixOptimizer, not_negative
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer
 from nestlearn.optim.sharding import local, own_part, pooled
 from nestlearn.optim.wrapper import not_compiled
 
@@ -21,61 +23,59 @@ PERIOD_SUMS = ("rows", "moment", "writes")
 
 
 class DGD(MatrixOptimizer):
-    """Delta gradient descent for linear maps (NL Eq. 56-57, Appendix C), AdamW for everything else.
+    """Delta gradient descent for linear maps (NL Eq. 56-57, Appendix C); AdamW trains all other parameters.
 
-    With x the input of a map and e the gradient of the loss by its output, each step is the exact minimizer of
+    Let x be the input of a map and e the gradient of the loss by its output. Each step is the exact minimizer of
 
         ½ E‖W x + e - (1 - λ) Wₜ x‖²  +  ‖W - Wₜ‖² / 2η
 
-    With λ = 1 (`erase`, the paper's) the map is to answer -e in place of what it did: that is erased, also where the
-    loss is content, and training ends not where G = 0 but where G = -λ W R. λ = 0 erases nothing: it is the implicit
-    step on a squared error of the map's answers, which no size of inputs or η makes overshoot. Here G = E[e xᵀ] is the
-    gradient of a mean loss, R = E[x xᵀ], and the steps are
+    With λ = 1 (`erase`; the paper's rule) the new answer to x is -e. The old answer is erased even at a minimum, and
+    training ends where G = -λ W R and not where G = 0. With λ = 0 nothing is erased: the step is the implicit gradient
+    step on a squared error of the answers, and no η or size of inputs makes it overshoot. With G = E[e xᵀ], the
+    gradient of a mean loss, and R = E[x xᵀ] the steps are
 
         batch    W ← (λ W - η G) (I + η R)⁻¹ + (1 - λ) W
         sample   W ← E[W (I - λ η' x xᵀ) - η' e xᵀ],  η' = η / (1 + η‖x‖²)
 
-    ``"batch"`` minimizes over the whole batch, ``"sample"`` is the mean of the minimizers for single rows: cheaper by
-    the solve, and slower to learn where inputs differ. For one row they are the same. R and the sums of the sample form
-    are collected while backward runs; no sample is kept. Accumulated gradients are one large batch.
+    ``"batch"`` minimizes over the whole batch. ``"sample"`` is the mean of the minimizers for single rows: it needs no
+    solve, and learns more slowly where inputs differ. For one row they are equal. R and the sums of the sample form are
+    collected during the backward pass; no sample is kept. Accumulated gradients count as one large batch.
 
-    A row is an input vector: a token of a text. R is the mean over all rows of the batch, as G is for a mean loss. A
-    gradient of exactly 0 does not take a row out of the mean: a ReLU behind the map gives such gradients to rows that
-    the loss does average over. In batches with padding, which the loss leaves out, set `skip_rows_without_gradient`:
-    R is then the mean over the other rows, and padding changes nothing. It is exact where every other row has a
-    gradient; otherwise R is too large by the ratio of the two numbers of rows.
+    A row is one input vector, such as a token's. R is the mean over all rows of the batch, as G is for a mean loss.
+    Rows with a gradient of exactly 0 count: a ReLU behind the map gives such gradients to rows that the loss averages
+    over. For batches with padding, which the loss leaves out, set `skip_rows_without_gradient`: padding then changes
+    nothing. R is exact if every other row has a gradient; otherwise it is too large by the ratio of the two numbers of
+    rows.
 
-    Trained by the rule: weights of `nn.Linear` modules (and transformers' Conv1D) in groups of rule ``"auto"`` or
-    ``"matrix"``. A bias of such a layer is its weight for an input of 1 and is updated with it, by the settings of the
-    weight's group but for weight decay; where the weight is frozen it is AdamW's. All else is AdamW's, in groups of its
-    own: groups that have both are divided.
+    The rule trains weights of `nn.Linear` (and transformers' Conv1D) in groups of rule ``"auto"`` or ``"matrix"``.
+    Their biases are weights for an input of 1: they are updated with the weight, by the settings of its group except
+    weight decay; AdamW trains the bias of a frozen weight. Groups with other parameters are divided, and AdamW trains
+    these.
 
-    Cost per map and step: with d inputs and N rows N d² multiplications for R; a Cholesky factorization, d³ / 3, and
-    two triangular solves. The sample form: N d (d + out), no solve. Until `zero_grad` the sums take d² numbers, in
-    the sample form d (d + out), on each process. They are state where a group steps once in a period of several steps
-    (`MultiTimescale`); else there is none.
+    Cost per map and step, with d inputs and N rows: N d² multiplications for R, a Cholesky factorization (d³ / 3) and
+    two triangular solves; for the sample form N d (d + out). Until `zero_grad` the sums take d² numbers per process, in
+    the sample form d (d + out). They are state only where a group steps once in several steps (`MultiTimescale`).
 
-    Gradient clipping acts on G, not on the sums of the sample form. lr is that at the time of backward for η'.
-    Captured is each backward pass through a layer, also one for other gradients (`torch.autograd.grad`); sums begin
-    anew with the first one after a step, or after `zero_grad`. The weights of FSDP2 may be divided by outputs only, as
-    they are by default.
+    Gradient clipping changes G, not the sums of the sample form. η' has the lr at the time of backward. Every backward
+    pass through a layer counts, also for other gradients (`torch.autograd.grad`); new sums start after a step or
+    `zero_grad`. FSDP2 may divide weights along their outputs only, its default.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`, `nestlearn.optim.param_groups`).
-        model: whose linear layers these are; with FSDP2 after `fully_shard`.
-        lr: η, a size of plain gradient steps, of the matrices.
-        adamw_lr: of groups with rule ``"adamw"`` that have no lr, and of what is no linear map in the others.
+        model: the model of these parameters; with FSDP2 after `fully_shard`.
+        lr: η of the matrices, of the size of plain gradient steps.
+        adamw_lr: of groups with rule ``"adamw"`` without an lr, and of parameters in other groups that are no maps.
         form: ``"batch"`` or ``"sample"``.
         erase: λ, in [0, 1].
         skip_rows_without_gradient: leave rows out of R whose gradient is exactly 0. For batches with padding.
         weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
-        process_group: the processes over which DistributedDataParallel averages gradients: the default group where
+        process_group: the processes over which DistributedDataParallel averages gradients; the default group where
             torch.distributed is initialized. Processes that train models of their own must each give a group of one.
         adamw: settings of AdamW (`MatrixOptimizer`).
 
     Raises:
         ValueError: a setting out of range, no linear layer, or one that shares parameters with other modules or
-            computes its weight. In `step`: a layer with a gradient that no input was seen of.
+            computes its weight. In `step`: a layer that has a gradient but had no input.
 
     Example:
         >>> layer = nn.Linear(4, 2)
@@ -118,7 +118,7 @@ class DGD(MatrixOptimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; two, if it has linear layers and other parameters.
+        """Adds a group, or two if it has both linear layers and other parameters.
 
         Raises:
             ValueError: a setting out of range, or a linear layer that cannot be trained.
@@ -134,7 +134,7 @@ class DGD(MatrixOptimizer):
             for weight in group["params"] if group["rule"] == "matrix" else ():
                 layer = self._layers[weight]
                 layer.group = place
-                self._handles.append(observe(layer.module, self._receiver(layer)))
+                self._handles.append(observe(layer.module, partial(self._receive, layer)))
         places = {p: place for place, group in enumerate(self.param_groups) for p in group["params"]}
         for layer in self._layers.values():
             bias: Tensor | None = getattr(layer.module, "bias", None)
@@ -142,7 +142,7 @@ class DGD(MatrixOptimizer):
             layer.bias_group = None if layer.own_bias is None else places[layer.own_bias]
 
     def _divided(self, group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """What the rule trains of a group, and the rest for AdamW."""
+        """A group of what the rule trains, and one of the rest for AdamW."""
         if group.get("rule", "auto") not in ("auto", "matrix") or isinstance(group["params"], set):
             yield {"lr": self._adamw_lr, **group}
             return
@@ -164,22 +164,19 @@ class DGD(MatrixOptimizer):
         if rest or not linear:
             yield {**group, "params": rest, "rule": "adamw", "lr": self._adamw_lr}
 
-    def _receiver(self, layer: LinearLayer) -> Callable[[Tensor, Tensor], None]:
-        def receive(x: Tensor, gradient: Tensor) -> None:
-            group = self.param_groups[layer.group or 0]
-            layer.add(x, gradient, group["lr"] if group["form"] == "sample" else None, self._skip_rows)
-
-        return receive
+    def _receive(self, layer: LinearLayer, x: Tensor, gradient: Tensor) -> None:
+        """Adds the rows of one backward pass to a layer's sums."""
+        group = self.param_groups[layer.group or 0]
+        layer.add(x, gradient, group["lr"] if group["form"] == "sample" else None, self._skip_rows)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
-        if group["form"] not in get_args(Form):
-            raise ValueError(f"form is {group['form']!r}; it must be one of {', '.join(get_args(Form))}.")
-        not_negative("erase", group["erase"], "the part that a step erases of what is stored")
+        one_of("form", group["form"], Form)
+        not_negative("erase", group["erase"], "the part of the old answers that a step erases")
         if group["erase"] > 1:
-            raise ValueError(f"erase is {group['erase']}; it must be at most 1: all that is stored under an input.")
+            raise ValueError(f"erase is {group['erase']}; it must be at most 1, which erases the whole old answer.")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets gradients, and what was collected with them."""
+        """Clears gradients and the sums collected with them."""
         for layer in self._layers.values():
             layer.forget()
         super().zero_grad(set_to_none)
@@ -193,19 +190,19 @@ class DGD(MatrixOptimizer):
             closure: computes the loss and its gradients anew; called once, before the update.
 
         Raises:
-            ValueError: a sparse gradient, a layer with a gradient of which no input was seen, or one whose bias has
-                another period.
+            ValueError: a sparse gradient, a layer that has a gradient but had no input, or one whose bias has another
+                period.
         """
         loss = super().step(closure)
         for layer in self._layers.values():
-            layer.used |= layer.weight.grad is not None  # also after a step that was left out
+            layer.used |= layer.weight.grad is not None  # also after a skipped step
         return loss
 
     @torch.no_grad()
     def hold_back(self, parameters: Iterable[Tensor]) -> None:
-        """Keeps what was collected of these weights for the step at the end of their period (`MultiTimescale`).
+        """Keeps the sums of these weights for the step at the end of their period (`MultiTimescale`).
 
-        It becomes state, summed over the processes: so it is saved, and the same on all of them.
+        They become state, summed over the processes. So they are saved, and equal on all processes.
 
         Raises:
             ValueError: a sparse gradient, or a bias that has another period than its weight.
@@ -225,17 +222,17 @@ class DGD(MatrixOptimizer):
                 layer.forget()
 
     def _keep(self, layer: LinearLayer, sums: Iterable[Tensor]) -> None:
-        """Puts the sums of a period into the state, in place of those that are there."""
+        """Replaces the sums of a period in the state."""
         state = self.state[layer.weight]
         for name in PERIOD_SUMS:  # those of the sample form have one more
             state.pop(name, None)
         state |= zip(PERIOD_SUMS, sums, strict=False)
 
     def _of_period(self, group: Mapping[str, Any], layer: LinearLayer) -> list[Tensor]:
-        """The sums of a period that were held back; none where a layer steps each time.
+        """The sums that were held back in a period; none where a layer steps each time.
 
         Raises:
-            ValueError: they are for the other form, or for another bias.
+            ValueError: they are of the other form, or of another bias.
         """
         state = self.state[layer.weight]
         kept = [state[name] for name in PERIOD_SUMS if name in state]
@@ -248,7 +245,7 @@ class DGD(MatrixOptimizer):
     def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         if group.get("update_period", 1) == 1 or like not in self._layers:
             return {}
-        # Also before anything is held back: a distributed checkpoint is read into what a new optimizer has.
+        # Also before anything is held back: a distributed checkpoint is loaded into the entries of a new optimizer.
         return dict(zip(PERIOD_SUMS, self._layers[like].no_sums(group["form"]), strict=False))
 
     def _step_rest(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
@@ -259,12 +256,12 @@ class DGD(MatrixOptimizer):
     def _check_shapes(self, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> None:
         # A bias has AdamW's state only where its layer's weight was frozen.
         if "exp_avg" in saved or all(parameter is not layer.own_bias for layer in self._layers.values()):
-            empty = "rows" in saved and not bool(saved["rows"])  # then they are as good as none (`_of_period`)
+            empty = "rows" in saved and not bool(saved["rows"])  # the same as no sums (`_of_period`)
             given = {name: x for name, x in saved.items() if not (empty and name in PERIOD_SUMS)}
             super()._check_shapes(group, parameter, given)
 
     def _optional_shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
-        # A state has them only where the weight's group had a period when it was last held back, in the form of then.
+        # A state has them only if the group had a period when the weight was last held back, in its form at that time.
         layer = self._layers.get(parameter)
         shapes = [] if layer is None or layer.group is None else layer.shapes("sample")
         return {name: tuple(shape) for name, shape in zip(PERIOD_SUMS, shapes, strict=False)}
@@ -279,7 +276,7 @@ class DGD(MatrixOptimizer):
         if group["weight_decay"] > 0:
             torch._foreach_mul_(matrices.weights, 1 - group["lr"] * group["weight_decay"])
         for maps in alike.values():
-            # Second moments may be much larger than weights: few outputs of many inputs.
+            # Second moments are much larger than the weights of a map with few outputs and many inputs.
             weight = maps[0][1]
             count = stack_count(weight.shape[-1] * max(weight.shape[-2:]), weight.device)
             for first in range(0, len(maps), count):
@@ -288,14 +285,14 @@ class DGD(MatrixOptimizer):
     def _update_alike(self, group: Mapping[str, Any], maps: list[_Map]) -> None:
         """One step of maps of one shape, all with a bias or all without."""
         layers = [layer for layer, _, _ in maps]
-        weights, _ = together([_joined(w, self._bias(layer, w)) for layer, w, _ in maps])
+        weights, _ = together([_joined(w, layer.bias) for layer, w, _ in maps])
         rows, moments, *writes = self._with_period(group, layers, self._sums(group, layers))
         rows = rows.clamp(min=1)[:, None, None]
         if writes:
             written = torch.cat([_own_writes(layer, write) for layer, write in zip(layers, writes[0], strict=True)])
             changed = sample_step(weights, moments / rows, written, group["erase"])
         else:
-            gradients, _ = together([_joined(g, self._bias_gradient(layer, g)) for layer, _, g in maps])
+            gradients, _ = together([_joined(g, self._bias_gradient(layer.bias)) for layer, _, g in maps])
             own = weights if len(maps) == 1 and layers[0].bias is None else None  # the weight's own memory then
             changed = batch_step(weights, gradients, moments, group["lr"], group["erase"], rows, out=own)
             if own is not None:
@@ -308,7 +305,7 @@ class DGD(MatrixOptimizer):
                 self.state[layer.bias]["step"] = self.state[layer.weight]["step"].clone()
 
     def _with_period(self, group: Mapping[str, Any], layers: list[LinearLayer], sums: list[Tensor]) -> list[Tensor]:
-        """These sums and those of the period that ends with them, which begin anew."""
+        """These sums plus those held back in the period that ends now, which are set to 0."""
         kept = [self._of_period(group, layer) for layer in layers]
         if not any(kept):
             return sums
@@ -317,21 +314,14 @@ class DGD(MatrixOptimizer):
         each = zip(*(k or layer.no_sums(group["form"]) for k, layer in zip(kept, layers, strict=True)), strict=True)
         return [torch.stack(earlier) + seen for earlier, seen in zip(each, sums, strict=True)]
 
-    def _bias(self, layer: LinearLayer, weight: Stack) -> Stack | None:
-        """The column for an input of 1, if there is one."""
-        return None if layer.bias is None else local(layer.bias).to(weight)[None, :, None]
-
-    def _bias_gradient(self, layer: LinearLayer, gradient: Stack) -> Stack | None:
-        if layer.bias is None:
-            return None
-        if layer.bias.grad is None:
-            return torch.zeros_like(gradient[..., :1])
-        return local(self._gradient(layer.bias))[None, :, None]
+    def _bias_gradient(self, bias: Tensor | None) -> Tensor | None:
+        """The gradient of a bias; zeros where it has none."""
+        return None if bias is None else torch.zeros_like(bias) if bias.grad is None else self._gradient(bias)
 
     def _sums(self, group: Mapping[str, Any], layers: list[LinearLayer]) -> list[Tensor]:
-        """What was collected of layers of one shape, over all processes: each stacked over the layers.
+        """The sums of layers of one shape over all processes, stacked over the layers.
 
-        On one process those of a single layer are the layer's own, not to be changed.
+        On one process the sums of a single layer are the layer's own tensors: do not change them.
         """
         like = layers[0].weight
         each = zip(*([x[None] for x in layer.sums(group["form"])] for layer in layers), strict=True)
@@ -344,7 +334,7 @@ class DGD(MatrixOptimizer):
         return [rows, moments, total / (processes if scale is None else processes * scale)]
 
     def _observed(self, group: Mapping[str, Any], weight: Tensor, gradient: Tensor) -> LinearLayer:
-        """The layer of a weight, if what was collected of it can be used."""
+        """The layer of a weight, if its sums can be used."""
         if weight not in self._layers:
             raise ValueError(
                 f"A weight of shape {tuple(weight.shape)} was put into the optimizer in the place of another one, as "
@@ -390,11 +380,7 @@ class DGD(MatrixOptimizer):
         Raises:
             TypeError: always.
         """
-        raise TypeError(
-            "A DGD cannot be copied or pickled: it watches the layers of its model, and a copy would watch none. Copy "
-            "the model, make an optimizer for it as this one was made, and give that "
-            "load_state_dict(copy.deepcopy(optimizer.state_dict()))."
-        )
+        refuse_copy(self)
 
 
 _Map = tuple[LinearLayer, Stack, Stack]
@@ -402,7 +388,7 @@ _Map = tuple[LinearLayer, Stack, Stack]
 
 
 def _own_writes(layer: LinearLayer, writes: Float[Tensor, "out d"]) -> Stack:
-    """This process's rows of what a layer's samples write."""
+    """This process's rows of the writes of a layer's samples."""
     width = writes.shape[1] - (layer.bias is not None)
     weight = writes[:, :width].T if layer.transposed else writes[:, :width]
     part = own_part(weight.contiguous(), layer.weight)
@@ -412,9 +398,9 @@ def _own_writes(layer: LinearLayer, writes: Float[Tensor, "out d"]) -> Stack:
     return torch.cat(columns, -1)[None]
 
 
-def _joined(matrix: Stack, column: Stack | None) -> Stack:
+def _joined(matrix: Stack, column: Tensor | None) -> Stack:
     """``[W b]``; the same memory without a bias."""
-    return matrix if column is None else torch.cat([matrix, column], -1)
+    return matrix if column is None else torch.cat([matrix, local(column).to(matrix)[None, :, None]], -1)
 
 
 def batch_step(
@@ -444,15 +430,15 @@ def batch_step(
     """
     system = moments * (lr / rows)
     system.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    # Positive definite but for rounding, and in the type of the moments: their own rounding is the larger error
-    # (docs/decisions.md). In place: LAPACK wants columns one after another, which is the transpose, the same system.
+    # Positive definite up to rounding. In the type of the moments, whose own rounding is the larger error
+    # (docs/decisions.md). In place: LAPACK wants column-major order, which is the transpose, the same system.
     factor, failed = system.mT, torch.empty(len(system), dtype=torch.int32, device=system.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
-    # Where rounding has made the system indefinite, the result says so by NaN, and no host waits.
+    # Where rounding has made the system indefinite the result is NaN; no device is synchronized for an error.
     factor.diagonal(dim1=-2, dim2=-1).masked_fill_(failed[:, None] != 0, torch.nan)
     target = gradients if erase == 0 else (gradients * -lr).add_(weights, alpha=erase)
-    # From the right: cholesky_solve takes columns, in 1.7 times the time on a processor. The first solve moves rows to
-    # LAPACK's layout, in which the second one is in place; both in place, on rows, are 1.6 times slower.
+    # From the right: cholesky_solve takes columns, which takes 1.7 times as long on a CPU. The first solve moves rows
+    # to LAPACK's layout, in which the second one works in place; both in place, on rows, are 1.6 times slower.
     solved = torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False)
     torch.linalg.solve_triangular(factor, solved, upper=False, left=False, out=solved)
     out = solved if out is None else out

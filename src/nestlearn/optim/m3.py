@@ -1,19 +1,19 @@
-"""Multi-scale Momentum Muon: a fast and a slow memory of gradients, both orthogonalized (NL Algorithm 1, Eq. 75)."""
+"""Multi-scale Momentum Muon: a fast and a slow momentum, both orthogonalized (NL Algorithm 1, Eq. 75)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nestlearn.memory.kernels.newton_schulz import Coefficients
+from nestlearn.optim.checks import fractions, not_negative, one_of, whole_number
 from nestlearn.optim.matrices import Matrices, Stack, take_step
-from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, not_negative, zeros
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, zeros
 from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coefficients, lr_factor, orthogonalize
-from nestlearn.optim.wrapper import whole_number
 
 Accumulate = Literal["ema", "paper"]
 
@@ -27,19 +27,19 @@ class M3(MatrixOptimizer):
         M2 += β3 Σ g of the last f steps,   O2 = NS(M2)          before steps f+1, 2f+1, ...; O2 = 0 until then
         W  -= lr (O1 + α O2) / (√V + ε)
 
-    So ``accumulate="paper"`` reads: nothing is ever forgotten. The default ``"ema"`` averages instead,
-    ``M1 ← β1 M1 + (1 - β1) g``, ``V`` likewise and corrected for its start at zero, and
+    This is ``accumulate="paper"``: no gradient is ever forgotten. The default ``"ema"`` averages instead:
+    ``M1 ← β1 M1 + (1 - β1) g``, V in the same way with a correction for its start at zero, and
     ``M2 ← β3 M2 + (1 - β3) mean(g of the last f steps)``.
 
-    ``second_moment=False`` leaves out the division. With α = 0 too, the EMA form is Muon. Dividing by √V, which is of
-    the gradient's size, would make the step as large as 1/|g|: unless ``adjust_lr=None``, the divisor is
-    ``√V + δ rms(√V) + ε``, rms over the matrix, and each update is scaled back to the norm of O1 + α O2. Without δ an
-    element that has had no gradient, as behind a ReLU that is never open, would be divided by ε alone and take nearly
+    ``second_moment=False`` leaves out the division; with α = 0 too, the EMA form is Muon. √V has the size of the
+    gradient, so dividing by it alone would make the step as large as 1/|g|. Unless ``adjust_lr=None``, the divisor is
+    therefore ``√V + δ rms(√V) + ε``, rms over the matrix, and each update is scaled back to the norm of O1 + α O2.
+    Without δ, an element that has had no gradient, as behind a dead ReLU, would be divided by ε alone and take nearly
     all of that norm. Algorithm 1 to the letter is ``accumulate="paper", nesterov=False, adjust_lr=None,
     weight_decay=0.0``.
 
-    Cost per matrix and step: Newton-Schulz once, and once more every f steps. State in bytes per parameter (float32):
-    4 for M1; with α > 0 4 for M2 and 4 for O2; 4 for V.
+    Cost per matrix and step: one Newton-Schulz, and another one every f steps. State in bytes per parameter (float32):
+    4 for M1, 4 for V, and with α > 0 4 for M2 and 4 for O2.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
@@ -113,10 +113,7 @@ class M3(MatrixOptimizer):
         super().__init__(params, defaults, adamw)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
-        if group["accumulate"] not in get_args(Accumulate):
-            raise ValueError(
-                f"accumulate is {group['accumulate']!r}; it must be one of {', '.join(get_args(Accumulate))}."
-            )
+        one_of("accumulate", group["accumulate"], Accumulate)
         fractions("betas", group["betas"], 3)
         not_negative("alpha", group["alpha"], "the weight of the slow direction")
         not_negative("eps", group["eps"], "added to the root of the second moment")
@@ -138,7 +135,7 @@ class M3(MatrixOptimizer):
 
 
 def _fast_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequence[Coefficients]) -> list[Stack]:
-    """``O1``, after adding the gradients to M1."""
+    """``O1``, after the gradients were added to M1."""
     beta, momenta = group["betas"][0], matrices.state("fast_momentum")
     if group["accumulate"] == "ema":
         torch._foreach_lerp_(momenta, matrices.gradients, 1 - beta)
@@ -153,14 +150,14 @@ def _fast_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequ
 
 
 def _slow_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequence[Coefficients]) -> list[Stack]:
-    """``O2``, made anew where a slow period begins; then adds the gradients to M2."""
+    """``O2``, computed again where a slow period begins; then adds the gradients to M2."""
     beta, period = group["betas"][2], group["slow_period"]
     momenta, directions = matrices.state("slow_momentum"), matrices.state("slow_direction")
     begins = (matrices.step - 1) % period == 0
     if begins and matrices.step > 1:
-        # Kept for a period: Newton-Schulz of the slow memory is paid once in f steps.
+        # Kept for a period, so Newton-Schulz of the slow momentum runs once in f steps.
         torch._foreach_copy_(directions, orthogonalize(matrices, momenta, group["ns_steps"], triples))
-    # M2 takes each gradient at once: when a period ends it is what adding their sum then would make it.
+    # M2 takes each gradient at once: at the end of a period it equals M2 with their sum added then.
     if group["accumulate"] == "ema":
         if begins:
             torch._foreach_mul_(momenta, beta)
@@ -171,9 +168,10 @@ def _slow_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequ
 
 
 def _divide(group: Mapping[str, Any], matrices: Matrices, directions: list[Stack]) -> list[Stack] | None:
-    """``O / (√V + ε)`` in place, after adding the squared gradients to V; the scales that give O its norm back.
+    """``O / (√V + ε)`` in place, after the squared gradients were added to V.
 
-    With ``adjust_lr=None`` there are none.
+    Returns:
+        The scales that restore the norm of O; None with ``adjust_lr=None``.
     """
     beta, moments, eps = group["betas"][1], matrices.state("second_moment"), group["eps"]
     norms = matrices.norms(directions) if group["adjust_lr"] is not None else None
@@ -184,7 +182,7 @@ def _divide(group: Mapping[str, Any], matrices: Matrices, directions: list[Stack
         torch._foreach_addcmul_(moments, matrices.gradients, matrices.gradients, value=1 - beta)
     else:
         torch._foreach_addcmul_(moments, matrices.gradients, matrices.gradients, value=beta)
-    # √V / c + ε = (√V + c ε) / c: the correction c of the average's start is left to the scales, which undo it.
+    # √V / c + ε = (√V + c ε) / c with the correction c for the average's start: the scales cancel the division by c.
     roots = torch._foreach_sqrt(moments)
     if norms is not None and group["damping"] > 0:
         rows, columns = matrices.shape

@@ -1,4 +1,4 @@
-"""Parameters as stacks of matrices: what a rule for matrices gets to see of them at one step."""
+"""Parameters as stacks of matrices, the form in which a rule for matrices gets them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from nestlearn.optim.sharding import local, own_part, total, undivided, whole
 Stack = Float[Tensor, "b m n"]
 
 CPU_ELEMENTS, ELEMENTS = 2**20, 2**27
-"""Elements updated at once: on a processor what its caches hold, elsewhere what keeps temporary tensors small."""
-
+"""Elements updated at once: on a CPU they fit its caches, elsewhere temporary tensors stay small."""
 
 CPU_STACK = 2**16
-"""Elements up to which matrices are stacked on a processor; larger ones take less time one by one."""
+"""Elements up to which matrices are stacked on a CPU; larger ones are faster one by one."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -29,11 +28,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_matrices(tensor: Tensor, kernels: bool) -> Stack:
-    """A parameter as matrices: 2-D as one, 3-D as a stack; kernels of convolutions [out, in, ...] as [out, in · ...].
+    """A parameter as matrices: 2-D is one, 3-D a stack; kernels of convolutions [out, in, ...] are [out, in · ...].
 
     Args:
-        tensor: at least 2-D. From 4-D on it is a kernel in any case.
-        kernels: 3-D ones are kernels too.
+        tensor: at least 2-D; from 4-D on always a kernel.
+        kernels: whether 3-D tensors are kernels too.
     """
     if tensor.ndim == 3 and not kernels:
         return tensor
@@ -48,12 +47,12 @@ def stack_shape(shape: Sequence[int], kernels: bool) -> tuple[int, int, int]:
 
 
 def together(stacks: Sequence[Stack]) -> tuple[Stack, list[int]]:
-    """Stacks of matrices of one shape as one, and how many are of each: few large operations instead of many."""
+    """Stacks of matrices of one shape joined to one, and their lengths: few large operations instead of many."""
     return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks)), [len(stack) for stack in stacks]
 
 
 def stack_count(elements: int, device: torch.device) -> int:
-    """How many matrices of so many elements to update as one stack: large ones alone on a processor."""
+    """How many matrices of this many elements to update as one stack; on a CPU large ones are alone."""
     return max(1, (CPU_STACK if device.type == "cpu" else ELEMENTS) // max(elements, 1))
 
 
@@ -62,10 +61,10 @@ class Matrices:
     """Parameters of one shape and type at the same step, each a stack of matrices.
 
     Attributes:
-        parameters: as the model has them, of whatever type, distributed or not.
-        weights: the same in float32 or wider, on this process; to be changed in place.
-        gradients: those of the weights, of the same types and shapes; not to be changed.
-        states: what the optimizer remembers, one dictionary for each parameter.
+        parameters: as in the model, of any type, distributed or not.
+        weights: the same in float32 or float64, this process's part; changed in place.
+        gradients: of the weights, of the same types and shapes; not to be changed.
+        states: of the optimizer, one dictionary for each parameter.
         step: the number of this step, from 1.
         kernels: how 3-D tensors are read (`as_matrices`).
     """
@@ -78,20 +77,20 @@ class Matrices:
     kernels: bool
 
     def state(self, name: str) -> list[Stack]:
-        """One entry of all states, as matrices that share its memory."""
+        """One entry of all states, as matrices that share memory with it."""
         return [as_matrices(local(entry), self.kernels) for entry in self.entries(name)]
 
     def entries(self, name: str) -> list[Tensor]:
-        """One entry of all states, as it is kept.
+        """One entry of all states, as stored.
 
         Raises:
-            ValueError: there is none.
+            ValueError: a state lacks it.
         """
         if any(name not in state for state in self.states):
             raise ValueError(
                 f"Parameters of shape {tuple(self.parameters[0].shape)} have no state {name!r}: a setting of their "
-                "group that needs it was changed after the first step. Give it when the optimizer is made, or begin "
-                "anew for them: optimizer.state[parameter].clear()."
+                "group that needs it was changed after the first step. Give it when the optimizer is made, or clear "
+                "their states: optimizer.state[parameter].clear()."
             )
         return [state[name] for state in self.states]
 
@@ -107,11 +106,11 @@ class Matrices:
 
     @property
     def undivided(self) -> bool:
-        """Whether each matrix is whole on one process, as where stacks are divided along their first dimension."""
+        """Whether each matrix is whole on one process; so are the matrices of a stack that is divided between them."""
         return undivided(self.parameters[0], self.stacked)
 
     def whole(self, parts: Sequence[Stack]) -> list[Stack]:
-        """Matrices complete on this process, from the parts that each process holds."""
+        """Complete matrices on this process, from the parts of all processes."""
         return self._reread([whole(x, p) for x, p in zip(parts, self.parameters, strict=True)], parts)
 
     def own_parts(self, complete: Sequence[Stack]) -> list[Stack]:
@@ -119,7 +118,7 @@ class Matrices:
         return self._reread([own_part(x, p) for x, p in zip(complete, self.parameters, strict=True)], complete)
 
     def _reread(self, tensors: Sequence[Tensor], given: Sequence[Stack]) -> list[Stack]:
-        """Matrices of tensors in the shape of the parameters; what was not distributed is a given stack already."""
+        """Matrices of tensors in the shape of the parameters; without distribution these are the given stacks."""
         return [x if x is y else as_matrices(x, self.kernels) for x, y in zip(tensors, given, strict=True)]
 
     def total(self, parts: Sequence[Float[Tensor, "b *rest"]]) -> list[Float[Tensor, "b *rest"]]:
@@ -132,7 +131,7 @@ class Matrices:
         return [x.sqrt() for x in self.total(squares)]
 
     def write_back(self) -> None:
-        """Stores the weights where they are copies of the parameters and not the same memory."""
+        """Copies weights to parameters that do not share memory with them."""
         for parameter, weight in zip(self.parameters, self.weights, strict=True):
             own = local(parameter)
             if weight.data_ptr() != own.data_ptr():
@@ -140,13 +139,13 @@ class Matrices:
 
 
 def weight_of(parameter: Tensor, kernels: bool) -> Stack:
-    """The matrices of a parameter in float32 or wider: its own memory where type and layout allow."""
+    """The matrices of a parameter in float32 or float64; they share its memory where type and layout allow."""
     own = local(parameter)
     return as_matrices(own.to(wide(own.dtype)).contiguous(), kernels)
 
 
 def batches(parameters: Sequence[Tensor], steps: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Parameters that can be updated together: of one shape, type, device, distribution and step, and not too many."""
+    """Parameters that are updated together: of one shape, type, device, distribution and step, up to a limit."""
     alike: dict[tuple[object, ...], list[Tensor]] = {}
     for parameter, step in zip(parameters, steps, strict=True):
         placements = getattr(parameter, "placements", None), getattr(parameter, "device_mesh", None)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from nestlearn.optim.checks import fractions, not_negative, one_of
 from nestlearn.optim.matrices import Matrices, as_matrices, batches, weight_of, wide
 from nestlearn.optim.sharding import local
-from nestlearn.optim.wrapper import not_compiled
+from nestlearn.optim.wrapper import evaluate, not_compiled
 
 Rule = Literal["auto", "matrix", "adamw"]
 
@@ -25,13 +25,13 @@ ADAMW = {"adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8}
 class MatrixOptimizer(Optimizer):
     """Updates matrices by a rule of its own, and vectors, scalars, embeddings and heads by AdamW.
 
-    Each parameter group has the entry ``rule``: ``"matrix"``, ``"adamw"``, or ``"auto"`` (the default) for the matrix
-    rule on all parameters of at least two dimensions. A tensor does not tell whether it is an embedding:
-    `nestlearn.optim.param_groups` makes the groups of a model. 3-D parameters are stacks of matrices, or with
-    ``kernels=True`` in their group kernels of convolutions, as those of more dimensions always are.
+    Each parameter group has the entry ``rule``: ``"matrix"``, ``"adamw"``, or ``"auto"`` (the default), which is the
+    matrix rule for all parameters of at least two dimensions. A tensor does not show whether it is an embedding:
+    `nestlearn.optim.param_groups` makes the groups of a model. 3-D parameters are stacks of matrices; kernels of
+    convolutions if their group has ``kernels=True``, as parameters of more dimensions always are.
 
     State and arithmetic are float32 for parameters of half precision. Gradients that a `torch.amp.GradScaler` scaled
-    are unscaled here; a step with non-finite ones is left out. Without it, a non-finite gradient spoils its own
+    are unscaled here, and a step with non-finite ones is skipped. Without a scaler a non-finite gradient spoils its own
     parameter only, as in torch. With FSDP2, states are distributed as their parameters are.
 
     A subclass defines `new_state` and `update`, and may define `check_group`, which checks its settings, and
@@ -51,7 +51,7 @@ class MatrixOptimizer(Optimizer):
     _step_supports_amp_scaling = True
 
     optional_states: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """The setting that each of them needs, by the state's name."""
+    """By the name of a state, the setting that needs it."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
         unknown = set(adamw or {}) - set(ADAMW)
@@ -95,8 +95,7 @@ class MatrixOptimizer(Optimizer):
             raise
 
     def _check(self, group: Mapping[str, Any]) -> None:
-        if group["rule"] not in get_args(Rule):
-            raise ValueError(f"rule is {group['rule']!r}; it must be one of {', '.join(get_args(Rule))}.")
+        one_of("rule", group["rule"], Rule)
         not_negative("lr", group["lr"], "the learning rate")
         not_negative("weight_decay", group["weight_decay"], "the part of a weight that one step at lr = 1 takes away")
         fractions("adamw_betas", group["adamw_betas"], 2)
@@ -115,7 +114,7 @@ class MatrixOptimizer(Optimizer):
                 )
         self.check_group(group)
 
-    # Gradients are new tensors at each step, and rules change course where a period begins: traced as a whole, a step
+    # Not compiled: gradients are new tensors at each step and rules branch at the start of a period, so a traced step
     # would be compiled again and again.
     @not_compiled
     @torch.no_grad()
@@ -130,10 +129,7 @@ class MatrixOptimizer(Optimizer):
         Raises:
             ValueError: a sparse gradient.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return loss
@@ -155,7 +151,7 @@ class MatrixOptimizer(Optimizer):
                 )
 
     def _gradient(self, parameter: Tensor) -> Tensor:
-        """The gradient in the type of the update, without the scale of a `GradScaler`."""
+        """The gradient in the type of the update, unscaled."""
         gradient = parameter.grad
         assert gradient is not None
         gradient = gradient.to(wide(parameter.dtype))
@@ -174,7 +170,7 @@ class MatrixOptimizer(Optimizer):
         self._update_all(group, (self._matrices(group, members) for members in batches(parameters, steps)))
 
     def _matrices(self, group: Mapping[str, Any], members: list[Tensor]) -> Matrices:
-        """Parameters as their rule sees them, at their next step."""
+        """Parameters as matrices, at their next step."""
         kernels = group["kernels"]
         states = [self.state[parameter] for parameter in members]
         for state in states:
@@ -184,7 +180,7 @@ class MatrixOptimizer(Optimizer):
         return Matrices(members, weights, gradients, states, int(states[0]["step"]), kernels)
 
     def _update_all(self, group: Mapping[str, Any], given: Iterable[Matrices]) -> None:
-        """One step of all matrices of a group, batch by batch; a rule that shares state between them overrides this."""
+        """One step of all matrices of a group, batch by batch; rules that share state between batches override it."""
         for matrices in given:
             self.update(group, matrices)
             matrices.write_back()
@@ -217,25 +213,24 @@ class MatrixOptimizer(Optimizer):
                 parameter.copy_(weight)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, also in the middle of a slow period.
+        """Restores a `state_dict`, also one from the middle of a slow period.
 
         Raises:
             ValueError: the state is of another optimizer, of parameters in another order or of other shapes.
         """
         self._check_state(state_dict)
         super().load_state_dict(state_dict)
-        # torch gives states the type of the parameter; those of half precision ones would lose what they have more. It
-        # also keeps the very tensors of `state_dict`, which both optimizers would then change.
+        # torch converts states to the type of the parameter, which would round those of half-precision parameters. It
+        # also keeps the tensors of `state_dict` themselves, which both optimizers would then change.
         for parameter, saved in self._saved(state_dict):
             own = {name: value for name, value in saved.items() if name != "step"}
             for name, value in own.items():
                 self.state[parameter][name] = value.detach().to(parameter.device, wide(parameter.dtype), copy=True)
-            self.state[parameter]["step"] = (
-                saved["step"].detach().to("cpu", copy=True)
-            )  # read without waiting for a device
+            # On the CPU, where reading it does not wait for a device.
+            self.state[parameter]["step"] = saved["step"].detach().to("cpu", copy=True)
 
     def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:
-        """Each parameter with what the state has of it, if anything."""
+        """Each parameter with its saved state, if there is one."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, key in zip(group["params"], saved["params"], strict=True):
                 if key in state_dict["state"]:
@@ -266,7 +261,7 @@ class MatrixOptimizer(Optimizer):
         expected = self.new_state(group, parameter) if is_matrix(group, parameter) else adamw_state(parameter)
         shapes = {name: tuple(value.shape) for name, value in expected.items() if name != "step"}
         received = {name: tuple(value.shape) for name, value in saved.items() if name != "step"}
-        # Settings may have changed since the last step: what they need begins then, what they needed stays.
+        # Settings may have changed since the last step: new states begin at the next one, unused ones stay.
         optional = self._optional_shapes(parameter)
         allowed = shapes | optional
         required = {name: shape for name, shape in shapes.items() if name not in optional}
@@ -287,23 +282,10 @@ def is_matrix(group: Mapping[str, Any], parameter: Tensor) -> bool:
 
 
 def zeros(like: Tensor) -> Tensor:
-    """A state for a parameter: of its shape and distribution, in the type of its update."""
+    """A state of zeros for a parameter: of its shape and distribution, in the type of its update."""
     return torch.zeros_like(like, dtype=wide(like.dtype), memory_format=torch.contiguous_format)
 
 
 def adamw_state(like: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a parameter before its first step."""
     return {"step": torch.tensor(0.0), "exp_avg": zeros(like), "exp_avg_sq": zeros(like)}
-
-
-def not_negative(name: str, value: float | Tensor, meaning: str) -> None:
-    """Raises ValueError unless the value is 0 or more."""
-    if not isinstance(value, (Real, Tensor)) or not float(value) >= 0.0:
-        raise ValueError(f"{name} is {value!r}; it must be 0 or more: {meaning}.")
-
-
-def fractions(name: str, values: Sequence[float], count: int) -> None:
-    """Raises ValueError unless these are `count` numbers in [0, 1)."""
-    numbers = isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
-    if not numbers or len(values) != count or not all(0.0 <= value < 1.0 for value in values):
-        raise ValueError(f"{name} is {values!r}; it must be {count} numbers in [0, 1), each the part kept at a step.")

@@ -10,25 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestlearn.optim.checks import fractions, not_negative
 from nestlearn.optim.deep_memory import DeepMemory
 from nestlearn.optim.matrices import Matrices, Stack, stack_count, stack_shape, take_step, together, wide
-from nestlearn.optim.matrix_optimizer import MatrixOptimizer, fractions, is_matrix, not_negative
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, is_matrix
 from nestlearn.optim.outputs import NewtonSchulz, Sign
 from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
 
 
 @dataclass(frozen=True)
 class DeltaRule:
-    """The momentum's objective is regression, not the dot product: before g is added, what lies along it is erased.
+    """Regression as the momentum's objective: what m holds along the gradient is erased before the gradient is added.
 
-    ``m ← m (α I - ρ ĝᵀĝ)`` with ``ĝ = g / (‖g‖_F + ε)`` (NL Eq. 48-49). The eigenvalues of ``ĝᵀĝ`` are in [0, 1] and
-    add up to 1, so the factor of m is in [α - ρ, α]: it never grows, whatever the gradient's size. (As printed, with g
-    in place of ĝ, it diverges where ``‖g‖ > √(1 + α)``.) Cost: ``4 min(rows, columns)`` operations per element.
+    ``m ← m (α I - ρ ĝᵀĝ)`` with ``ĝ = g / (‖g‖_F + ε)`` (after NL Eq. 48-49). The eigenvalues of ``ĝᵀĝ`` are in [0, 1]
+    and add up to 1, so the factor of m is in [α - ρ, α]: m never grows, whatever the size of the gradient. (The printed
+    rule has g in place of ĝ and diverges where ``‖g‖ > √(1 + α)``.) Cost: ``4 min(rows, columns)`` operations per
+    element.
 
-    ε decides whether the erasing fades with the gradient. Tiny, it does not: the rule is free of the gradient's scale.
-    With ε of the size of the first gradients, m is erased while they are large and kept when they are small, as NL
-    Eq. 49 has it (ε = 1: ĝ is g where that is small). On smooth functions that is far better: near an optimum plain
-    momentum is what accelerates (docs/log.md, the toy function of NL Eq. 53).
+    ε decides whether erasing fades with the gradient. With a tiny ε it does not: the rule is free of the gradient's
+    scale. With ε of the size of the first gradients, m is erased while gradients are large and kept when they are
+    small, as in NL Eq. 49 (for ε = 1, ĝ is g where g is small). On smooth functions that is far better: plain momentum
+    accelerates near an optimum (docs/log.md, the toy function of NL Eq. 53).
 
     Args:
         rho: ρ.
@@ -52,17 +54,17 @@ class DeltaRule:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Higher-order features of a gradient (NL Eq. 51): powers of each element, relative to the matrix's.
+    """Higher-order features of a gradient (NL Eq. 51): powers of each element, relative to the matrix's size.
 
     ``φ(g) = r Σ_k c_k sign(z) |z|^k`` with ``z = g / r``, r the root mean square of the whole g, k = 1, 2, ...
 
-    The momentum and the weights have g's shape, so φ must keep it: powers of elements, no products of two. Relative to
-    r, φ scales as g does (``φ(c g) = c φ(g)``) and the coefficients mean the same for every layer. Even powers keep the
-    sign: without it they would point uphill for half of the elements.
+    φ keeps the shape of g, as the momentum and the weights need it: powers of elements, no products of two. φ scales as
+    g does (``φ(c g) = c φ(g)``), so the coefficients mean the same for every layer. Even powers keep the sign:
+    otherwise they would point uphill for half of the elements.
 
     Args:
-        coefficients: c_1, c_2, ...: ``(1.0,)`` is the gradient itself, ``(1.0, 0.0, 0.1)`` adds cubes, which stress the
-            largest elements.
+        coefficients: c_1, c_2, ...: ``(1.0,)`` is the gradient itself. ``(1.0, 0.0, 0.1)`` adds cubes, which amplify
+            the largest elements.
 
     Raises:
         ValueError: no coefficient, or only zeros.
@@ -82,7 +84,7 @@ class Polynomial:
         rows, columns = matrices.shape
         sizes = matrices.norms(gradients)
         torch._foreach_mul_(sizes, (rows * columns) ** -0.5)
-        # A zero matrix has zero features; below this a norm's own squares are rounded to 0.
+        # A zero matrix has zero features. Squares of smaller norms are rounded to 0.
         torch._foreach_clamp_min_(sizes, torch.finfo(sizes[0].dtype).tiny ** 0.5)
         relative = torch._foreach_div(gradients, sizes)
         magnitudes = torch._foreach_abs(relative)
@@ -101,17 +103,18 @@ class AssociativeMomentum(MatrixOptimizer):
 
     With the gradient g of a matrix W:
 
-        k = φ(g)                                    features        (NL Eq. 51)
-        m ← m (α I - ρ k̂ᵀk̂) + P k                   delta rule      (NL Eq. 48-49),  preconditioner  (NL Eq. 46-47)
-        W ← W - lr σ(M(m))                          memory          (NL Eq. 50),  output  (NL Eq. 52)
+        k = φ(g)                          features (NL Eq. 51)
+        m ← m (α I - ρ k̂ᵀk̂) + P k         delta rule (NL Eq. 48-49, with a normalized k̂), preconditioner (NL Eq. 46-47)
+        W ← W - lr σ(M(m))                memory (after NL Eq. 50), output (NL Eq. 52)
 
-    Without any of them it is `torch.optim.SGD` with momentum to the bit: a memory of gradients without values, equal to
-    linear attention over layer inputs and errors (NL Eq. 33-34). With ``output=NewtonSchulz()`` it is Muon. A
-    preconditioner that learns from layer inputs is `nestlearn.optim.InputProjection` around this.
+    Without extensions it equals `torch.optim.SGD` with momentum to the bit: a memory of gradients without values, which
+    is linear attention over layer inputs and errors (NL Eq. 33-34). With ``output=NewtonSchulz()`` it is Muon, whose
+    quintic is not the iteration of NL Eq. 44. For a preconditioner of layer inputs wrap it in
+    `nestlearn.optim.InputProjection`.
 
-    Steps are of the gradient's size, as with SGD, unless a preconditioner (`Diagonal`, `Whitening`) or an output
-    (`NewtonSchulz`, `Sign`) normalizes them: learning rates are those of SGD (0.01 to 1) or of Adam accordingly. AdamW
-    of what is no matrix uses the same rate unless its groups have their own
+    A step has the size of the gradient, as with SGD, unless a preconditioner (`Diagonal`, `Whitening`) or an output
+    (`NewtonSchulz`, `Sign`) normalizes it. Learning rates are accordingly those of SGD (0.01 to 1) or of Adam. AdamW
+    uses the same rate for all other parameters unless their groups have their own
     (``nestlearn.optim.param_groups(model, adamw_lr=...)``).
 
     State: 4 bytes per parameter for m, and those of the preconditioner.
@@ -223,13 +226,13 @@ class AssociativeMomentum(MatrixOptimizer):
         if group["memory"] is None:
             super()._update_all(group, given)
             return
-        # One memory for each shape: it has to see the rows of all batches before it answers to any.
+        # One memory per shape: it learns the rows of all batches before it answers to any.
         alike: dict[Tensor, list[Matrices]] = {}
         for matrices in given:
             alike.setdefault(first_alike(group, matrices.parameters[0]), []).append(matrices)
         for first, members in alike.items():
             state = self.state[first]
-            if "memory_in" not in state:  # it has had no gradient yet, others of its shape have
+            if "memory_in" not in state:  # it has had no gradient yet, but others of its shape have
                 self.state[first] = {"step": torch.tensor(0.0), **self.new_state(group, first), **state}
             stacks = [matrices.whole(momentum_of(group, matrices)) for matrices in members]
             rows = [stack.reshape(-1, stack.shape[-1]) for some in stacks for stack in some]
@@ -241,7 +244,7 @@ class AssociativeMomentum(MatrixOptimizer):
                 matrices.write_back()
 
     def _take(self, group: Mapping[str, Any], matrices: Matrices, updates: list[Stack]) -> None:
-        """The step along what the memory gave, through the output."""
+        """The step along the memory's answers, through the output."""
         output = group["output"]
         factor = 1.0 if output is None else output.lr_factor(matrices.shape)
         updates = updates if output is None else output.apply(matrices, updates)
@@ -255,16 +258,16 @@ AXES: dict[str, tuple[type, ...]] = {
     "memory": (DeepMemory,),
     "output": (NewtonSchulz, Sign),
 }
-"""What a group's settings that are no numbers can be."""
+"""Allowed types of non-numeric settings."""
 
 
 def as_plain(setting: Any) -> dict[str, Any] | None:
-    """A setting as what every reader of checkpoints knows: `torch.load` with weights_only, FSDP2's complete states."""
+    """A setting as plain values, for `torch.load` with weights_only and FSDP2's complete states."""
     return None if setting is None else {"kind": type(setting).__name__, **asdict(setting)}
 
 
 def from_plain(name: str, saved: Any) -> Any:
-    """The setting that `as_plain` made this of.
+    """The setting that `as_plain` converted.
 
     Raises:
         ValueError: no extension of this version has that name or these settings.
@@ -288,7 +291,7 @@ def first_alike(group: Mapping[str, Any], parameter: Tensor) -> Tensor:
 
 
 def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
-    """m after this step, or what Nesterov's rule looks ahead to; not to be changed."""
+    """m after this step, or Nesterov's ``P k + α m``; do not change it."""
     features, preconditioner, delta = group["features"], group["preconditioner"], group["delta"]
     keys = matrices.gradients if features is None else features.apply(matrices, matrices.gradients)
     values = keys if preconditioner is None else preconditioner.apply(matrices, keys)
@@ -325,13 +328,12 @@ def erase(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: fl
 
 
 class DeltaMomentum(AssociativeMomentum):
-    """Momentum that forgets where it is told something new: ``m ← m (α I - ρ ĝᵀĝ) + P g`` (NL Eq. 48-49).
+    """Momentum with the delta rule: ``m ← m (α I - ρ ĝᵀĝ) + P g`` (after NL Eq. 48-49, with a normalized ĝ).
 
-    Plain momentum averages over the last ``1 / (1 - α)`` gradients, whatever they are. Here what m holds along the
-    current gradient is replaced, so that m turns at once where the gradient does, and directions that the gradient does
-    not have are kept (`DeltaRule`). Under a gradient that stays the same, the part of m along a singular direction that
-    has the share p of ``‖g‖²`` is ``1 / (1 - α + ρ p)`` times the gradient's: for rank one about g itself, ten times
-    less than plain momentum at α = 0.9. So learning rates are larger.
+    Plain momentum averages over the last ``1 / (1 - α)`` gradients. Here the gradient replaces what m holds along it,
+    and m keeps all other directions (`DeltaRule`): m turns at once where the gradient turns. Under a constant gradient,
+    the part of m along a singular direction with the share p of ``‖g‖²`` is ``1 / (1 - α + ρ p)`` times the gradient's:
+    for rank one about g itself, ten times less than plain momentum at α = 0.9. So learning rates are larger.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
@@ -339,7 +341,7 @@ class DeltaMomentum(AssociativeMomentum):
         momentum: α.
         rho: ρ, the part of m along the gradient that is erased.
         eps: ε, the gradient's norm at which a quarter of ρ acts (`DeltaRule`).
-        settings: others of `AssociativeMomentum`.
+        settings: other arguments of `AssociativeMomentum`.
 
     Raises:
         ValueError: a setting out of range.
@@ -350,7 +352,7 @@ class DeltaMomentum(AssociativeMomentum):
         >>> for gradient in ([1.0, 1.0], [0.0, -1.0]):
         ...     weight.grad = torch.tensor([gradient])
         ...     optimizer.step()
-        >>> optimizer.state[weight]["momentum_buffer"]  # the second gradient replaced nearly all of its direction
+        >>> optimizer.state[weight]["momentum_buffer"]  # the second gradient replaced most of its direction
         tensor([[ 0.9000, -1.1000]])
     """
 
@@ -375,7 +377,7 @@ class HigherOrderMomentum(AssociativeMomentum):
         lr: learning rate, also AdamW's of parameters that are no matrices.
         momentum: α.
         coefficients: of g, g|g|, g³, ... relative to the root mean square of g.
-        settings: others of `AssociativeMomentum`.
+        settings: other arguments of `AssociativeMomentum`.
 
     Raises:
         ValueError: a setting out of range.
@@ -402,20 +404,19 @@ class HigherOrderMomentum(AssociativeMomentum):
 
 
 class DeepMomentum(AssociativeMomentum):
-    """The momentum is a perceptron trained online on the rows of gradients, one for each shape.
+    """A perceptron in place of the momentum, trained online on the rows of gradients; one for each shape.
 
-    After NL Eq. 50; unlike the printed rule, rows are normalized and a step is in closed form.
-
-    Update = ``r M(g / r)`` row by row, after one step of the memory on all rows of all parameters of the shape: see
-    `DeepMemory` for the rule, its cost and what it can and cannot do. Parameters without a gradient at a step are left
-    out of it; rows that are not finite spoil their own parameter only.
+    After NL Eq. 50; unlike the printed rule, rows are normalized and a step is in closed form. The update is
+    ``r M(g / r)`` row by row, after one step of the memory on all rows of all parameters of the shape. `DeepMemory` has
+    the rule, its cost and its limits. A step leaves out parameters without a gradient; rows that are not finite spoil
+    only their own parameter.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
         lr: learning rate, also AdamW's of parameters that are no matrices.
         memory: shape, objective and step of the network.
-        momentum: of a plain momentum whose rows the network then reads in place of the gradient's. 0: none, as in NL.
-        settings: others of `AssociativeMomentum`.
+        momentum: of a plain momentum whose rows the network reads in place of the gradient's. 0: none, as in NL.
+        settings: other arguments of `AssociativeMomentum`.
 
     Raises:
         ValueError: a setting out of range.

@@ -1,16 +1,17 @@
-"""Parameter groups that learn at their own period: the Continuum Memory System over any optimizer (NL Eq. 71)."""
+"""Parameter groups that step at their own period: the Continuum Memory System over any optimizer (NL Eq. 71)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nestlearn.optim.checks import one_of, whole_number
 from nestlearn.optim.matrices import wide
 from nestlearn.optim.matrix_optimizer import zeros
-from nestlearn.optim.wrapper import OptimizerWrapper, hold_back, whole_number
+from nestlearn.optim.wrapper import OptimizerWrapper, hold_back
 
 Reduction = Literal["mean", "sum"]
 
@@ -20,15 +21,14 @@ class MultiTimescale(OptimizerWrapper):
 
     A group of period C does not change for C - 1 steps; at the C-th the wrapped optimizer steps on the gradient
     accumulated over the whole period, ``θ ← θ - Σ_{t in the last C steps} η f(θ; x_t)`` with f the wrapped rule
-    (NL Eq. 71). A group of period 1 is what it was without this wrapper. All periods count from the wrapper's
-    first step.
+    (NL Eq. 71). A group of period 1 steps as without this wrapper. All periods count from the wrapper's first step.
 
     Args:
         base: any torch optimizer, with one group per level.
         periods: one per group, in steps; by default each group's own ``update_period`` (1 where there is none).
-        reduction: ``"mean"`` gives the wrapped optimizer the mean of the gradients that a parameter had in the period,
-            ``"sum"`` their sum, which is the printed formula for plain descent. Adam and
-            other rules free of the gradient's scale see no difference.
+        reduction: ``"mean"`` gives the wrapped optimizer the mean of a parameter's gradients in the period, ``"sum"``
+            their sum, which for plain descent is the printed formula. Adam and other rules that do not depend on the
+            gradient's scale are equal under both.
 
     Raises:
         ValueError: a period that is no positive integer, or not one per group; or a mean over a period of
@@ -51,9 +51,8 @@ class MultiTimescale(OptimizerWrapper):
     def __init__(self, base: Optimizer, periods: Sequence[int] | None = None, *, reduction: Reduction = "mean") -> None:
         self.reduction: Reduction = reduction
         super().__init__(base)
-        self.defaults.setdefault("update_period", 1)  # the base's too: of groups that are added to it directly
-        if reduction not in get_args(Reduction):
-            raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(get_args(Reduction))}.")
+        self.defaults.setdefault("update_period", 1)  # also for groups that are added to the base directly
+        one_of("reduction", reduction, Reduction)
         if periods is not None and len(periods) != len(self.param_groups):
             raise ValueError(
                 f"{len(periods)} periods for {len(self.param_groups)} parameter groups; give one per group, for "
@@ -68,9 +67,9 @@ class MultiTimescale(OptimizerWrapper):
         self._counts: dict[Tensor, int] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its ``update_period`` is 1 if it names none.
+        """Adds a group, with ``update_period`` 1 by default.
 
-        Periods count from this wrapper's first step, so the first one of a group added later can be shorter.
+        Periods count from this wrapper's first step, so the first period of a group added later can be shorter.
 
         Raises:
             ValueError: a period that is no positive integer.
@@ -81,7 +80,7 @@ class MultiTimescale(OptimizerWrapper):
         self._check_reduction()
 
     def _check_reduction(self) -> None:
-        """A rule that sums each sample's own step has no mean over a period of several steps."""
+        """Refuses the mean over a period for a rule that sums the steps of single samples."""
         slow = (group for group in self.param_groups if group["update_period"] > 1)
         sample = next((group for group in slow if group.get("form") == "sample"), None)
         if self.reduction == "mean" and sample is not None:
@@ -92,7 +91,7 @@ class MultiTimescale(OptimizerWrapper):
             )
 
     def is_due(self, group: Mapping[str, Any]) -> bool:
-        """Whether the step taken last changed this group."""
+        """Whether the last step changed this group."""
         return self._steps % group["update_period"] == 0
 
     def update(self) -> None:
@@ -111,21 +110,21 @@ class MultiTimescale(OptimizerWrapper):
                 parameter.grad = gradient
 
     def _collect(self, group: dict[str, Any]) -> None:
-        """Adds this step's gradients to the sums; hands them to the base at the end of the period, nothing before."""
+        """Adds this step's gradients to the sums; the base gets them at the end of the period, and nothing before."""
         due = self.is_due(group)
         for parameter in group["params"]:
             if parameter.grad is not None:
                 if parameter in self._sums:
                     self._sums[parameter].add_(parameter.grad)
                 else:
-                    # Wider than half precision, in which a long sum stops growing.
+                    # Not in half precision, in which a long sum stops growing.
                     self._sums[parameter] = parameter.grad.to(wide(parameter.grad.dtype), copy=True)
                 self._counts[parameter] = self._counts.get(parameter, 0) + 1
             total = self._sums.pop(parameter, None) if due else None
-            # torch optimizers leave a parameter without a gradient alone: neither moments nor weight decay move.
+            # torch optimizers skip a parameter without a gradient, its moments and weight decay included.
             parameter.grad = None
             if total is not None:
-                # Fewer than the period's steps where the group was added in between, or a step did not reach it.
+                # Fewer than the period's steps if the group was added in between, or a step had no gradient for it.
                 count = self._counts.pop(parameter)
                 parameter.grad = (total.div_(count) if self.reduction == "mean" else total).to(parameter.dtype)
 
@@ -134,7 +133,7 @@ class MultiTimescale(OptimizerWrapper):
         return {"reduction": self.reduction}
 
     def own_state(self) -> dict[str, Any]:
-        """Steps taken, and of the unfinished periods sums and numbers of gradients, by the parameter's index."""
+        """Steps taken; sums and numbers of gradients of unfinished periods, by the parameter's index."""
         waiting = {str(place): p for place, p in enumerate(self.parameters()) if p in self._slow_parameters()}
         sums = {place: self._sums[p].clone() if p in self._sums else zeros(p) for place, p in waiting.items()}
         return {"steps": self._steps, "sums": sums, "counts": {k: self._counts.get(p, 0) for k, p in waiting.items()}}
@@ -157,7 +156,7 @@ def timescale_groups(
     """Parameter groups by level, for the optimizer that `MultiTimescale` wraps.
 
     Args:
-        model: its trainable parameters that belong to no level form a last group of period 1.
+        model: its trainable parameters outside all levels form a last group of period 1.
         levels: (a module or several, period in steps), one pair per level.
         settings: entries of every group, such as ``lr``.
 

@@ -1,4 +1,4 @@
-"""The orthogonalized direction of a step: Newton-Schulz over stacks of matrices, and the size of its update."""
+"""Orthogonalized directions: Newton-Schulz over stacks of matrices, and the size of the update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Named = Literal["quintic", "polar_express"]
 AdjustLr = Literal["match_rms_adamw", "original"]
 
 CPU_ELEMENTS = 2**18
-"""Elements orthogonalized at once on a processor: together small matrices save calls, large ones take more time."""
+"""Elements orthogonalized at once on a CPU: stacking saves calls for small matrices and costs time for large ones."""
 
 NAMED: dict[str, tuple[Coefficients, ...]] = {"quintic": (COEFFICIENTS,), "polar_express": POLAR_EXPRESS}
 
@@ -25,7 +25,7 @@ def coefficients(given: Named | Sequence[Coefficients]) -> tuple[Coefficients, .
     """One triple per Newton-Schulz step, the last repeating.
 
     Raises:
-        ValueError: an unknown name, or anything but triples of numbers.
+        ValueError: an unknown name, or no triples of numbers.
     """
     if isinstance(given, str):
         if given not in NAMED:
@@ -41,22 +41,22 @@ def coefficients(given: Named | Sequence[Coefficients]) -> tuple[Coefficients, .
 
 
 def iteration_dtype(like: Tensor) -> torch.dtype:
-    """bfloat16 for what is narrower than float64, where the device multiplies in it fast; otherwise the type given."""
+    """bfloat16 where the device is fast in it, except for float64; otherwise the type given."""
     if like.dtype == torch.float64:
         return like.dtype
     if like.device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = like.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # there is no public question
+        fast = like.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # torch has no public query
     return torch.bfloat16 if fast else like.dtype
 
 
 def orthogonalize(
     matrices: Matrices, parts: Sequence[Stack], steps: int, triples: Sequence[Coefficients]
 ) -> list[Stack]:
-    """Newton-Schulz of matrices that may be distributed: this process's parts, in the type of the iterations.
+    """Newton-Schulz of matrices that may be distributed; returns this process's parts in the type of the iterations.
 
-    Divided matrices are collected, every process orthogonalizes all of them and keeps its own part.
+    Divided matrices are collected: every process orthogonalizes all of them and keeps its own part.
     """
     complete = parts if matrices.undivided else matrices.whole(parts)
     first = complete[0]
@@ -70,10 +70,10 @@ def orthogonalize(
 
 
 def lr_factor(adjust_lr: AdjustLr | None, shape: Sequence[int]) -> float:
-    """What the learning rate of an orthogonal update of this shape is multiplied by (as in `torch.optim.Muon`).
+    """The factor of the learning rate for an orthogonal update of this shape (as in `torch.optim.Muon`).
 
-    ``"match_rms_adamw"``: 0.2 √max(m, n), an update of root mean square 0.2, about that of AdamW, so that one learning
-    rate serves both. ``"original"``: √max(1, m / n). None: 1.
+    ``"match_rms_adamw"``: 0.2 √max(m, n), which gives the update a root mean square of 0.2, about that of AdamW, so
+    that one learning rate serves both. ``"original"``: √max(1, m / n). None: 1.
     """
     rows, columns = shape[-2:]
     if adjust_lr == "match_rms_adamw":

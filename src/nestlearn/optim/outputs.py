@@ -14,7 +14,7 @@ from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coeffi
 
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """The momentum orthogonalized by Muon's quintic, not by the iteration that NL Eq. 44 prints: it becomes Muon.
+    """Orthogonalizes the momentum, which makes it Muon: by Muon's quintic, not by the iteration of NL Eq. 44.
 
     Args:
         ns_steps: iterations.
@@ -38,17 +38,17 @@ class NewtonSchulz:
         return [direction.to(weight) for direction, weight in zip(directions, matrices.weights, strict=True)]
 
     def lr_factor(self, shape: Sequence[int]) -> float:
-        """What the learning rate is multiplied by for a matrix of this shape."""
+        """The factor of the learning rate for a matrix of this shape."""
         return lr_factor(self.adjust_lr, shape)
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Only the signs of the momentum: sign descent with momentum. Each element moves by the learning rate."""
+    """The signs of the momentum: each element moves by the learning rate."""
 
     def apply(self, matrices: Matrices, momenta: list[Stack]) -> list[Stack]:
         """``sign(m)``."""
-        # torch's sign of nan is 0: the parameter would stand still in silence, in place of showing what happened.
+        # torch's sign of NaN is 0, which would hide the NaN: adding 0 m keeps it.
         return list(torch._foreach_add(torch._foreach_sign(momenta), torch._foreach_mul(momenta, 0.0)))
 
     def lr_factor(self, shape: Sequence[int]) -> float:

@@ -1,4 +1,4 @@
-"""Which parameters of a model are matrices in the sense of the matrix rules."""
+"""Parameter groups of a model: which parameters the matrix rules train, and which AdamW trains."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model for the optimizers of this package, decided by modules and shapes.
 
-    - Matrices and stacks of matrices, updated by the optimizer's own rule: trainable parameters of two or three
-      dimensions that belong to none of the following.
-    - Kernels of convolutions, [out, in, ...], updated by it as matrices [out, in · ...]; grouped ones are left to AdamW
-      (each output has inputs of its own: there is no matrix).
-    - Embeddings and the output head, updated by AdamW: a row is one token's, and most rows have no gradient at a step.
-      The head is what ``model.get_output_embeddings()`` returns, as Hugging Face models do.
-    - What only looks like a matrix, updated by AdamW: tensors of one row or column, and what modules return as their
-      ``vector_parameters()``, as this package's depthwise convolutions do.
-    - Vectors and scalars, updated by AdamW without weight decay.
+    The optimizer's own rule trains:
+
+    - matrices and stacks of matrices: parameters of two or three dimensions that are none of those below;
+    - kernels of convolutions, [out, in, ...], as matrices [out, in · ...].
+
+    AdamW trains:
+
+    - embeddings and the output head (``model.get_output_embeddings()``, as in Hugging Face models): a row belongs to
+    one
+      token, and most rows have no gradient at a step;
+    - kernels of grouped convolutions, whose outputs have different inputs;
+    - tensors of one row or column, and the ``vector_parameters()`` of modules, such as depthwise convolutions here;
+    - vectors and scalars, without weight decay.
 
     Args:
-        model: frozen parameters are left out. A weight that several modules share is in one group; it is an embedding
-            if one of them is.
+        model: its trainable parameters. A weight that several modules share is in one group; it counts as an embedding
+            if one of them is an embedding.
         lr: of the matrices; the optimizer's own by default.
         adamw_lr: of the rest; `lr` by default.
         weight_decay: of all but vectors and scalars; the optimizer's own by default.
@@ -41,7 +45,7 @@ def param_groups(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(
-            f"{type(model).__name__} has no trainable parameter; unfreeze (requires_grad_) what shall learn."
+            f"{type(model).__name__} has no trainable parameter; unfreeze (requires_grad_) those that should learn."
         )
     kernels = _kernels(model)
     excluded = {*_embeddings(model), *_vectors(model), *(w for w, groups in kernels.items() if groups > 1)}
@@ -57,7 +61,7 @@ def param_groups(
         {"params": rest, "rule": "adamw", "lr": rest_lr, "weight_decay": weight_decay},
         {"params": flat, "rule": "adamw", "lr": rest_lr, "weight_decay": 0.0},
     ]
-    # An entry that is left out is the optimizer's own.
+    # The optimizer's own value stands for a missing entry.
     return [{key: value for key, value in group.items() if value is not None} for group in groups if group["params"]]
 
 
@@ -69,11 +73,11 @@ def _embeddings(model: nn.Module) -> set[Tensor]:
 
 
 def _vectors(model: nn.Module) -> set[Tensor]:
-    """Weights of which the modules themselves say that their rows are vectors."""
+    """Weights whose modules declare that their rows are vectors."""
     declared = [getattr(module, "vector_parameters", list)() for module in model.modules()]
     return {parameter for parameters in declared for parameter in parameters}
 
 
 def _kernels(model: nn.Module) -> dict[Tensor, int]:
-    """Weights of convolutions, with the number of their groups."""
+    """Weights of convolutions with their numbers of groups."""
     return {module.weight: module.groups for module in model.modules() if isinstance(module, _ConvNd)}

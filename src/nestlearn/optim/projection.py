@@ -1,34 +1,41 @@
-"""A preconditioner that is a memory of each layer's inputs: new learning leaves the answers to old inputs alone."""
+"""A projection that remembers each layer's inputs, so that new learning leaves the answers to old inputs alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from nestlearn.optim.sharding import distributed, gathered, is_shared, local, own_rows, pooled
+from nestlearn.optim.checks import one_of, positive, whole_number
+from nestlearn.optim.sharding import (
+    check_input,
+    distributed,
+    gathered,
+    inputs_are_divided,
+    is_shared,
+    local,
+    own_rows,
+    pooled,
+)
 from nestlearn.optim.sketch import add_rows, closing
-from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
+from nestlearn.optim.wrapper import OptimizerWrapper
 
 ApplyTo = Literal["update", "gradient"]
-
-
 Unit = Literal["squares", "steps"]
+Sums = dict[str, Tensor]
 
 
 def ridge_projection(gram: Float[Tensor, "*b d d"], alpha: float | Float[Tensor, ""]) -> Float[Tensor, "*b d d"]:
-    """``P = (I + XᵀX / α)⁻¹``, what recursive least squares arrives at from P = I after all rows X.
+    """``P = (I + XᵀX / α)⁻¹``, the result of recursive least squares from P = I after all rows X.
 
-    Each batch of rows X changes ``P ← P - P Xᵀ (α I + X P Xᵀ)⁻¹ X P``; by Woodbury's identity the order and the size of
-    the batches do not matter, only the sum of ``XᵀX`` does. P is the map to the errors of ridge regression: close to 0
-    along directions that inputs had, 1 along those that none had. Its eigenvalues are ``α / (α + λ)``, λ those of XᵀX:
-    one eigendecomposition in float64, whatever the type of `gram`.
+    Each batch of rows X changes ``P ← P - P Xᵀ (α I + X P Xᵀ)⁻¹ X P``. By Woodbury's identity only the sum of ``XᵀX``
+    matters, not the order and size of the batches. P is close to 0 along directions of the inputs and 1 along all
+    others: its eigenvalues are ``α / (α + λ)``, λ those of XᵀX. It is computed by one eigendecomposition in float64.
 
     Args:
         gram: ``XᵀX`` summed over all rows, finite.
@@ -38,105 +45,90 @@ def ridge_projection(gram: Float[Tensor, "*b d d"], alpha: float | Float[Tensor,
         >>> ridge_projection(torch.diag(torch.tensor([0.0, 1.0, 99.0])), alpha=1.0).diagonal()
         tensor([1.0000, 0.5000, 0.0100])
     """
-    # By eigenvalues, in float64: where XᵀX / α is above 1e7, float32 loses the identity in the sum, and what is left
-    # has the rounding errors of XᵀX as its small eigenvalues, of either sign. Clamped, those of P are in [0, 1] always.
+    # In float32 the sum loses the identity where XᵀX / α is above 1e7, and rounding errors of either sign remain as
+    # small eigenvalues. Clamped eigenvalues keep those of P in [0, 1].
     values, vectors = torch.linalg.eigh(gram.double())
     kept = alpha / (alpha + values.clamp(min=0.0))
     return ((vectors * kept.unsqueeze(-2)) @ vectors.mT).to(gram.dtype)
 
 
 class _Memory:
-    """What one weight's inputs were: the sum of ``x xᵀ`` of a linear map, the count of each row of an embedding.
+    """The inputs that one linear map has had: the sum of ``x xᵀ``, where x ends with a 1 if the bias is trained.
 
     Attributes:
-        seen: what is stored.
+        sums: what is stored, by name; "seen" is the sum.
         fresh: what this process has seen since the last `join`; only where several processes train the weight.
-        applied: the copy in use, made of what was stored at a `refresh`; None before the first one.
+        applied: the copy in use, made from the sums at a `refresh`; None before the first one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Linear | nn.Embedding,
-        dtype: torch.dtype,
-        trained: set[Tensor],
-        rank: int | None = None,
-    ) -> None:
-        self.name = name
-        self.weight = module.weight
-        bias = module.bias if isinstance(module, nn.Linear) else None
+    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, trained: set[Tensor], rank: int) -> None:
+        self.name, self.rank = name or "the model itself", rank
+        self.weight: Tensor = module.weight  # pyright: ignore[reportAttributeAccessIssue]
+        bias: Tensor | None = getattr(module, "bias", None)
         self.bias = bias if bias is not None and bias in trained else None
-        self.is_embedding = isinstance(module, nn.Embedding)
-        size = module.weight.shape[0] if self.is_embedding else module.weight.shape[1] + (self.bias is not None)
-        shape = (size,) if self.is_embedding else (rank or size, size)
-        self.seen = torch.zeros(shape, dtype=dtype, device=module.weight.device)
-        self.fresh: list[Tensor] = []
+        self.size = self.weight.shape[1] + (self.bias is not None)
+        self.sums = self.empty(dtype, self.weight.device)
+        self.fresh: Sums = {}
         self.applied: Tensor | None = None
 
-    def sums(self) -> list[Tensor]:
-        """What is stored of the inputs."""
-        return [self.seen]
-
-    def set_sums(self, sums: list[Tensor]) -> None:
-        """Stores other sums."""
-        (self.seen,) = sums
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Sums:
+        """The sums over no inputs."""
+        return {"seen": torch.zeros(self.size, self.size, dtype=dtype, device=device)}
 
     def add(self, inputs: Tensor, shared: bool) -> None:
         """Stores the inputs of one forward pass; where processes share the memory, until they `join`."""
-        if self.seen.device != inputs.device:  # the model moved after the optimizer was made
-            self.set_sums([x.to(inputs.device) for x in self.sums()])
-        if not shared:
-            self.set_sums(self.added(self.sums(), inputs))
-            return
-        self.fresh = self.added(self.fresh or [torch.zeros_like(x) for x in self.sums()], inputs)
+        if self.sums["seen"].device != inputs.device:  # the model moved after the optimizer was made
+            self.sums = {name: x.to(inputs.device) for name, x in self.sums.items()}
+        if shared:
+            self.fresh = self.added(self.fresh or self._nothing(), inputs)
+        else:
+            self.sums = self.added(self.sums, inputs)
 
-    def added(self, sums: list[Tensor], inputs: Tensor) -> list[Tensor]:
+    def added(self, sums: Sums, inputs: Tensor) -> Sums:
         """Sums with these inputs; their memory may be the same."""
-        (seen,) = sums
-        if self.is_embedding:
-            return [seen.add_(torch.bincount(inputs.reshape(-1), minlength=len(seen)).to(seen.dtype))]
         rows = self.rows(inputs)
-        return [seen.addmm_(rows.T, rows)]
+        return {"seen": sums["seen"].addmm_(rows.T, rows)}
 
     def join(self, process_group: dist.ProcessGroup | None) -> None:
-        """Stores what all processes have seen since they did so last: the same on each of them."""
-        fresh = self.fresh or [torch.zeros_like(x) for x in self.sums()]
-        self.fresh = []
-        self.set_sums(self.joined(fresh, process_group))
+        """Stores what all processes have seen since the last call: the same on each of them."""
+        fresh, self.fresh = self.fresh or self._nothing(), {}
+        self.sums = self.joined(fresh, process_group)
 
-    def joined(self, fresh: list[Tensor], process_group: dist.ProcessGroup | None) -> list[Tensor]:
+    def joined(self, fresh: Sums, process_group: dist.ProcessGroup | None) -> Sums:
         """Sums with what each process has seen."""
-        return [self.seen + pooled(fresh[0], self.weight, process_group)[0]]
+        return {name: x + pooled(fresh[name], self.weight, process_group)[0] for name, x in self.sums.items()}
+
+    def _nothing(self) -> Sums:
+        return {name: torch.zeros_like(x) for name, x in self.sums.items()}
 
     def rows(self, inputs: Tensor) -> Float[Tensor, "t d"]:
-        """Inputs of a linear map, with the 1 of its bias."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.seen.dtype)
+        """Inputs as rows, with the 1 of the bias."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.sums["seen"].dtype)
         return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
     def mean_square(self) -> Float[Tensor, ""]:
         """Sum of squares of what is stored, per direction."""
-        return self.seen.mean() if self.is_embedding else self.seen.diagonal().mean()
+        return self.sums["seen"].diagonal().mean()
 
     def refresh(self, alpha: float | Float[Tensor, ""]) -> None:
-        """Applies from now on what is stored now."""
-        self.applied = alpha / (alpha + self.seen) if self.is_embedding else ridge_projection(self.seen, alpha)
+        """Makes the copy in use from what is stored now."""
+        self.applied = ridge_projection(self.sums["seen"], alpha)
 
     def check(self) -> None:
-        """Raises ValueError if an input stored was not finite."""
-        if not bool(self.seen.isfinite().all()):
+        """Raises ValueError if a stored input was not finite."""
+        seen = self.sums["seen"]
+        if not bool(seen.isfinite().all()):
             raise ValueError(
-                f"The inputs of {self.name or 'the model itself'} ({tuple(self.weight.shape)}) are not finite, or the "
-                f"sum of their squares is too large for {self.seen.dtype}. The layers before it diverged: lower the "
-                "learning rate, or scale the inputs, and begin again from weights saved before; for large inputs give "
+                f"The inputs of {self.name} ({tuple(self.weight.shape)}) are not finite, or the sum of their squares "
+                f"is too large for {seen.dtype}. The layers before it diverged: lower the learning rate, or scale the "
+                "inputs, and begin again from weights saved before; for large inputs give "
                 "InputProjection(dtype=torch.float64)."
             )
 
     def project(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``D P`` of a change (or gradient) D of the weight, its bias as the last column: of this process's rows."""
+        """``D P`` of a change (or gradient) D of this process's rows; the bias is the last column of D."""
         assert self.applied is not None
         applied = self.applied.to(weight)
-        if self.is_embedding:
-            return weight * own_rows(applied, self.weight)[:, None], None
         if self.bias is None:
             return self.times(weight, applied), None
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
@@ -144,104 +136,108 @@ class _Memory:
         return both[:, :-1], both[:, -1]
 
     def times(self, change: Tensor, applied: Tensor) -> Tensor:
-        """``D P`` of a linear map."""
+        """``D P``."""
         return change @ applied
 
     def state(self) -> dict[str, Any]:
         """What is stored and the copy in use, with the same entries before the first copy."""
-        applied = torch.zeros_like(self.seen) if self.applied is None else self.applied.clone()
-        return {"seen": self.seen.clone(), "applied": applied, "refreshed": self.applied is not None}
+        applied = torch.zeros_like(self.sums["seen"]) if self.applied is None else self.applied.clone()
+        sums = {name: x.clone() for name, x in self.sums.items()}
+        return {**sums, "applied": applied, "refreshed": self.applied is not None}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned."""
-        self.applied = state["applied"].to(self.seen, copy=True) if state["refreshed"] else None
-        self.seen, self.fresh = state["seen"].to(self.seen, copy=True), []
+        self.sums, self.fresh = {name: state[name].to(x, copy=True) for name, x in self.sums.items()}, {}
+        self.applied = state["applied"].to(self.sums["seen"], copy=True) if state["refreshed"] else None
+
+
+class _RowCounts(_Memory):
+    """An embedding's memory: how often each row was read. Its inputs are one-hot, so P is diagonal."""
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"seen": torch.zeros(self.weight.shape[0], dtype=dtype, device=device)}
+
+    def added(self, sums: Sums, inputs: Tensor) -> Sums:
+        seen = sums["seen"]
+        return {"seen": seen.add_(torch.bincount(inputs.reshape(-1), minlength=len(seen)).to(seen.dtype))}
+
+    def mean_square(self) -> Float[Tensor, ""]:
+        return self.sums["seen"].mean()
+
+    def refresh(self, alpha: float | Float[Tensor, ""]) -> None:
+        self.applied = alpha / (alpha + self.sums["seen"])
+
+    def project(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert self.applied is not None
+        return weight * own_rows(self.applied.to(weight), self.weight)[:, None], None
 
 
 class _LeadingDirections(_Memory):
-    """A linear map's memory in the r leading directions of its inputs: r x d numbers in place of d x d."""
+    """A linear map's memory in the r leading directions of its inputs: r x d numbers in place of d x d.
 
-    def __init__(self, name: str, module: nn.Linear, dtype: torch.dtype, trained: set[Tensor], rank: int) -> None:
-        super().__init__(name, module, dtype, trained, rank)
-        self.squares = self.seen.new_zeros(())
+    The sums are these directions, and the squares of all inputs.
+    """
 
-    def sums(self) -> list[Tensor]:
-        """What is stored of the inputs: directions, and the squares of all."""
-        return [self.seen, self.squares]
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Sums:
+        seen = torch.zeros(self.rank, self.size, dtype=dtype, device=device)
+        return {"seen": seen, "squares": seen.new_zeros(())}
 
-    def set_sums(self, sums: list[Tensor]) -> None:
-        """Stores other sums."""
-        self.seen, self.squares = sums
-
-    def added(self, sums: list[Tensor], inputs: Tensor) -> list[Tensor]:
-        """Sums with these inputs."""
+    def added(self, sums: Sums, inputs: Tensor) -> Sums:
         rows = self.rows(inputs)
-        return [add_rows(sums[0], rows), sums[1] + rows.square().sum()]
+        return {"seen": add_rows(sums["seen"], rows), "squares": sums["squares"] + rows.square().sum()}
 
-    def joined(self, fresh: list[Tensor], process_group: dist.ProcessGroup | None) -> list[Tensor]:
-        """Sums with what each process has seen, of which it sends its leading directions."""
-        directions = gathered(fresh[0], self.weight, process_group).flatten(0, 1)
-        squares, _ = pooled(fresh[1], self.weight, process_group)
-        return [add_rows(self.seen, directions), self.squares + squares]
+    def joined(self, fresh: Sums, process_group: dist.ProcessGroup | None) -> Sums:
+        # Each process sends its leading directions.
+        directions = gathered(fresh["seen"], self.weight, process_group).flatten(0, 1)
+        squares, _ = pooled(fresh["squares"], self.weight, process_group)
+        return {"seen": add_rows(self.sums["seen"], directions), "squares": self.sums["squares"] + squares}
 
     def mean_square(self) -> Float[Tensor, ""]:
-        """Sum of squares of all inputs, per direction, of those that are not kept too."""
-        return self.squares / self.seen.shape[1]
+        return self.sums["squares"] / self.size  # of all inputs, also of directions that are not kept
 
     def refresh(self, alpha: float | Float[Tensor, ""]) -> None:
-        """Applies from now on what is stored now."""
-        self.applied = closing(self.seen, alpha)
+        self.applied = closing(self.sums["seen"], alpha)
 
     def times(self, change: Tensor, applied: Tensor) -> Tensor:
-        """``D (I - AᵀA)``."""
-        return change - (change @ applied.T) @ applied
-
-    def state(self) -> dict[str, Any]:
-        """What is stored and the copy in use."""
-        return super().state() | {"squares": self.squares.clone()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned."""
-        super().load(state)
-        self.squares = state["squares"].to(self.seen, copy=True)
+        return change - (change @ applied.T) @ applied  # D (I - AᵀA)
 
 
 class InputProjection(OptimizerWrapper):
-    """Projects what an optimizer does to each linear map away from the inputs that the map has already had.
+    """Projects each change of a linear map away from the inputs that the map has already had.
 
-    A preconditioner as in NL Eq. 38-41, 47, but learned from inputs: per `nn.Linear`, recursive least squares over its
-    inputs x (with a 1 for the bias), ``P ← P - P Xᵀ (α I + X P Xᵀ)⁻¹ X P``, and each change D of the weight becomes
-    ``D P``. For x that were stored ``D P x ≈ 0``: the answers to them stay. (Known as orthogonal weights modification,
-    Zeng et al. 2019, arXiv 1810.01256.) No input is kept, only a (d+1) x (d+1) matrix per map. The rows of an
-    `nn.Embedding` are the same rule on one-hot inputs, where P is diagonal: ``α / (α + count)``.
+    A preconditioner as in NL Eq. 38-41, 47, but learned from inputs and not from gradients: orthogonal weights
+    modification (Zeng et al. 2019, arXiv 1810.01256). Per `nn.Linear`, recursive least squares over its inputs x (with
+    a 1 for the bias) gives ``P ← P - P Xᵀ (α I + X P Xᵀ)⁻¹ X P``, and each change D of the weight becomes ``D P``. For
+    a stored x, ``D P x ≈ 0``: its answer stays. No input is kept, only a (d+1) x (d+1) matrix per map. The rows of an
+    `nn.Embedding` follow the same rule with one-hot inputs, where P is diagonal: ``α / (α + count)``.
 
-    Two timescales: inputs are stored at every forward pass in training mode, but the P in use is a lagged copy, taken
-    every `period` steps. So the newest inputs do not yet stand in their own way, and no task boundary is needed.
+    Two timescales: inputs are stored at every forward pass in training mode, but the applied P is a copy, taken every
+    `period` steps. The copy lags, so the newest inputs do not block their own update, and no task boundary is needed.
 
-    Under activation checkpointing without reentry (`torch.utils.checkpoint` with ``use_reentrant=False``) the forward
-    pass of a map runs twice with gradients, and its inputs count twice, as if its α were half as large.
+    Under activation checkpointing with ``use_reentrant=False`` the forward pass of a map runs twice with gradients. Its
+    inputs then count twice, as with half the α.
 
-    Several processes, replicas of the model (DistributedDataParallel) or parts of it (FSDP2, divided along the first
-    dimension of weights, as they are by default), have one memory of what all of them read. They join what they have
-    seen at each step and in `refresh`, which all of them must call: (d+1)² numbers per map are summed, of low-rank ones
-    the r (d+1) of each process are collected. A state has what was joined.
+    Several processes, which hold replicas of the model (DistributedDataParallel) or parts of it (FSDP2, weights divided
+    along their first dimension as by default), share one memory of what all of them read. They join it at each step and
+    in `refresh`, which all of them must call: (d+1)² numbers per map are summed, or r (d+1) of each process are
+    collected with a rank. A state has what was joined.
 
     Args:
         base: any torch optimizer, this package's wrappers included.
-        model: whose linear maps and embeddings with parameters of `base` are projected; its other parameters, such as
-            norms, are left to `base`. With FSDP2 after `fully_shard`.
+        model: its linear maps and embeddings with parameters of `base` are projected; `base` alone trains its other
+            parameters, such as norms. With FSDP2 after `fully_shard`.
         alpha: α, the sum of squares of a direction's inputs at which it is half closed.
-        unit: of alpha: "squares" as the formula has it, the same for all maps; "steps" for steps whose inputs are
-            average for the map: α times its mean square per step and direction. Then α means the same for maps with
-            inputs of other sizes, and for maps that see every token of a text as for those that see one vector of it.
-        period: steps between two refreshes of the copy in use; None: only `refresh()` does, say at a task's end.
-        rank: r, for maps with more inputs than that: their memory is of the r leading directions of the inputs, in
-            r (d+1) numbers, ``P = I - V diag(λ / (α + λ)) Vᵀ`` (`nestlearn.optim.sketch`). Exact while inputs have rank
-            r at most; beyond, smaller directions stay open: protected is what came first and is large. None: all.
-        apply_to: ``"update"`` projects the change that `base` made, whatever its rule; ``"gradient"`` what `base`
-            gets, whose elementwise scaling (Adam) then points partly back into the closed directions.
+        unit: of alpha. "squares": as in the formula, the same for all maps. "steps": α times the map's mean square per
+            step and direction, so that α means the same for maps with inputs of other sizes, and for maps that read
+            every token of a text or one vector of it.
+        period: steps between two refreshes of the copy in use; None: only `refresh()` does it, e.g. at a task's end.
+        rank: r, for maps with more inputs than that: only the r leading directions of the inputs are remembered, in
+            r (d+1) numbers, ``P = I - V diag(λ / (α + λ)) Vᵀ`` (`nestlearn.optim.sketch`). Exact while the inputs have
+            at most rank r; beyond, smaller directions stay open. None: the whole matrix.
+        apply_to: "update" projects the change that `base` made, whatever its rule. "gradient" projects the gradients
+            that `base` gets; its elementwise scaling (Adam) then points partly back into the closed directions.
         dtype: of the stored sums.
-        process_group: the processes that train replicas of the model: the default group where torch.distributed is
+        process_group: the processes that train replicas of the model; the default group where torch.distributed is
             initialized. Processes that train models of their own must each give a group of one.
 
     Attributes:
@@ -280,12 +276,9 @@ class InputProjection(OptimizerWrapper):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(base)
-        if not alpha > 0.0:
-            raise ValueError(f"alpha is {alpha}; it must be positive: the sum of squares that half closes a direction.")
-        if apply_to not in get_args(ApplyTo):
-            raise ValueError(f"apply_to is {apply_to!r}; it must be one of {', '.join(get_args(ApplyTo))}.")
-        if unit not in get_args(Unit):
-            raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(get_args(Unit))}.")
+        positive("alpha", alpha, "the sum of squares that half closes a direction")
+        one_of("apply_to", apply_to, ApplyTo)
+        one_of("unit", unit, Unit)
         self.alpha, self.unit, self.apply_to = alpha, unit, apply_to
         self.period = None if period is None else whole_number("period", period, "steps between two refreshes")
         self.rank = None if rank is None else whole_number("rank", rank, "directions kept of a map's inputs")
@@ -298,7 +291,6 @@ class InputProjection(OptimizerWrapper):
         trained = set(self.parameters())
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight in trained:
-                check_rows_are_whole(name, module.weight)
                 key = (module.weight, isinstance(module, nn.Embedding))
                 memory = memories.setdefault(key, self._memory(name, module, dtype, trained))
                 self._hooks.append(module.register_forward_pre_hook(self._hook(memory, module)))
@@ -311,26 +303,29 @@ class InputProjection(OptimizerWrapper):
         self._memories = list(memories.values())
 
     def _memory(self, name: str, module: nn.Linear | nn.Embedding, dtype: torch.dtype, trained: set[Tensor]) -> _Memory:
-        if self.rank is not None and isinstance(module, nn.Linear) and module.in_features > self.rank:
-            return _LeadingDirections(name, module, dtype, trained, self.rank)
-        return _Memory(name, module, dtype, trained)
+        if inputs_are_divided(module.weight):
+            placements = getattr(module.weight, "placements", ())
+            raise ValueError(
+                f"The weight of {name or 'the model itself'} {tuple(module.weight.shape)} is divided as {placements}; "
+                "InputProjection needs its first dimension divided, as fully_shard does by default (Shard(0))."
+            )
+        rank = self.rank or 0
+        low = isinstance(module, nn.Linear) and 0 < rank < module.in_features
+        kind = _RowCounts if isinstance(module, nn.Embedding) else _LeadingDirections if low else _Memory
+        return kind(name, module, dtype, trained, rank)
 
     def _hook(self, memory: _Memory, own: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def store(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             # A deep copy of the model keeps its hooks; what the copy reads is not this model's past.
             if module is own and self.recording and module.training and torch.is_grad_enabled():
-                if isinstance(inputs[0], DTensor):
-                    raise ValueError(
-                        f"{memory.name} gets an input that is distributed ({inputs[0].placements}), as in tensor "
-                        "parallelism; InputProjection works with data parallelism (FSDP2, DistributedDataParallel)."
-                    )
+                check_input(memory.name, inputs[0], "InputProjection works with data parallelism (FSDP2, DDP)")
                 with torch.no_grad():
                     memory.add(inputs[0].detach(), is_shared(memory.weight, self._process_group))
 
         return store
 
     def refresh(self) -> None:
-        """Takes the copy in use from all inputs stored so far; of several processes all must call it.
+        """Makes the copy in use from all inputs stored so far. With several processes all must call it.
 
         Raises:
             ValueError: inputs of a map were not finite; the copies in use stay as they were.
@@ -345,14 +340,14 @@ class InputProjection(OptimizerWrapper):
             for memory in self._memories:
                 alpha: float | Tensor = self.alpha
                 if self.unit == "steps":
-                    # Without any input the mean square is 0, and so is all that is divided by it.
+                    # Without inputs the mean square is 0, and so is all that would be divided by it.
                     alpha = (memory.mean_square() * (self.alpha / max(self._recorded, 1))).clamp_min(1e-12)
                 memory.refresh(alpha)
 
     @torch.no_grad()
     def _join(self) -> None:
         for memory in self._memories:
-            # Asked each time: torch.distributed may be initialized after the optimizer was made.
+            # Checked each time: torch.distributed may be initialized after the optimizer was made.
             if is_shared(memory.weight, self._process_group):
                 memory.join(self._process_group)
 
@@ -421,19 +416,9 @@ class InputProjection(OptimizerWrapper):
             ValueError: the state is of a model with other maps.
         """
         shapes = [tuple(item["seen"].shape) for item in state["maps"]]
-        expected = [tuple(memory.seen.shape) for memory in self._memories]
+        expected = [tuple(memory.sums["seen"].shape) for memory in self._memories]
         if shapes != expected:
             raise ValueError(f"This state is of maps with inputs {shapes}; the model's maps have {expected}.")
         self._steps, self._recorded, self.recording = state["steps"], state["recorded"], state["recording"]
         for memory, item in zip(self._memories, state["maps"], strict=True):
             memory.load(item)
-
-
-def check_rows_are_whole(name: str, weight: Tensor) -> None:
-    """Raises ValueError if a weight is divided over processes along its inputs."""
-    placements = weight.placements if isinstance(weight, DTensor) else ()
-    if any(isinstance(given, Shard) and given.dim > 0 for given in placements):
-        raise ValueError(
-            f"The weight of {name or 'the model itself'} ({tuple(weight.shape)}) is divided as {placements}; "
-            "InputProjection needs its first dimension divided, as fully_shard does by default (Shard(0))."
-        )

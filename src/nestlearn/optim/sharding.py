@@ -1,4 +1,4 @@
-"""Parameters that live in parts on several processes (DTensor, FSDP2), seen by rules for whole matrices."""
+"""Parameters that are divided over processes (DTensor, FSDP2), for rules that need whole matrices."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: the same memory, all of a tensor that is not distributed."""
+    """This process's part of a tensor, in the same memory; the tensor itself if it is not distributed."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which each process holds a part, distributed as `like` is; every process gets all of it."""
+    """The whole tensor on every process, from parts distributed as `like` is."""
     joined = distributed(part, like)
     return joined.full_tensor() if isinstance(joined, DTensor) else joined
 
 
 def distributed(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which each process holds a part, distributed as `like` is; nothing is sent."""
+    """The distributed tensor of these parts, distributed as `like` is; nothing is sent."""
     if not isinstance(like, DTensor):
         return part
     shape, stride = like.shape, like.stride()
@@ -30,7 +30,7 @@ def distributed(part: Tensor, like: Tensor) -> Tensor:
 
 
 def own_rows(full: Tensor, like: Tensor) -> Tensor:
-    """What belongs to this process's rows of `like`, whose first dimension alone may be divided."""
+    """The part of a tensor for this process's rows of `like`, whose first dimension alone may be divided."""
     if not isinstance(like, DTensor):
         return full
     mesh = like.device_mesh
@@ -39,18 +39,18 @@ def own_rows(full: Tensor, like: Tensor) -> Tensor:
 
 
 def own_part(full: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that all have, distributed as `like` is; nothing is sent."""
+    """This process's part of a tensor that every process has, distributed as `like` is; nothing is sent."""
     return own_rows(full.reshape(like.shape), like) if isinstance(like, DTensor) else full
 
 
 def total(part: Tensor, like: Tensor, stacked: bool) -> Tensor:
-    """The sum over the processes that hold different parts of `like`, of what each has computed from its part.
+    """The sum of `part` over the processes that hold different parts of the same tensors.
 
     Args:
-        part: what this process has computed.
-        like: whose distribution tells which processes these are.
-        stacked: `like` is a stack of tensors along its first dimension; processes that divide the stack hold different
-            tensors, over which there is nothing to sum.
+        part: what this process computed from its part of `like`.
+        like: its distribution names the processes.
+        stacked: `like` is a stack of tensors along its first dimension. Processes that divide the stack hold different
+            tensors, and nothing is summed over them.
     """
     if not isinstance(like, DTensor):
         return part
@@ -59,7 +59,7 @@ def total(part: Tensor, like: Tensor, stacked: bool) -> Tensor:
 
 
 def undivided(like: Tensor, stacked: bool) -> bool:
-    """Whether each process has whole matrices: all of them, or some of a stack (`total`)."""
+    """Whether each process has whole matrices, all of them or some of a stack (`total`)."""
     return not isinstance(like, DTensor) or not any(_divides(given, stacked) for given in like.placements)
 
 
@@ -68,12 +68,12 @@ def _divides(given: Placement, stacked: bool) -> bool:
 
 
 def pooled(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """The sum over the processes whose gradients of a parameter are averaged, and how many they are.
+    """The sum over the processes that average their gradients of a parameter, and the number of these processes.
 
     Args:
-        part: what this process has computed from its part of the batch.
-        like: the parameter; if it is distributed, those are the processes of its mesh.
-        process_group: those otherwise; None: all, where torch.distributed is initialized.
+        part: what this process computed from its part of the batch.
+        like: the parameter. If it is distributed, the processes are those of its mesh.
+        process_group: the processes otherwise; None: all, where torch.distributed is initialized.
     """
     if isinstance(like, DTensor):
         mesh = like.device_mesh
@@ -101,3 +101,15 @@ def is_shared(parameter: Tensor, process_group: dist.ProcessGroup | None) -> boo
     if isinstance(parameter, DTensor):
         return True
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+
+
+def inputs_are_divided(weight: Tensor, outputs: int = 0) -> bool:
+    """Whether a weight is divided over processes along another dimension than that of its `outputs`."""
+    placements = weight.placements if isinstance(weight, DTensor) else ()
+    return any(isinstance(given, Shard) and given.dim != outputs for given in placements)
+
+
+def check_input(name: str, x: Tensor, fix: str) -> None:
+    """Raises ValueError for an input of a layer that is divided over processes."""
+    if isinstance(x, DTensor):
+        raise ValueError(f"{name} gets an input that is distributed ({x.placements}), as in tensor parallelism; {fix}.")

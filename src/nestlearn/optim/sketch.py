@@ -1,4 +1,4 @@
-"""The leading directions of a stream of rows: a memory of inputs for layers too wide for a full matrix."""
+"""The leading directions of a stream of rows: a memory of inputs for layers that are too wide for a full matrix."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 def add_rows(sketch: Float[Tensor, "r d"], rows: Float[Tensor, "t d"]) -> Float[Tensor, "r d"]:
     """The r leading directions of all rows so far: orthogonal, ``BᵀB`` close to the sum of ``xᵀx``.
 
-    r rows at a time join the r directions, and the r leading ones of these 2r stay, by an eigendecomposition of their
-    2r x 2r products in float64 (incremental singular value decomposition). Exact while the rows have rank r at most.
-    Then the smallest directions are left out; unlike with frequent directions, which makes all smaller by as much,
-    what is kept keeps its size. Cost: about ``12 r d`` operations per row in float64 and an eigendecomposition per r
-    rows, for which a GPU is waited. Rows that are not finite make all of it nan.
+    Each time r new rows join the r directions, and the r leading ones of these 2r stay (incremental singular value
+    decomposition, from an eigendecomposition of their 2r x 2r products in float64). It is exact while the rows have at
+    most rank r; then the smallest directions are dropped, and the others keep their size (frequent directions would
+    shrink them). Cost: about ``12 r d`` operations per row in float64 and an eigendecomposition per r rows, for which
+    the host waits for a GPU. Rows that are not finite make the result NaN.
 
     Example:
         >>> rows = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0], [4.0, 0.0, 0.0]])

@@ -1,4 +1,4 @@
-"""Nested transfer: fast weights start each period from slow ones, which move toward what the fast ones learned."""
+"""Nested transfer: fast weights start each period from slow weights, which then move toward them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestlearn.optim.checks import whole_number
 from nestlearn.optim.matrices import wide
-from nestlearn.optim.wrapper import OptimizerWrapper, whole_number
+from nestlearn.optim.wrapper import OptimizerWrapper
 
 
 class NestedTransfer(OptimizerWrapper):
     """Every ``period`` steps ``θ₀ ← θ₀ + ρ (θ - θ₀)``, then ``θ ← θ₀``.
 
     The nested variant of the Continuum Memory System between an optimizer and a slower level that holds its initial
-    state (NL Eq. 72, to first order). The fast weights θ learn for a period from the slow θ₀, which keep a part ρ of
-    it: θ₀ is an average over periods that changes more slowly. (Reptile, and Lookahead for one task, are this rule.)
-
-    θ₀ begins with the weights as they are at the first step.
+    state (NL Eq. 72, to first order). The fast weights θ learn for a period, starting from the slow weights θ₀, which
+    then move by the part ρ toward them: θ₀ is an average over periods. (Reptile, and Lookahead for one task, are this
+    rule.) θ₀ starts as the weights at the first step.
 
     Args:
         base: any torch optimizer, this package's wrappers included.
@@ -49,8 +49,7 @@ class NestedTransfer(OptimizerWrapper):
 
     def update(self) -> None:
         for parameter in self.parameters():
-            # At the first step, not before: weights that are loaded in between are those to start from. Later, of a
-            # group that was added.
+            # At the first step and not before, so that weights can be loaded in between. Later, for added groups.
             if parameter not in self._slow:
                 self._slow[parameter] = parameter.detach().to(wide(parameter.dtype), copy=True)
         self.base.step()
@@ -65,7 +64,7 @@ class NestedTransfer(OptimizerWrapper):
         return {"rate": self.rate, "period": self.period}
 
     def own_state(self) -> dict[str, Any]:
-        """Steps taken and the slow weights θ₀, by the parameter's index; before the first step those as they are."""
+        """Steps taken and the slow weights θ₀ by the parameter's index; before the first step the weights."""
         places = enumerate(self.parameters())
         slow = {str(place): self._slow.get(p, p).detach().to(wide(p.dtype), copy=True) for place, p in places}
         return {"steps": self._steps, "slow": slow}

@@ -1,4 +1,4 @@
-"""An optimizer around another one: the same parameter groups, one `state_dict` for both."""
+"""Optimizers that wrap another one, with its parameter groups and one `state_dict` for both."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nestlearn.optim.checks import refuse_copy
+
 _KEY = "wrappers"
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def not_compiled(function: _Function) -> _Function:
-    """A function that `torch.compile` leaves alone, with all that it calls (`torch.compiler.disable`, typed)."""
+    """`torch.compiler.disable` with types: `torch.compile` does not trace the function."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
-class OptimizerWrapper(Optimizer):
-    """Changes what another optimizer gets or does; wrappers can be wrapped.
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a closure, which computes it and its gradients anew; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
-    Parameter groups are those of the wrapped optimizer, so learning-rate schedulers and `zero_grad` work on either.
-    A subclass defines `update`, which calls ``self.base.step()`` once, and its own state.
+
+class OptimizerWrapper(Optimizer):
+    """Changes the gradients or the steps of another optimizer; wrappers can be wrapped.
+
+    It shares the parameter groups of the wrapped optimizer, so learning-rate schedulers and `zero_grad` work on either.
+    A subclass defines `update`, which calls ``self.base.step()`` once, and `own_state` with `load_own_state`.
 
     Args:
         base: any torch optimizer.
@@ -40,12 +50,12 @@ class OptimizerWrapper(Optimizer):
                 "torch.optim.Adam(model.parameters(), lr=1e-3)."
             )
         self.base = base
-        # Schedulers that also change momentum read from the defaults which of its names the rule has.
+        # Schedulers that also change momentum read its name from the defaults.
         super().__init__(base.param_groups, base.defaults)
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """One list of groups and one state for both: what is added or changed in one is seen by the other."""
+        """One list of groups and one state for both, so that they always agree."""
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -56,18 +66,14 @@ class OptimizerWrapper(Optimizer):
             self.base.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refused: a copy's parameters would be no model's, and what watches the model would not watch the copy's.
+        """Refused: the parameters of a copy would belong to no model, and its hooks to the old model.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError(
-            f"A {type(self).__name__} cannot be copied or pickled: its copy would not train the copied model. Copy the "
-            "model, make an optimizer for it as this one was made, and give that "
-            "load_state_dict(copy.deepcopy(optimizer.state_dict()))."
-        )
+        refuse_copy(self)
 
-    # As in `MatrixOptimizer.step`: what a step does depends on where in a period it is.
+    # Not compiled, as `MatrixOptimizer.step`: the work of a step depends on its place in a period.
     @not_compiled
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -78,10 +84,7 @@ class OptimizerWrapper(Optimizer):
         Args:
             closure: computes the loss and its gradients anew; called once, before the update.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         if self._makes_state():
             self.base.step()
         else:
@@ -89,9 +92,9 @@ class OptimizerWrapper(Optimizer):
         return loss
 
     def _makes_state(self) -> bool:
-        """Whether this step is how `torch.distributed.checkpoint` has a new optimizer make its state.
+        """Whether `torch.distributed.checkpoint` calls this step to create the state of a new optimizer.
 
-        All learning rates and all gradients are 0 then. It goes to all parameters at once, and is not counted.
+        All learning rates and all gradients are then 0. The step goes to all parameters and is not counted.
         """
         if self.state or any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
             return False
@@ -99,36 +102,36 @@ class OptimizerWrapper(Optimizer):
         return bool(gradients) and not any(float(gradient.abs().sum()) for gradient in gradients)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets gradients, and what the wrapped optimizer collected with them."""
+        """Clears gradients, and what the wrapped optimizer collected with them."""
         self.base.zero_grad(set_to_none)
 
     def hold_back(self, parameters: Sequence[Tensor]) -> None:
-        """Has the wrapped optimizer keep what it collected of these parameters for a later step."""
+        """Lets the wrapped optimizer keep what it collected of these parameters for a later step."""
         hold_back(self.base, parameters)
 
     @abstractmethod
     def update(self) -> None:
-        """What one step does, without gradients."""
+        """One step, under `torch.no_grad`."""
 
     def settings(self) -> dict[str, Any]:
-        """What this wrapper was made with and does not change, as plain values: for records of a run."""
+        """The fixed settings of this wrapper as plain values, for records of a run."""
         return {}
 
     @abstractmethod
     def own_state(self) -> dict[str, Any]:
-        """What this wrapper alone must remember between steps: numbers, tensors, and lists and dictionaries of them.
+        """The state of this wrapper alone: numbers, tensors, and lists and dictionaries of them.
 
-        With the same entries at every step and strings as keys, a distributed checkpoint can be read into it.
+        A distributed checkpoint can be loaded if it has the same entries at every step, and strings as keys.
         """
 
     @abstractmethod
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `own_state` returned."""
+        """Restores what `own_state` returned."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, with this wrapper's own at the end of the first group's list ``wrappers``.
+        """The wrapped optimizer's state, with this wrapper's own last in the list ``wrappers`` of the first group.
 
-        (`torch.distributed.checkpoint` keeps groups and parameters' states of an optimizer, and nothing beside them.)
+        (`torch.distributed.checkpoint` keeps nothing but the groups and the states of parameters.)
         """
         state = self.base.state_dict()
         own = {"kind": type(self).__name__, **self.own_state()}
@@ -137,7 +140,7 @@ class OptimizerWrapper(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, also in the middle of a period.
+        """Restores a `state_dict`, also one from the middle of a period.
 
         Raises:
             ValueError: the state is of differently wrapped optimizers.
@@ -158,26 +161,15 @@ class OptimizerWrapper(Optimizer):
         self.load_own_state(wrappers[-1])
 
     def parameters(self) -> list[Tensor]:
-        """All parameters in the order of the groups: what indices in a state refer to."""
+        """All parameters in the order of the groups, as indices in a state count them."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
 def hold_back(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Tells an optimizer of parameters whose gradients of this step come with those of a later one.
+    """Tells an optimizer that it gets the gradients of these parameters with those of a later step.
 
-    One that collects something beside gradients, as `DGD` does, keeps it until then in a method of this name.
+    An optimizer that collects more than gradients, as `DGD` does, keeps it until then by a method of this name.
     """
     keep: Callable[[Sequence[Tensor]], None] | None = getattr(optimizer, "hold_back", None)
     if keep is not None:
         keep(parameters)
-
-
-def whole_number(name: str, value: object, meaning: str) -> int:
-    """`value` if it is a positive integer.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1: {meaning}.")
-    return value
