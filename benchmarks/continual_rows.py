@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from continual_report import accuracy_chart, continual_key, matrix_chart, table, to_eval_result
 from nestlearn.continual import CMS, ContinualLearner, FineTuning, Method
 from nestlearn.data import TaskStream
 from nestlearn.evals.bench.store import ResultStore
-from nestlearn.evals.continual import accuracy_chart, continual_key, matrix_chart, table, to_eval_result
 from nestlearn.optim import OptimizerWrapper
 
 

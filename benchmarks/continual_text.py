@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from continual_report import continual_key, to_eval_result
 from continual_rows import Bench, Row, arguments, chosen
 from intent_language_model import PooledOutputs, pretrained
 from nestlearn import HopeForCausalLM
@@ -45,7 +46,6 @@ from nestlearn.continual import (
 from nestlearn.data import IntentTexts, TaskStream, load_banking77, load_clinc150
 from nestlearn.data.continual_text import Encoder, ngram_features, token_ids
 from nestlearn.evals.bench.store import ResultStore
-from nestlearn.evals.continual import continual_key, to_eval_result
 
 TASKS = {"clinc150": 10, "banking77": 7}
 LENGTH = {"clinc150": 20, "banking77": 32}

@@ -181,7 +181,7 @@ def test_bad_settings_name_the_cause():
     with pytest.raises(ValueError, match=r"0 labels, shots is 1 .*give at least one label"):
         InContextLearner(net(), None, labels=[])
     unasked = Examples(torch.zeros(2, 3), torch.full((2,), -100))
-    with pytest.raises(ValueError, match=r"None of the 2 targets of 2 examples is asked for"):
+    with pytest.raises(ValueError, match=r"All 2 targets of 2 examples are -100, which is padding"):
         score_examples(net(), unasked, "accuracy")
     broken, two = net(), examples(0, 2)
     next(broken.parameters()).data[0, 0] = float("nan")

@@ -156,7 +156,7 @@ class TestTranslation:
 
     def test_bad_requests(self) -> None:
         pair = SentencePair("a", "b")
-        with pytest.raises(ValueError, match="no sentence to be examined with"):
+        with pytest.raises(ValueError, match="no sentence in its exam"):
             course_from_pairs("x", [pair], [])
         with pytest.raises(ValueError, match="1 sentences of the course 'x' are in its lessons and its exam, e.g. 'a'"):
             course_from_pairs("x", [pair], [pair])

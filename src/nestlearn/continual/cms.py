@@ -48,10 +48,10 @@ class Transfer:
 
 
 class CMS(Method):
-    """Levels that step at their own period, an associative memory of inputs, and nested transfer; each can be left out.
+    """Levels that step at their own period, a memory of each map's inputs, and nested transfer; each can be left out.
 
     Args:
-        levels: which modules step at which period; None: all at every step.
+        levels: the modules and periods of the levels; None: all parameters step at every step.
         projection: recursive least squares over each map's inputs (orthogonal weights modification, arXiv 1810.01256),
             a preconditioner in the sense of NL Eq. 38-41 and 47, which learn theirs from gradients.
         transfer: slow weights behind the fast ones (NL Eq. 72).
@@ -81,15 +81,15 @@ class CMS(Method):
         self.levels, self.projection, self.transfer = levels, projection, transfer
         parts = {"levels": levels, "projection": projection, "transfer": transfer}
         given = ", ".join(part for part, setting in parts.items() if setting)
-        # Without levels it is no Continuum Memory System, and with nothing it is what it wraps.
+        # Without levels it is not called a Continuum Memory System, and without ingredients it is fine-tuning.
         self.name = name or ("CMS: " if levels else "") + (given or "fine-tuning")
-        # Where the projection waits for the ends of tasks.
+        # If the projection waits for the ends of tasks.
         self.needs_boundaries = projection is not None and (projection.period is None or projection.last_epoch_only)
         self._projecting: InputProjection | None = None
         self._periods: list[int] = []
 
     def config(self) -> dict[str, Any]:
-        """The ingredients; periods as the parameter groups have them."""
+        """The ingredients, and the periods of the parameter groups."""
         settings = {"projection": self.projection, "transfer": self.transfer}
         chosen = {name: None if part is None else dataclasses.asdict(part) for name, part in settings.items()}
         return chosen | {"periods": self._periods}
@@ -113,12 +113,12 @@ class CMS(Method):
         return optimizer
 
     def begin_epoch(self, epoch: int, epochs: int, boundaries: bool) -> None:
-        """Stores inputs in the last epoch only, where asked to."""
+        """Stores inputs in the last epoch only, with `last_epoch_only`."""
         if self._projecting is not None and self.projection is not None:
             self._projecting.recording = not self.projection.last_epoch_only or epoch == epochs - 1
 
     def end_task(self, model: nn.Module, train: Examples, generator: torch.Generator) -> int:
-        """Refreshes the projection in use, where it has no period."""
+        """Refreshes the projection if it has no period."""
         if self._projecting is not None and self._projecting.period is None:
             self._projecting.refresh()
         return 0

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning: low-rank adapters beside frozen weights, by the `peft` library."""
+"""LoRA fine-tuning: low-rank adapters next to frozen weights, by the `peft` library."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nestlearn.continual.methods import Method
 
 
 class LoRA(Method):
-    """Trains low-rank adapters of linear maps (Hu et al. 2021, arXiv 2106.09685) and nothing else but chosen modules.
+    """Trains low-rank adapters of linear maps (Hu et al. 2021, arXiv 2106.09685), and chosen modules in full.
 
     Args:
         rank: of each adapter.
         scale: the adapter's output is multiplied by ``scale / rank``; twice the rank by default.
-        targets: names of the linear maps that get adapters, as `peft` reads them: full names, or their last parts;
-            None: all of the model but `trained` and a language model's output layer.
-        trained: names of modules that go on training in full, such as a new head.
+        targets: names of the linear maps that get adapters, as `peft` reads them: full names, or their last parts.
+            None: all linear maps except those in `trained` and a language model's output layer.
+        trained: names of modules that are trained in full, such as a new head.
         after_task: the number of the task after which adapters replace training in full; -1: from the start, for
-            models that are trained already. 0 makes the first task the pre-training, for those that are not.
+            pretrained models. 0 makes the first task the pre-training.
 
     Raises:
         ImportError: peft is not installed.
@@ -49,19 +49,19 @@ class LoRA(Method):
         self.targets = None if targets is None else list(targets)
         self.trained = list(trained)
         self.needs_boundaries = after_task >= 0
-        self.without_boundaries = "Give after_task=-1, which needs none, to a model that is trained already."
+        self.without_boundaries = "Give after_task=-1, which needs none, for a pretrained model."
         _peft()
 
     def config(self) -> dict[str, Any]:
-        """Rank, scale and places."""
+        """Rank, scale, targets, modules trained in full, and the task."""
         return {name: getattr(self, name) for name in ("rank", "scale", "targets", "trained", "after_task")}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model with adapters, if they are there from the start."""
+        """The model, with adapters if they start at once."""
         return self._adapted(model) if self.after_task < 0 else model
 
     def replace_model(self, model: nn.Module, place: int) -> nn.Module | None:
-        """The model with adapters after its task."""
+        """The model with adapters, after the task `after_task`."""
         return self._adapted(model) if place == self.after_task else None
 
     def _adapted(self, model: nn.Module) -> nn.Module:
@@ -78,7 +78,7 @@ class LoRA(Method):
                 and module is not output
                 and not any(_within(name, trained) for trained in self.trained)
             ]
-            # peft takes a name in a list as the end of a name, "0" as "1.0" too; a string is matched as a whole.
+            # peft matches a name in a list with the end of names ("0" matches "1.0"), but a string with whole names.
             targets = "|".join(map(re.escape, names))
         if not targets:
             raise ValueError(
@@ -90,9 +90,9 @@ class LoRA(Method):
             r=self.rank, lora_alpha=self.scale, target_modules=targets, modules_to_save=self.trained or None
         )
         with warnings.catch_warnings():
-            # peft asks the model things that newer versions of transformers name otherwise.
+            # peft uses names that newer versions of transformers deprecate.
             warnings.simplefilter("ignore", FutureWarning)
-            # It says that it has noticed the transposed weights of Conv1D.
+            # It warns of the transposed weights of Conv1D, which it handles.
             warnings.filterwarnings("ignore", "fan_in_fan_out")
             return peft.get_peft_model(model, config).train(model.training)
 

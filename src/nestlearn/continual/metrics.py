@@ -1,4 +1,4 @@
-"""What a stream of tasks does to a learner, from the matrix R: the score on task j after learning task i.
+"""Metrics of a learner on a stream of tasks, from the matrix R: the score on task j after learning task i.
 
 Definitions (Lopez-Paz & Ranzato 2017 for BWT and FWT, Chaudhry et al. 2018 for forgetting), tasks counted from 1:
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metrics:
-    """All numbers of one matrix; NaN where a number does not exist (one task, or rows that were not measured)."""
+    """All metrics of one matrix; NaN for those that do not exist (one task, or rows that were not measured)."""
 
     average_accuracy: float
     backward_transfer: float
@@ -36,7 +36,7 @@ class Metrics:
 
 
 def continual_metrics(matrix: Sequence[Sequence[float]] | Tensor, initial: Sequence[float] | None = None) -> Metrics:
-    """The metrics of a matrix of scores where larger is better.
+    """The metrics of a matrix of scores; larger scores are better.
 
     Args:
         matrix: R, one row per task learned, one column per task tested; NaN where nothing was measured.

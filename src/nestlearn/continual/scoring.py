@@ -17,13 +17,13 @@ _EVAL_BATCH = 256
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Float[Tensor, "b ... c"]:
-    """The model's logits, also where it returns an object that holds them, as Hugging Face models do."""
+    """The model's logits, or those of the object that it returns, as Hugging Face models do."""
     output: Any = model(inputs)
     return output if isinstance(output, Tensor) else output.logits
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
+    """The device of the model's parameters."""
     return next(model.parameters()).device
 
 
@@ -35,10 +35,10 @@ def loss_of(model: nn.Module, examples: Examples) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def score_examples(model: nn.Module, examples: Examples, score: Score) -> float:
-    """The share of targets that are the most likely output, or minus the mean bits per target; in evaluation mode.
+    """The share of targets that the model predicts, or minus the mean bits per target; in evaluation mode.
 
     Raises:
-        ValueError: all targets are to be ignored, or the model's outputs are not numbers.
+        ValueError: all targets are to be ignored, or the score is not finite.
     """
     training = model.training
     model.eval()
@@ -48,7 +48,7 @@ def score_examples(model: nn.Module, examples: Examples, score: Score) -> float:
         logits, targets = logits_of(model, batch.inputs).flatten(0, -2), batch.targets.flatten()
         asked = targets != IGNORE
         if bool(logits[asked].isnan().any()):
-            # The most likely output would still be found: that of the first nan.
+            # argmax would return the first NaN, as if it were a prediction.
             total = math.nan
         if score == "accuracy":
             total += float((logits.argmax(-1) == targets)[asked].sum())
@@ -59,8 +59,8 @@ def score_examples(model: nn.Module, examples: Examples, score: Score) -> float:
     model.train(training)
     if not count:
         raise ValueError(
-            f"None of the {examples.targets.numel()} targets of {len(examples)} examples is asked for: all are "
-            f"{IGNORE}, which is padding. Give a test with at least one target."
+            f"All {examples.targets.numel()} targets of {len(examples)} examples are {IGNORE}, which is padding: "
+            "nothing to score. Give a test with at least one target."
         )
     if not math.isfinite(total):
         raise ValueError(

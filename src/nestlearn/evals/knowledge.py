@@ -1,4 +1,4 @@
-"""Knowledge incorporation: facts are read once and asked for later, after more and more other text."""
+"""Knowledge incorporation: a model reads facts once and is tested on them after more and more other text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ANSWER_TOKENS = 16
 
 
 def ask(reader: Reader, facts: Sequence[Fact], max_new_tokens: int = _ANSWER_TOKENS) -> list[bool]:
-    """Whether the reader's answer to each fact's question begins with the right value."""
+    """For each fact, whether the reader's answer to its question begins with the right value."""
     answers = [reader.generate(fact.question, max_new_tokens=max_new_tokens, stop="\n") for fact in facts]
     return [_same(answer, fact.value) for answer, fact in zip(answers, facts, strict=True)]
 
@@ -43,24 +43,23 @@ def knowledge_incorporation(
 ) -> EvalResult:
     """Accuracy of a reader that has read the facts, by the amount of other text read since.
 
-    The reader is asked before it reads anything (what it guesses), after the facts, and again whenever the distractor
-    reached the next length. It reads the distractor once, from its start; questions are asked of forks, so that asking
-    teaches nothing.
+    The reader answers before it reads anything (its guesses), after the facts, and each time the distractor reaches the
+    next length. It reads the distractor once, from its start. Forks of the reader answer, so questions teach nothing.
 
     Args:
-        reader: any `Reader`; it is left as it was.
-        facts: what it reads and is asked for.
-        distractor: text that has nothing to do with them.
+        reader: any `Reader`; it does not change.
+        facts: to read and to answer.
+        distractor: text without relation to the facts.
         lengths: characters of the distractor read before each round of questions, increasing from 0.
         wordings: of the statements read; each fact is stated once in each, so ``(0, 1) * 5`` states it ten times.
-        known: facts that the reader knew before, asked for too: what reading costs.
+        known: facts that the reader knew before; their accuracy shows the cost of reading.
         seed: recorded, for the choice of facts.
-        command: recorded, what repeats this.
-        progress: told each accuracy as it is found.
+        command: recorded; repeats the evaluation.
+        progress: called with each accuracy.
 
     Returns:
-        Accuracy at the last length; ``details["accuracy"]`` at every length, ``details["before"]`` that before
-        reading. ``details["known"]``: accuracy on the known facts before reading and at every length.
+        Accuracy at the last length. ``details["accuracy"]``: at every length; ``details["before"]``: before reading;
+        ``details["known"]``: on the known facts, before reading and at every length.
 
     Raises:
         ValueError: no facts, lengths out of order, or a distractor that is too short.
@@ -119,7 +118,7 @@ def _rounds(
 
 
 def _after_lengths(reader: Reader, told: str, distractor: str, lengths: Sequence[int]) -> Iterator[Reader]:
-    """A copy of the reader after the facts and so many characters of the distractor; it has learned all of it."""
+    """For each length, a copy of the reader after the facts and that many characters of the distractor."""
     reader.read(told)
     read = 0
     for length in lengths:

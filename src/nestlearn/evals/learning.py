@@ -1,4 +1,4 @@
-"""Let a saved model learn from a stream of documents by one of several methods, and measure what it keeps."""
+"""A model learns from a stream of documents by one of several methods; records of what it learns and keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.continual.learner import ContinualLearner
@@ -20,6 +20,7 @@ from nestlearn.continual.readers import windows
 from nestlearn.continual.session import MemorySession, at_most_every
 from nestlearn.data.documents import Document
 from nestlearn.data.synthetic import IGNORE
+from nestlearn.fields import unknown_name
 from nestlearn.train.checkpoint import write_text
 
 METHODS = ("cms", "finetune", "ewc", "replay", "lora")
@@ -31,9 +32,9 @@ class Online:
 
     Attributes:
         bits_per_byte: of the whole document, while it is learned.
-        off: the same text, nothing of this document learned.
-        segments, segments_off: the curves; a segment is what is read between two writes.
-        by_level: by number of a level, the bits per byte without what this level has learned.
+        off: of the same text without learning any of this document.
+        segments, segments_off: the curves; a segment is the text between two writes.
+        by_level: by a level's number, the bits per byte without what this level has learned.
     """
 
     bits_per_byte: float
@@ -50,11 +51,11 @@ class DocumentRecord:
     Attributes:
         name: of the document.
         bytes: of its text.
-        before, after: its score before and after it was learned, by the memory as it then was.
-        known: score of the known text after the document.
-        first: score of the stream's first document after this one, to see it being forgotten.
+        before, after: its score before and after it was learned.
+        known: score of the known text after this document.
+        first: score of the stream's first document after this one, which shows forgetting.
         seconds: of learning it.
-        online: how it was read, for methods that score while they learn.
+        online: for methods that score while they learn, how it was read.
     """
 
     name: str
@@ -69,7 +70,7 @@ class DocumentRecord:
 
 @dataclass(frozen=True)
 class StreamRecord:
-    """A whole stream: what `nestlearn learn` writes as results.json and shows in its report."""
+    """A whole stream: the content of results.json and of the report of `nestlearn learn`."""
 
     model: str
     method: str
@@ -80,7 +81,7 @@ class StreamRecord:
     command: str = ""
 
     def save(self, path: Path) -> None:
-        """Write as JSON, under a temporary name first."""
+        """Write as JSON, at first under a temporary name."""
         write_text(path, json.dumps(asdict(self), indent=1))
 
 
@@ -92,21 +93,21 @@ class StreamMethod(Protocol):
         ...
 
     def score(self, text: str) -> float:
-        """Bits per byte of a text by the model as it is; learns nothing."""
+        """Bits per byte of a text by the current model, which does not learn it."""
         ...
 
     def save(self, out: Path) -> Path:
-        """Write what was learned below ``out``; returns the file or folder."""
+        """Write what was learned into the folder ``out``; returns the file or folder written."""
         ...
 
 
 class SessionMethod:
-    """A `MemorySession`: levels learn, the model's weights stay.
+    """A `MemorySession`: its levels learn, the model's weights do not change.
 
     Args:
-        session: what learns.
+        session: its memory learns.
         passes: times each document is read; the first one is scored.
-        file: name of the session's file below the output folder.
+        file: name of the session's file in the output folder.
     """
 
     def __init__(self, session: MemorySession, passes: int = 1, file: str = "session.safetensors") -> None:
@@ -131,11 +132,11 @@ class SessionMethod:
         )
 
     def score(self, text: str) -> float:
-        """By the memory as it is."""
+        """By the current memory."""
         return self.session.score(text)
 
     def save(self, out: Path) -> Path:
-        """One file: only what differs from the model."""
+        """One file with the differences to the model."""
         path = out / self.file
         self.session.save(path)
         return path
@@ -145,38 +146,23 @@ class TrainingMethod:
     """Gradient steps on the weights: plain fine-tuning, EWC, replay or LoRA.
 
     Args:
-        model: a causal language model; it is trained in place.
-        tokenizer: its tokenizer.
-        method: one of `nestlearn.continual.methods`.
-        optimizer: makes the optimizer of parameters.
+        learner: trains a causal language model; with boundaries and one window per step.
+        tokenizer: the model's.
         context_length: tokens of a training sequence.
-        passes: times each document is gone through.
         known: documents of what the model knew before, for methods that protect it (EWC) or replay it.
-        seed: of all random choices.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        method: Method,
-        optimizer: Callable[[Any], torch.optim.Optimizer],
-        context_length: int = 256,
-        passes: int = 1,
-        known: Sequence[Document] = (),
-        seed: int = 0,
+        self, learner: ContinualLearner, tokenizer: Any, context_length: int = 256, known: Sequence[Document] = ()
     ) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
-        self._generator = torch.Generator().manual_seed(seed)
-        self.learner = ContinualLearner(
-            model, optimizer, method=method, epochs=passes, batch_size=1, score="bits", max_grad_norm=1.0, seed=seed
-        )
+        self.learner, self.tokenizer, self.context_length = learner, tokenizer, context_length
+        self._generator = torch.Generator().manual_seed(learner.seed)
+        self._learned = 0
         for document in known:
             examples = windows(tokenizer, document.text, context_length)
             for row in range(len(examples)):
-                method.observe(examples[torch.tensor([row])], self._generator, True)
-            method.end_task(model, examples, self._generator)
-        self._learned = 0
+                learner.method.observe(examples[torch.tensor([row])], self._generator, True)
+            learner.method.end_task(learner.model, examples, self._generator)
 
     def learn(self, document: Document, progress: Callable[[str], None]) -> None:
         """Train on the document's windows."""
@@ -187,11 +173,11 @@ class TrainingMethod:
         self._learned += 1
 
     def score(self, text: str) -> float:
-        """By the weights as they are."""
+        """By the current weights."""
         return model_bits_per_byte(self.learner.model, self.tokenizer, text, self.context_length)
 
     def save(self, out: Path) -> Path:
-        """A model folder, or the adapter's."""
+        """A folder with the model, or with the adapter."""
         path = out / "model"
         model: Any = self.learner.model
         model.save_pretrained(path)
@@ -200,7 +186,7 @@ class TrainingMethod:
 
 
 def training_method(name: str, *, strength: float = 1.0, capacity: int = 256, rank: int = 8) -> Method:
-    """The method of a name: ``finetune``, ``ewc`` (strength), ``replay`` (capacity) or ``lora`` (rank).
+    """The method with this name: ``finetune``, ``ewc`` (strength), ``replay`` (capacity) or ``lora`` (rank).
 
     Raises:
         ValueError: unknown name.
@@ -215,12 +201,12 @@ def training_method(name: str, *, strength: float = 1.0, capacity: int = 256, ra
         from nestlearn.continual.lora import LoRA
 
         return LoRA(rank)
-    raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}.")
+    raise unknown_name("method", name, METHODS)
 
 
 @torch.inference_mode()
 def model_bits_per_byte(model: Any, tokenizer: Any, text: str, context_length: int) -> float:
-    """Bits per byte of a text in blocks of ``context_length`` tokens, each with a context of its own.
+    """Bits per byte of a text in blocks of ``context_length`` tokens, each without the context of the others.
 
     Raises:
         ValueError: the text has no token to predict, or the model's loss on it is not finite.
@@ -250,13 +236,13 @@ def learn_stream(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[DocumentRecord]:
-    """Learn documents in order; a record of each as soon as it is learned.
+    """Learn documents in order, and yield a record after each.
 
     Args:
-        method: what learns.
+        method: learns and scores.
         documents: the stream.
-        known: text that the model knew before; its score is the retention probe.
-        progress: told what is being done.
+        known: text that the model knew before; its score measures retention.
+        progress: called with what is being done.
     """
     for document in documents:
         progress(f"{document.name}: scoring before")

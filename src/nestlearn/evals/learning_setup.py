@@ -1,4 +1,4 @@
-"""From the words of `nestlearn learn` to documents, a known text and a method."""
+"""Makes the documents, the known text and the method of `nestlearn learn` from its options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.pretrained import load_pretrained, open_session
 from nestlearn.data import load_corpus
 from nestlearn.data.documents import Document
@@ -17,16 +18,16 @@ from nestlearn.evals.learning import METHODS, SessionMethod, StreamMethod, Train
 from nestlearn.fields import unknown_name
 
 DEFAULT_RATES = {"finetune": 1e-5, "ewc": 1e-5, "replay": 1e-5, "lora": 1e-4}
-"""Learning rates of the methods that train weights."""
+"""Default learning rates of the methods that train weights."""
 _KNOWN_DOCUMENTS = 32
 """Documents of the known corpus that EWC estimates importance on and replay stores."""
 
 
 def stream_documents(paths: Sequence[str]) -> list[Document]:
-    """Every file of the paths, in the order given (files of a folder or pattern by name); blank files are left out.
+    """All files of the paths, in the given order (files of a folder or pattern by name), without blank files.
 
     Raises:
-        ValueError: nothing there, a binary file, or nothing but blanks.
+        ValueError: no file, a binary file, or nothing but blanks.
     """
     files = [file for path in paths for file in find_files(path)]
     documents = [Document(read_text(file), file.name) for file in files]
@@ -37,7 +38,7 @@ def stream_documents(paths: Sequence[str]) -> list[Document]:
 
 
 def known_text(corpus: str, limit: int) -> str:
-    """The beginnings of held-out documents of a corpus, about ``limit`` bytes in all.
+    """The beginnings of held-out documents of a corpus, about ``limit`` bytes together.
 
     Raises:
         ValueError: the corpus cannot be read.
@@ -61,7 +62,7 @@ def make_method(
     rank: int = 8,
     seed: int = 0,
 ) -> StreamMethod:
-    """What learns the stream: a session over the model (``cms``), or training of its weights.
+    """The method that learns the stream: a session of the model (``cms``), or training of its weights.
 
     Raises:
         ValueError: unknown method, a model that cannot learn by it, or a session without ``cms``.
@@ -73,21 +74,19 @@ def make_method(
         return SessionMethod(open_session(model, session, **options), passes)
     if session is not None:
         raise ValueError(f"--session is for --method cms; {method} trains the model's weights. Leave it out.")
-    # In float32: steps of 1e-5 are lost in the rounding of bfloat16 weights.
+    # In float32: rounding of bfloat16 weights loses steps of 1e-5.
     pretrained, tokenizer = load_pretrained(model, dtype=torch.float32)
     room = getattr(pretrained.config, "max_position_embeddings", None)
     if context_length is not None and room is not None and context_length > room:
         raise ValueError(f"--context-length {context_length} exceeds the {room} positions of the model.")
     rate = DEFAULT_RATES[method] if learning_rate is None else learning_rate
-    # What protects or repeats the old must have seen it: held-out documents stay out, they are the probe.
+    # Methods that protect or replay known text get training documents of it; the held-out ones measure retention.
     old = list(islice(load_corpus(known, "train"), _KNOWN_DOCUMENTS)) if method in ("ewc", "replay") else []
-    return TrainingMethod(
+    learner = ContinualLearner(
         pretrained,
-        tokenizer,
-        training_method(method, strength=strength, capacity=capacity, rank=rank),
         partial(torch.optim.AdamW, lr=rate, weight_decay=0.0),
-        context_length or min(room or 1024, 1024),
-        passes,
-        [Document(document.text[:4000], document.name) for document in old],
-        seed,
-    )
+        method=training_method(method, strength=strength, capacity=capacity, rank=rank),
+        epochs=passes, batch_size=1, score="bits", max_grad_norm=1.0, seed=seed,
+    )  # fmt: skip
+    beginnings = [Document(document.text[:4000], document.name) for document in old]
+    return TrainingMethod(learner, tokenizer, context_length or min(room or 1024, 1024), beginnings)

@@ -1,4 +1,4 @@
-"""Continual translation of novel languages (NL section 8.2, after MTOB): learn one, then another, then translate."""
+"""Continual translation of new languages (NL section 8.2, after MTOB): learn one, then another, then translate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nestlearn.evals.result import EvalResult
 
 @dataclass(frozen=True)
 class Course:
-    """What a reader studies of one language, and sentences it is examined with.
+    """The lessons and the exam of one language.
 
     Attributes:
         name: of the language.
@@ -29,15 +29,15 @@ class Course:
 
 
 def translation_prompt(foreign: str) -> str:
-    """The prompt whose continuation, up to the line's end, is the translation.
+    """The prompt; its continuation, up to the end of the line, is the translation.
 
-    It ends before the space: tokenizers join that to the next word.
+    It ends before the space, which tokenizers join to the next word.
     """
     return f"{foreign} ="
 
 
 def lesson_lines(pairs: Sequence[SentencePair]) -> str:
-    """Sentences with translations, one pair a line, in the form of `translation_prompt`."""
+    """Sentences with translations, one pair per line, in the form of `translation_prompt`."""
     return "".join(f"{translation_prompt(pair.foreign)} {pair.english}\n" for pair in pairs)
 
 
@@ -51,7 +51,7 @@ def invented_course(
         sentences: in the lessons.
         exam: sentences of the exam.
         dictionary: whether the lessons begin with every word and its translation.
-        repeats: times the lessons are gone through.
+        repeats: times the lessons are repeated.
 
     Raises:
         ValueError: an exam without sentences, or no lessons.
@@ -79,7 +79,7 @@ def course_from_pairs(name: str, lessons: Sequence[SentencePair], exam: Sequence
         ValueError: no exam, or an exam sentence that is also in the lessons.
     """
     if not exam:
-        raise ValueError(f"the course {name!r} has no sentence to be examined with.")
+        raise ValueError(f"the course {name!r} has no sentence in its exam; give at least one.")
     both = {pair.foreign for pair in lessons} & {pair.foreign for pair in exam}
     if both:
         raise ValueError(
@@ -103,7 +103,7 @@ def chrf(translations: Sequence[str], references: Sequence[str]) -> float:
 
 
 def examine(reader: Reader, course: Course, max_new_tokens: int = 64) -> tuple[float, float]:
-    """ChRF and the share of exactly right translations; the reader is asked one sentence after the other."""
+    """ChRF and the share of exactly right translations, one sentence after the other."""
     asked = [
         reader.generate(translation_prompt(pair.foreign), max_new_tokens=max_new_tokens, stop="\n")
         for pair in course.exam
@@ -127,19 +127,19 @@ def continual_translation(
 ) -> EvalResult:
     """Study the courses one after the other; after each, take the exams of all.
 
-    The matrix ``chrf[i][j]`` is the score in language j after course i; row 0 is before any. ``details["alone"]`` has
-    the score of each language when its course is the only one: what sequence costs is the difference to the last row.
-    ``details["probe"]`` has what `probe` returned before the first course and after each.
+    The matrix ``chrf[i][j]`` is the score in language j after course i; row 0 is before any course.
+    ``details["alone"]`` has the score of each language when its course is the only one; its difference to the last row
+    is the cost of the sequence. ``details["probe"]`` has the results of `probe` before the first course and after each.
 
     Args:
-        reader: any `Reader`; it is left as it was.
+        reader: any `Reader`; it does not change.
         courses: in the order of study.
         max_new_tokens: the longest translation.
-        alone: whether courses after the first are studied by themselves too, which takes their time again.
-        probe: a score of something else, such as what the reader knew before; it gets a copy.
+        alone: whether later courses are also studied alone, which takes their time again.
+        probe: a score of something else, such as earlier knowledge; it gets a copy of the reader.
         seed: recorded.
-        command: recorded, what repeats this.
-        progress: told each score as it is found.
+        command: recorded; repeats the evaluation.
+        progress: called with each score.
 
     Returns:
         Mean ChRF over languages after the last course.
@@ -200,6 +200,6 @@ def _study(
         studying.read(course.lessons)
         take_exams(studying, f"after course {number + 1}")
         if not number:
-            # Before the first course nothing was studied: it is alone.
+            # The first course is alone: nothing was studied before it.
             alone.append(matrix[1][0])
     return {"chrf": matrix, "exact": exact, "alone": alone} | ({} if probe is None else {"probe": probed})

@@ -14,7 +14,7 @@ from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line
 from nestlearn.evals.result import EvalResult
 
 VERSION = 1
-"""Raised whenever the same settings would give other numbers."""
+"""Increased when a change makes the same settings give other numbers."""
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY)
 
 
@@ -23,7 +23,7 @@ def _digest(value: Any) -> str:
 
 
 def continual_key(row: str, seed: int, settings: Mapping[str, Any]) -> str:
-    """What makes two runs the same: for the store, before the run is made."""
+    """The key of a run in the store, known before the run."""
     return _digest({"row": row, "seed": seed, "version": VERSION, **settings})
 
 
@@ -34,10 +34,10 @@ def to_eval_result(
 
     Args:
         result: of `ContinualLearner.fit`.
-        row: the table's row: method and what was changed in it.
-        settings: what the caller chose, for the key.
+        row: of the table: the method and its changes.
+        settings: of the caller, for the key.
         n: test examples behind the average accuracy.
-        command: what repeats it.
+        command: repeats the run.
     """
     measured = result.measured()
     return EvalResult(
@@ -54,7 +54,7 @@ def to_eval_result(
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over seeds and its standard error, None of fewer than two."""
+    """Mean over seeds and its standard error; None for fewer than two seeds."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, None
@@ -71,10 +71,10 @@ def _figure(values: Sequence[float], in_bits: bool) -> str:
 
 
 def _in_bits(results: Sequence[EvalResult]) -> bool:
-    """Whether the score of all is minus bits per target, not accuracy.
+    """Whether all results are minus bits per target (True) or accuracies.
 
     Raises:
-        ValueError: some are, and others are not.
+        ValueError: results of both scores.
     """
     metrics = sorted({result.metric for result in results})
     if len(metrics) > 1:
@@ -89,9 +89,9 @@ COLUMNS = {
 
 
 def table(results: Sequence[EvalResult], rows: Sequence[str] | None = None) -> list[str]:
-    """Markdown lines: a row per method, mean ± standard error over seeds, and what was used.
+    """Markdown lines: a row per method, with mean ± standard error over seeds and the cost.
 
-    In percent; runs with ``score="bits"`` in minus bits per target, which the first cell says.
+    In percent; runs with ``score="bits"`` in minus bits per target, as the first cell says.
 
     Raises:
         ValueError: results of both scores.
@@ -165,10 +165,6 @@ def matrix_chart(matrices: Mapping[str, Sequence[Sequence[float | None]]], *, ce
 
     Raises:
         ValueError: no matrix, or a value outside [0, 1], such as minus bits.
-
-    Example:
-        >>> matrix_chart({"EWC": [[0.9, 0.2], [0.5, 0.8]]})[:4]
-        '<svg'
     """
     if not matrices:
         raise ValueError("There is no matrix to show; give at least one by its title.")
