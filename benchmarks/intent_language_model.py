@@ -46,7 +46,7 @@ def pretrained(folder: Path, books: Path, texts: list[str], steps: int = STEPS) 
 def _config(tokenizer: Any) -> HopeConfig:
     return HopeConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
-        mixer="attention", cms=[{"period": None, "expansion": 4}], tie_word_embeddings=True,
+        mixer={"type": "attention", "conv_size": 4}, cms=[{"period": None, "expansion": 4}], tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ from nestlearn.evals.language import document_tokens, loss_by_position
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
 COMMON: dict[str, Any] = {
-    "tie_word_embeddings": True, "memory_expansion": 2,
+    "tie_word_embeddings": True,
     "cms": [{"period": 64, "expansion": 0.5}, {"expansion": 3}],
 }  # fmt: skip
 NO_CMS = [{"period": None, "expansion": 3.5}]
@@ -47,28 +47,35 @@ def _without(*names: str) -> dict[str, Any]:
     return {"adaptive": [name for name in STREAMS if name not in names]}
 
 
-# All mechanisms of NL Table 6, and this package's default: no momentum, a static query.
-HOPE: dict[str, Any] = {"memory_momentum": True, "adaptive": list(STREAMS)}
-DEFAULT: dict[str, Any] = _without("q")
+def _hope(**changes: Any) -> dict[str, Any]:
+    """All mechanisms of NL Table 6, with some options of the mixer changed."""
+    return {"mixer": {"momentum": True, "adaptive": list(STREAMS)} | changes}
+
+
+def _default(**changes: Any) -> dict[str, Any]:
+    """This package's default, no momentum and a static query, with some options of the mixer changed."""
+    return {"mixer": _without("q") | changes}
+
+
 # Row: what it is compared with, its fields.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "hope": ("hope", HOPE),
-    "w/o DGD": ("hope", HOPE | {"memory_delta": False}),
-    "w/o momentum": ("hope", HOPE | {"memory_momentum": False}),
-    "w/o weight decay": ("hope", HOPE | {"memory_retention": False}),
-    "w/o CMS": ("hope", HOPE | {"cms": NO_CMS}),
-    "w/o inner-projection k": ("hope", HOPE | _without("k")),
-    "w/o inner-projection v": ("hope", HOPE | _without("v")),
-    "w/o inner-projection q": ("hope", HOPE | _without("q")),
-    "static projections": ("hope", HOPE | {"adaptive": []}),
-    "given values": ("hope", HOPE | {"memory_self_values": False}),
-    "default": ("default", DEFAULT),
-    "default, static projections": ("default", DEFAULT | {"adaptive": []}),
-    "default, given values": ("default", DEFAULT | {"memory_self_values": False}),
-    "default, trained without writes": ("default", DEFAULT),
-    "nested": ("nested", DEFAULT | NESTED),
-    "nested, by gradient": ("nested", DEFAULT | NESTED | {"cms_transfer_by": "gradient"}),
-    "nested, sequential": ("nested", DEFAULT | NESTED | {"cms_variant": "sequential"}),
+    "hope": ("hope", _hope()),
+    "w/o DGD": ("hope", _hope(delta=False)),
+    "w/o momentum": ("hope", _hope(momentum=False)),
+    "w/o weight decay": ("hope", _hope(retention=False)),
+    "w/o CMS": ("hope", _hope() | {"cms": NO_CMS}),
+    "w/o inner-projection k": ("hope", _hope(**_without("k"))),
+    "w/o inner-projection v": ("hope", _hope(**_without("v"))),
+    "w/o inner-projection q": ("hope", _hope(**_without("q"))),
+    "static projections": ("hope", _hope(adaptive=[])),
+    "given values": ("hope", _hope(self_values=False)),
+    "default": ("default", _default()),
+    "default, static projections": ("default", _default(adaptive=[])),
+    "default, given values": ("default", _default(self_values=False)),
+    "default, trained without writes": ("default", _default()),
+    "nested": ("nested", _default() | NESTED),
+    "nested, by gradient": ("nested", _default() | NESTED | {"cms_transfer_by": "gradient"}),
+    "nested, sequential": ("nested", _default() | NESTED | {"cms_variant": "sequential"}),
 }
 PUBLISHED = {
     "hope": 12.24, "w/o DGD": 13.41, "w/o momentum": 13.58, "w/o weight decay": 13.71, "w/o CMS": 13.04,
@@ -115,7 +122,7 @@ def build(row: str, seed: int, options: argparse.Namespace) -> HopeForCausalLM:
     def fresh(fields: dict[str, Any]) -> HopeForCausalLM:
         torch.manual_seed(seed)
         sizes: dict[str, Any] = {"hidden_size": options.width, "num_attention_heads": options.heads}
-        sizes |= {"num_hidden_layers": options.layers, "conv_size": options.conv_size}
+        sizes["num_hidden_layers"] = options.layers
         first = options.vocabulary - 3
         sizes |= {
             "vocab_size": options.vocabulary,
@@ -124,9 +131,15 @@ def build(row: str, seed: int, options: argparse.Namespace) -> HopeForCausalLM:
             "pad_token_id": first + 2,
             "reset_token_id": first,
         }
-        sizes |= {"initializer_range": options.initializer_range, "memory_chunk_size": options.chunk}
-        sizes["projection_chunk_size"] = options.projection_chunk
-        return HopeForCausalLM(HopeConfig(**(COMMON | sizes | fields)))
+        sizes["initializer_range"] = options.initializer_range
+        mixer = {
+            "type": "self_modifying",
+            "expansion": 2,
+            "chunk_size": options.chunk,
+            "projection_chunk_size": options.projection_chunk,
+            "conv_size": options.conv_size,
+        }
+        return HopeForCausalLM(HopeConfig(**(COMMON | sizes | fields | {"mixer": mixer | fields["mixer"]})))
 
     base, fields = ROWS[row]
     model, shared = fresh(fields), dict(fresh(ROWS[base][1]).named_parameters())

@@ -2,7 +2,7 @@
 
     python benchmarks/learning_rate_grid.py
     python benchmarks/learning_rate_grid.py --presets hope-tiny transformer-tiny --rates 1e-3 2e-3 4e-3 --steps 200
-    python benchmarks/learning_rate_grid.py --presets hope-tiny --fields '{"conv_size": 1}'
+    python benchmarks/learning_rate_grid.py --presets hope-tiny --fields '{"mixer": {"conv_size": 1}}'
 
 Each run has a whole cosine schedule of its own. Finished runs in --out are not repeated, so the command can be
 stopped and started again; the table is printed after every run.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def parse() -> argparse.Namespace:
 
 def run(preset: str, rate: float, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Held-out bits per byte of one run, infinite if it was no longer finite."""
-    suffix = "".join(f"-{name}-{value}" for name, value in sorted(options.fields.items()))
+    suffix = re.sub(r"[^\w.]+", "-", json.dumps(options.fields, sort_keys=True)).rstrip("-")
     folder = options.out / f"{preset}{suffix}-{rate:g}-{options.steps}"
     if not (folder / "model.safetensors").exists():
         config = TrainConfig(

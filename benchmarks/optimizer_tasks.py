@@ -136,7 +136,8 @@ def source_text() -> tuple[Tensor, Tensor]:
 
 def language_model() -> nn.Module:
     """A Transformer of 3.1 million parameters."""
-    layers = {"mixer": "attention", "num_hidden_layers": 6, "hidden_size": 224, "num_attention_heads": 7}
+    mixer = {"type": "attention", "conv_size": 4}
+    layers = {"mixer": mixer, "num_hidden_layers": 6, "hidden_size": 224, "num_attention_heads": 7}
     ends = {"vocab_size": VOCABULARY, "bos_token_id": 1021, "eos_token_id": 1022, "pad_token_id": 1023}
     cms = [{"period": None, "expansion": 8 / 3}]
     return HopeForCausalLM(HopeConfig(**layers, **ends, cms=cms, reset_token_id=1021, tie_word_embeddings=True))

@@ -26,7 +26,7 @@ from nestlearn.evals.bench.suites import find_suite
 from nestlearn.evals.bench.training import train_cell
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "formal-boundaries.jsonl"
-CHUNKS = "hope-normalized:memory_chunk_size=16:projection_chunk_size=32"
+CHUNKS = "hope-normalized:chunk_size=16:projection_chunk_size=32"
 MIXERS = (CHUNKS, f"{CHUNKS}:adaptive=", f"{CHUNKS}:conv_size=0", f"{CHUNKS}:conv_size=0:adaptive=", "hope-normalized",
           "hope-normalized:conv_size=0")  # fmt: skip
 

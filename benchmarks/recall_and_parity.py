@@ -26,12 +26,12 @@ from nestlearn.models import HopeConfig, HopeForCausalLM
 
 # On parity the first map takes steps up to 2 on unit keys (eigenvalues down to -1), the second stays proximal.
 STATE_TRACKING = {"step_size": "normalized", "max_step": 2.0}
-SELF_MODIFYING = {"memory_expansion": 2, "memory_chunk_size": 16, "projection_chunk_size": 32}
+SELF_MODIFYING = {"type": "self_modifying", "expansion": 2, "chunk_size": 16, "projection_chunk_size": 32}
 MIXERS: dict[str, dict[str, Any]] = {
-    "hope": {"mixer": "self_modifying_titans", **SELF_MODIFYING},
-    "static": {"mixer": "self_modifying_titans", "adaptive": [], **SELF_MODIFYING},
-    "deltanet": {"mixer": "deltanet"},
-    "attention": {"mixer": "attention"},
+    "hope": SELF_MODIFYING,
+    "static": SELF_MODIFYING | {"adaptive": []},
+    "deltanet": {"type": "memory", "memory": "deltanet"},
+    "attention": {"type": "attention", "conv_size": 4},
 }
 
 
@@ -71,7 +71,7 @@ class Outcome:
 def build(task: str, mixer: str) -> HopeForCausalLM:
     """The 2-layer, width-32 model of a mixer."""
     settings = dict(MIXERS[mixer])
-    if task == "parity" and settings["mixer"] == "self_modifying_titans":
+    if task == "parity" and settings["type"] == "self_modifying":
         settings |= STATE_TRACKING
     config = HopeConfig(
         vocab_size=RECIPES[task].vocabulary,
@@ -81,7 +81,7 @@ def build(task: str, mixer: str) -> HopeForCausalLM:
         cms=[{"period": None, "expansion": 4}],
         ffn_activation="gelu",
         initializer_range=RECIPES[task].initializer_range,
-        **settings,
+        mixer=settings,
     )
     return HopeForCausalLM(config)
 

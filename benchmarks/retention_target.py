@@ -40,8 +40,8 @@ def train(target: str, text: Tensor, steps: int, seed: int) -> HopeForCausalLM:
     torch.manual_seed(seed)
     levels = [{"period": 64, "expansion": 1}, {"period": 128, "expansion": 1}, {"expansion": 2}]
     config = HopeConfig.from_preset(
-        "hope-paper", vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, memory_chunk_size=16,
-        projection_chunk_size=64, memory_retain_to=target, cms=levels, initializer_range=0.05,
+        "hope-paper", vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, cms=levels,
+        mixer={"chunk_size": 16, "projection_chunk_size": 64, "retain_to": target}, initializer_range=0.05,
     )  # fmt: skip
     model = HopeForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

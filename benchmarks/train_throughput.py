@@ -30,10 +30,10 @@ SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "
          "tie_word_embeddings": False, "reset_token_id": None, "bos_token_id": None, "eos_token_id": None,
          "pad_token_id": None}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "hope": {"preset": "hope-tiny", "memory_expansion": 2, "projection_chunk_size": 256, "cms": FROZEN},
+    "hope": {"preset": "hope-tiny", "mixer": {"expansion": 2, "projection_chunk_size": 256}, "cms": FROZEN},
     "hope, preset CMS and expansion": {"preset": "hope-tiny"},
-    "titans": {"preset": "titans-tiny", "memory_expansion": 2, "cms": FROZEN},
-    "deltanet": {"preset": "transformer-tiny", "mixer": "deltanet", "conv_size": 4, "cms": FROZEN},
+    "titans": {"preset": "titans-tiny", "mixer": {"expansion": 2}, "cms": FROZEN},
+    "deltanet": {"preset": "titans-tiny", "mixer": {"memory": "deltanet"}, "cms": FROZEN},
     "transformer": {"preset": "transformer-tiny", "cms": FROZEN},
 }
 BASELINE = "transformer"

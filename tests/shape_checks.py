@@ -38,16 +38,10 @@ def check_memories() -> None:
 
 def check_models() -> None:
     """One layer of each kind of mixer: loss, gradient and generation."""
-    small = {
-        "num_hidden_layers": 1,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "segment_length": 8,
-        "local_windows": [16],
-    }
-    titans = [{"mixer": mixer} for mixer in ("titans", "titans_mac", "titans_mag", "titans_mal", "tnt")]
-    for fields in ({"mixer": "self_modifying_titans"}, *titans, {"mixer": "attention"}):
-        config = nestlearn.HopeConfig.from_preset("hope-tiny", **(small | fields))
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    mixers = ({"type": "titans_mac", "segment_length": 8}, {"type": "tnt", "local_windows": [16]})
+    for mixer in ("self_modifying", "memory", *mixers, "titans_mag", "titans_mal", "attention"):
+        config = nestlearn.HopeConfig.from_preset("hope-tiny", **small, mixer=mixer)
         model = nestlearn.HopeForCausalLM(config)
         ids = torch.randint(0, 200, (2, 20))
         model(ids, labels=ids).loss.backward()

@@ -82,7 +82,7 @@ def test_train_generate_eval_info(capsys: pytest.CaptureFixture[str], corpus: st
 
     code, text, err = run(capsys, "info", out, "--json", "--context-length", "64")
     facts = json.loads(text)
-    assert code == 0 and facts["mixers"] == ["self_modifying_titans"], err
+    assert code == 0 and facts["mixers"] == ["self_modifying"], err
     assert facts["training_flops_per_token"] == 3 * facts["forward_flops_per_token"] > 0
     assert facts["weight_bytes"] == 4 * facts["parameters"]
     assert facts["state_bytes_per_row"] > 0 and facts["activation_bytes"] > 0
@@ -155,7 +155,7 @@ def test_dry_run_prints_every_setting_and_writes_nothing(
     settings = json.loads(text)
     assert code == 0, err
     assert settings["train"]["steps"] == 11 and settings["train"]["preset"] == "transformer-tiny"
-    assert settings["model"]["hidden_size"] == 64 and settings["model"]["mixer"] == "attention"
+    assert settings["model"]["hidden_size"] == 64 and settings["model"]["mixer"]["type"] == "attention"
     assert settings["trainer"] == {"report_to": "tensorboard"}
     assert not (tmp_path / "run").exists()
 
@@ -167,7 +167,7 @@ def test_dry_run_prints_every_setting_and_writes_nothing(
         (["train", "--hiden-size", "3"], "Did you mean hidden_size"),
         (["train", "--mixer", "atention"], "attention"),
         (["train", "--hidden-size", "30"], "not divisible"),
-        (["train", "--memory-chunk-size", "0"], "memory_chunk_size"),
+        (["train", "--mixer.chunk-size", "0"], "chunk_size=0"),
         (["train", "--sequence-length", "0"], "sequence_length=0 must be an integer of at least 2"),
         (["train", "--corpus", "text:/nonexistent"], "does not exist"),
         (["train", "--corpus", "pythondocs"], "python-docs"),

@@ -45,8 +45,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = HopeConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer="self_modifying_titans", memory_chunk_size=8,
-        projection_chunk_size=64, reset_token_id=256, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        mixer={"type": "self_modifying", "chunk_size": 8, "projection_chunk_size": 64},
+        reset_token_id=256, bos_token_id=256, eos_token_id=257, pad_token_id=258,
     )  # fmt: skip
     HopeForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Type and range of a configuration's fields, checked by their declarations.
 
 A field is declared by its annotation: ``int``, ``float``, ``bool``, ``str``, ``None``, ``Literal[...]``, unions, lists,
-tuples and dicts of them. ``Annotated[int, Between(1, 8)]`` adds a range. Checks are strict: a bool is no number, a
-float is no integer, NaN and infinity are no numbers, and the string ``"no"`` is no bool.
+tuples and dicts of them, or a class, whose instances fit. ``Annotated[int, Between(1, 8)]`` adds a range. Checks are
+strict: a bool is no number, a float is no integer, NaN and infinity are no numbers, and the string ``"no"`` is no bool.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 LARGEST = 2**31 - 1
 """Largest size that a field can have: torch indexes a dimension of this length with 32 bits."""
@@ -56,6 +56,8 @@ class Between:
             parts.append(f"{'below' if self.open in ('high', 'both') else 'at most'} {limit}")
         return " and ".join(parts)
 
+
+Made = TypeVar("Made")
 
 Size = Annotated[int, Between(1, LARGEST)]
 Count = Annotated[int, Between(0, LARGEST)]
@@ -117,6 +119,25 @@ def check_fields(config: object, cls: type | None = None, where: str = "") -> No
             check_value(f"{where}{name}", getattr(config, name), declared)
 
 
+def from_mapping(cls: Callable[..., Made], values: Mapping[str, Any], kind: str) -> Made:
+    """The dataclass ``cls`` with these fields.
+
+    Raises:
+        ValueError: a name that is no field of the class (``kind`` says what it should be), or what the class refuses.
+
+    Example:
+        >>> from_mapping(Between, {"hihg": 1}, "field of a range")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown field of a range 'hihg'. Did you mean 'high'?
+    """
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    return cls(**values)
+
+
 def check_value(name: str, value: object, declared: Any) -> None:
     """Raise ValueError unless the value is what the annotation ``declared`` says.
 
@@ -153,7 +174,9 @@ def _fits(value: object, declared: Any) -> bool:
     if origin is dict:
         pairs = value.items() if isinstance(value, dict) else [(None, None)]
         return isinstance(value, dict) and all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in pairs)
-    return _PLAIN[declared](value)
+    if declared in _PLAIN:
+        return _PLAIN[declared](value)
+    return isinstance(value, declared)
 
 
 def _is_number(value: object) -> bool:
@@ -199,4 +222,4 @@ def _described(declared: Any) -> str:
         return f"a list with each item {_described(parts[0])}"
     if origin is dict:
         return f"a mapping from {_described(parts[0])} to {_described(parts[1])}"
-    return _NAMES[declared]
+    return _NAMES.get(declared) or f"of the class {declared.__name__}"

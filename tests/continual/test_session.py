@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.mixers import SMALL
 from torch.nn import functional as F
 from transformers import AddedToken, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -54,8 +55,8 @@ def model():
 def hope():
     torch.manual_seed(0)
     config = HopeConfig(
-        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, memory_expansion=2,
-        memory_chunk_size=4, projection_chunk_size=8, initializer_range=0.3,
+        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        mixer=SMALL["self_modifying"], initializer_range=0.3,
     )  # fmt: skip
     return HopeForCausalLM(config).eval()
 
@@ -257,8 +258,8 @@ def recorded_prompts(model, monkeypatch):
 def resetting_hope():
     torch.manual_seed(0)
     config = HopeConfig(
-        vocab_size=261, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, memory_expansion=2,
-        memory_chunk_size=4, projection_chunk_size=8, initializer_range=0.3, reset_token_id=256,
+        vocab_size=261, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        mixer=SMALL["self_modifying"], initializer_range=0.3, reset_token_id=256,
     )  # fmt: skip
     return HopeForCausalLM(config).eval()
 

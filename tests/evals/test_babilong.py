@@ -137,7 +137,7 @@ def test_foreign_files_are_refused(babi: Path):
 def test_models_are_scored_by_length(babi: Path, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     model = HopeForCausalLM(
-        HopeConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer="self_modifying_titans",
+        HopeConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer="self_modifying",
                    bos_token_id=256, eos_token_id=257, pad_token_id=258)
     )  # fmt: skip
     options = {"babi": babi, "book": BOOK, "lengths": (0, 300), "n": 3}

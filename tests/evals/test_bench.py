@@ -90,7 +90,7 @@ def test_models_of_a_suite_have_equal_numbers_of_parameters(suite: str) -> None:
 def test_projections_write_within_the_sequences_of_mad() -> None:
     """Otherwise hope would be compared with its projections static: compression and memorization have 32 tokens."""
     for recipe in find_suite("mad").recipes:
-        assert recipe.model["projection_chunk_size"] < recipe.task.config()["length"]
+        assert recipe.mixer["projection_chunk_size"] < recipe.task.config()["length"]
 
 
 def test_a_state_is_tracked_in_one_chunk() -> None:
@@ -98,18 +98,31 @@ def test_a_state_is_tracked_in_one_chunk() -> None:
     tracking = [*find_suite("formal").select(["parity", "aa", "abab", "shuffle2"]), *find_suite("tracking").recipes]
     for recipe in tracking:
         longest = max(split.value for split in recipe.task.splits)
-        assert min(recipe.model["memory_chunk_size"], recipe.model["projection_chunk_size"]) >= longest
+        assert min(recipe.mixer["chunk_size"], recipe.mixer["projection_chunk_size"]) >= longest
 
 
 def test_mixer_tokens_change_fields() -> None:
-    assert mixer_fields("hope:adaptive=k+v:max_step=1.5:step_size=raw") == {
-        "mixer": "self_modifying_titans", "adaptive": ["k", "v"], "max_step": 1.5, "step_size": "raw",
+    assert mixer_fields("hope:adaptive=k+v:max_step=1.5:step_size=raw:hidden_size=8") == {
+        "mixer": {"type": "self_modifying", "adaptive": ["k", "v"], "max_step": 1.5, "step_size": "raw"},
+        "hidden_size": 8,
+    }
+    assert mixer_fields("hope:adaptive=")["mixer"]["adaptive"] == []
+    assert mixer_fields("titans:chunk_size=8:output_gate=true:max_step=none") == {
+        "mixer": {"type": "memory", "memory": "titans", "chunk_size": 8, "output_gate": True, "max_step": None},
+    }
+    assert mixer_fields("deltanet-negative") == {"mixer": {"type": "memory", "memory": "deltanet", "max_step": 2.0}}
+
+
+def test_fields_for_all_mixers_reach_those_that_have_them() -> None:
+    shared = {"chunk_size": 8, "projection_chunk_size": 16}
+    assert mixer_fields("hope:chunk_size=4", shared)["mixer"] == {
+        "type": "self_modifying", "chunk_size": 4, "projection_chunk_size": 16,
     }  # fmt: skip
-    assert mixer_fields("hope:adaptive=")["adaptive"] == []
-    assert mixer_fields("titans:memory_chunk_size=8:memory_delta=false:max_step=none") == {
-        "mixer": "titans", "memory_chunk_size": 8, "memory_delta": False, "max_step": None,
-    }  # fmt: skip
-    assert mixer_fields("deltanet-negative") == {"mixer": "deltanet", "max_step": 2.0}
+    assert mixer_fields("titans", shared)["mixer"] == {"type": "memory", "memory": "titans", "chunk_size": 8}
+    assert mixer_fields("transformer", shared)["mixer"] == {"type": "attention"}
+
+
+def test_wrong_mixer_tokens_are_refused() -> None:
     for token, message in (
         ("delatnet", "deltanet"),
         ("hope:adaptiv=k", "adaptive"),

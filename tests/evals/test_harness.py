@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tests.mixers import SMALL
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import byte_tokenizer
@@ -25,12 +26,12 @@ RULER = Path(lm_eval.__file__).parent / "tasks" / "ruler"
 SENTENCES = ["the cat sat on the mat", "a dog ran to the old house", "we read it again", "so it was, at last, over"]
 
 
-def make_model(mixer: str = "self_modifying_titans", **fields) -> HopeForCausalLM:
+def make_model(mixer: str = "self_modifying", **options) -> HopeForCausalLM:
     torch.manual_seed(0)
     config = HopeConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=mixer, memory_chunk_size=8,
-        projection_chunk_size=16, reset_token_id=BOS, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-        initializer_range=0.3, **fields,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=SMALL[mixer] | options,
+        reset_token_id=BOS, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+        initializer_range=0.3,
     )  # fmt: skip
     return HopeForCausalLM(config).double().eval()
 
@@ -83,7 +84,7 @@ def _caches_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("mixer", ["self_modifying_titans", "titans", "attention"])
+@pytest.mark.parametrize("mixer", ["self_modifying", "titans", "attention"])
 def test_scores_in_a_batch_equal_a_plain_loop(mixer: str):
     model = make_model(mixer)
     pairs = [(text[:cut], text[cut:]) for text in SENTENCES for cut in (1, 7, 14)]
@@ -95,7 +96,7 @@ def test_scores_in_a_batch_equal_a_plain_loop(mixer: str):
         assert log_probability == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("mixer", ["self_modifying_titans", "titans", "attention"])
+@pytest.mark.parametrize("mixer", ["self_modifying", "titans", "attention"])
 def test_left_padded_prompts_are_answered_as_alone(mixer: str):
     model = make_model(mixer)
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}

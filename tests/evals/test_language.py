@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.mixers import SMALL
 
 from nestlearn import HopeCache, HopeConfig, HopeForCausalLM
 from nestlearn.data import Document, byte_tokenizer
@@ -16,12 +17,12 @@ from nestlearn.models import generate_texts
 TOKENIZER = byte_tokenizer()
 
 
-def make_model(mixer: str = "self_modifying_titans", **fields) -> HopeForCausalLM:
+def make_model(mixer: str = "self_modifying", **options) -> HopeForCausalLM:
     torch.manual_seed(0)
     config = HopeConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=mixer, memory_chunk_size=8,
-        projection_chunk_size=16, reset_token_id=256, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-        initializer_range=0.3, **fields,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=SMALL[mixer] | options,
+        reset_token_id=256, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        initializer_range=0.3,
     )  # fmt: skip
     return HopeForCausalLM(config).double().eval()
 
@@ -46,7 +47,7 @@ def plain_bits(model: HopeForCausalLM, documents: list[Document], context: int) 
     return nats / math.log(2) / size
 
 
-@pytest.mark.parametrize("mixer", ["self_modifying_titans", "attention"])
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
 def test_bits_per_byte_equals_a_plain_loop(mixer: str):
     model, documents = make_model(mixer), corpus(5, 40, 23, 70)
     result = bits_per_byte(model, TOKENIZER, documents, context=16, batch_size=3)
@@ -69,7 +70,7 @@ def test_training_mode_is_restored():
     assert model.training
 
 
-@pytest.mark.parametrize("mixer", ["self_modifying_titans", "attention"])
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
 def test_segments_equal_one_reading(mixer: str):
     model = make_model(mixer)
     tokens = torch.randint(0, 256, (2, 41), generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.mixers import SMALL
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import byte_tokenizer
@@ -22,8 +23,8 @@ SHAPES = {"numbers": r"\d{7}", "uuids": UUID, "words": r"[a-z]+-[a-z]+"}
 def make_model(mixer: str) -> HopeForCausalLM:
     torch.manual_seed(0)
     config = HopeConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=mixer, memory_chunk_size=8,
-        projection_chunk_size=16, reset_token_id=256, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=SMALL[mixer],
+        reset_token_id=256, bos_token_id=256, eos_token_id=257, pad_token_id=258,
         initializer_range=0.3,
     )  # fmt: skip
     return HopeForCausalLM(config).double().eval()
@@ -130,7 +131,7 @@ def test_real_books(shared_data: Path):
     assert "White Rabbit" in sample.prompt and sample.tokens > 7000
 
 
-@pytest.mark.parametrize("mixer", ["self_modifying_titans", "attention"])
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
 def test_answers_in_a_batch_are_those_of_each_prompt_alone(mixer: str, monkeypatch: pytest.MonkeyPatch):
     model = make_model(mixer)
     prompts = ["the cat sat", "a", "so it was, at last, over and out", "we read"]
@@ -174,7 +175,7 @@ def recalling_generate(ids: torch.Tensor, **_options: object) -> torch.Tensor:
 
 
 def test_an_untrained_model_is_measured():
-    result = evaluate_ruler(make_model("self_modifying_titans"), TOKENIZER, "niah_single_1", lengths=(600,), n=2,
+    result = evaluate_ruler(make_model("self_modifying"), TOKENIZER, "niah_single_1", lengths=(600,), n=2,
                             answer_tokens=8)  # fmt: skip
     assert result.value == 0 and result.stderr == 0 and len(result.details["example"]["references"]) == 1
 

@@ -39,20 +39,26 @@ SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "memory_chunk_size": 4,
-    "projection_chunk_size": 8,
-    "memory_expansion": 2,
     "bos_token_id": START,
     "eos_token_id": None,
     "pad_token_id": 0,
     "reset_token_id": START,
 }
-CONTEXT: dict[str, Any] = {"segment_length": 6, "sliding_window": 5, "persistent_tokens": 2}
-LOCAL: dict[str, Any] = {"local_windows": [4, 8], "local_chunk_sizes": [2, 4], "global_chunk_size": 8}
+MEMORY: dict[str, Any] = {"expansion": 2, "chunk_size": 4}
+MIXERS: dict[str, dict[str, Any]] = {
+    "self_modifying": MEMORY | {"projection_chunk_size": 8},
+    "memory": MEMORY,
+    "attention": {},
+    "titans_mac": MEMORY | {"segment_length": 6, "persistent_tokens": 2},
+    "titans_mag": MEMORY | {"window": 5, "persistent_tokens": 2},
+    "titans_mal": MEMORY | {"window": 5, "persistent_tokens": 2},
+    "tnt": {"expansion": 2, "chunk_size": 8, "local_windows": [4, 8], "local_chunk_sizes": [2, 4]},
+}
 FAST = [{"period": 6, "expansion": 0.5}, {"expansion": 2}]
 RULES = [{"period": 3, "rank": 2, "rule": "momentum"}, {"period": 6, "expansion": 1, "rule": "delta"}, {"expansion": 1}]
 NESTED = [{"period": 3, "expansion": 0.5}, {"period": 6, "expansion": 1, "rule": "momentum"}]
 FROZEN = [{"period": None, "expansion": 3}]
+MIXED = [{"type": "memory", "memory": "deltanet"} | MEMORY, {"type": "attention", "conv_size": 4}]
 
 
 def families() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -60,20 +66,23 @@ def families() -> dict[str, tuple[str, dict[str, Any]]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {
         "hope-tiny": ("hope-tiny", {"cms": FAST}),
         "hope-paper": ("hope-paper", {"cms": RULES}),
-        "hope-normalized": ("hope-tiny", {"cms": FROZEN, "step_size": {"in": "normalized", "out": "proximal"}}),
-        "hope-given-values": ("hope-tiny", {"cms": FROZEN, "memory_self_values": False, "memory_delta": False}),
+        "hope-normalized": (
+            "hope-tiny",
+            {"cms": FROZEN, "mixer": {"step_size": {"in": "normalized", "out": "proximal"}}},
+        ),
+        "hope-given-values": ("hope-tiny", {"cms": FROZEN, "mixer": {"self_values": False, "delta": False}}),
         "hope-attention": ("hope-attention-tiny", {"cms": FAST}),
         "hope-nested": ("hope-attention-tiny", {"cms": NESTED, "cms_variant": "nested"}),
         "hope-independent": ("hope-attention-tiny", {"cms": FAST, "cms_variant": "independent"}),
         "hope-loss": ("hope-attention-tiny", {"cms": FAST, "cms_signal": "loss"}),
         "hope-loss-second": ("hope-attention-tiny", {"cms": FAST, "cms_signal": "loss", "cms_meta": "second"}),
         "transformer": ("transformer-tiny", {"cms": FROZEN}),
-        "sliding": ("transformer-tiny", {"cms": FROZEN, "mixer": "sliding_attention", "sliding_window": 5}),
-        "tnt": ("titans-tiny", {"cms": FROZEN, "mixer": "tnt"} | LOCAL),
-        "mixed": ("hope-tiny", {"cms": FAST, "mixer": ["deltanet", "attention"]}),
+        "sliding": ("transformer-tiny", {"cms": FROZEN, "mixer": {"window": 5}}),
+        "tnt": ("titans-tiny", {"cms": FROZEN, "mixer": {"type": "tnt"}}),
+        "mixed": ("hope-tiny", {"cms": FAST, "mixer": MIXED}),
     }
-    found |= {name: (f"{name}-tiny", {"cms": FROZEN} | CONTEXT) for name in ("titans-mac", "titans-mag", "titans-mal")}
-    return found | {f"memory-{name}": ("titans-tiny", {"cms": FROZEN, "mixer": name}) for name in catalog}
+    found |= {name: (f"{name}-tiny", {"cms": FROZEN}) for name in ("titans-mac", "titans-mag", "titans-mal")}
+    return found | {f"memory-{name}": ("titans-tiny", {"cms": FROZEN, "mixer": {"memory": name}}) for name in catalog}
 
 
 def set_weights(model: nn.Module) -> None:
@@ -93,7 +102,11 @@ def set_weights(model: nn.Module) -> None:
 
 def built(preset: str, fields: dict[str, Any]) -> HopeForCausalLM:
     """The model of a run."""
-    model = HopeForCausalLM(HopeConfig.from_preset(preset, **(SMALL | fields))).double()
+    mixer = fields.get("mixer", {})
+    if isinstance(mixer, dict):
+        kind = mixer.get("type", HopeConfig.from_preset(preset).mixers[0].type)
+        mixer = MIXERS[kind] | mixer
+    model = HopeForCausalLM(HopeConfig.from_preset(preset, **(SMALL | fields | {"mixer": mixer}))).double()
     set_weights(model)
     return model
 

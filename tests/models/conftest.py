@@ -1,10 +1,13 @@
 """A small float64 model of any mixer."""
 
+from dataclasses import fields as fields_of
+
 import pytest
 import torch
+from tests.mixers import SMALL
 
 from nestlearn import HopeConfig, HopeForCausalLM
-from nestlearn.models.config import mixer_names
+from nestlearn.nn import mixer_types
 
 VOCABULARY = 50
 
@@ -21,22 +24,21 @@ def small_config(mixer="attention", **fields):
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "memory_expansion": 2,
-        "memory_chunk_size": 4,
-        "projection_chunk_size": 8,
-        "sliding_window": 4,
-        "segment_length": 4,
-        "persistent_tokens": 2,
-        "local_windows": [4, 8],
-        "local_chunk_sizes": [2, 4],
-        "global_chunk_size": 8,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
         # Large initial weights: every mechanism then has a visible effect on the logits.
         "initializer_range": 0.3,
     }
-    return HopeConfig(**(defaults | {"mixer": mixer} | fields))
+    return HopeConfig(**(defaults | {"mixer": chosen(mixer, fields)} | fields))
+
+
+def chosen(mixer, fields):
+    """The small mixer of a name, with its own fields taken out of ``fields``; a list of names gives a list."""
+    if isinstance(mixer, list):
+        return [chosen(name, dict(fields)) for name in mixer]
+    own = {f.name for f in fields_of(mixer_types()[SMALL[mixer]["type"]])}
+    return SMALL[mixer] | {name: fields.pop(name) for name in own & fields.keys()}
 
 
 @pytest.fixture
@@ -61,6 +63,6 @@ def ids():
     return torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(params=[*mixer_names(), "levels"])
+@pytest.fixture(params=[*SMALL, "levels"])
 def mixer(request):
     return request.param

@@ -13,31 +13,39 @@ from nestlearn.memory import L2, Delta, Momentum
 from nestlearn.models.flops import meta_model
 from nestlearn.nn import CausalAttention, ContinuumMemory, SelfModifyingTitans
 
+FULL_MIXER: dict[str, Any] = {
+    "type": "self_modifying",
+    "expansion": 2,
+    "chunk_size": 4,
+    "projection_chunk_size": 8,
+    "momentum": True,
+    "objective": "l2",
+    "adaptive": ["q", "k", "v", "eta", "alpha"],
+}
 FULL: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "memory_expansion": 2,
-    "memory_chunk_size": 4,
-    "projection_chunk_size": 8,
-    "memory_momentum": True,
-    "memory_objective": "l2",
-    "adaptive": ["q", "k", "v", "eta", "alpha"],
+    "mixer": FULL_MIXER,
     "initializer_range": 0.3,
     "cms": [{"period": 4, "expansion": 1}, {"expansion": 3}],
 }
 
 
+def mixer(**changes: Any) -> dict[str, Any]:
+    return {"mixer": FULL_MIXER | changes}
+
+
 def without(stream: str) -> dict[str, Any]:
-    return {"adaptive": [name for name in FULL["adaptive"] if name != stream]}
+    return mixer(adaptive=[name for name in FULL_MIXER["adaptive"] if name != stream])
 
 
 # Row of NL Table 6: what changes in the configuration, from all mechanisms on.
 TABLE_6: dict[str, dict[str, Any]] = {
-    "w/o DGD": {"memory_delta": False},
-    "w/o momentum": {"memory_momentum": False},
-    "w/o weight decay": {"memory_retention": False},
+    "w/o DGD": mixer(delta=False),
+    "w/o momentum": mixer(momentum=False),
+    "w/o weight decay": mixer(retention=False),
     "w/o CMS": {"cms": [{"period": None, "expansion": 4}]},
     "w/o inner-projection k": without("k"),
     "w/o inner-projection v": without("v"),
@@ -45,13 +53,13 @@ TABLE_6: dict[str, dict[str, Any]] = {
 }
 # Not in the table: values given by the token, and the readings that docs/decisions.md names.
 FURTHER: dict[str, dict[str, Any]] = {
-    "given values": {"memory_self_values": False},
-    "chunk reads": {"memory_read": "chunk"},
-    "retention to zero": {"memory_retain_to": "zero"},
-    "dot product": {"memory_objective": "dot"},
+    "given values": mixer(self_values=False),
+    "chunk reads": mixer(read="chunk"),
+    "retention to zero": mixer(retain_to="zero"),
+    "dot product": mixer(objective="dot"),
     "w/o inner-projection eta": without("eta"),
     "w/o inner-projection alpha": without("alpha"),
-    "static projections": {"adaptive": []},
+    "static projections": mixer(adaptive=[]),
 }
 
 
@@ -104,12 +112,12 @@ def test_each_ablation_learns(name: str, ids: Tensor) -> None:
 
 def test_the_paper_literal_hope_is_as_printed() -> None:
     """L2, delta retention to zero, chunk reads, momentum, self-generated targets, five adaptive streams, 4 levels."""
-    mixer = meta_model(HopeConfig.from_preset("hope-paper")).model.layers[0].mixer
-    assert isinstance(mixer, SelfModifyingTitans)
-    memory = mixer.memory
+    layer = meta_model(HopeConfig.from_preset("hope-paper")).model.layers[0].mixer
+    assert isinstance(layer, SelfModifyingTitans)
+    memory = layer.memory
     assert (memory.objective, memory.retention, memory.algorithm) == (L2(), Delta(), Momentum())
-    assert (memory.read, memory.retain_to, mixer.self_values) == ("chunk", "zero", True)
-    assert mixer.adaptive == ("q", "k", "v", "eta", "alpha")
+    assert (memory.read, memory.retain_to, layer.self_values) == ("chunk", "zero", True)
+    assert layer.adaptive == ("q", "k", "v", "eta", "alpha")
     periods = [level["period"] for level in HopeConfig.from_preset("hope-paper").cms]
     assert periods == [512, 2048, 8192, 32768]
 

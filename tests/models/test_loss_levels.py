@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tests.mixers import SMALL
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestlearn import HopeCache, HopeForCausalLM, flops
 from nestlearn.memory import newton_schulz
-from nestlearn.models.config import mixer_names
 from nestlearn.models.modeling import HopeModel
 from nestlearn.nn.cms.loss import LossLevel
 
@@ -198,7 +198,7 @@ def test_equals_the_token_loop_with_all_outer_gradients(make, ids, system, meta)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("mixer", ["attention", "self_modifying_titans", "titans", "titans_mag"])
+@pytest.mark.parametrize("mixer", ["attention", "self_modifying", "titans", "titans_mag"])
 def test_second_order_gradients_are_those_of_finite_differences(make, ids, mixer):
     """Through attention, and through the memories' own fused gradients, differentiated twice."""
     model = make("three", mixer, conv_size=2, num_hidden_layers=1)
@@ -251,7 +251,7 @@ def test_any_split_equals_one_call(make, ids, system, mode):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("mixer", ["attention", "sliding_attention", "self_modifying_titans"])
+@pytest.mark.parametrize("mixer", ["attention", "sliding_attention", "self_modifying"])
 def test_padding_phases_and_resets_equal_separate_runs(make, ids, system, mixer):
     model = make(system, mixer, num_hidden_layers=1, conv_size=2)
     lengths, more = (14, 5, 11), ids.flip(1)[:, :8]
@@ -284,7 +284,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("where", REAL)
-@pytest.mark.parametrize("mixer", mixer_names())
+@pytest.mark.parametrize("mixer", SMALL)
 def test_columns_in_which_every_row_is_padding(make, ids, mixer, where):
     """Logits, and what a cache has learned, are those of the text alone."""
     model, more = make("three", mixer, num_hidden_layers=1), ids.flip(1)[:2, :5]

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.mixers import ATTENTION, SMALL
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nestlearn import HopeCache, HopeConfig, HopeForCausalLM
-from nestlearn.models.config import ATTENTION_MIXERS, mixer_names
 from nestlearn.nn.state import flatten_state
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
@@ -199,7 +199,7 @@ def test_half_precision_weights_and_autocast(build, ids, mixer, tmp_path):
         assert all(p.grad.isfinite().all() for p in model.parameters())
     for cache in (output.past_key_values, cast.past_key_values):
         weights = [x for name, x in flatten_state(cache.layers[0])[0].items() if ".params." in name]
-        assert {x.dtype for x in weights} == ({torch.float32} if mixer not in ATTENTION_MIXERS else set())
+        assert {x.dtype for x in weights} == ({torch.float32} if mixer not in ATTENTION else set())
 
 
 def test_tied_embeddings_are_one_parameter(build, tmp_path):
@@ -235,10 +235,7 @@ def test_missing_weights_get_their_own_initial_values(build, mixer, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     "mixer",
-    [
-        name if name == "attention" else pytest.param(name, marks=pytest.mark.slow)
-        for name in [*mixer_names(), "levels"]
-    ],
+    [name if name == "attention" else pytest.param(name, marks=pytest.mark.slow) for name in [*SMALL, "levels"]],
 )
 def test_compiled_model_has_no_graph_break(build, ids, mixer):
     torch._dynamo.reset()
@@ -279,7 +276,7 @@ def test_hidden_states_are_those_between_the_blocks(build, ids, mixer):
         torch.testing.assert_close(model.model.norm(model.model.layers[1](states[1])[0]), states[2], **CLOSE)
 
 
-@pytest.mark.parametrize("mixers", [["attention", "attention"], ["attention", "titans"]])
+@pytest.mark.parametrize("mixers", [["attention", "attention"], ["attention", "tnt"]])
 def test_attention_weights_are_refused_by_name(build, ids, mixers):
     model = build(mixers).eval()
     with pytest.raises(ValueError, match=f"{mixers[-1]}\\) return no attention weights"):
@@ -347,7 +344,7 @@ def test_bad_input(build, arguments, message):
 def test_a_cache_of_another_model_or_batch_is_refused(build, ids):
     cache = HopeCache()
     build()(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="rope_theta"):
+    with pytest.raises(ValueError, match=r"mixer.rope_theta \(cache 10000.0, model 500.0\)"):
         build(rope_theta=500.0)(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="3 rows"):
         build()(ids[:2], past_key_values=cache)

@@ -104,7 +104,7 @@ def test_documented_bytes_per_row(name):
     assert row in (ROOT / "docs" / "presets.md").read_text().splitlines()
 
 
-@pytest.mark.parametrize("mixer", ["attention", "titans", ["attention", "titans"]])
+@pytest.mark.parametrize("mixer", ["attention", "memory", ["attention", "memory"]])
 def test_bytes_per_row_are_those_of_a_cache(mixer):
     config = HopeConfig(mixer=mixer, num_hidden_layers=2, cms=[{"period": 8, "rank": 2, "rule": "momentum"}, {}])
     model, cache = HopeForCausalLM(config).eval(), HopeCache()
@@ -116,7 +116,7 @@ def test_bytes_per_row_are_those_of_a_cache(mixer):
     assert size.levels == held[0]
     # Three copies of 2 (in + out) numbers for the three maps of both layers, and a position.
     assert size.levels == 2 * (3 * 4 * 2 * 3 * (128 + 344) + 8)
-    if "titans" not in mixer:
+    if "memory" not in mixer:
         assert size.mixers + 9 * size.per_token == held[1]
 
 
@@ -124,7 +124,7 @@ def test_bytes_per_row_are_those_of_a_cache(mixer):
 def test_only_attention_costs_more_in_a_longer_context(name):
     config = HopeConfig.from_preset(name)
     short, long = flops(config, 4096), flops(config, 8192)
-    assert (long > 1.05 * short) == ("attention" in config.mixers)
+    assert (long > 1.05 * short) == (config.mixers[0].stored_tokens is None)
     # Every slow weight but the embedding is used once per token.
     assert short > 2 * (PARAMETERS[name] - config.vocab_size * config.hidden_size)
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nestlearn.nn import CausalAttention, MemoryAsGate, MemoryAsLayer
+from nestlearn.nn import AttentionConfig, TitansMAGConfig, TitansMALConfig
 from nestlearn.nn.attention import document_positions, rotate
 
 D, HEADS = 16, 2
@@ -15,7 +15,7 @@ D, HEADS = 16, 2
 
 def layer(window=None, conv_size=0, persistent=0):
     torch.manual_seed(0)
-    return CausalAttention(D, HEADS, window, conv_size=conv_size, persistent_tokens=persistent).double()
+    return AttentionConfig(window=window, conv_size=conv_size, persistent_tokens=persistent).build(D, HEADS).double()
 
 
 def turned(x, position, theta=10000.0):
@@ -94,18 +94,22 @@ def test_flops_are_those_of_a_transformer_layer():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("options", "message"),
     [
-        ({"d_model": 16, "num_heads": 3}, "divisible"),
-        ({"d_model": 6, "num_heads": 2}, "even"),
-        ({"d_model": 16, "num_heads": 2, "window": 0}, "window"),
-        ({"d_model": 16, "num_heads": 2, "conv_size": -1}, "conv_size"),
-        ({"d_model": 16, "num_heads": 2, "persistent_tokens": -1}, "persistent_tokens"),
+        ({"window": 0}, "window"),
+        ({"conv_size": -1}, "conv_size"),
+        ({"persistent_tokens": -1}, "persistent_tokens"),
     ],
 )
+def test_impossible_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**options)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [((16, 3), "divisible"), ((6, 2), "even")])
 def test_impossible_sizes(sizes, message):
     with pytest.raises(ValueError, match=message):
-        CausalAttention(**sizes)
+        AttentionConfig().build(*sizes)
 
 
 def masked_form(attention, x, mask, reset, window):
@@ -188,10 +192,10 @@ def in_memory(make, time):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: CausalAttention(D, HEADS, window=8),
-        lambda: CausalAttention(D, HEADS, window=8, persistent_tokens=2),
-        lambda: MemoryAsGate(D, HEADS, "deltanet", window=8),
-        lambda: MemoryAsLayer(D, HEADS, "deltanet", window=8),
+        lambda: AttentionConfig(window=8).build(D, HEADS),
+        lambda: AttentionConfig(window=8, persistent_tokens=2).build(D, HEADS),
+        lambda: TitansMAGConfig("deltanet", window=8).build(D, HEADS),
+        lambda: TitansMALConfig("deltanet", window=8).build(D, HEADS),
     ],
     ids=["attention", "persistent", "titans_mag", "titans_mal"],
 )

@@ -32,7 +32,7 @@ from nestlearn.memory import (
     scan,
 )
 from nestlearn.models import HopeConfig, HopeForCausalLM
-from nestlearn.nn import MemoryMixer
+from nestlearn.nn import MemoryMixer, MemoryMixerConfig
 from nestlearn.nn.common import unit
 from nestlearn.nn.state import flatten_state, unflatten_state
 
@@ -56,7 +56,7 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def make(name: str, **options) -> MemoryMixer:
-    layer = MemoryMixer(8, 2, MEMORIES[name], chunk_size=4, **options).double()
+    layer = MemoryMixerConfig(MEMORIES[name], chunk_size=4, **options).build(8, 2).double()
     assert layer.gates is not None
     with torch.no_grad():
         layer.gates.weight.normal_(0, 1)
@@ -114,7 +114,7 @@ def test_every_parameter_gets_an_outer_gradient(name: str):
 
 @pytest.mark.parametrize("name", ["moneta", "yaad", "memora"])
 def test_writes_off_reads_initial_weights_of_the_usual_scale(name: str):
-    layer = MemoryMixer(32, 2, name)
+    layer = MemoryMixerConfig(name).build(32, 2)
     assert layer.initial is not None
     for map_name, a in layer.initial.items():
         weights = layer.memory.retention.anchored(a)
@@ -141,7 +141,7 @@ def test_gates_of_a_layer_with_thresholds_and_channels():
 @pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
 def test_finite_at_saturated_gates(name: str, kind: str):
     for mode, scale in (("open", 1.0), ("mixed", 1e4)):
-        assert_finite(saturated(MemoryMixer(8, 1, MEMORIES[name]), mode), inputs(kind, 1024, scale))
+        assert_finite(saturated(MemoryMixerConfig(MEMORIES[name]).build(8, 1), mode), inputs(kind, 1024, scale))
 
 
 @pytest.mark.slow
@@ -149,12 +149,12 @@ def test_finite_at_saturated_gates(name: str, kind: str):
 @pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
 def test_finite_at_saturated_gates_over_a_long_sequence(name: str, kind: str):
     for mode, scale in (("open", 1.0), ("mixed", 1e2)):
-        assert_finite(saturated(MemoryMixer(8, 1, MEMORIES[name]), mode), inputs(kind, 32768, scale))
+        assert_finite(saturated(MemoryMixerConfig(MEMORIES[name]).build(8, 1), mode), inputs(kind, 32768, scale))
 
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_finite_in_small_chunks(name: str):
-    layer = saturated(MemoryMixer(8, 1, MEMORIES[name], chunk_size=4), "open")
+    layer = saturated(MemoryMixerConfig(MEMORIES[name], chunk_size=4).build(8, 1), "open")
     assert_finite(layer, inputs("alternating", 256, 1.0))
 
 
@@ -171,8 +171,9 @@ def test_a_model_learns(name: str):
     """A few steps of training lower the loss of a small language model with this mixer."""
     torch.manual_seed(0)
     config = HopeConfig(
-        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=name, memory_chunk_size=4
-    )
+        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        mixer={"type": "memory", "memory": name, "chunk_size": 4},
+    )  # fmt: skip
     model = HopeForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -192,7 +193,7 @@ def test_a_model_learns(name: str):
 def test_a_layer_recalls_better_with_training(name: str):
     """The layer alone, trained to answer a repeated key with its value: the error falls."""
     torch.manual_seed(0)
-    layer = MemoryMixer(16, 1, MEMORIES[name], chunk_size=4, learn_initial=True)
+    layer = MemoryMixerConfig(MEMORIES[name], chunk_size=4, learn_initial=True).build(16, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     values = unit(torch.randn(12, 16))
     errors = []
@@ -243,9 +244,9 @@ class SteepTenfold(Tenfold):
 
 def test_an_objective_or_retention_that_states_no_steepness_is_refused():
     with pytest.raises(ValueError, match=r"Quartic\(\) does not state its steepness.*steepness\(width, reach\)"):
-        MemoryMixer(8, 2, AssociativeMemory(objective=Quartic()))
+        MemoryMixerConfig(AssociativeMemory(objective=Quartic())).build(8, 2)
     with pytest.raises(ValueError, match=r"Tenfold\(\) does not state its steepness.*steepness\(start\)"):
-        MemoryMixer(8, 2, AssociativeMemory(objective=L2(), retention=Tenfold()))
+        MemoryMixerConfig(AssociativeMemory(objective=L2(), retention=Tenfold())).build(8, 2)
 
 
 @torch.no_grad()
@@ -261,7 +262,7 @@ def test_an_objective_or_retention_that_states_no_steepness_is_refused():
 )
 def test_a_steep_rule_from_outside_stays_finite_with_open_gates(memory):
     torch.manual_seed(0)
-    layer = MemoryMixer(8, 2, memory, chunk_size=8)
+    layer = MemoryMixerConfig(memory, chunk_size=8).build(8, 2)
     assert layer.gates is not None
     layer.gates.bias.fill_(30.0)
     y, state = layer(5 * torch.randn(2, 512, 8))
@@ -271,7 +272,7 @@ def test_a_steep_rule_from_outside_stays_finite_with_open_gates(memory):
 
 def test_a_rule_from_outside_gives_the_same_layer_by_both_engines(monkeypatch):
     memory = AssociativeMemory(MLP(2), objective=SteepQuartic(), retention=SteepTenfold())
-    layer, x = MemoryMixer(8, 2, memory, chunk_size=4).double(), torch.randn(2, 11, 8, dtype=torch.float64)
+    layer, x = MemoryMixerConfig(memory, chunk_size=4).build(8, 2).double(), torch.randn(2, 11, 8, dtype=torch.float64)
     expected = layer(x)[0]
     monkeypatch.setattr("nestlearn.nn.mixer.scan", lambda *args, **options: scan(*args, **options, engine="reference"))
     torch.testing.assert_close(layer(x)[0], expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Matrix, Momentum, catalog, scan
-from nestlearn.nn import GateRule, MemoryMixer, MixerState
+from nestlearn.nn import GateRule, MemoryMixer, MemoryMixerConfig, MixerState
 from nestlearn.nn import mixer as mixer_module
 from nestlearn.nn.bounds import outgrown
 from nestlearn.nn.common import unit
@@ -27,11 +27,8 @@ TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
 def make(name: str | AssociativeMemory, d: int = 8, heads: int = 2, **options) -> MemoryMixer:
     """A small float64 layer whose gates differ from token to token."""
-    memory = catalog[name] if isinstance(name, str) else name
-    if isinstance(memory.architecture, MLP):
-        options.setdefault("gates", mixer_module.GATE_RULES.get(name) if isinstance(name, str) else None)
-        name = replace(memory, architecture=MLP(2))
-    layer = MemoryMixer(d, heads, name, chunk_size=options.pop("chunk_size", 4), **options).double()
+    options.setdefault("expansion", 2)
+    layer = MemoryMixerConfig(name, **({"chunk_size": 4} | options)).build(d, heads).double()
     if layer.gates is not None:
         with torch.no_grad():
             layer.gates.weight.normal_(0, 1)
@@ -328,7 +325,7 @@ def test_bfloat16_keeps_gates_and_fast_weights_in_float32(autocast, monkeypatch)
         return y, end
 
     monkeypatch.setattr(mixer_module, "scan", spy)
-    layer = MemoryMixer(8, 2, "hope", chunk_size=4, output_gate=True)
+    layer = MemoryMixerConfig("hope", chunk_size=4, output_gate=True).build(8, 2)
     x = torch.randn(2, 9, 8)
     if not autocast:
         layer, x = layer.bfloat16(), x.bfloat16()
@@ -349,7 +346,7 @@ def test_state_dict_round_trip():
 
 
 def test_reset_parameters_restores_the_special_starts():
-    layer = MemoryMixer(16, 4, "gated_deltanet", learn_initial=True)
+    layer = MemoryMixerConfig("gated_deltanet", learn_initial=True).build(16, 4)
     with torch.no_grad():
         for p in layer.parameters():
             p.fill_(7.0)
@@ -370,9 +367,9 @@ def test_retnet_decays_by_a_constant_per_head():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_grow_with_the_chunk_but_not_beyond(name):
-    short, long, longer = (MemoryMixer(32, 2, name).flops_per_token(n) for n in (8, 64, 4096))
+    short, long, longer = (MemoryMixerConfig(name).build(32, 2).flops_per_token(n) for n in (8, 64, 4096))
     assert 0 < short < long == longer
-    weights = sum(p.numel() for p in MemoryMixer(32, 2, name).qkv.parameters())
+    weights = sum(p.numel() for p in MemoryMixerConfig(name).build(32, 2).qkv.parameters())
     assert long > 2 * weights
 
 
@@ -411,7 +408,7 @@ def assert_finite(layer: MemoryMixer, x: Tensor) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_at_saturated_gates(name, kind):
     for mode, scale in (("open", 1.0), ("mixed", 1e2), ("mixed", 1e4)):
-        assert_finite(saturated(MemoryMixer(8, 1, name), mode), inputs(kind, 2048, scale))
+        assert_finite(saturated(MemoryMixerConfig(name).build(8, 1), mode), inputs(kind, 2048, scale))
 
 
 @pytest.mark.slow
@@ -419,7 +416,7 @@ def test_finite_at_saturated_gates(name, kind):
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_at_saturated_gates_over_a_long_sequence(name, kind):
     for mode, scale in (("open", 1.0), ("open", 1e2), ("mixed", 1e2), ("mixed", 1e4)):
-        assert_finite(saturated(MemoryMixer(8, 1, name), mode), inputs(kind, 32768, scale))
+        assert_finite(saturated(MemoryMixerConfig(name).build(8, 1), mode), inputs(kind, 32768, scale))
 
 
 OWN = {
@@ -439,14 +436,14 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_finite_for_memories_outside_the_catalog(name):
     for mode, kind in (("open", "constant"), ("open", "alternating"), ("mixed", "random")):
-        assert_finite(saturated(MemoryMixer(8, 1, OWN[name]), mode), inputs(kind, 512, 1.0))
+        assert_finite(saturated(MemoryMixerConfig(OWN[name]).build(8, 1), mode), inputs(kind, 512, 1.0))
 
 
 @pytest.mark.parametrize("name", ["ttt_mlp", "titans"])
 def test_finite_when_the_initial_weights_have_grown(name):
     """Outer training may enlarge the initial weights: the bound follows them, also in a single direction."""
     for growing in (lambda w: 3 * w, lambda w: w + 4 * torch.ones_like(w) / math.sqrt(w[0].numel())):
-        layer = saturated(MemoryMixer(8, 1, name), "open")
+        layer = saturated(MemoryMixerConfig(name).build(8, 1), "open")
         assert layer.initial is not None
         with torch.no_grad():
             for weight in layer.initial.values():
@@ -468,7 +465,7 @@ def test_growth_is_one_at_the_start_and_bounds_the_spectral_norm():
 
 def test_a_deep_hebbian_memory_never_outgrows_its_start():
     """The bound of the tied step: neither map's norm passes the larger initial norm."""
-    layer = saturated(MemoryMixer(8, 1, "dla"), "mixed")
+    layer = saturated(MemoryMixerConfig("dla").build(8, 1), "mixed")
     assert layer.initial is not None
     start = max(torch.linalg.matrix_norm(w.detach(), 2).max() for w in layer.initial.values())
     for _ in range(8):
@@ -483,8 +480,6 @@ def test_a_deep_hebbian_memory_never_outgrows_its_start():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d_model": 9}, "divisible"),
-        ({"num_heads": 0}, "divisible"),
         ({"memory": "deltanets"}, "Did you mean 'deltanet'"),
         ({"memory": "zzz"}, "Known: "),
         ({"conv_size": -1}, "conv_size"),
@@ -502,24 +497,30 @@ def test_a_deep_hebbian_memory_never_outgrows_its_start():
 )
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        MemoryMixer(**({"d_model": 8, "num_heads": 2, "memory": "deltanet"} | options))
+        MemoryMixerConfig(**({"memory": "deltanet"} | options))
+
+
+def test_impossible_sizes_are_refused():
+    for sizes in ((9, 2), (8, 0), (0, 1)):
+        with pytest.raises(ValueError, match="divisible"):
+            MemoryMixerConfig("deltanet").build(*sizes)
 
 
 def test_bad_arguments_are_refused():
-    layer = MemoryMixer(8, 2, "deltanet")
+    layer = MemoryMixerConfig("deltanet").build(8, 2)
     with pytest.raises(ValueError, match="tokens >= 1"):
         layer(torch.zeros(1, 0, 8))
     with pytest.raises(ValueError, match="expected x of shape"):
         layer(torch.zeros(1, 3, 9))
     with pytest.raises(TypeError, match="not token ids"):
         layer(torch.zeros(1, 3, 8, dtype=torch.long))
-    with pytest.raises(TypeError, match="catalog name"):
-        MemoryMixer(8, 2, 3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="memory=3 must be a string or of the class AssociativeMemory"):
+        MemoryMixerConfig(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="unknown gate"):
         GateRule(lr="two")  # pyright: ignore[reportArgumentType]
 
 
 def test_proximal_steps_have_no_largest_value():
-    assert MemoryMixer(8, 2, "hope", max_step=50.0).max_step == 50.0
-    assert MemoryMixer(8, 2, "hope").max_step == 1.0
-    assert math.isclose(MemoryMixer(8, 2, "deltanet", max_step=2).max_step, 2.0)
+    assert MemoryMixerConfig("hope", max_step=50.0).build(8, 2).max_step == 50.0
+    assert MemoryMixerConfig("hope").build(8, 2).max_step == 1.0
+    assert math.isclose(MemoryMixerConfig("deltanet", max_step=2).build(8, 2).max_step, 2.0)

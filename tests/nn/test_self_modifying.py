@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestlearn.nn import SelfModifyingState, SelfModifyingTitans
+from nestlearn.nn import SelfModifyingConfig, SelfModifyingState, SelfModifyingTitans
 from nestlearn.nn.state import tensors_of
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -42,9 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def make(variant: str = "default", d: int = 8, heads: int = 2, chunk: int = 4, outer: int = 8) -> SelfModifyingTitans:
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(
-        d, heads, expansion=2, memory_chunk_size=chunk, projection_chunk_size=outer, **VARIANTS[variant]
-    ).double()
+    config = SelfModifyingConfig(expansion=2, chunk_size=chunk, projection_chunk_size=outer, **VARIANTS[variant])
+    layer = config.build(d, heads).double()
     with torch.no_grad():
         # Gates away from their open start, so that every gate matters.
         layer.alpha_bias.fill_(2.0)
@@ -256,7 +255,7 @@ def test_chunk_reads_see_nothing_of_their_own_chunk() -> None:
     other[:, 4] += 1
     for read, first in (("token", 5), ("chunk", 8)):
         torch.manual_seed(0)
-        layer = SelfModifyingTitans(8, 2, 2, 4, 8, adaptive=(), conv_size=0, read=read).double()
+        layer = SelfModifyingConfig(2, 4, 8, adaptive=(), conv_size=0, read=read).build(8, 2).double()
         changed = (layer(x)[0] - layer(other)[0]).abs().amax(-1)[0] > 1e-10
         assert changed.tolist() == [t == 4 or t >= first for t in range(12)]
 
@@ -284,9 +283,8 @@ def test_return_state_false_changes_no_output_and_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_heads": 3}, "divisible"),
-        ({"memory_chunk_size": 0}, "chunk_size"),
-        ({"memory_chunk_size": 8, "projection_chunk_size": 12}, "multiple"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"chunk_size": 8, "projection_chunk_size": 12}, "multiple"),
         ({"adaptive": ("k", "beta")}, "adaptive"),
         ({"adaptive": ("k", "k")}, "adaptive"),
         ({"objective": "huber"}, "objective"),
@@ -301,9 +299,13 @@ def test_return_state_false_changes_no_output_and_no_gradient() -> None:
     ],
 )
 def test_contradictions_are_refused(kwargs: dict[str, Any], message: str) -> None:
-    settings: dict[str, Any] = {"d_model": 8, "num_heads": 2, **kwargs}
     with pytest.raises(ValueError, match=message):
-        SelfModifyingTitans(**settings)
+        SelfModifyingConfig(**kwargs)
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="divisible"):
+        SelfModifyingConfig().build(8, 3)
 
 
 def test_bad_inputs_are_refused() -> None:

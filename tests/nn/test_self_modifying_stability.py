@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestlearn.nn import SelfModifyingTitans
+from nestlearn.nn import SelfModifyingConfig, SelfModifyingTitans
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -31,7 +31,7 @@ LENGTHS = [1024, pytest.param(32768, marks=[pytest.mark.slow, pytest.mark.timeou
 
 def saturated(variant: str, by: str) -> SelfModifyingTitans:
     """A layer whose gates are driven to their ends by its inputs, or stand fully open."""
-    layer = SelfModifyingTitans(8, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=256, **VARIANTS[variant])
+    layer = SelfModifyingConfig(expansion=2, **VARIANTS[variant]).build(8, 1)
     with torch.no_grad():
         layer.streams.weight.normal_(std=0.35)
         if by == "inputs":
@@ -72,7 +72,7 @@ def test_saturated_gates_stay_finite_forward_and_backward(variant: str, kind: st
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_carried_weights_are_bounded(variant: str) -> None:
     """The first span gets gradients of later ones through the carried weights alone, however large theirs are."""
-    layer = SelfModifyingTitans(8, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=64, **VARIANTS[variant])
+    layer = SelfModifyingConfig(expansion=2, projection_chunk_size=64, **VARIANTS[variant]).build(8, 1)
     x = torch.randn(1, 192, 8, requires_grad=True)
     y, _ = layer(x)
     (gradient,) = torch.autograd.grad(1e12 * y[:, 128:].square().sum(), x)
@@ -82,7 +82,7 @@ def test_gradients_of_carried_weights_are_bounded(variant: str) -> None:
 
 def train(steps: int, length: int) -> tuple[float, float]:
     """First and last loss of one layer that learns to repeat what it read 16 tokens before."""
-    layer = SelfModifyingTitans(32, 1, expansion=2, memory_chunk_size=64, projection_chunk_size=256)
+    layer = SelfModifyingConfig(expansion=2).build(32, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-3)
     losses = []
     for _ in range(steps):

@@ -14,14 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import MLP, catalog
-from nestlearn.nn import GATE_RULES, CausalAttention, MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from nestlearn.nn import (
+    CausalAttention,
+    MemoryAsContext,
+    MemoryAsGate,
+    MemoryAsLayer,
+    TitansMACConfig,
+    TitansMAGConfig,
+    TitansMALConfig,
+)
 from nestlearn.nn.common import unit
 from nestlearn.nn.state import index_rows, map_tensors, reset_rows, tensors_of
 
 KINDS = {
-    "mac": (MemoryAsContext, {"segment_length": 5}),
-    "mag": (MemoryAsGate, {"window": 4}),
-    "mal": (MemoryAsLayer, {"window": 4}),
+    "mac": (TitansMACConfig, {"segment_length": 5}),
+    "mag": (TitansMAGConfig, {"window": 4}),
+    "mal": (TitansMALConfig, {"window": 4}),
 }
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 D, HEADS = 8, 2
@@ -31,13 +39,8 @@ def make(kind: str, memory: str = "titans", persistent: int = 3, d: int = D, hea
     """A small float64 layer whose gates and norms matter."""
     torch.manual_seed(0)
     cls, own = KINDS[kind]
-    layer = cls(
-        d,
-        heads,
-        memory,
-        persistent_tokens=persistent,
-        **({"chunk_size": 4, "gates": GATE_RULES.get(memory)} | own | options),
-    ).double()
+    config = cls(memory, persistent_tokens=persistent, **({"chunk_size": 4} | own | options))
+    layer = config.build(d, heads).double()
     with torch.no_grad():
         if layer.memory.gates is not None:
             layer.memory.gates.weight.normal_()
@@ -359,7 +362,7 @@ def test_low_precision_inputs_keep_wide_fast_weights(kind: str, autocast: bool) 
 def test_saturated_gates_stay_finite_forward_and_backward(kind: str, text: str, length: int) -> None:
     for scale, gate in ((1.0, "open"), (1e2, "mixed"), (1e4, "mixed")):
         torch.manual_seed(0)
-        layer = KINDS[kind][0](8, 1, chunk_size=64, **({"segment_length": 128} if kind == "mac" else {"window": 32}))
+        layer = KINDS[kind][0](**({"segment_length": 128} if kind == "mac" else {"window": 32})).build(8, 1)
         with torch.no_grad():
             layer.memory.gates.weight.normal_(0, 0 if gate == "open" else 30)
             layer.memory.gates.bias.fill_(30 if gate == "open" else 0)
@@ -385,8 +388,8 @@ def test_flops_count_weights_attention_and_memory(kind: str) -> None:
     """Against a count of the matrix products of one forward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    layer = KINDS[kind][0](32, 2, "deltanet", persistent_tokens=4, conv_size=0, chunk_size=16,
-                           **({"segment_length": 16} if kind == "mac" else {"window": 16}))  # fmt: skip
+    span = {"segment_length": 16} if kind == "mac" else {"window": 16}
+    layer = KINDS[kind][0]("deltanet", persistent_tokens=4, conv_size=0, chunk_size=16, **span).build(32, 2)
     x = torch.randn(1, 64, 32)
     with FlopCounterMode(display=False) as counter:
         layer(x, return_state=False)
@@ -400,8 +403,6 @@ def test_flops_count_weights_attention_and_memory(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("mac", {"d_model": 9}, "divisible"),
-        ("mac", {"d_model": 6}, "even"),
         ("mac", {"segment_length": 0}, "segment_length"),
         ("mac", {"persistent_tokens": -1}, "persistent_tokens"),
         ("mag", {"persistent_tokens": -1}, "persistent_tokens"),
@@ -413,7 +414,14 @@ def test_flops_count_weights_attention_and_memory(kind: str) -> None:
 )
 def test_bad_settings_are_refused(kind: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KINDS[kind][0](**({"d_model": 8, "num_heads": 2} | options))
+        KINDS[kind][0](**options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("width", "message"), [(9, "divisible"), (6, "even")])
+def test_impossible_sizes_are_refused(kind: str, width: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KINDS[kind][0]().build(width, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.memory import L2, MLP, Decay, Momentum, catalog, scan
-from nestlearn.nn import GATE_RULES, HierarchicalMemory, tnt
+from nestlearn.nn import HierarchicalMemory, TNTConfig, tnt
 from nestlearn.nn.common import unit
 from nestlearn.nn.state import map_tensors, tensors_of
 
@@ -23,9 +23,8 @@ D, HEADS = 8, 2
 
 def make(memory: str = "titans", windows: tuple[int, ...] = (4, 6), chunks: tuple[int, ...] = (2, 3), **options: Any):
     torch.manual_seed(0)
-    layer = HierarchicalMemory(
-        D, HEADS, memory, windows, chunks, global_chunk_size=5, gates=GATE_RULES.get(memory), **options
-    ).double()
+    config = TNTConfig(memory, chunk_size=5, local_windows=windows, local_chunk_sizes=chunks, **options)
+    layer = config.build(D, HEADS).double()
     with torch.no_grad():
         for mixer in (layer, *layer.locals):
             if mixer.gates is not None:
@@ -252,7 +251,7 @@ def run_flagged(layer: HierarchicalMemory, x: Tensor, reset: Tensor, split: int)
 def test_saturated_gates_stay_finite_forward_and_backward(text: str, length: int) -> None:
     for scale, gate in ((1.0, "open"), (1e2, "mixed"), (1e4, "mixed")):
         torch.manual_seed(0)
-        layer = HierarchicalMemory(8, 1, local_windows=(128, 256), local_chunk_sizes=(16, 64))
+        layer = TNTConfig(local_windows=(128, 256), local_chunk_sizes=(16, 64)).build(8, 1)
         with torch.no_grad():
             for mixer in (layer, *layer.locals):
                 mixer.gates.weight.normal_(0, 0 if gate == "open" else 30)
@@ -279,12 +278,12 @@ def test_saturated_gates_stay_finite_forward_and_backward(text: str, length: int
         ({"local_windows": ()}, "one number each"),
         ({"local_windows": (8, 8)}, "one number each"),
         ({"local_windows": (10,), "local_chunk_sizes": (4,)}, "multiple of its chunk"),
-        ({"local_windows": (0,)}, "multiple of its chunk"),
-        ({"global_chunk_size": 0}, "chunk_size"),
+        ({"local_windows": (0,)}, "local_windows=.* at least 1"),
+        ({"chunk_size": 0}, "chunk_size"),
         ({"memory": "deltanets"}, "Did you mean 'deltanet'"),
     ],
     ids=str,
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        HierarchicalMemory(**({"d_model": 8, "num_heads": 2} | options))
+        TNTConfig(**options)

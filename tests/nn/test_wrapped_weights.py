@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.mixers import SMALL
 from torch import Tensor, nn
 
 from nestlearn import HopeConfig, HopeForCausalLM
 
 MIXERS = (
-    "attention", "deltanet", "titans", "moneta", "self_modifying_titans", "titans_mac", "titans_mag", "titans_mal",
+    "attention", "deltanet", "titans", "moneta", "self_modifying", "titans_mac", "titans_mag", "titans_mal",
     "tnt",
 )  # fmt: skip
 SEEN = 20
@@ -18,9 +19,8 @@ SEEN = 20
 
 def build(mixer: str) -> HopeForCausalLM:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "segment_length": 8}
-    windows: dict[str, Any] = {"local_windows": [8], "local_chunk_sizes": [4], "global_chunk_size": 8}
-    model = HopeForCausalLM(HopeConfig(mixer=mixer, sliding_window=8, memory_chunk_size=8, **sizes, **windows))
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = HopeForCausalLM(HopeConfig(mixer=SMALL[mixer], **sizes))
     return model.double().eval()
 
 

@@ -31,8 +31,7 @@ def tiny(corpus: str, tmp_path: Path) -> Callable[..., TrainConfig]:
     """A function that makes the configuration of a tiny run, with some fields changed."""
 
     def make(**changes: object) -> TrainConfig:
-        model = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "memory_chunk_size": 8,
-                 "projection_chunk_size": 16}  # fmt: skip
+        model = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         defaults = {
             "preset": "transformer-tiny", "corpus": corpus, "out": str(tmp_path / "run"), "sequence_length": 32,
             "batch_size": 2, "steps": 6, "log_interval": 2, "save_interval": 3, "eval_windows": 4, "threads": 1,

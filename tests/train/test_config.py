@@ -18,16 +18,26 @@ def test_values_are_typed_and_routed():
             "warmup": "None",
             "gradient-checkpointing": "true",
             "hidden_size": "64",
-            "model.conv_size": "0",
-            "mixer": "attention",
-            "adaptive": '["k", "v"]',
+            "model.ffn_activation": "gelu",
+            "mixer": "self_modifying",
+            "mixer.conv-size": "0",
+            "mixer.adaptive": '["k", "v"]',
             "trainer.report_to": "tensorboard",
         },
         model_fields(),
     )
     assert (config.steps, config.learning_rate, config.warmup, config.gradient_checkpointing) == (20, 1e-3, None, True)
-    assert config.model == {"hidden_size": 64, "conv_size": 0, "mixer": "attention", "adaptive": ["k", "v"]}
+    mixer = {"type": "self_modifying", "conv_size": 0, "adaptive": ["k", "v"]}
+    assert config.model == {"hidden_size": 64, "ffn_activation": "gelu", "mixer": mixer}
     assert config.trainer == {"report_to": "tensorboard"}
+
+
+def test_options_of_the_mixer_change_the_presets_own():
+    config = build_config({"preset": "hope-tiny", "mixer.chunk_size": "32"}, model_fields())
+    (mixer,) = {str(mixer) for mixer in prepare_model_config(config, prepare_tokenizer(config)).mixers}
+    assert "chunk_size=32" in mixer and "projection_chunk_size=128" in mixer
+    with pytest.raises(ValueError, match="write it into the list"):
+        build_config({"mixer": '["attention"]', "mixer.window": "4"}, model_fields())
 
 
 def test_later_values_win():
@@ -86,7 +96,8 @@ def test_fields_are_checked_by_their_declarations(changes: dict, message: str):
         ("hope-tyny", {}, "(?i)unknown preset 'hope-tyny'.*hope-tiny"),
         ("hope-tiny", {"mixer": "selfmodifying"}, "(?i)unknown mixer"),
         ("hope-tiny", {"hidden_size": 30}, "not divisible"),
-        ("hope-tiny", {"memory_chunk_size": 0}, "memory_chunk_size"),
+        ("hope-tiny", {"mixer": {"chunk_size": 0}}, "chunk_size=0"),
+        ("hope-tiny", {"mixer": {"chunk_sise": 4}}, "Did you mean 'chunk_size'"),
     ],
 )
 def test_bad_models_are_refused(preset: str, model: dict, message: str):
@@ -96,12 +107,12 @@ def test_bad_models_are_refused(preset: str, model: dict, message: str):
 
 
 def test_files_in_yaml_and_json(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("steps: 7\nlearning_rate: 1e-3\nhidden_size: 32\nmodel: {conv_size: 0}\n")
+    (tmp_path / "a.yaml").write_text("steps: 7\nlearning_rate: 1e-3\nhidden_size: 32\nmodel: {mixer: {conv_size: 0}}\n")
     (tmp_path / "a.json").write_text(json.dumps({"steps": 7, "learning_rate": 1e-3, "hidden_size": 32,
-                                                 "model": {"conv_size": 0}}))  # fmt: skip
+                                                 "model": {"mixer": {"conv_size": 0}}}))  # fmt: skip
     configs = [build_config(read_config_file(tmp_path / name), model_fields()) for name in ("a.yaml", "a.json")]
     assert configs[0] == configs[1]
-    assert (configs[0].learning_rate, configs[0].model) == (1e-3, {"hidden_size": 32, "conv_size": 0})
+    assert (configs[0].learning_rate, configs[0].model) == (1e-3, {"hidden_size": 32, "mixer": {"conv_size": 0}})
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "bad.json").write_text("{")
     for name, message in (("list.yaml", "expected a mapping"), ("bad.json", "neither valid"), ("none", "Cannot read")):

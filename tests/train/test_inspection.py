@@ -1,5 +1,7 @@
 """The figures of `nestlearn info` are those of the model itself."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,24 +29,27 @@ def measured_activations(model: HopeForCausalLM) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+OWN = {"type": "self_modifying", "chunk_size": 16, "projection_chunk_size": 32}
+MEMORY = {"type": "memory", "chunk_size": 16}
+
+
 @pytest.mark.parametrize(
     "mixer",
     [
-        "self_modifying_titans",
-        "attention",
-        "deltanet",
-        "titans",
-        "titans_mac",
-        "titans_mag",
-        ["attention", "self_modifying_titans"],
+        OWN,
+        {"type": "attention", "conv_size": 4},
+        {"type": "attention", "window": 64},
+        MEMORY | {"memory": "deltanet"},
+        MEMORY,
+        {"type": "titans_mac", "chunk_size": 16, "segment_length": 32},
+        {"type": "titans_mag", "chunk_size": 16, "window": 64},
+        {"type": "tnt", "chunk_size": 32, "local_windows": [32], "local_chunk_sizes": [16]},
+        ["attention", OWN],
     ],
     ids=str,
 )
-def test_estimates_match_the_model(mixer: str | list[str]):
-    config = HopeConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mixer=mixer, memory_chunk_size=16,
-        projection_chunk_size=32, segment_length=32, sliding_window=64,
-    )  # fmt: skip
+def test_estimates_match_the_model(mixer: Any):
+    config = HopeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mixer=mixer)
     facts = model_facts(config, CONTEXT, batch_size=3)
     model = HopeForCausalLM(config).train()
     assert facts.parameters == sum(p.numel() for p in model.parameters())

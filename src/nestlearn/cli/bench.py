@@ -19,7 +19,7 @@ batches and evaluation sequences. The same command continues an interrupted run;
 Suites: formal, recall, recall-24, recall-rewritten, mad, tracking, niah, babilong, quick. Mixers: hope, hope-static,
 hope-normalized, hope-static-normalized, attention, sliding_attention, transformer (attention without convolution),
 deltanet-negative, gated_deltanet-negative and every memory of the catalog; fields can be changed:
-hope:adaptive=k+v:memory_chunk_size=8.
+hope:adaptive=k+v:chunk_size=8.
 
 [bold]Examples[/bold]
 

@@ -16,7 +16,7 @@ HELP = """Show parameters, FLOPs per token, state size and memory of a model, wi
 
   nestlearn info hope-340m --context-length 8192
 
-  nestlearn info hope-tiny --hidden-size 64 --mixer deltanet
+  nestlearn info hope-tiny --hidden-size 64 --mixer.chunk-size 32
 """
 
 

@@ -28,6 +28,18 @@ from nestlearn.nn.state import unflatten_state as rebuild
 CACHE_FILE = TensorFile("nestlearn.HopeCache", 1, "HopeCache", "HopeCache.save")
 
 
+def _differences(theirs: Any, ours: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """``(name, theirs, ours)`` of every value in which two signatures differ, named by its path."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = sorted({*theirs, *ours})
+        parts = [(f"{name}.{key}" if name else key, theirs.get(key), ours.get(key)) for key in keys]
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        parts = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(theirs, ours, strict=True))]
+    else:
+        return [] if theirs == ours else [(name, theirs, ours)]
+    return [found for key, a, b in parts for found in _differences(a, b, key)]
+
+
 @record("block")
 class LayerState(NamedTuple):
     """The state of one block: of its mixer and of its continuum memory (each None before the first token)."""
@@ -196,11 +208,10 @@ class HopeCache:
         if not self.layers:
             return
         if self.signature is not signature and self.signature != signature:
-            theirs = self.signature or {}
-            changed = sorted(k for k in {*theirs, *signature} if theirs.get(k) != signature.get(k))
+            changed = _differences(self.signature or {}, signature)
             raise ValueError(
                 "the cache was filled by a model of another configuration; different: "
-                + ", ".join(f"{k} (cache {theirs.get(k)!r}, model {signature.get(k)!r})" for k in changed)
+                + ", ".join(f"{name} (cache {theirs!r}, model {ours!r})" for name, theirs, ours in changed)
                 + ". Use the cache with the model that filled it, or start with a new HopeCache()."
             )
         if self.batch_size not in (0, batch):

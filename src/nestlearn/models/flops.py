@@ -29,7 +29,7 @@ def flops(config: HopeConfig, context_length: int = 2048) -> int:
         ValueError: a context below one token.
 
     Example:
-        >>> flops(HopeConfig(mixer="attention", num_hidden_layers=1, conv_size=0), context_length=1)
+        >>> flops(HopeConfig(mixer="attention", num_hidden_layers=1), context_length=1)
         462080
     """
     if context_length < 1:
@@ -62,12 +62,12 @@ def row_bytes(config: HopeConfig) -> RowBytes:
     with two tokens in them.
 
     Example:
-        >>> row_bytes(HopeConfig(mixer="attention", num_hidden_layers=1, conv_size=0))
+        >>> row_bytes(HopeConfig(mixer="attention", num_hidden_layers=1))
         RowBytes(levels=0, mixers=2074, per_token=1033)
     """
     total = RowBytes(0, 0, 0)
     fields = {name: getattr(config, name) for name in config.field_names()}
-    for mixer in dict.fromkeys(config.mixers):
+    for mixer, count in config.mixer_counts:
         model = meta_model(HopeConfig(**fields | {"mixer": mixer, "num_hidden_layers": 1})).eval()
         sizes = []
         for tokens in (2, 3):
@@ -78,7 +78,6 @@ def row_bytes(config: HopeConfig) -> RowBytes:
             layer = cache.layers[0]
             sizes.append((state_bytes(layer.cms), state_bytes(layer.mixer)))
         (levels, small), (_, larger) = sizes
-        more = larger - small if mixer == "attention" else 0
-        count = config.mixers.count(mixer)
+        more = larger - small if mixer.stored_tokens is None else 0
         total = RowBytes(*(a + count * b for a, b in zip(total, (levels, small, more), strict=True)))
     return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,95 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nestlearn.memory import MLP, AssociativeMemory, catalog
 from nestlearn.models.cache import LayerState
-from nestlearn.models.config import TITANS_MIXERS, HopeConfig
-from nestlearn.nn.attention import CausalAttention
+from nestlearn.models.config import HopeConfig
 from nestlearn.nn.cms import ContinuumMemory, Writes
 from nestlearn.nn.cms.level import Level
 from nestlearn.nn.cms.tape import Tape
-from nestlearn.nn.mixer import GATE_RULES, MemoryMixer
-from nestlearn.nn.self_modifying import SelfModifyingTitans
-from nestlearn.nn.titans import MemoryAsGate, MemoryAsLayer
-from nestlearn.nn.titans_mac import MemoryAsContext
-from nestlearn.nn.tnt import HierarchicalMemory
-
-
-def build_mixer(config: HopeConfig, layer: int) -> nn.Module:
-    """The token mixer of a layer.
-
-    Raises:
-        ValueError: the mixer refuses the configuration.
-    """
-    name, width, heads = config.mixers[layer], config.hidden_size, config.num_attention_heads
-    if name in ("attention", "sliding_attention"):
-        window = config.sliding_window if name == "sliding_attention" else None
-        return CausalAttention(width, heads, window, config.rope_theta, config.conv_size)
-    if name == "self_modifying_titans":
-        return _self_modifying(config)
-    if name in TITANS_MIXERS:
-        return _titans(config, name)
-    if name == "tnt":
-        return HierarchicalMemory(
-            width, heads, _memory(config, config.memory), config.local_windows, config.local_chunk_sizes,
-            config.global_chunk_size, config.conv_size, config.max_step, GATE_RULES.get(config.memory),
-            config.rms_norm_eps,
-        )  # fmt: skip
-    return MemoryMixer(
-        width, heads, _memory(config, name), config.conv_size, config.memory_chunk_size, config.max_step,
-        GATE_RULES.get(name),
-    )  # fmt: skip
-
-
-def _memory(config: HopeConfig, name: str) -> AssociativeMemory:
-    """A memory of the catalog at the configured size."""
-    memory = catalog[name]
-    if isinstance(memory.architecture, MLP):
-        memory = replace(memory, architecture=replace(memory.architecture, expansion=config.memory_expansion))
-    return memory
-
-
-def _titans(config: HopeConfig, name: str) -> nn.Module:
-    """Attention and a memory, combined as context, gate or layer."""
-    options: dict[str, Any] = {
-        "d_model": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "memory": _memory(config, config.memory),
-        "persistent_tokens": config.persistent_tokens,
-        "conv_size": config.conv_size,
-        "chunk_size": config.memory_chunk_size,
-        "max_step": config.max_step,
-        "gates": GATE_RULES.get(config.memory),
-        "rope_theta": config.rope_theta,
-        "norm_eps": config.rms_norm_eps,
-    }
-    if name == "titans_mac":
-        return MemoryAsContext(segment_length=config.segment_length, **options)
-    return {"titans_mag": MemoryAsGate, "titans_mal": MemoryAsLayer}[name](window=config.sliding_window, **options)
-
-
-def _self_modifying(config: HopeConfig) -> nn.Module:
-    # The keys of the field are literals, those of the layer any maps.
-    step_size: Any = config.step_size
-    return SelfModifyingTitans(
-        config.hidden_size,
-        config.num_attention_heads,
-        expansion=config.memory_expansion,
-        memory_chunk_size=config.memory_chunk_size,
-        projection_chunk_size=config.projection_chunk_size,
-        adaptive=tuple(config.adaptive),
-        step_size=step_size,
-        max_step=config.max_step,
-        objective=config.memory_objective,
-        momentum=config.memory_momentum,
-        delta=config.memory_delta,
-        retention=config.memory_retention,
-        conv_size=config.conv_size,
-        read=config.memory_read,
-        self_values=config.memory_self_values,
-        retain_to=config.memory_retain_to,
-    )
-
 
 LOSS_STEP = 0.01
 """Step of a level that a loss teaches, where the configuration names none: it multiplies a sum of losses in nats."""
@@ -136,7 +51,7 @@ class HopeBlock(GradientCheckpointingLayer):
     def __init__(self, config: HopeConfig, layer: int) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = build_mixer(config, layer)
+        self.mixer = config.mixers[layer].build(config.hidden_size, config.num_attention_heads)
         self.cms_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.cms = build_cms(config)
 

@@ -161,8 +161,9 @@ class HopeModel(HopePreTrainedModel):
     def _refuse_attentions(self, wanted: bool | None) -> None:
         """Raise ValueError where attention weights are wanted: no mixer has them."""
         if wanted or (wanted is None and self.config.output_attentions):
+            types = ", ".join(dict.fromkeys(mixer.type for mixer in self.config.mixers))
             raise ValueError(
-                f"output_attentions=True: the mixers of this model ({', '.join(dict.fromkeys(self.config.mixers))}) "
+                f"output_attentions=True: the mixers of this model ({types}) "
                 "return no attention weights. Memories have none, and attention runs in fused kernels that never store "
                 "them. Leave it out; output_hidden_states=True gives the output of every layer."
             )

@@ -38,16 +38,15 @@ def _shape(hidden_size: int, layers: int, heads: int, cms: list[dict[str, Any]])
     return {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads, "cms": cms}
 
 
-# Segments and windows shorter than the usual training length of 256: the memory is needed, and so learned.
-_TINY_CONTEXT = {"segment_length": 64, "sliding_window": 64}
-
+# Tiny segments and windows are shorter than the usual training length of 256: the memory is needed, and so learned.
 # The tiny presets have equal numbers of parameters: layers with a larger mixer are fewer.
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "hope": (
-        {"mixer": "self_modifying_titans"},
+        {"mixer": {"type": "self_modifying"}},
         {
             # Projection chunks shorter than its usual 256 tokens: the projections write, and so learn to, in training.
-            "tiny": _shape(128, 3, 4, _TINY_LEVELS) | {"projection_chunk_size": 128},
+            "tiny": _shape(128, 3, 4, _TINY_LEVELS)
+            | {"mixer": {"type": "self_modifying", "projection_chunk_size": 128}},
             "small": _shape(512, 7, 8, _LEVELS),
             "340m": _shape(1024, 16, 16, _LEVELS),
             "760m": _shape(1536, 15, 16, _LEVELS),
@@ -55,7 +54,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "hope-attention": (
-        {"mixer": "attention", "conv_size": 0},
+        {"mixer": {"type": "attention"}},
         {
             "tiny": _shape(160, 4, 5, [_fast(64, 0.25), _frozen(3)]),
             "small": _shape(512, 10, 8, _LEVELS),
@@ -65,7 +64,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "titans": (
-        {"mixer": "titans"},
+        {"mixer": {"type": "memory", "memory": "titans"}},
         {
             "tiny": _shape(128, 5, 4, [_frozen()]),
             "small": _shape(512, 11, 8, [_frozen()]),
@@ -75,9 +74,9 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "titans-mac": (
-        {"mixer": "titans_mac"},
+        {"mixer": {"type": "titans_mac"}},
         {
-            "tiny": _shape(128, 4, 4, [_frozen(3)]) | _TINY_CONTEXT,
+            "tiny": _shape(128, 4, 4, [_frozen(3)]) | {"mixer": {"type": "titans_mac", "segment_length": 64}},
             "small": _shape(512, 8, 8, [_frozen()]),
             "340m": _shape(1024, 16, 16, [_frozen()]),
             "760m": _shape(1536, 15, 16, [_frozen()]),
@@ -85,9 +84,9 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "titans-mag": (
-        {"mixer": "titans_mag"},
+        {"mixer": {"type": "titans_mag"}},
         {
-            "tiny": _shape(128, 4, 4, [_frozen(3.5)]) | _TINY_CONTEXT,
+            "tiny": _shape(128, 4, 4, [_frozen(3.5)]) | {"mixer": {"type": "titans_mag", "window": 64}},
             "small": _shape(512, 8, 8, [_frozen()]),
             "340m": _shape(1024, 17, 16, [_frozen()]),
             "760m": _shape(1536, 16, 16, [_frozen()]),
@@ -95,9 +94,9 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "titans-mal": (
-        {"mixer": "titans_mal"},
+        {"mixer": {"type": "titans_mal"}},
         {
-            "tiny": _shape(128, 4, 4, [_frozen()]) | _TINY_CONTEXT,
+            "tiny": _shape(128, 4, 4, [_frozen()]) | {"mixer": {"type": "titans_mal", "window": 64}},
             "small": _shape(512, 8, 8, [_frozen()]),
             "340m": _shape(1024, 18, 16, [_frozen()]),
             "760m": _shape(1536, 17, 16, [_frozen()]),
@@ -105,7 +104,7 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "transformer": (
-        {"mixer": "attention", "conv_size": 0},
+        {"mixer": {"type": "attention"}},
         {
             "tiny": _shape(160, 4, 5, [_frozen(3.75)]),
             "small": _shape(512, 12, 8, [_frozen()]),
@@ -126,11 +125,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 # as the weights.
 _PRESETS["hope-paper"] = _PRESETS["hope-340m"] | {
     "num_hidden_layers": 14,
-    "memory_objective": "l2",
-    "memory_read": "chunk",
-    "memory_retain_to": "zero",
-    "memory_momentum": True,
-    "adaptive": ["q", "k", "v", "eta", "alpha"],
+    "mixer": {
+        "type": "self_modifying",
+        "objective": "l2",
+        "read": "chunk",
+        "retain_to": "zero",
+        "momentum": True,
+        "adaptive": ["q", "k", "v", "eta", "alpha"],
+    },
     "ffn_activation": "gelu",
     "cms": [_fast(512, 1), _fast(2048, 1), _fast(8192, 1), _fast(32768, 1)],
 }

@@ -1,17 +1,20 @@
 """Layers that own slow weights: one protocol, ``forward(x, state, mask, reset) -> (y, state)``."""
 
-from nestlearn.nn.attention import AttentionState, CausalAttention
+from nestlearn.nn.attention import AttentionConfig, AttentionState, CausalAttention
 from nestlearn.nn.cms import ContinuumMemory, ContinuumState, Level
+from nestlearn.nn.config import MixerConfig, mixer_types, register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
-from nestlearn.nn.mixer import GATE_RULES, GateRule, MemoryMixer, MixerState
+from nestlearn.nn.mixer import GATE_RULES, GateRule, MemoryMixer, MemoryMixerConfig, MixerState
 from nestlearn.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
-from nestlearn.nn.titans import HybridState, MemoryAsGate, MemoryAsLayer
-from nestlearn.nn.titans_mac import ContextState, MemoryAsContext
-from nestlearn.nn.tnt import HierarchicalMemory, HierarchicalState
+from nestlearn.nn.self_modifying_config import SelfModifyingConfig
+from nestlearn.nn.titans import HybridState, MemoryAsGate, MemoryAsLayer, TitansMAGConfig, TitansMALConfig
+from nestlearn.nn.titans_mac import ContextState, MemoryAsContext, TitansMACConfig
+from nestlearn.nn.tnt import HierarchicalMemory, HierarchicalState, TNTConfig
 
 __all__ = [
     "GATE_RULES",
+    "AttentionConfig",
     "AttentionState",
     "CausalAttention",
     "ContextState",
@@ -27,8 +30,17 @@ __all__ = [
     "MemoryAsGate",
     "MemoryAsLayer",
     "MemoryMixer",
+    "MemoryMixerConfig",
+    "MixerConfig",
     "MixerState",
+    "SelfModifyingConfig",
     "SelfModifyingState",
     "SelfModifyingTitans",
     "ShortConv",
+    "TNTConfig",
+    "TitansMACConfig",
+    "TitansMAGConfig",
+    "TitansMALConfig",
+    "mixer_types",
+    "register_mixer",
 ]

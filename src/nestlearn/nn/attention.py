@@ -6,6 +6,7 @@ Shapes: b batch rows, h heads, t new tokens, s stored tokens, d head width.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.fields import Count, Positive, Size
+from nestlearn.nn.config import MixerConfig, register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.state import record
 
@@ -119,6 +122,50 @@ def persistent_heads(
     return k.unsqueeze(0), v.unsqueeze(0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig(MixerConfig):
+    """Fields of every mixer with attention over rotary positions.
+
+    Args:
+        rope_theta: base of the rotary frequencies.
+        persistent_tokens: learned tokens that attention always sees; 0 for none.
+    """
+
+    rope_theta: Positive = 10000.0
+    persistent_tokens: Count = 0
+
+    def check_sizes(self, d_model: int, num_heads: int) -> None:
+        super().check_sizes(d_model, num_heads)
+        if d_model // num_heads % 2:
+            raise ValueError(
+                f"{d_model=} over {num_heads=} gives heads of odd width {d_model // num_heads}, but rotary positions "
+                "turn pairs of channels; choose sizes whose quotient is even."
+            )
+
+
+@register_mixer("attention")
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(RotaryConfig):
+    """Configuration of `CausalAttention`.
+
+    Args:
+        window: number of last tokens (the current one included) that are visible; None sees all.
+        rope_theta: base of the rotary frequencies.
+        conv_size: width of a depthwise causal convolution on queries, keys and values; 0 for none.
+        persistent_tokens: learned tokens before the text; 0 for none.
+    """
+
+    window: Size | None = None
+    conv_size: Count = 0
+
+    def build(self, d_model: int, num_heads: int) -> CausalAttention:
+        return CausalAttention(d_model, num_heads, self)
+
+    @property
+    def stored_tokens(self) -> int | None:
+        return self.window
+
+
 class CausalAttention(nn.Module):
     """Softmax attention over the tokens of the same document up to the current one.
 
@@ -136,52 +183,29 @@ class CausalAttention(nn.Module):
     Args:
         d_model: width of the input and the output.
         num_heads: heads; must divide ``d_model`` and leave an even width for the rotation.
-        window: number of last tokens (the current one included) that are visible; None sees all.
-        rope_theta: base of the rotary frequencies.
-        conv_size: width of a depthwise causal convolution on queries, keys and values; 0 for none.
-        persistent_tokens: learned tokens before the text; 0 for none.
+        config: window, convolution and positions; `AttentionConfig`.
 
     Raises:
         ValueError: sizes that do not fit each other.
 
     Example:
-        >>> layer = CausalAttention(16, num_heads=2)
+        >>> layer = AttentionConfig().build(16, num_heads=2)
         >>> y, state = layer(torch.randn(1, 5, 16))
         >>> step, state = layer(torch.randn(1, 1, 16), state)
         >>> tuple(state.keys.shape)
         (1, 2, 6, 8)
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        window: int | None = None,
-        rope_theta: float = 10000.0,
-        conv_size: int = 0,
-        persistent_tokens: int = 0,
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, config: AttentionConfig) -> None:
         super().__init__()
-        if num_heads < 1 or d_model % num_heads:
-            raise ValueError(f"{d_model=} is not divisible by {num_heads=}; choose a number of heads that divides it.")
-        if d_model // num_heads % 2:
-            raise ValueError(
-                f"{d_model=} over {num_heads=} gives heads of width {d_model // num_heads}, but rotary positions turn "
-                "pairs of channels; choose sizes whose quotient is even."
-            )
-        if window is not None and window < 1:
-            raise ValueError(f"{window=} would hide every token; use at least 1, or None for no window.")
-        if conv_size < 0:
-            raise ValueError(f"{conv_size=} is negative; use 0 for no convolution.")
-        if persistent_tokens < 0:
-            raise ValueError(f"{persistent_tokens=} is negative; use 0 for no persistent tokens.")
+        config.check_sizes(d_model, num_heads)
         self.num_heads = num_heads
-        self.window = window
-        self.rope_theta = rope_theta
+        self.window = config.window
+        self.rope_theta = config.rope_theta
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self.conv = ShortConv(3 * d_model, conv_size) if conv_size else None
-        self.persistent = PersistentTokens(persistent_tokens, d_model) if persistent_tokens else None
+        self.conv = ShortConv(3 * d_model, config.conv_size) if config.conv_size else None
+        self.persistent = PersistentTokens(config.persistent_tokens, d_model) if config.persistent_tokens else None
 
     def forward(
         self,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Gates, State, catalog, scan
+from nestlearn.fields import Count, Positive, Size, from_mapping, unknown_name
+from nestlearn.memory import MLP, AssociativeMemory, Delta, DotProduct, Gates, State, catalog, scan
 from nestlearn.memory.objectives import needs_threshold
 from nestlearn.memory.retention import is_per_channel
 from nestlearn.memory.types import Weights
@@ -27,6 +28,7 @@ from .common import (
     unit,
     wide_dtype,
 )
+from .config import MixerConfig, register_mixer
 from .conv import ShortConv
 from .flops import scan_flops
 from .state import record
@@ -63,6 +65,90 @@ GATE_RULES: dict[str, GateRule] = {
 """Gates of the memories of the catalog whose papers fix one; every other memory has both gates learned."""
 
 
+@dataclass(frozen=True)
+class FastMemoryConfig(MixerConfig):
+    """Fields of every mixer around an associative memory of `nestlearn.memory`.
+
+    Args:
+        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory` (which a saved model knows only by a
+            name: ``catalog["mine"] = memory``).
+        expansion: replaces the hidden width of an MLP memory over its head width.
+        chunk_size: replaces the memory's own chunk size: errors are taken at the chunk's first weights.
+        max_step: scale of the step size; at most 1, for delta retention 2, for proximal steps any. None is 1.
+        gates: which gates are learned. By default as in the paper of a catalog name, else all.
+        conv_size: width of the depthwise causal convolution on q, k and v; 0 for none.
+        norm_eps: epsilon of the norms.
+
+    Raises:
+        ValueError: for names or steps that do not fit, with the fix.
+    """
+
+    memory: str | AssociativeMemory = "titans"
+    expansion: Size | None = None
+    chunk_size: Size | None = None
+    max_step: Positive | None = None
+    gates: GateRule | None = None
+    conv_size: Count = 4
+    norm_eps: Positive = 1e-6
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gates, Mapping):
+            object.__setattr__(self, "gates", from_mapping(GateRule, self.gates, "field of gates"))
+        super().__post_init__()
+        memory, _ = self.resolved()
+        check_step(memory, self.max_step)
+
+    def resolved(self) -> tuple[AssociativeMemory, GateRule]:
+        """The memory at the configured sizes, and its gates."""
+        memory, rule = self.memory, GateRule()
+        if isinstance(memory, str):
+            if memory not in catalog:
+                raise unknown_name("memory", memory, catalog)
+            memory, rule = catalog[memory], GATE_RULES.get(memory, rule)
+        if self.expansion is not None and isinstance(memory.architecture, MLP):
+            memory = replace(memory, architecture=replace(memory.architecture, expansion=self.expansion))
+        if self.chunk_size is not None:
+            memory = replace(memory, chunk_size=self.chunk_size)
+        rule = rule if self.gates is None else self.gates
+        _check_rule(memory, rule)
+        return memory, rule
+
+    def alone(self, **changes: Any) -> MemoryMixerConfig:
+        """The configuration of the memory as a mixer of its own, with some fields changed."""
+        names = ("memory", "expansion", "chunk_size", "max_step", "gates", "conv_size", "norm_eps")
+        return MemoryMixerConfig(**({name: getattr(self, name) for name in names} | changes))
+
+    @property
+    def work_period(self) -> int:
+        return self.resolved()[0].chunk_size
+
+    def to_dict(self) -> dict[str, Any]:
+        if not isinstance(self.memory, str):
+            raise ValueError(
+                f"memory={self.memory!r} has no name that a saved configuration could hold. Give it one, "
+                'nestlearn.memory.catalog["mine"] = memory, and use memory="mine".'
+            )
+        return super().to_dict()
+
+
+@register_mixer("memory")
+@dataclass(frozen=True)
+class MemoryMixerConfig(FastMemoryConfig):
+    """Configuration of `MemoryMixer`: the fields of `FastMemoryConfig`, and two more.
+
+    Args:
+        output_gate: multiply what is read by ``silu(W_g x)``.
+        learn_initial: train the initial weights of a matrix memory as well (they start at zero). Those of an MLP
+            are always trained.
+    """
+
+    output_gate: bool = False
+    learn_initial: bool = False
+
+    def build(self, d_model: int, num_heads: int) -> MemoryMixer:
+        return MemoryMixer(d_model, num_heads, self)
+
+
 @record("memory_mixer")
 class MixerState(NamedTuple):
     """Streaming state of a `MemoryMixer`: fast weights and the tail of the convolution (None without one)."""
@@ -88,23 +174,15 @@ class MemoryMixer(nn.Module):
     Args:
         d_model: width of input and output.
         num_heads: heads; must divide ``d_model``. Each has its own memory.
-        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`.
-        conv_size: width of the depthwise causal convolution on q, k and v; 0 for none.
-        chunk_size: replaces the memory's own chunk size.
-        max_step: scale of the step size; at most 1, for delta retention 2, for proximal steps any. None is 1.
-        gates: which gates are learned. By default as in the paper of a catalog name, else all.
-        output_gate: multiply what is read by ``silu(W_g x)``.
-        learn_initial: train the initial weights of a matrix memory as well (they start at zero). Those of an MLP
-            are always trained.
-        norm_eps: epsilon of the output norm.
+        config: the memory and its settings; `MemoryMixerConfig`.
 
     Raises:
-        ValueError: for sizes, names or steps that do not fit, with the fix.
+        ValueError: for sizes that do not fit, with the fix.
 
     Example:
         >>> import torch
-        >>> from nestlearn.nn import MemoryMixer
-        >>> layer = MemoryMixer(16, num_heads=2, memory="gated_deltanet", chunk_size=8)
+        >>> from nestlearn.nn import MemoryMixerConfig
+        >>> layer = MemoryMixerConfig("gated_deltanet", chunk_size=8).build(16, num_heads=2)
         >>> x = torch.randn(1, 20, 16)
         >>> y, state = layer(x[:, :13])
         >>> rest, state = layer(x[:, 13:], state)
@@ -112,36 +190,21 @@ class MemoryMixer(nn.Module):
         True
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        memory: AssociativeMemory | str,
-        conv_size: int = 4,
-        chunk_size: int | None = None,
-        max_step: float | None = None,
-        gates: GateRule | None = None,
-        output_gate: bool = False,
-        learn_initial: bool = False,
-        norm_eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, config: MemoryMixerConfig) -> None:
         super().__init__()
-        if d_model < 1 or num_heads < 1 or d_model % num_heads:
-            raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
-        if conv_size < 0:
-            raise ValueError(f"conv_size must be 0 (no convolution) or a positive width, got {conv_size}")
-        self.memory, self.rule = _resolve(memory, chunk_size, gates)
-        self.max_step = check_step(self.memory, max_step)
+        config.check_sizes(d_model, num_heads)
+        self.memory, self.rule = config.resolved()
+        self.max_step = check_step(self.memory, config.max_step)
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.conv = ShortConv(3 * d_model, conv_size) if conv_size else None
+        self.conv = ShortConv(3 * d_model, config.conv_size) if config.conv_size else None
         biases = _gate_biases(self.memory, self.rule, num_heads, self.d_head)
         self.gates = GateProjection(d_model, biases) if biases else None
         self.initial: InitialWeights | None = None
-        if is_deep(self.memory) or learn_initial:
+        if is_deep(self.memory) or config.learn_initial:
             self.initial = InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head)
-        self.norm = RMSNorm(self.d_head, eps=norm_eps)
-        self.output_gate = nn.Linear(d_model, d_model, bias=False) if output_gate else None
+        self.norm = RMSNorm(self.d_head, eps=config.norm_eps)
+        self.output_gate = nn.Linear(d_model, d_model, bias=False) if config.output_gate else None
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
@@ -252,23 +315,8 @@ class MemoryMixer(nn.Module):
                 module.reset_parameters()
 
 
-def _resolve(
-    memory: AssociativeMemory | str, chunk_size: int | None, gates: GateRule | None
-) -> tuple[AssociativeMemory, GateRule]:
-    """The memory and its gates from a catalog name or a memory."""
-    rule = GateRule()
-    if isinstance(memory, str):
-        if memory not in catalog:
-            close = difflib.get_close_matches(memory, catalog, n=3)
-            hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(catalog)}."
-            raise ValueError(f"unknown memory {memory!r}. {hint}")
-        rule = GATE_RULES.get(memory, rule)
-        memory = catalog[memory]
-    elif not isinstance(memory, AssociativeMemory):
-        raise TypeError(f"memory must be a catalog name or an AssociativeMemory, got {type(memory).__name__}")
-    if chunk_size is not None:
-        memory = replace(memory, chunk_size=chunk_size)
-    rule = rule if gates is None else gates
+def _check_rule(memory: AssociativeMemory, rule: GateRule) -> None:
+    """Raise ValueError for gates with which the memory expands or never writes."""
     free = isinstance(memory.objective, DotProduct) and not memory.has_momentum
     if rule.lr == "one" and (is_deep(memory) or not free):
         raise ValueError(
@@ -280,7 +328,6 @@ def _resolve(
             f"{memory!r} has its step tied to its decay, step <= 1 - retain, so it would never write with "
             "GateRule(retain='one'). Use retain='learned', or delta retention."
         )
-    return memory, rule
 
 
 def _tied(memory: AssociativeMemory) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,32 +12,25 @@ from torch.nn import functional as F
 
 from nestlearn.memory import (
     L2,
-    MLP,
-    AssociativeMemory,
-    Decay,
     Delta,
-    Descent,
-    DotProduct,
     Gates,
-    Momentum,
     State,
     Tokens,
 )
-from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.memory.chunked import LONGEST_WRITE, Prepared, at_anchor, find_factors, prepare_tokens, run, write_rows
 from nestlearn.memory.clock import Clock, Span, choose, known_empty, poisoned_from, span_length
 from nestlearn.memory.engine import flatten_state, reset_nonfinite, unflatten_state
-from nestlearn.memory.kernels.products import Activation, unit_norm
+from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
 
 from .bounds import MAX_MOMENTUM, check_self_modifying_step
 from .common import HeadNorm, InitialWeights, check_tokens, full_precision, wide_dtype
 from .conv import ShortConv
 from .flops import self_modifying_flops
-from .self_modifying_state import STREAMS, SelfModifyingState, check_settings, quarantine
+from .self_modifying_state import STREAMS, SelfModifyingState, quarantine
 
-GRADIENT_LIMIT = 1e6
-"""Norm beyond which the gradient of weights that pass from span to span is scaled down."""
+if TYPE_CHECKING:
+    from .self_modifying_config import SelfModifyingConfig
 
 
 class SelfModifyingTitans(nn.Module):
@@ -64,29 +57,15 @@ class SelfModifyingTitans(nn.Module):
     Args:
         d_model: width of input and output.
         num_heads: heads; d_model must be divisible by it.
-        expansion: hidden units of a memory per head width.
-        memory_chunk_size: tokens between two anchors of the main memory.
-        projection_chunk_size: the same for the projection memories; a multiple of memory_chunk_size.
-        adaptive: which of ``q k v eta alpha`` are memories; the others are static projections (NL Table 6).
-        step_size: ``proximal`` or ``normalized``, for all maps or per map ``{map: mode}``.
-        max_step: upper bound of eta.
-        objective: ``dot`` or ``l2`` (paper-literal).
-        momentum: add momentum to the inner rule (NL Table 6).
-        delta: DGD's erasing term; False is plain gradient descent (NL Table 6).
-        retention: learned alpha; False keeps alpha = 1 (NL Table 6).
-        conv_size: width of the convolution; 0 for none.
-        activation: of the memories.
-        read: ``token`` reads the memory after the token's own write, ``chunk`` at the start of its chunk (NL Eq. 90).
-        self_values: False gives every memory the value v_t as its target.
-        retain_to: what retention and erasing pull toward, the ``initial`` weights or ``zero`` (as printed).
+        config: the memories and their rule; `SelfModifyingConfig`.
 
     Raises:
-        ValueError: for contradictory or impossible settings.
+        ValueError: for sizes that do not fit.
 
     Example:
         >>> import torch
-        >>> from nestlearn.nn import SelfModifyingTitans
-        >>> layer = SelfModifyingTitans(d_model=32, num_heads=2, memory_chunk_size=8, projection_chunk_size=16)
+        >>> from nestlearn.nn import SelfModifyingConfig
+        >>> layer = SelfModifyingConfig(chunk_size=8, projection_chunk_size=16).build(32, num_heads=2)
         >>> x = torch.randn(1, 20, 32)
         >>> y, state = layer(x[:, :13])
         >>> rest, state = layer(x[:, 13:], state)
@@ -94,55 +73,19 @@ class SelfModifyingTitans(nn.Module):
         True
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        expansion: int = 4,
-        memory_chunk_size: int = 64,
-        projection_chunk_size: int = 256,
-        adaptive: Sequence[str] = ("k", "v", "eta", "alpha"),
-        step_size: StepSize | Mapping[str, StepSize] = "proximal",
-        max_step: float | None = None,
-        objective: str = "dot",
-        momentum: bool = False,
-        delta: bool = True,
-        retention: bool = True,
-        conv_size: int = 4,
-        activation: Activation = "gelu",
-        norm_eps: float = 1e-6,
-        read: Read = "token",
-        self_values: bool = True,
-        retain_to: RetainTo = "initial",
-    ):
+    def __init__(self, d_model: int, num_heads: int, config: SelfModifyingConfig) -> None:
         super().__init__()
-        check_settings(d_model, num_heads, adaptive, objective, delta, retention)
-        self.memory = AssociativeMemory(
-            MLP(expansion, activation),
-            objective=DotProduct() if objective == "dot" else L2(),
-            retention=Delta() if delta else Decay(),
-            algorithm=Momentum() if momentum else Descent(),
-            step_size=step_size if delta else "raw",
-            retain_to=retain_to,
-            chunk_size=memory_chunk_size,
-            read=read,
-            values="own" if self_values else "given",
-            gradient_limit=GRADIENT_LIMIT,
-        )
-        if projection_chunk_size < 1 or projection_chunk_size % memory_chunk_size:
-            raise ValueError(
-                f"projection_chunk_size must be a multiple of memory_chunk_size, "
-                f"got {projection_chunk_size} and {memory_chunk_size}"
-            )
-        self.max_step = check_self_modifying_step(self.memory, max_step)
+        config.check_sizes(d_model, num_heads)
+        self.memory = config.memory
+        self.projections = replace(self.memory, chunk_size=config.projection_chunk_size)
+        self.max_step = check_self_modifying_step(self.memory, config.max_step)
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
-        self.projection_chunk_size = projection_chunk_size
-        self.projections = replace(self.memory, chunk_size=projection_chunk_size)
-        self.adaptive = tuple(name for name in STREAMS if name in adaptive)
-        self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in adaptive))
-        self.retention, self.self_values = retention, self_values
+        self.projection_chunk_size = config.projection_chunk_size
+        self.adaptive = tuple(name for name in STREAMS if name in config.adaptive)
+        self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in config.adaptive))
+        self.retention, self.self_values = config.retention, config.self_values
         self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
-        self.conv = ShortConv(len(STREAMS) * d_model, conv_size, silu=True) if conv_size else None
+        self.conv = ShortConv(len(STREAMS) * d_model, config.conv_size, silu=True) if config.conv_size else None
         names = (*self.adaptive, "memory")
         initial = {name: InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head) for name in names}
         self.initial = nn.ModuleDict(initial)
@@ -150,8 +93,8 @@ class SelfModifyingTitans(nn.Module):
         self.eta_bias = nn.Parameter(torch.empty(num_heads))
         self.alpha_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.alpha_bias = nn.Parameter(torch.empty(num_heads))
-        self.beta_gate = nn.Linear(d_model, num_heads) if momentum else None
-        self.norm, self.norm_eps = HeadNorm(self.d_head, eps=norm_eps), norm_eps
+        self.beta_gate = nn.Linear(d_model, num_heads) if config.momentum else None
+        self.norm, self.norm_eps = HeadNorm(self.d_head, eps=config.norm_eps), config.norm_eps
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,20 +46,3 @@ def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Te
     if not known_empty(drop):
         x = torch.where(drop.unsqueeze(-1), 0, x)
     return x, poisoned_from(bad, mask, reset)
-
-
-def check_settings(
-    d_model: int, num_heads: int, adaptive: Sequence[str], objective: str, delta: bool, retention: bool
-) -> None:
-    """Raise ValueError for settings of `SelfModifyingTitans` that contradict each other."""
-    if d_model < 1 or num_heads < 1 or d_model % num_heads:
-        raise ValueError(f"d_model must be divisible by num_heads, got d_model={d_model}, num_heads={num_heads}")
-    if not set(adaptive) <= set(STREAMS) or len(set(adaptive)) != len(adaptive):
-        raise ValueError(f"adaptive must be distinct names out of {', '.join(STREAMS)}; got {tuple(adaptive)}")
-    if objective not in ("dot", "l2"):
-        raise ValueError(f"objective must be 'dot' or 'l2', got {objective!r}")
-    if not retention and not delta:
-        raise ValueError(
-            "delta=False with retention=False leaves nothing that bounds the memory. "
-            "Ablate one at a time: delta=False needs the retention gate."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -9,11 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import AssociativeMemory
+from nestlearn.fields import Count, Size
 from nestlearn.memory.clock import known_empty
-from nestlearn.nn.attention import AttentionState, CausalAttention
+from nestlearn.nn.attention import AttentionConfig, AttentionState, CausalAttention, RotaryConfig
 from nestlearn.nn.common import RMSNorm, check_tokens
-from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
+from nestlearn.nn.config import register_mixer
+from nestlearn.nn.mixer import FastMemoryConfig, MemoryMixer, MixerState
 from nestlearn.nn.state import record
 
 
@@ -44,32 +46,64 @@ def poison(x: Float[Tensor, "b t d"], bad: Bool[Tensor, "b t"]) -> Float[Tensor,
     return x if known_empty(bad) else torch.where(bad.unsqueeze(-1), torch.nan, x)
 
 
+@dataclass(frozen=True)
+class TitansConfig(RotaryConfig, FastMemoryConfig):
+    """Fields of the mixers that combine a memory (`FastMemoryConfig`) with attention (`RotaryConfig`)."""
+
+    persistent_tokens: Count = field(default=4, kw_only=True)
+
+
+@dataclass(frozen=True)
+class WindowedTitansConfig(TitansConfig):
+    """Fields of `MemoryAsGate` and `MemoryAsLayer`: those of `FastMemoryConfig`, and the following.
+
+    Args:
+        window: tokens that attention sees, the current one included.
+        persistent_tokens: learned tokens that attention always sees.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    window: Size = 256
+
+    @property
+    def stored_tokens(self) -> int | None:
+        return self.window
+
+
+@register_mixer("titans_mag")
+@dataclass(frozen=True)
+class TitansMAGConfig(WindowedTitansConfig):
+    """Configuration of `MemoryAsGate`."""
+
+    def build(self, d_model: int, num_heads: int) -> MemoryAsGate:
+        return MemoryAsGate(d_model, num_heads, self)
+
+
+@register_mixer("titans_mal")
+@dataclass(frozen=True)
+class TitansMALConfig(WindowedTitansConfig):
+    """Configuration of `MemoryAsLayer`."""
+
+    def build(self, d_model: int, num_heads: int) -> MemoryAsLayer:
+        return MemoryAsLayer(d_model, num_heads, self)
+
+
 class _Hybrid(nn.Module):
     """What the gate and the layer share: one memory, one windowed attention with persistent tokens."""
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        memory: AssociativeMemory | str = "titans",
-        window: int = 256,
-        persistent_tokens: int = 4,
-        conv_size: int = 4,
-        chunk_size: int | None = None,
-        max_step: float | None = None,
-        gates: GateRule | None = None,
-        rope_theta: float = 10000.0,
-        norm_eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, config: WindowedTitansConfig) -> None:
         super().__init__()
+        config.check_sizes(d_model, num_heads)
         # What the persistent tokens would write before the text is the same for every text: the learned start holds it.
-        self.memory = MemoryMixer(
-            d_model, num_heads, memory, conv_size, chunk_size, max_step, gates, learn_initial=True, norm_eps=norm_eps
-        )
-        self.attention = CausalAttention(d_model, num_heads, window, rope_theta, conv_size, persistent_tokens)
+        self.memory = MemoryMixer(d_model, num_heads, config.alone(learn_initial=True))
+        attention = AttentionConfig(
+            window=config.window, conv_size=config.conv_size, rope_theta=config.rope_theta,
+            persistent_tokens=config.persistent_tokens,
+        )  # fmt: skip
+        self.attention = CausalAttention(d_model, num_heads, attention)
         self.d_model = d_model
-        self.memory_norm = RMSNorm(d_model, eps=norm_eps)
-        self._add_parts(d_model, norm_eps)
+        self.memory_norm = RMSNorm(d_model, eps=config.norm_eps)
+        self._add_parts(d_model, config.norm_eps)
 
     def _add_parts(self, d_model: int, norm_eps: float) -> None:
         """Further modules of a subclass."""
@@ -100,23 +134,15 @@ class MemoryAsGate(_Hybrid):
     Args:
         d_model: width of input and output.
         num_heads: heads of the memory and of attention.
-        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`.
-        window: tokens that attention sees, the current one included.
-        persistent_tokens: learned tokens that attention always sees.
-        conv_size: width of the convolutions on queries, keys and values; 0 for none.
-        chunk_size: replaces the memory's own chunk size.
-        max_step: scale of the memory's step size; see `MemoryMixer`.
-        gates: which gates of the memory are learned; see `MemoryMixer`.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: epsilon of the norms.
+        config: the memory, the window and the persistent tokens; `WindowedTitansConfig`.
 
     Raises:
-        ValueError: for sizes or memories that do not fit, with the fix.
+        ValueError: for sizes that do not fit, with the fix.
 
     Example:
         >>> import torch
-        >>> from nestlearn.nn import MemoryAsGate
-        >>> layer = MemoryAsGate(16, num_heads=2, window=4, chunk_size=8)
+        >>> from nestlearn.nn import TitansMAGConfig
+        >>> layer = TitansMAGConfig(window=4, chunk_size=8).build(16, num_heads=2)
         >>> x = torch.randn(1, 20, 16)
         >>> y, state = layer(x[:, :13])
         >>> rest, state = layer(x[:, 13:], state)
@@ -162,8 +188,8 @@ class MemoryAsLayer(_Hybrid):
 
     Example:
         >>> import torch
-        >>> from nestlearn.nn import MemoryAsLayer
-        >>> y, state = MemoryAsLayer(16, num_heads=2, window=4)(torch.randn(1, 20, 16))
+        >>> from nestlearn.nn import TitansMALConfig
+        >>> y, state = TitansMALConfig(window=4).build(16, num_heads=2)(torch.randn(1, 20, 16))
         >>> y.shape
         torch.Size([1, 20, 16])
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -10,16 +11,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import AssociativeMemory, Decay, Descent, DotProduct, Gates, State, scan
+from nestlearn.fields import Size
+from nestlearn.memory import Decay, Descent, DotProduct, Gates, State, scan
 from nestlearn.memory.clock import Grid, place
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import PersistentTokens, persistent_heads, rotate
 from nestlearn.nn.common import RMSNorm, check_tokens, full_precision, unit, wide_dtype
+from nestlearn.nn.config import register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.flops import scan_flops
-from nestlearn.nn.mixer import GateRule, MemoryMixer, MixerState
+from nestlearn.nn.mixer import MemoryMixer, MixerState
 from nestlearn.nn.state import record
-from nestlearn.nn.titans import admit, poison
+from nestlearn.nn.titans import TitansConfig, admit, poison
 
 
 @record("titans.segment")
@@ -67,6 +70,27 @@ class Span(NamedTuple):
     stored: Int[Tensor, "b"] | None = None  # tokens of the segment that were read before; None: none
 
 
+@register_mixer("titans_mac")
+@dataclass(frozen=True)
+class TitansMACConfig(TitansConfig):
+    """Configuration of `MemoryAsContext`: the fields of `FastMemoryConfig`, and the following.
+
+    Args:
+        segment_length: tokens of a segment.
+        persistent_tokens: learned tokens before every segment.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    segment_length: Size = 128
+
+    def build(self, d_model: int, num_heads: int) -> MemoryAsContext:
+        return MemoryAsContext(d_model, num_heads, self)
+
+    @property
+    def work_period(self) -> int:
+        return math.lcm(super().work_period, self.segment_length)
+
+
 class MemoryAsContext(nn.Module):
     r"""Titans MAC: the sequence in segments, each with the memory's answers as context (Titans Eq. 21-25).
 
@@ -81,23 +105,15 @@ class MemoryAsContext(nn.Module):
     Args:
         d_model: width of input and output.
         num_heads: heads of the memory and of attention.
-        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`.
-        segment_length: tokens of a segment.
-        persistent_tokens: learned tokens before every segment.
-        conv_size: width of the convolutions on queries, keys and values of the text; 0 for none.
-        chunk_size: replaces the memory's own chunk size.
-        max_step: scale of the memory's step size; see `MemoryMixer`.
-        gates: which gates of the memory are learned; see `MemoryMixer`.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: epsilon of the norms.
+        config: the memory, the segments and the persistent tokens; `TitansMACConfig`.
 
     Raises:
-        ValueError: for sizes or memories that do not fit, with the fix.
+        ValueError: for sizes that do not fit, with the fix.
 
     Example:
         >>> import torch
-        >>> from nestlearn.nn import MemoryAsContext
-        >>> layer = MemoryAsContext(16, num_heads=2, segment_length=8, chunk_size=8)
+        >>> from nestlearn.nn import TitansMACConfig
+        >>> layer = TitansMACConfig(segment_length=8, chunk_size=8).build(16, num_heads=2)
         >>> x = torch.randn(1, 20, 16)
         >>> y, state = layer(x[:, :13])
         >>> rest, state = layer(x[:, 13:], state)
@@ -105,46 +121,24 @@ class MemoryAsContext(nn.Module):
         True
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        memory: AssociativeMemory | str = "titans",
-        segment_length: int = 128,
-        persistent_tokens: int = 4,
-        conv_size: int = 4,
-        chunk_size: int | None = None,
-        max_step: float | None = None,
-        gates: GateRule | None = None,
-        rope_theta: float = 10000.0,
-        norm_eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, config: TitansMACConfig) -> None:
         super().__init__()
-        if segment_length < 1:
-            raise ValueError(f"{segment_length=} must be at least 1 token.")
-        if persistent_tokens < 0:
-            raise ValueError(f"{persistent_tokens=} is negative; use 0 for no persistent tokens.")
+        config.check_sizes(d_model, num_heads)
         # The memory learns from what attention makes of the text, which has passed a convolution already.
-        self.memory = MemoryMixer(
-            d_model, num_heads, memory, 0, chunk_size, max_step, gates, learn_initial=True, norm_eps=norm_eps
-        )
+        self.memory = MemoryMixer(d_model, num_heads, config.alone(conv_size=0, learn_initial=True))
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
-        if self.d_head % 2:
-            raise ValueError(
-                f"{d_model=} over {num_heads=} gives heads of width {self.d_head}, but rotary positions turn pairs of "
-                "channels; choose sizes whose quotient is even."
-            )
-        self.segment_length, self.persistent_tokens, self.rope_theta = segment_length, persistent_tokens, rope_theta
+        self.segment_length, self.persistent_tokens = config.segment_length, config.persistent_tokens
+        self.rope_theta = config.rope_theta
         self.ask = nn.Linear(d_model, d_model, bias=False)
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.conv = ShortConv(4 * d_model, conv_size) if conv_size else None
-        self.persistent = PersistentTokens(persistent_tokens, d_model) if persistent_tokens else None
-        self.recall_norm = RMSNorm(d_model, eps=norm_eps)
+        self.conv = ShortConv(4 * d_model, config.conv_size) if config.conv_size else None
+        self.persistent = PersistentTokens(config.persistent_tokens, d_model) if config.persistent_tokens else None
+        self.recall_norm = RMSNorm(d_model, eps=config.norm_eps)
         self.attended = nn.Linear(d_model, d_model, bias=False)
-        self.attention_norm = RMSNorm(d_model, eps=norm_eps)
-        self.memory_norm = RMSNorm(d_model, eps=norm_eps)
+        self.attention_norm = RMSNorm(d_model, eps=config.norm_eps)
+        self.memory_norm = RMSNorm(d_model, eps=config.norm_eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        chunk = max(segment_length, self.memory.memory.chunk_size)
+        chunk = max(config.segment_length, self.memory.memory.chunk_size)
         # A read at fixed weights: neither the objective nor gates of the update matter, so it needs none.
         inside = self.memory.memory
         retention = Decay() if isinstance(inside.retention, Decay) else inside.retention

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nestlearn.memory import AssociativeMemory, Gates, State, catalog, scan
+from nestlearn.fields import Size
+from nestlearn.memory import Gates, State, catalog, scan
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import document_positions
 from nestlearn.nn.common import check_tokens, full_precision, unit
+from nestlearn.nn.config import register_mixer
 from nestlearn.nn.flops import scan_flops
-from nestlearn.nn.mixer import GateRule, MemoryMixer
+from nestlearn.nn.mixer import FastMemoryConfig, MemoryMixer
 from nestlearn.nn.state import record
 
 PROJECTOR = catalog["linear_attention"]
@@ -61,16 +63,8 @@ def spread(initial: Weights, leading: int) -> Weights:
 class LocalMemory(MemoryMixer):
     """A memory that goes back to its learned start every ``window`` tokens; the projections are its layer's."""
 
-    def __init__(
-        self, d_model: int, num_heads: int, memory: AssociativeMemory | str, window: int, chunk_size: int,
-        max_step: float | None, gates: GateRule | None,
-    ) -> None:  # fmt: skip
-        super().__init__(d_model, num_heads, memory, 0, chunk_size, max_step, gates, learn_initial=True)
-        if window < 1 or window % chunk_size:
-            raise ValueError(
-                f"a local window of {window} tokens is not a multiple of its chunk of {chunk_size}; choose a window "
-                "that holds whole chunks."
-            )
+    def __init__(self, d_model: int, num_heads: int, config: TNTConfig, window: int, chunk_size: int) -> None:
+        super().__init__(d_model, num_heads, config.alone(conv_size=0, chunk_size=chunk_size, learn_initial=True))
         del self.qkv, self.out, self.norm, self.conv
         self.window = window
 
@@ -161,12 +155,44 @@ class LocalMemory(MemoryMixer):
         return gates + self.num_heads * read
 
 
+@register_mixer("tnt")
+@dataclass(frozen=True)
+class TNTConfig(FastMemoryConfig):
+    """Configuration of `HierarchicalMemory`: the fields of `FastMemoryConfig` for all its memories, and the following.
+
+    Args:
+        chunk_size: tokens of a chunk of the global memory.
+        local_windows: tokens between two fresh starts, one number per local memory.
+        local_chunk_sizes: tokens of a chunk of each local memory; each divides its window.
+    """
+
+    chunk_size: Size = 256
+    local_windows: tuple[Size, ...] = (128,)
+    local_chunk_sizes: tuple[Size, ...] = (16,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        windows, chunks = self.local_windows, self.local_chunk_sizes
+        if not windows or len(windows) != len(chunks) or any(map(int.__mod__, windows, chunks)):
+            raise ValueError(
+                f"local_windows={list(windows)} and local_chunk_sizes={list(chunks)} must hold one number each per "
+                "local memory, and each window must be a multiple of its chunk; for example [128, 128] and [8, 32]."
+            )
+
+    def build(self, d_model: int, num_heads: int) -> HierarchicalMemory:
+        return HierarchicalMemory(d_model, num_heads, self)
+
+    @property
+    def work_period(self) -> int:
+        return math.lcm(self.chunk_size, *self.local_windows)
+
+
 class HierarchicalMemory(MemoryMixer):
     r"""One global memory in sequence, local memories in parallel windows (TNT, arXiv 2511.07343, Eq. 5-7, 13-15).
 
         y_t = W_o norm( V_{start of chunk}(q_t) + sum_i W^i_t( unit( sum_s k_s k_s^T q_t ) ) )
 
-    The global memory V has large chunks of ``global_chunk_size`` tokens and is read at their start. Local memory i
+    The global memory V has large chunks of ``chunk_size`` tokens and is read at their start. Local memory i
     learns in chunks of ``local_chunk_sizes[i]`` and goes back to its learned start every ``local_windows[i]`` tokens;
     it is asked with the query projected on the keys of its window up to t. Windows do not need each other: where all
     rows stand at the start of one, all windows of a sequence run as rows of one batch. Queries, keys and values are
@@ -175,22 +201,15 @@ class HierarchicalMemory(MemoryMixer):
     Args:
         d_model: width of input and output.
         num_heads: heads; each has its own memories.
-        memory: a name of `nestlearn.memory.catalog`, or any `AssociativeMemory`, for all memories.
-        local_windows: tokens between two fresh starts, one number per local memory.
-        local_chunk_sizes: tokens of a chunk of each local memory; each divides its window.
-        global_chunk_size: tokens of a chunk of the global memory.
-        conv_size: width of the convolution on queries, keys and values; 0 for none.
-        max_step: scale of the step sizes; see `MemoryMixer`.
-        gates: which gates are learned; see `MemoryMixer`.
-        norm_eps: epsilon of the output norm.
+        config: the memories and their windows; `TNTConfig`.
 
     Raises:
-        ValueError: for sizes or memories that do not fit, with the fix.
+        ValueError: for sizes that do not fit, with the fix.
 
     Example:
         >>> import torch
-        >>> from nestlearn.nn import HierarchicalMemory
-        >>> layer = HierarchicalMemory(16, 2, "deltanet", local_windows=(8, 16), local_chunk_sizes=(4, 4))
+        >>> from nestlearn.nn import TNTConfig
+        >>> layer = TNTConfig("deltanet", local_windows=(8, 16), local_chunk_sizes=(4, 4)).build(16, num_heads=2)
         >>> x = torch.randn(1, 40, 16)
         >>> y, state = layer(x[:, :13])
         >>> rest, state = layer(x[:, 13:], state)
@@ -198,32 +217,12 @@ class HierarchicalMemory(MemoryMixer):
         True
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        memory: AssociativeMemory | str = "titans",
-        local_windows: Sequence[int] = (128,),
-        local_chunk_sizes: Sequence[int] = (16,),
-        global_chunk_size: int = 256,
-        conv_size: int = 4,
-        max_step: float | None = None,
-        gates: GateRule | None = None,
-        norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            d_model, num_heads, memory, conv_size, global_chunk_size, max_step, gates, learn_initial=True,
-            norm_eps=norm_eps,
-        )  # fmt: skip
-        if not local_windows or len(local_windows) != len(local_chunk_sizes):
-            raise ValueError(
-                f"local_windows={list(local_windows)} and local_chunk_sizes={list(local_chunk_sizes)} must hold one "
-                "number each per local memory, for at least one."
-            )
+    def __init__(self, d_model: int, num_heads: int, config: TNTConfig) -> None:
+        super().__init__(d_model, num_heads, config.alone(learn_initial=True))
         self.memory = replace(self.memory, read="chunk")
         self.locals = nn.ModuleList(
-            LocalMemory(d_model, num_heads, memory, window, chunk, max_step, gates)
-            for window, chunk in zip(local_windows, local_chunk_sizes, strict=True)
+            LocalMemory(d_model, num_heads, config, window, chunk)
+            for window, chunk in zip(config.local_windows, config.local_chunk_sizes, strict=True)
         )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - the state is another record

@@ -157,16 +157,16 @@ def build_config(
 ) -> TrainConfig:
     """A TrainConfig from loosely typed values.
 
-    Names that are TrainConfig fields set them, `optimizer.NAME` sets an option of the optimizer, `trainer.NAME` a
-    TrainingArguments field, and every other name must be one of `model_fields` and overrides the preset. Later
-    values win over `base`.
+    Names that are TrainConfig fields set them, `optimizer.NAME` sets an option of the optimizer, `mixer.NAME` one of
+    the mixer, `trainer.NAME` a TrainingArguments field, and every other name must be one of `model_fields` and
+    overrides the preset. Later values win over `base`.
 
     Raises:
         ValueError: for an unknown name (with close matches) or a value of the wrong type.
 
     Example:
-        >>> build_config({"steps": "20", "hidden_size": "64"}, {"hidden_size"}).model
-        {'hidden_size': 64}
+        >>> build_config({"steps": "20", "hidden_size": "64", "mixer.chunk_size": "8"}, {"hidden_size", "mixer"}).model
+        {'hidden_size': 64, 'mixer': {'chunk_size': 8}}
     """
     hints = train_fields()
     merged = (base or TrainConfig()).to_dict()
@@ -181,6 +181,9 @@ def build_config(
             merged["optimizer_options"] = {**merged["optimizer_options"], option: parse_scalar(value)}
         elif name.startswith("trainer."):
             merged["trainer"] = {**merged["trainer"], name.removeprefix("trainer."): parse_scalar(value)}
+        elif name.startswith("mixer."):
+            option = name.removeprefix("mixer.")
+            merged["model"] = {**merged["model"], "mixer": _changed_mixer(merged["model"], option, parse_scalar(value))}
         elif name.removeprefix("model.") in model_fields:
             merged["model"] = {**merged["model"], name.removeprefix("model."): parse_scalar(value)}
         else:
@@ -194,6 +197,14 @@ def build_config(
     if unknown:
         raise ValueError(f"Unknown model field {unknown[0]!r}.{suggestion(unknown[0], model_fields)}")
     return TrainConfig(**merged)
+
+
+def _changed_mixer(model: Mapping[str, Any], option: str, value: Any) -> dict[str, Any]:
+    """The field ``mixer`` with one option changed; without a type it changes the preset's mixer."""
+    mixer = model.get("mixer", {})
+    if isinstance(mixer, list):
+        raise ValueError(f"mixer.{option} cannot change a list of mixers, one per layer; write it into the list.")
+    return {**({"type": mixer} if isinstance(mixer, str) else mixer), option: value}
 
 
 def parse_scalar(value: Any) -> Any:

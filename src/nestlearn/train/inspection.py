@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nestlearn.models import HopeConfig, HopeForCausalLM, flops
-from nestlearn.models.config import ATTENTION_MIXERS, WINDOWED_MIXERS
 from nestlearn.models.flops import meta_model, row_bytes
 from nestlearn.models.modeling import next_token_loss
+from nestlearn.nn import MixerConfig
 
 # Float32 weights, gradients and the two moments of AdamW.
 BYTES_PER_TRAINED_PARAMETER = 16
@@ -79,7 +79,7 @@ def model_facts(config: HopeConfig, context_length: int, batch_size: int) -> Mod
     embeddings = {id(p): p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)}
     forward = int(flops(config, context_length))
     return ModelFacts(
-        mixers=list(config.mixers),
+        mixers=[mixer.type for mixer in config.mixers],
         parameters=parameters,
         parameters_without_embeddings=parameters - sum(embeddings.values()),
         context_length=context_length,
@@ -97,39 +97,38 @@ def model_facts(config: HopeConfig, context_length: int, batch_size: int) -> Mod
 def _state_bytes(config: HopeConfig, context_length: int) -> int:
     """State of one row, layer by layer; only attention has to read the context, or its window, to know."""
     total = 0
-    for mixer, model in _single_layers(config):
-        length = min(context_length, config.sliding_window if mixer in WINDOWED_MIXERS else 1)
-        length = context_length if mixer == "attention" else length
+    for mixer, count, model in _single_layers(config):
+        window = mixer.stored_tokens
+        length = context_length if window is None else min(context_length, max(1, window))
         tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
         with torch.no_grad():
             cache = model.eval()(tokens, use_cache=True, logits_to_keep=1).past_key_values
-        total += config.mixers.count(mixer) * cache.nbytes()
+        total += count * cache.nbytes()
     return total
 
 
 def _activation_bytes(config: HopeConfig, context_length: int, batch_size: int) -> int:
     """Bytes kept for backward by every block and by the output layer, times the rows."""
-    layers = dict(_single_layers(config))
+    layers = list(_single_layers(config))
     total = 0
-    for mixer, model in layers.items():
-        # Per token, every chunk after the first keeps the same; for attention short texts leave out the square
-        # of scores, which fused kernels never store.
-        chunk = 32 if mixer in ATTENTION_MIXERS else max(config.memory_chunk_size, config.projection_chunk_size)
-        chunk = max(chunk, config.segment_length) if mixer == "titans_mac" else chunk
+    for mixer, count, model in layers:
+        # Per token, every period after the first keeps the same; for attention short texts leave out the square of
+        # scores, which fused kernels never store.
+        chunk = mixer.work_period
         block = partial(model.train().model.layers[0], return_state=False)
         one, two = (_saved_bytes(model, length, block) for length in (chunk, 2 * chunk))
-        total += config.mixers.count(mixer) * max(0, one + (two - one) * (context_length - chunk) // chunk)
-    model = next(iter(layers.values()))
+        total += count * max(0, one + (two - one) * (context_length - chunk) // chunk)
+    model = layers[0][2]
     labels = torch.zeros(1, context_length, dtype=torch.long, device="meta")
     total += _saved_bytes(model, context_length, lambda x: next_token_loss(model.lm_head(x), labels))
     return batch_size * total
 
 
-def _single_layers(config: HopeConfig) -> Iterator[tuple[str, HopeForCausalLM]]:
-    """One model of one layer, on the meta device, for each different mixer."""
-    for mixer in dict.fromkeys(config.mixers):
+def _single_layers(config: HopeConfig) -> Iterator[tuple[MixerConfig, int, HopeForCausalLM]]:
+    """Every different mixer, its number of layers, and a model of one such layer on the meta device."""
+    for mixer, count in config.mixer_counts:
         fields = {**config.to_dict(), "mixer": mixer, "num_hidden_layers": 1, "reset_token_id": None}
-        yield mixer, meta_model(HopeConfig(**{name: fields[name] for name in HopeConfig.field_names()}))
+        yield mixer, count, meta_model(HopeConfig(**{name: fields[name] for name in HopeConfig.field_names()}))
 
 
 def _saved_bytes(model: HopeForCausalLM, length: int, run: Callable[[Tensor], Any]) -> int:

@@ -111,8 +111,9 @@ def sized_fields(recipe: Recipe, mixer: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown mixer, or fields that do not fit each other.
     """
-    fields = recipe.model | {"vocab_size": recipe.task.vocab_size} | mixer_fields(mixer)
-    reference = recipe.model | {"vocab_size": recipe.task.vocab_size} | mixer_fields(recipe.reference)
+    shared = recipe.model | {"vocab_size": recipe.task.vocab_size}
+    fields = shared | mixer_fields(mixer, recipe.mixer)
+    reference = shared | mixer_fields(recipe.reference, recipe.mixer)
     target = parameters(reference | _network(recipe.expansion))
     count = parameters(fields | _network(recipe.expansion))
     slope = parameters(fields | _network(recipe.expansion + 4)) - count

@@ -78,8 +78,9 @@ class Recipe:
 
     Attributes:
         task: what to learn.
-        model: `HopeConfig` fields of every model; a mixer's own fields come on top.
+        model: `HopeConfig` fields of every model; those of a mixer token come on top.
         training: how to train.
+        mixer: fields for every mixer that has them, such as chunk sizes.
         expansion: width of the frozen feed-forward network of the reference.
         reference: the mixer whose parameter count the others are brought to, by the width of that network.
     """
@@ -87,6 +88,7 @@ class Recipe:
     task: Task
     model: dict[str, Any]
     training: Training
+    mixer: dict[str, Any] = field(default_factory=dict)
     expansion: float = 2.0
     reference: str = "hope"
 
@@ -129,27 +131,29 @@ class Suite:
 
 
 def _model(hidden: int, heads: int = 1, layers: int = 2, **fields: Any) -> dict[str, Any]:
-    """Sizes of the small models: short chunks, so that the memories write and learn to within short sequences."""
+    """Sizes of the small models."""
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "memory_expansion": 2,
-        "memory_chunk_size": 16,
-        "projection_chunk_size": 32,
         "ffn_activation": "gelu",
     } | fields
 
 
+def _chunks(memory: int = 16, projections: int = 32) -> dict[str, Any]:
+    """Short chunks and small memories: they write and learn to within short sequences."""
+    return {"expansion": 2, "chunk_size": memory, "projection_chunk_size": projections}
+
+
 # Small embeddings where a state must be tracked, large ones where tokens must be told apart (docs/log.md). A state is
 # tracked over a whole sequence in one chunk: more boundaries than in training cost exactness (docs/decisions.md, 58).
-_ONE_CHUNK = {"memory_chunk_size": 128, "projection_chunk_size": 128}
-_TRACK = _model(32, initializer_range=0.02, **_ONE_CHUNK)
+_ONE_CHUNK = _chunks(128, 128)
+_TRACK = _model(32, initializer_range=0.02)
 _TELL_APART = _model(32, initializer_range=0.2)
 # Counting wants several heads and large embeddings: linear attention needs 250 steps then, and more than 500 without.
 _COUNT = _model(32, heads=4, initializer_range=0.2)
 # Chunks of half a recall sequence and of a whole one: 1.6 times as fast as 16 and 32.
-_LONGER_CHUNKS = {"memory_chunk_size": 32, "projection_chunk_size": 64}
+_LONGER_CHUNKS = _chunks(32, 64)
 
 
 def _formal() -> tuple[Recipe, ...]:
@@ -158,12 +162,12 @@ def _formal() -> tuple[Recipe, ...]:
     repeating = Training(steps=400, batch_size=16, weight_decay=0.0)
     counting = Training(steps=2000, batch_size=16, learning_rate=1e-2, weight_decay=0.0)
     return (
-        Recipe(task=Parity(eval_examples=500), model=_TRACK, training=tracking),
-        Recipe(task=EvenA(), model=_TRACK, training=repeating),
-        Recipe(task=RepeatedAbab(), model=_TRACK, training=repeating),
-        Recipe(task=Counter2(), model=_COUNT, training=counting),
-        Recipe(task=Counter3(), model=_COUNT, training=counting),
-        Recipe(task=Shuffle2(eval_examples=500), model=_TRACK, training=Training(steps=1000)),
+        Recipe(task=Parity(eval_examples=500), model=_TRACK, mixer=_ONE_CHUNK, training=tracking),
+        Recipe(task=EvenA(), model=_TRACK, mixer=_ONE_CHUNK, training=repeating),
+        Recipe(task=RepeatedAbab(), model=_TRACK, mixer=_ONE_CHUNK, training=repeating),
+        Recipe(task=Counter2(), model=_COUNT, mixer=_chunks(), training=counting),
+        Recipe(task=Counter3(), model=_COUNT, mixer=_chunks(), training=counting),
+        Recipe(task=Shuffle2(eval_examples=500), model=_TRACK, mixer=_ONE_CHUNK, training=Training(steps=1000)),
     )
 
 
@@ -178,17 +182,16 @@ def _mad() -> tuple[Recipe, ...]:
         Memorization(eval_examples=500),
     )
     # Two chunks per sequence, for every memory: the cheapest with which projections write before a sequence ends.
-    chunks = [dict.fromkeys(("memory_chunk_size", "projection_chunk_size"), task.length // 2) for task in tasks]
     return tuple(
-        Recipe(task=task, model=_TELL_APART | chunk, training=training)
-        for task, chunk in zip(tasks, chunks, strict=True)
+        Recipe(task=task, model=_TELL_APART, mixer=_chunks(task.length // 2, task.length // 2), training=training)
+        for task in tasks
     )
 
 
 def _long_context_suites() -> list[Suite]:
     # Few looks on few sequences: those of the long splits take as long as many updates.
     training = Training(steps=1500, batch_size=16, learning_rate=2e-3, check_every=250, check_examples=8)
-    model = _model(64, heads=2, initializer_range=0.1, **_LONGER_CHUNKS)
+    model = _model(64, heads=2, initializer_range=0.1)
     # The number alone is asked for and noise holds no digits: half the width learns it, in a third of the steps. All
     # models take all steps, since to stop at the first that is good at every length would choose on the test.
     needle = replace(training, steps=400, learning_rate=4e-3, check_every=100, stop=None)
@@ -199,7 +202,7 @@ def _long_context_suites() -> list[Suite]:
             title="S-NIAH-1 on bytes: a number told once in noise, trained at 256 tokens",
             recipes=(
                 Recipe(
-                    task=NeedleInNoise(), model=_model(32, initializer_range=0.1, **_LONGER_CHUNKS), training=needle
+                    task=NeedleInNoise(), model=_model(32, initializer_range=0.1), mixer=_LONGER_CHUNKS, training=needle
                 ),
             ),
             mixers=mixers,
@@ -207,7 +210,7 @@ def _long_context_suites() -> list[Suite]:
         Suite(
             name="babilong",
             title="BABILong's qa1 on words: where is one of four people, trained at 256 tokens",
-            recipes=(Recipe(task=WhereIs(), model=model, training=training),),
+            recipes=(Recipe(task=WhereIs(), model=model, mixer=_LONGER_CHUNKS, training=training),),
             mixers=mixers,
         ),
     ]
@@ -218,26 +221,26 @@ def _recall() -> list[Suite]:
     twice = RewrittenMqar(vocabulary=64, length=64, train_pairs=(4, 8), eval_pairs=(4, 8))
     many = replace(few, length=96, train_pairs=(4, 8, 16, 24), eval_pairs=(4, 8, 16, 24))
     training = Training(steps=1200, learning_rate=1e-2, stop=0.999)
-    model = _model(16, initializer_range=0.2, **_LONGER_CHUNKS)
+    model = _model(16, initializer_range=0.2)
     mixers = ("hope", "hope-static", "deltanet", "linear_attention", "attention")
     title = "Multi-query associative recall (Zoology's layout)"
     return [
         Suite(
             name="recall",
             title=title,
-            recipes=(Recipe(task=few, model=model, training=training),),
+            recipes=(Recipe(task=few, model=model, mixer=_LONGER_CHUNKS, training=training),),
             mixers=mixers,
         ),
         Suite(
             name="recall-24",
             title=f"{title}, up to 24 pairs in 96 tokens",
-            recipes=(Recipe(task=many, model=model, training=training),),
+            recipes=(Recipe(task=many, model=model, mixer=_LONGER_CHUNKS, training=training),),
             mixers=mixers,
         ),
         Suite(
             name="recall-rewritten",
             title="Associative recall where every key is told twice and the second value counts",
-            recipes=(Recipe(task=twice, model=model, training=training),),
+            recipes=(Recipe(task=twice, model=model, mixer=_LONGER_CHUNKS, training=training),),
             mixers=mixers,
         ),
     ]
@@ -263,9 +266,14 @@ def _suites() -> list[Suite]:
             name="tracking",
             title="State tracking: running products in a group, all prefixes right",
             recipes=(
-                Recipe(task=ModularSum(), model=_TRACK, training=Training(steps=1000)),
-                Recipe(task=S3(), model=_TRACK, training=Training(steps=1000)),
-                Recipe(task=S5(), model=_model(64, initializer_range=0.1, **_ONE_CHUNK), training=Training(steps=1000)),
+                Recipe(task=ModularSum(), model=_TRACK, mixer=_ONE_CHUNK, training=Training(steps=1000)),
+                Recipe(task=S3(), model=_TRACK, mixer=_ONE_CHUNK, training=Training(steps=1000)),
+                Recipe(
+                    task=S5(),
+                    model=_model(64, initializer_range=0.1),
+                    mixer=_ONE_CHUNK,
+                    training=Training(steps=1000),
+                ),
             ),
             mixers=("hope-normalized", "deltanet-negative", "deltanet", "linear_attention", "transformer"),
         ),
@@ -277,11 +285,13 @@ def _suites() -> list[Suite]:
                 Recipe(
                     task=Parity(bins=((2, 8), (9, 16)), train_examples=200, eval_examples=32),
                     model=_model(8),
+                    mixer=_chunks(),
                     training=Training(steps=4, batch_size=8, check_every=2, check_examples=8),
                 ),
                 Recipe(
                     task=Mqar(vocabulary=16, length=16, pairs=4, eval_pairs=(2, 4), eval_examples=32),
                     model=_model(8),
+                    mixer=_chunks(),
                     training=Training(steps=4, batch_size=8, check_every=2, check_examples=8),
                 ),
             ),
