@@ -1,4 +1,4 @@
-"""What a learner did over a stream: the matrix of scores, what it cost, and how it was made."""
+"""The result of a learner on a stream: the matrix of scores, the cost, and the settings."""
 
 from __future__ import annotations
 

@@ -115,11 +115,11 @@ def unit_rows(
 def _learn(spec: DeepMemory, state: dict[str, Tensor], pieces: list[tuple[Tensor, Tensor]]) -> None:
     """One step of delta gradient descent on all rows, in place on the maps."""
     maps = {name: state[f"memory_{name}"] for name in MAPS}
-    asked = spec.gain + (spec.objective == "l2")
+    wanted = spec.gain + (spec.objective == "l2")
     grams: dict[str, Tensor] = {}
     writes: dict[str, Tensor] = {}
     for x, _ in pieces:
-        for name, (inputs, errors) in surprise(spec.memory, maps, x, asked * x).items():
+        for name, (inputs, errors) in surprise(spec.memory, maps, x, wanted * x).items():
             grams[name] = grams.get(name, 0) + inputs.mT @ inputs
             writes[name] = writes.get(name, 0) + errors.mT @ inputs
     count = torch.stack([valid.sum(dtype=x.dtype) for x, valid in pieces]).sum().clamp(min=1)

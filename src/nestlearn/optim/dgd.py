@@ -187,7 +187,7 @@ class DGD(MatrixOptimizer):
         """One update.
 
         Args:
-            closure: computes the loss and its gradients anew; called once, before the update.
+            closure: computes the loss and its gradients again; called once, before the update.
 
         Raises:
             ValueError: a sparse gradient, a layer that has a gradient but had no input, or one whose bias has another

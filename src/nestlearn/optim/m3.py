@@ -34,8 +34,8 @@ class M3(MatrixOptimizer):
     ``second_moment=False`` leaves out the division; with α = 0 too, the EMA form is Muon. √V has the size of the
     gradient, so dividing by it alone would make the step as large as 1/|g|. Unless ``adjust_lr=None``, the divisor is
     therefore ``√V + δ rms(√V) + ε``, rms over the matrix, and each update is scaled back to the norm of O1 + α O2.
-    Without δ, an element that has had no gradient, as behind a dead ReLU, would be divided by ε alone and take nearly
-    all of that norm. Algorithm 1 to the letter is ``accumulate="paper", nesterov=False, adjust_lr=None,
+    Without δ, an element without any gradient so far, as behind a dead ReLU, would be divided by ε alone and take
+    nearly all of that norm. Algorithm 1 to the letter is ``accumulate="paper", nesterov=False, adjust_lr=None,
     weight_decay=0.0``.
 
     Cost per matrix and step: one Newton-Schulz, and another one every f steps. State in bytes per parameter (float32):
@@ -96,20 +96,10 @@ class M3(MatrixOptimizer):
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "alpha": alpha,
-            "slow_period": slow_period,
-            "second_moment": second_moment,
-            "accumulate": accumulate,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "adjust_lr": adjust_lr,
-            "eps": eps,
-            "damping": damping,
-            "weight_decay": weight_decay,
-        }
+            "lr": lr, "betas": betas, "alpha": alpha, "slow_period": slow_period, "second_moment": second_moment,
+            "accumulate": accumulate, "nesterov": nesterov, "ns_steps": ns_steps, "ns_coefficients": ns_coefficients,
+            "adjust_lr": adjust_lr, "eps": eps, "damping": damping, "weight_decay": weight_decay,
+        }  # fmt: skip
         super().__init__(params, defaults, adamw)
 
     def check_group(self, group: Mapping[str, Any]) -> None:

@@ -124,7 +124,7 @@ class MatrixOptimizer(Optimizer):
         """One update.
 
         Args:
-            closure: computes the loss and its gradients anew; called once, before the update.
+            closure: computes the loss and its gradients again; called once, before the update.
 
         Raises:
             ValueError: a sparse gradient.

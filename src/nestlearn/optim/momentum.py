@@ -168,16 +168,9 @@ class AssociativeMomentum(MatrixOptimizer):
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "delta": delta,
-            "features": features,
-            "preconditioner": preconditioner,
-            "memory": memory,
-            "output": output,
-            "weight_decay": weight_decay,
-        }
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "delta": delta, "features": features,
+            "preconditioner": preconditioner, "memory": memory, "output": output, "weight_decay": weight_decay,
+        }  # fmt: skip
         super().__init__(params, defaults, adamw)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
@@ -232,7 +225,7 @@ class AssociativeMomentum(MatrixOptimizer):
             alike.setdefault(first_alike(group, matrices.parameters[0]), []).append(matrices)
         for first, members in alike.items():
             state = self.state[first]
-            if "memory_in" not in state:  # it has had no gradient yet, but others of its shape have
+            if "memory_in" not in state:  # only others of its shape have had a gradient so far
                 self.state[first] = {"step": torch.tensor(0.0), **self.new_state(group, first), **state}
             stacks = [matrices.whole(momentum_of(group, matrices)) for matrices in members]
             rows = [stack.reshape(-1, stack.shape[-1]) for some in stacks for stack in some]

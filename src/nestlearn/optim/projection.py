@@ -53,7 +53,7 @@ def ridge_projection(gram: Float[Tensor, "*b d d"], alpha: float | Float[Tensor,
 
 
 class _Memory:
-    """The inputs that one linear map has had: the sum of ``x xᵀ``, where x ends with a 1 if the bias is trained.
+    """The past inputs of one linear map: the sum of ``x xᵀ``, where x ends with a 1 if the bias is trained.
 
     Attributes:
         sums: what is stored, by name; "seen" is the sum.
@@ -146,7 +146,7 @@ class _Memory:
         return {**sums, "applied": applied, "refreshed": self.applied is not None}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned."""
+        """Restores what `state` returned."""
         self.sums, self.fresh = {name: state[name].to(x, copy=True) for name, x in self.sums.items()}, {}
         self.applied = state["applied"].to(self.sums["seen"], copy=True) if state["refreshed"] else None
 
@@ -203,7 +203,7 @@ class _LeadingDirections(_Memory):
 
 
 class InputProjection(OptimizerWrapper):
-    """Projects each change of a linear map away from the inputs that the map has already had.
+    """Projects each change of a linear map away from the past inputs of the map.
 
     A preconditioner as in NL Eq. 38-41, 47, but learned from inputs and not from gradients: orthogonal weights
     modification (Zeng et al. 2019, arXiv 1810.01256). Per `nn.Linear`, recursive least squares over its inputs x (with
@@ -410,7 +410,7 @@ class InputProjection(OptimizerWrapper):
         return {"steps": self._steps, "recorded": self._recorded, "recording": self.recording, "maps": maps}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `own_state` returned.
+        """Restores what `own_state` returned.
 
         Raises:
             ValueError: the state is of a model with other maps.

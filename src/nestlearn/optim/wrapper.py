@@ -82,7 +82,7 @@ class OptimizerWrapper(Optimizer):
         """One update.
 
         Args:
-            closure: computes the loss and its gradients anew; called once, before the update.
+            closure: computes the loss and its gradients again; called once, before the update.
         """
         loss = evaluate(closure)
         if self._makes_state():
