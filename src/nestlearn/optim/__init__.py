@@ -1,8 +1,8 @@
 """Optimizers of Nested Learning: drop-in rules for matrices, and wrappers around any torch optimizer.
 
-    optimizer = M3(param_groups(model), lr=1e-3)
-    optimizer = DGD(param_groups(model, lr=0.1, adamw_lr=1e-3), model)
-    optimizer = MultiTimescale(M3(timescale_groups(model, [(model.fast, 1), (model.slow, 16)])))
+optimizer = M3(param_groups(model), lr=1e-3)
+optimizer = DGD(param_groups(model, lr=0.1, adamw_lr=1e-3), model)
+optimizer = MultiTimescale(M3(timescale_groups(model, [(model.fast, 1), (model.slow, 16)])))
 """
 
 from nestlearn.optim.deep_memory import DeepMemory
