@@ -6,8 +6,13 @@ from nestlearn.nn.config import MixerConfig, mixer_types, register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
 from nestlearn.nn.mixer import GATE_RULES, GateRule, MemoryMixer, MemoryMixerConfig, MixerState
-from nestlearn.nn.self_modifying import SelfModifyingState, SelfModifyingTitans
-from nestlearn.nn.self_modifying_config import SelfModifyingConfig
+from nestlearn.nn.self_modifying import (
+    SelfModifyingConfig,
+    SelfModifyingMatrix,
+    SelfModifyingMLP,
+    SelfModifyingState,
+    SelfModifyingTitans,
+)
 from nestlearn.nn.titans import HybridState, MemoryAsGate, MemoryAsLayer, TitansMAGConfig, TitansMALConfig
 from nestlearn.nn.titans_mac import ContextState, MemoryAsContext, TitansMACConfig
 from nestlearn.nn.tnt import HierarchicalMemory, HierarchicalState, TNTConfig
@@ -34,6 +39,8 @@ __all__ = [
     "MixerConfig",
     "MixerState",
     "SelfModifyingConfig",
+    "SelfModifyingMLP",
+    "SelfModifyingMatrix",
     "SelfModifyingState",
     "SelfModifyingTitans",
     "ShortConv",

@@ -237,9 +237,9 @@ def check_self_modifying_step(memory: AssociativeMemory, max_step: float | None)
     Raises:
         ValueError: for a bound with which the recurrence could expand.
     """
-    kinds = {memory.step_size_of(m) for m in ("in", "out")}
+    kinds = {memory.step_size_of(name) for name in memory.architecture.shapes(1, 1)}
     delta = isinstance(memory.retention, Delta)
-    if delta and "raw" in kinds:
+    if delta and "raw" in kinds and is_deep(memory):
         raise ValueError(
             "step_size='raw' overflows on the second map of a deep memory within 100 tokens; "
             "use 'proximal' or 'normalized'"
@@ -247,6 +247,8 @@ def check_self_modifying_step(memory: AssociativeMemory, max_step: float | None)
     limit, why = float("inf"), ""
     if "normalized" in kinds:
         limit, why = 2.0, "normalized steps above 2 expand"
+    if "raw" in kinds:
+        limit, why = 1.0, "a raw step of 1 erases all of what a key holds"
     if not isinstance(memory.objective, DotProduct):
         limit, why = 1.0, "the L2 objective erases at the anchor as well as in place"
     if not delta:

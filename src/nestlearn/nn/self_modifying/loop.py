@@ -12,10 +12,12 @@ from nestlearn.memory import DotProduct, Gates, State
 from nestlearn.memory.reference import read_weights, token_step
 from nestlearn.memory.types import Weights
 
-from .self_modifying_state import SelfModifyingState
+from .state import STREAMS, SelfModifyingState
 
 if TYPE_CHECKING:
-    from .self_modifying import SelfModifyingTitans
+    from .deep import SelfModifyingMLP
+    from .layer import SelfModifyingTitans
+    from .matrix import SelfModifyingMatrix
 
 
 def unit(x: Tensor) -> Tensor:
@@ -24,7 +26,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def token_loop(
-    layer: SelfModifyingTitans, x: Tensor, state: SelfModifyingState | None
+    layer: SelfModifyingMLP, x: Tensor, state: SelfModifyingState | None
 ) -> tuple[Tensor, SelfModifyingState]:
     """Run the layer token by token, ``x: [b, t, d]``; a continued ``state`` may come from here or from `forward`."""
     names = (*layer.adaptive, "memory")
@@ -33,18 +35,10 @@ def token_loop(
         for name in names
     }
     memories = {name: _start(layer, name, initial[name], state) for name in names}
-    taps = torch.ones(1, 1, dtype=x.dtype) if layer.conv is None else layer.conv.weight
-    history = x.new_zeros(x.shape[0], len(taps) - 1, layer.streams.out_features)
-    if state is not None and state.conv is not None:
-        history = state.conv
+    streams, tail = _streams(layer, x, state)
     position = 0 if state is None else int(state.clock.position.flatten()[0])
     outputs = []
-    for t in range(x.shape[1]):
-        history = torch.cat([history, (x[:, t] @ layer.streams.weight.mT)[:, None]], 1)
-        window = history[:, -len(taps) :]
-        history = history[:, 1:]
-        mixed = F.silu((window * taps).sum(1))
-        stream = dict(zip(layer.streams_order, mixed.view(x.shape[0], 5, layer.num_heads, -1).unbind(1), strict=True))
+    for t, stream in enumerate(streams):
         for name in layer.adaptive:
             stream[name] = read_weights(layer.memory, memories[name].anchor, stream[name])
         q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
@@ -53,18 +47,65 @@ def token_loop(
             memories[name] = token_step(layer.memory, memories[name], initial[name], k, v, gates)
         main = memories["memory"]
         y = read_weights(layer.memory, main.anchor if layer.memory.read == "chunk" else main.params, q)
-        y = y / (y.square().mean(-1, keepdim=True) + layer.norm_eps).sqrt() * layer.norm.weight
-        outputs.append(y.flatten(1) @ layer.out.weight.mT)
+        outputs.append(_merge(layer, y))
         position = (position + 1) % layer.projection_chunk_size
         for name in names:
             chunk = layer.memory.chunk_size if name == "memory" else layer.projection_chunk_size
             if position % chunk == 0:
                 memories[name] = memories[name]._replace(anchor=memories[name].params)
-    rows = torch.full(q.shape[:2], position)  # type: ignore[possibly-undefined]
+    rows = torch.full((len(x), layer.num_heads), position)
     memory = memories["memory"]._replace(position=rows % layer.memory.chunk_size, aligned=False)
     projections = [memories[name]._replace(position=rows, aligned=False) for name in layer.adaptive]
-    tail = None if layer.conv is None else history
     return torch.stack(outputs, 1), SelfModifyingState(_stack(projections), memory, tail)
+
+
+def matrix_token_loop(
+    layer: SelfModifyingMatrix, x: Tensor, state: SelfModifyingState | None
+) -> tuple[Tensor, SelfModifyingState]:
+    """The same for matrix memories: the one fast matrix H of every head, ``x: [b, t, d]``."""
+    start = {"W": torch.eye(layer.d_head, dtype=x.dtype).expand(len(x), layer.num_heads, -1, -1)}
+    now = layer.memory.begin(start) if state is None else state.memory
+    streams, tail = _streams(layer, x, state)
+    position = 0 if state is None else int(state.memory.position.flatten()[0])
+    outputs = []
+    for t, stream in enumerate(streams):
+        for name in layer.adaptive:
+            stream[name] = read_weights(layer.memory, now.anchor, stream[name])
+            if name in layer.maps:
+                stream[name] = torch.einsum("hij,bhj->bhi", layer.maps[name], stream[name])
+        q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
+        now = token_step(layer.memory, now, start, k, v, _gates(layer, stream["eta"], stream["alpha"], x[:, t]))
+        y = read_weights(layer.memory, now.anchor if layer.memory.read == "chunk" else now.params, q)
+        outputs.append(_merge(layer, torch.einsum("hij,bhj->bhi", layer.maps["memory"], y)))
+        position = (position + 1) % layer.memory.chunk_size
+        if position == 0:
+            now = now._replace(anchor=now.params)
+    now = now._replace(position=torch.full((len(x), layer.num_heads), position), aligned=False)
+    return torch.stack(outputs, 1), SelfModifyingState(None, now, tail)
+
+
+def _streams(
+    layer: SelfModifyingTitans, x: Tensor, state: SelfModifyingState | None
+) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+    """The streams ``[b, heads, d]`` of every token by name, and the last inputs of the convolution."""
+    taps = torch.ones(1, 1, dtype=x.dtype) if layer.conv is None else layer.conv.weight
+    history = x.new_zeros(x.shape[0], len(taps) - 1, layer.streams.out_features)
+    if state is not None and state.conv is not None:
+        history = state.conv
+    found = []
+    for t in range(x.shape[1]):
+        history = torch.cat([history, (x[:, t] @ layer.streams.weight.mT)[:, None]], 1)
+        window = history[:, -len(taps) :]
+        history = history[:, 1:]
+        mixed = F.silu((window * taps).sum(1)).view(x.shape[0], len(STREAMS), layer.num_heads, -1)
+        found.append(dict(zip(layer.streams_order, mixed.unbind(1), strict=True)))
+    return found, None if layer.conv is None else history
+
+
+def _merge(layer: SelfModifyingTitans, y: Tensor) -> Tensor:
+    """The output of one token from what its heads answered, ``[b, heads, d]``."""
+    y = y / (y.square().mean(-1, keepdim=True) + layer.norm_eps).sqrt() * layer.norm.weight
+    return y.flatten(1) @ layer.out.weight.mT
 
 
 def _stack(states: list[State]) -> State | None:
@@ -81,7 +122,7 @@ def _stack(states: list[State]) -> State | None:
     return State(params, stack(momenta) if momenta else None, anchor, position)
 
 
-def _start(layer: SelfModifyingTitans, name: str, initial: Weights, state: SelfModifyingState | None) -> State:
+def _start(layer: SelfModifyingMLP, name: str, initial: Weights, state: SelfModifyingState | None) -> State:
     """The state of one memory."""
     if state is None:
         return layer.memory.begin(initial)
@@ -104,5 +145,9 @@ def _gates(layer: SelfModifyingTitans, eta: Tensor, alpha: Tensor, x: Tensor) ->
     if beta is not None:
         lr = lr * (1 - beta)
     if not isinstance(layer.memory.objective, DotProduct):
-        lr = lr / layer.projection_chunk_size
+        if "W" in layer.memory.architecture.shapes(1, 1):
+            cap = torch.minimum((1 - retain) / 2, 2 * retain).clamp(min=1e-6)
+            lr = cap * (1 - torch.exp(-lr / cap))
+        else:
+            lr = lr / layer.projection_chunk_size
     return Gates(lr, retain if layer.retention else torch.ones_like(retain), beta)

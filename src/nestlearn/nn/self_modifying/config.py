@@ -1,19 +1,21 @@
-"""The configuration of self-modifying Titans: which of its projections learn, by which rule, at which chunks."""
+"""The configuration of self-modifying Titans."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nestlearn.fields import Count, Positive, Size
-from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Descent, DotProduct, Momentum
+from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Descent, DotProduct, Matrix, Momentum
 from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.memory.kernels.products import Activation
+from nestlearn.nn.bounds import check_self_modifying_step
+from nestlearn.nn.config import MixerConfig, register_mixer
 
-from .bounds import check_self_modifying_step
-from .config import MixerConfig, register_mixer
-from .self_modifying import SelfModifyingTitans
-from .self_modifying_state import STREAMS
+from .state import STREAMS
+
+if TYPE_CHECKING:
+    from .layer import SelfModifyingTitans
 
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of weights that pass from span to span is scaled down."""
@@ -25,11 +27,15 @@ class SelfModifyingConfig(MixerConfig):
     """Configuration of `SelfModifyingTitans`.
 
     Args:
-        expansion: hidden units of a memory per head width.
+        architecture: what a memory is: ``mlp``, two layers with a residual, or ``matrix``. Matrices that absorb the same
+            keys share one fast matrix per head, so they cost a fraction; see `SelfModifyingMatrix`.
+        expansion: hidden units of an MLP memory per head width; None is 4. Matrices have none.
         chunk_size: tokens between two anchors of the main memory.
-        projection_chunk_size: the same for the projection memories; a multiple of chunk_size.
+        projection_chunk_size: the same for the projection memories, a multiple of chunk_size; None is 256, or one chunk
+            where that is longer. Matrices share one chunk.
         adaptive: which of ``q k v eta alpha`` are memories; the others are static projections (NL Table 6).
-        step_size: ``proximal`` or ``normalized``, for all maps or per map ``{"in": mode, "out": mode}``.
+        step_size: ``proximal`` or ``normalized``, for all maps or per map ``{"in": mode, "out": mode}``. A matrix can
+            take ``raw`` steps too.
         max_step: upper bound of eta; None for the largest usual one.
         objective: ``dot`` or ``l2`` (paper-literal).
         momentum: add momentum to the inner rule (NL Table 6).
@@ -39,16 +45,17 @@ class SelfModifyingConfig(MixerConfig):
         read: ``token`` reads the memory after the token's own write, ``chunk`` at the start of its chunk (NL Eq. 90).
         self_values: False gives every memory the value v_t as its target.
         conv_size: width of the convolution; 0 for none.
-        activation: of the memories.
+        activation: of an MLP memory; None is ``gelu``. Matrices have none.
         norm_eps: epsilon of the output norm.
 
     Raises:
         ValueError: for contradictory or impossible settings.
     """
 
-    expansion: Size = 4
+    architecture: Literal["mlp", "matrix"] = "mlp"
+    expansion: Size | None = None
     chunk_size: Size = 64
-    projection_chunk_size: Size = 256
+    projection_chunk_size: Size | None = None
     adaptive: tuple[Literal["q", "k", "v", "eta", "alpha"], ...] = ("k", "v", "eta", "alpha")
     step_size: StepSize | dict[Literal["in", "out"], StepSize] = "proximal"
     max_step: Positive | None = None
@@ -60,7 +67,7 @@ class SelfModifyingConfig(MixerConfig):
     read: Read = "token"
     self_values: bool = True
     conv_size: Count = 4
-    activation: Activation = "gelu"
+    activation: Activation | None = None
     norm_eps: Positive = 1e-6
 
     def __post_init__(self) -> None:
@@ -72,19 +79,44 @@ class SelfModifyingConfig(MixerConfig):
                 "delta=False with retention=False leaves nothing that bounds the memory. "
                 "Ablate one at a time: delta=False needs the retention gate."
             )
-        if self.projection_chunk_size % self.chunk_size:
+        if self.architecture == "matrix":
+            self._check_matrix()
+        elif self.projection_chunk % self.chunk_size:
             raise ValueError(
-                f"projection_chunk_size={self.projection_chunk_size} must be a multiple of "
-                f"chunk_size={self.chunk_size}."
+                f"projection_chunk_size={self.projection_chunk} must be a multiple of chunk_size={self.chunk_size}."
             )
         check_self_modifying_step(self.memory, self.max_step)
+
+    def _check_matrix(self) -> None:
+        """Raise for settings that matrix memories do not have."""
+        for name in ("expansion", "activation", "projection_chunk_size"):
+            value = getattr(self, name)
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} belongs to MLP memories; architecture='matrix' has none: its memories share one "
+                    f"fast matrix and one chunk. Leave it out, or use architecture='mlp'."
+                )
+        if not isinstance(self.step_size, str):
+            raise ValueError(f"step_size={self.step_size!r} names the maps of an MLP; a matrix takes one mode.")
+        if self.objective == "l2" and not self.retention:
+            raise ValueError(
+                "objective='l2' with retention=False leaves nothing that bounds a matrix memory: its step is bounded by "
+                "1 - alpha. Use objective='dot', or retention=True."
+            )
+
+    @property
+    def projection_chunk(self) -> int:
+        """Tokens between two anchors of the projections."""
+        if self.architecture == "matrix":
+            return self.chunk_size
+        return self.projection_chunk_size or max(256, self.chunk_size)
 
     @property
     def memory(self) -> AssociativeMemory:
         """The rule of all memories of the layer."""
         step_size: Any = self.step_size if self.delta else "raw"
         return AssociativeMemory(
-            MLP(self.expansion, self.activation),
+            Matrix() if self.architecture == "matrix" else MLP(self.expansion or 4, self.activation or "gelu"),
             objective=DotProduct() if self.objective == "dot" else L2(),
             retention=Delta() if self.delta else Decay(),
             algorithm=Momentum() if self.momentum else Descent(),
@@ -97,8 +129,12 @@ class SelfModifyingConfig(MixerConfig):
         )
 
     def build(self, d_model: int, num_heads: int) -> SelfModifyingTitans:
-        return SelfModifyingTitans(d_model, num_heads, self)
+        from .deep import SelfModifyingMLP
+        from .matrix import SelfModifyingMatrix
+
+        layer = SelfModifyingMatrix if self.architecture == "matrix" else SelfModifyingMLP
+        return layer(d_model, num_heads, self)
 
     @property
     def work_period(self) -> int:
-        return self.projection_chunk_size
+        return self.projection_chunk

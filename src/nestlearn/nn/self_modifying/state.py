@@ -46,3 +46,8 @@ def quarantine(x: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Te
     if not known_empty(drop):
         x = torch.where(drop.unsqueeze(-1), 0, x)
     return x, poisoned_from(bad, mask, reset)
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """Flags of texts ``[b, ...]`` as those of rows ``[b * heads, ...]``."""
+    return x.repeat_interleave(heads, 0)

@@ -1,0 +1,15 @@
+"""Self-modifying Titans: keys, values and gates come from memories that learn in context (NL Eq. 83-91)."""
+
+from .config import SelfModifyingConfig
+from .deep import SelfModifyingMLP
+from .layer import SelfModifyingTitans
+from .matrix import SelfModifyingMatrix
+from .state import SelfModifyingState
+
+__all__ = [
+    "SelfModifyingConfig",
+    "SelfModifyingMLP",
+    "SelfModifyingMatrix",
+    "SelfModifyingState",
+    "SelfModifyingTitans",
+]
