@@ -255,7 +255,11 @@ def test_chunk_reads_see_nothing_of_their_own_chunk() -> None:
     other[:, 4] += 1
     for read, first in (("token", 5), ("chunk", 8)):
         torch.manual_seed(0)
-        layer = SelfModifyingConfig(2, 4, 8, adaptive=(), conv_size=0, read=read).build(8, 2).double()
+        layer = (
+            SelfModifyingConfig(expansion=2, chunk_size=4, projection_chunk_size=8, adaptive=(), conv_size=0, read=read)
+            .build(8, 2)
+            .double()
+        )
         changed = (layer(x)[0] - layer(other)[0]).abs().amax(-1)[0] > 1e-10
         assert changed.tolist() == [t == 4 or t >= first for t in range(12)]
 

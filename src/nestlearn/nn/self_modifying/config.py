@@ -27,8 +27,8 @@ class SelfModifyingConfig(MixerConfig):
     """Configuration of `SelfModifyingTitans`.
 
     Args:
-        architecture: what a memory is: ``mlp``, two layers with a residual, or ``matrix``. Matrices that absorb the same
-            keys share one fast matrix per head, so they cost a fraction; see `SelfModifyingMatrix`.
+        architecture: what a memory is: ``mlp``, two layers with a residual, or ``matrix``. Matrices that absorb the
+            same keys share one fast matrix per head, so they cost a fraction; see `SelfModifyingMatrix`.
         expansion: hidden units of an MLP memory per head width; None is 4. Matrices have none.
         chunk_size: tokens between two anchors of the main memory.
         projection_chunk_size: the same for the projection memories, a multiple of chunk_size; None is 256, or one chunk
@@ -100,8 +100,8 @@ class SelfModifyingConfig(MixerConfig):
             raise ValueError(f"step_size={self.step_size!r} names the maps of an MLP; a matrix takes one mode.")
         if self.objective == "l2" and not self.retention:
             raise ValueError(
-                "objective='l2' with retention=False leaves nothing that bounds a matrix memory: its step is bounded by "
-                "1 - alpha. Use objective='dot', or retention=True."
+                "objective='l2' with retention=False leaves nothing that bounds a matrix memory: its step is bounded "
+                "by 1 - alpha. Use objective='dot', or retention=True."
             )
 
     @property

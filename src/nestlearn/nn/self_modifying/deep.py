@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nestlearn.memory import State, Tokens
@@ -134,6 +135,13 @@ class SelfModifyingMLP(SelfModifyingTitans):
                 shared = [here.map(lambda x: x.unsqueeze(1)) for here in prepared]
         gates = tokens.gates.map(lambda g: g.unsqueeze(1))
         return write_rows(self.projections, state, factors, gates, initial, span=span, prepared=shared, fresh=fresh)
+
+    def loop(
+        self, x: Float[Tensor, "b t d"], state: SelfModifyingState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], SelfModifyingState]:
+        from .loop import token_loop
+
+        return token_loop(self, x, state)
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""

@@ -211,9 +211,7 @@ class SelfModifyingTitans(nn.Module):
         self, x: Float[Tensor, "b t d"], state: SelfModifyingState | None = None
     ) -> tuple[Float[Tensor, "b t d"], SelfModifyingState]:
         """The definition: the same layer token by token with inner gradients by autograd. The oracle of `forward`."""
-        from .loop import token_loop
-
-        return token_loop(self, x, state)
+        raise NotImplementedError
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""

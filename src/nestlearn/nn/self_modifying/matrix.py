@@ -25,20 +25,21 @@ class SelfModifyingMatrix(SelfModifyingTitans):
     r"""`SelfModifyingTitans` with matrix memories (``architecture="matrix"``).
 
     Let every memory m of a head be a matrix that absorbs the same key k, each with its own target ``M_m u``. Then each
-    changes by the same multiplication from the right: ``M_{m,t} = M_m H_t`` with one fast matrix H per head, ``H_0 = I``.
-    With c the start of the chunk of t (NL Eq. 83-91; docs/equations.md):
+    changes by the same multiplication from the right: ``M_{m,t} = M_m H_t``, with one fast matrix H per head and
+    ``H_0 = I``. With c the start of the chunk of t (NL Eq. 83-91; docs/equations.md):
 
         k_t = unit(M_k H_c x^k_t)     v_t = unit(M_v H_c x^v_t)     eta_t from m_eta . (H_c x^eta_t), alpha_t likewise
         u_t = unit(H_c v_t)           its own target (v_t itself without self_values)
-        H_t = H_{t-1} (alpha_t I - eta'_t k_t k_t^T) + eta'_t u_t k_t^T      dot product (retention to initial: of H - I)
+        H_t = H_{t-1} (alpha_t I - eta'_t k_t k_t^T) + eta'_t u_t k_t^T      dot product (of H - I where retention
+                                                                             goes to the initial weights)
         y_t = M_memory H_t q_t        with chunk reads, H_c
 
-    A stream that is not adaptive skips ``M H_c``. One delta rule per head is all that a layer of DeltaNet costs as well;
-    the matrices ``M_m``, the vectors ``m`` and all projections of streams are trained by the outer loop only.
+    A stream that is not adaptive skips ``M H_c``. One delta rule per head is what a layer of DeltaNet costs as well.
+    The matrices ``M_m``, the vectors ``m`` and the projections of streams are trained by the outer loop only.
 
     **Bounds**, as in `SelfModifyingTitans`, but for these: keys have norm 1, so ``raw`` steps are stable up to
-    max_step 1. Under the L2 objective the printed rule feeds ``H_c k`` back; with ``cap = min((1 - alpha) / 2, 2 alpha)`` the
-    step is ``cap (1 - exp(-eta / cap))``, and then the operator norm of H never exceeds 1 (retention to zero).
+    max_step 1. The L2 objective feeds ``H_c k`` back. There the step is ``cap (1 - exp(-eta / cap))`` with
+    ``cap = min((1 - alpha) / 2, 2 alpha)``, and the operator norm of H never exceeds 1 (retention to zero).
 
     Example:
         >>> import torch
@@ -88,8 +89,8 @@ class SelfModifyingMatrix(SelfModifyingTitans):
             outputs, now = self._chunks(streams, beta, now, start, mask, reset, writes, return_state, state is None)
         else:
             # Nothing that the memory learns changes what a token is projected to: no chunk waits for another.
-            flags = [None if flag is None else per_head(flag, heads) for flag in (mask, reset)]
-            tokens = self._tokens(streams, beta, None, *flags, writes)
+            valid, fresh = (None if flag is None else per_head(flag, heads) for flag in (mask, reset))
+            tokens = self._tokens(streams, beta, None, valid, fresh, writes)
             y, now = run(self.memory, now, tokens, start, fresh=state is None, return_state=return_state)
             outputs = self._by_text(y, batch)
         read = torch.einsum("bthd,hed->bthe", outputs.unflatten(-1, (heads, -1)), self.maps["memory"].to(outputs.dtype))
@@ -145,11 +146,11 @@ class SelfModifyingMatrix(SelfModifyingTitans):
                 x = named[name].unflatten(0, (batch, self.num_heads))
                 named[name] = (x @ weights.to(x.dtype).mT).flatten(0, 1)
         q, k, v, eta, alpha = (named[name] for name in STREAMS)
-        logits = (
+        eta, alpha = (
             (x.unflatten(0, (batch, self.num_heads)) @ vector.to(x.dtype).unsqueeze(-1)).squeeze(-1)
             for x, vector in ((eta, self.eta_vector), (alpha, self.alpha_vector))
         )
-        gates = self._gates(*logits, None if beta is None else beta.mT.flatten(0, 1), writes)
+        gates = self._gates(eta, alpha, None if beta is None else beta.mT.flatten(0, 1), writes)
         return Tokens(unit_norm(q), unit_norm(k), unit_norm(v), gates, valid, reset)
 
     def loop(
