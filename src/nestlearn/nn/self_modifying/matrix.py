@@ -94,15 +94,25 @@ class SelfModifyingMatrix(SelfModifyingTitans):
             y, now = run(self.memory, now, tokens, start, fresh=state is None, return_state=return_state)
             outputs = self._by_text(y, batch)
         read = torch.einsum("bthd,hed->bthe", outputs.unflatten(-1, (heads, -1)), self.maps["memory"].to(outputs.dtype))
-        bad = (
-            None if broken is None else broken.view(batch, heads)[:, :1] & (torch.arange(count, device=eye.device) == 0)
-        )
+        first = torch.arange(count, device=eye.device) == 0
+        bad = None if broken is None else broken.view(batch, heads)[:, :1] & first
         return read.flatten(2), SelfModifyingState(None, unflatten_state(now, (batch, heads)), None), bad
 
     def _by_text(self, y: Float[Tensor, "r c d"], batch: int) -> Float[Tensor, "b c hd"]:
         return y.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2)
 
-    def _chunks(self, streams, beta, now, start, mask, reset, writes, return_state, fresh):
+    def _chunks(
+        self,
+        streams: Tensor,
+        beta: Tensor | None,
+        now: State,
+        start: Weights,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        writes: bool,
+        return_state: bool,
+        fresh: bool,
+    ) -> tuple[Tensor, State]:
         """The chunks one after another; returns outputs ``[b, t, heads * d]`` and the state after the last."""
         (batch, count), heads, chunk = streams.shape[:2], self.num_heads, self.memory.chunk_size
         position = now.position.view(batch, heads)[:, 0]
