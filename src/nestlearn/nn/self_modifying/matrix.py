@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestlearn.memory import L2, Tokens
+from nestlearn.memory import L2, State, Tokens
 from nestlearn.memory.chunked import run
 from nestlearn.memory.clock import Clock, choose
 from nestlearn.memory.engine import flatten_state, reset_nonfinite, unflatten_state
 from nestlearn.memory.kernels.products import unit_norm
+from nestlearn.memory.types import Weights
 from nestlearn.nn.flops import scan_flops
 
 from .config import SelfModifyingConfig
