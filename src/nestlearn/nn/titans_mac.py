@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nestlearn.fields import Size
 from nestlearn.memory import Decay, Descent, DotProduct, Gates, State, scan
-from nestlearn.memory.clock import Grid, place
+from nestlearn.memory.clock import Clock, Span, choose
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import PersistentTokens, persistent_heads, rotate
 from nestlearn.nn.common import RMSNorm, check_tokens, full_precision, unit, wide_dtype
@@ -59,15 +59,6 @@ class Projections(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-
-
-class Span(NamedTuple):
-    """Tokens of one segment per row: place in the segment, document within the span, and what is there."""
-
-    slot: Int[Tensor, "b c"]
-    document: Int[Tensor, "b c"] | None = None  # None: one document
-    valid: Bool[Tensor, "b c"] | None = None
-    stored: Int[Tensor, "b"] | None = None  # tokens of the segment that were read before; None: none
 
 
 @register_mixer("titans_mac")
@@ -161,10 +152,7 @@ class MemoryAsContext(nn.Module):
         x, bad = admit(x, mask)
         reset = reset if reset is None or mask is None else reset & mask
         made, tail = self._project(x, None if state is None else state.conv, mask, reset)
-        if mask is None and reset is None and (state is None or state.aligned):
-            y, new = self._aligned(made, bad, state, writes, return_state)
-        else:
-            y, new = self._placed(made, bad, state, mask, reset, writes)
+        y, new = self._read(made, bad, state, mask, reset, writes, return_state)
         y = y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
         return y, new._replace(conv=tail) if new is not None and return_state else None
 
@@ -180,8 +168,7 @@ class MemoryAsContext(nn.Module):
 
     def recall(self, ask: Float[Tensor, "b h c e"], weights: Weights | None) -> Float[Tensor, "b h c e"]:
         """Answers of the memory at fixed weights (None: the initial ones); nothing is written."""
-        initial, rows = self.memory.initial_weights(ask), ask.shape[:2]
-        full = {name: w.expand(*rows, *w.shape[-2:]) for name, w in initial.items()}
+        full, rows = self._initial(ask), ask.shape[:2]
         held = full if weights is None else weights
         position = torch.zeros(rows, dtype=torch.long, device=ask.device)
         nothing = torch.zeros_like(ask[..., 0])
@@ -207,9 +194,9 @@ class MemoryAsContext(nn.Module):
         self, made: Projections, span: Span, start: Weights | None, past: SegmentTokens | None
     ) -> tuple[Tensor, SegmentTokens]:
         """Attention of the tokens of a span, ``[b, c, d]``, and their keys and values."""
-        slots, offset = span.slot, self.persistent_tokens
+        slots, offset = span.places(made.q.device).expand(len(made.q), -1), self.persistent_tokens
         later = offset + self.segment_length
-        after = None if span.document is None else span.document > 0
+        after = None if span.reset is None else span.reset.cummax(-1).values
         recalled, values = self._recalled(made, start, after)
         q = rotate(made.q, slots + later, self.rope_theta)
         new = SegmentTokens(
@@ -226,29 +213,29 @@ class MemoryAsContext(nn.Module):
             keys.insert(0, rotate(first, before, self.rope_theta).expand(batch))
             values.insert(0, first_values.expand(batch))
         read = F.scaled_dot_product_attention(
-            q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=self._visible(span, past)
+            q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=self._visible(span, past, len(q), q.device)
         )
         return self.attended(read.transpose(1, 2).flatten(2)), new
 
-    def _visible(self, span: Span, past: SegmentTokens | None) -> Bool[Tensor, "b 1 c s"]:
-        """Which keys each token sees, in the order of `_attend`."""
-        rows, tokens = span.slot.shape
-        column = torch.arange(tokens, device=span.slot.device)
+    def _visible(self, span: Span, past: SegmentTokens | None, rows: int, device: torch.device) -> Tensor:
+        """Which keys each token sees, ``[b, 1, c, s]``, in the order of `_attend`."""
+        column = torch.arange(span.length, device=device)
         new = (column <= column[:, None]).expand(rows, -1, -1)
-        if span.document is not None:
-            new = new & (span.document[:, :, None] == span.document[:, None, :])
+        document = None if span.reset is None else span.reset.long().cumsum(1)
+        if document is not None:
+            new = new & (document[:, :, None] == document[:, None, :])
         if span.valid is not None:
             new = new & span.valid[:, None, :]
             # An empty slot sees itself: a query that sees nothing would give NaN.
             new = new | (column == column[:, None])
         seen = [new, new]
-        if past is not None and span.stored is not None:
-            held = torch.arange(past.keys.shape[2], device=column.device) < span.stored[:, None]
-            held = held[:, None, :].expand(-1, tokens, -1)
-            held = held if span.document is None else held & (span.document == 0)[:, :, None]
+        if past is not None and isinstance(span.phase, Tensor):
+            held = torch.arange(past.keys.shape[2], device=device) < span.phase[:, None]
+            held = held[:, None, :].expand(-1, span.length, -1)
+            held = held if document is None else held & (document == 0)[:, :, None]
             seen = [held, held, new, new]
         if self.persistent is not None:
-            seen.insert(0, new.new_ones(rows, tokens, self.persistent_tokens))
+            seen.insert(0, new.new_ones(rows, span.length, self.persistent_tokens))
         return torch.cat(seen, -1).unsqueeze(1)
 
     def _gate(
@@ -260,80 +247,39 @@ class MemoryAsContext(nn.Module):
         m, memory = self.memory(poison(u, bad), memory, valid, reset, writes=writes, return_state=keep)
         return self.out(u * F.silu(self.memory_norm(m))), memory
 
-    def _aligned(
-        self, made: Projections, bad: Tensor, state: ContextState | None, writes: bool, return_state: bool
-    ) -> tuple[Tensor, ContextState | None]:
-        """All rows at the start of a segment: no stored tokens, no masks."""
-        length, tokens = self.segment_length, bad.shape[1]
-        memory = None if state is None else state.memory
-        pieces = list(zip(*(x.split(length, 2) for x in made), bad.split(length, 1), strict=True))
-        outputs, start, segment = [], None, None
-        for i, (*here, lost) in enumerate(pieces):
-            start = None if memory is None else memory.memory.params
-            slot = torch.arange(lost.shape[1], device=bad.device).expand_as(lost)
-            y, segment = self._attend(Projections(*here), Span(slot), start, None)
-            keep = return_state or i + 1 < len(pieces)
-            y, memory = self._gate(y, lost, memory, None, None, writes, keep)
-            outputs.append(y)
-        y = torch.cat(outputs, 1)
-        if memory is None or segment is None or not return_state:
-            return y, None
-        left = tokens % length
-        if left == 0:
-            start, segment = memory.memory.params, SegmentTokens(*(x[:, :, :0] for x in segment))
-        elif start is None:
-            initial, rows = self.memory.initial_weights(made.ask), made.ask.shape[:2]
-            start = {name: w.expand(*rows, *w.shape[-2:]).contiguous() for name, w in initial.items()}
-        segment = SegmentTokens(*(F.pad(x, (0, 0, 0, length - x.shape[2])) for x in segment))
-        position = torch.full((y.shape[0],), left, dtype=torch.long, device=y.device)
-        return y, ContextState(memory, start, segment, None, position, left == 0)
-
-    def _fresh(self, made: Projections) -> ContextState:
-        """The state before the first token, for rows that will stand at different phases."""
-        rows, device = made.k.shape[0], made.k.device
-        blank = made.k.new_zeros(rows, self.num_heads, self.segment_length, self.d_head)
-        _, memory = self.memory(
-            made.k.new_zeros(rows, 1, self.d_model),
-            mask=torch.zeros(rows, 1, dtype=torch.bool, device=device),
-        )
-        position = torch.zeros(rows, dtype=torch.long, device=device)
-        assert memory is not None
-        return ContextState(memory, memory.memory.params, SegmentTokens(*[blank] * 4), None, position, False)
-
-    def _placed(
+    def _read(
         self, made: Projections, bad: Tensor, state: ContextState | None, mask: Tensor | None, reset: Tensor | None,
-        writes: bool,
-    ) -> tuple[Tensor, ContextState]:  # fmt: skip
-        """Rows of any phase, masks and resets: every span holds tokens of one segment, or of several documents."""
-        state = self._fresh(made) if state is None else state
-        rows, tokens = bad.shape
-        grid = place(state.position, tokens, self.segment_length, min(self.segment_length, tokens), mask, reset)
-        row = torch.arange(rows, device=bad.device)[:, None]
-        initial = self.memory.initial_weights(made.ask)
-        memory: MixerState | None = state.memory
-        start, segment, y = state.start, state.segment, None
-        for i in range(grid.index.shape[1]):
-            assert memory is not None
-            index, valid, flag = grid.index[:, i], grid.valid[:, i], None if grid.reset is None else grid.reset[:, i]
-            there = valid[..., None, None]
-            here = Projections(*(torch.where(there, x.transpose(1, 2)[row, index], 0).transpose(1, 2) for x in made))
-            begins = _like(grid.phase[:, i] == 0, 4)
-            start = {name: torch.where(begins, w, start[name]) for name, w in memory.memory.params.items()}
-            span = _span(grid, i)
-            out, new = self._attend(here, span, start, segment)
-            lost = bad[row, index] & valid
-            out, memory = self._gate(out, lost, memory, valid, flag, writes, True)
-            segment = _store(segment, new, span)
-            if flag is not None:
-                restarted = _like(flag.any(-1), 4)
-                start = {name: torch.where(restarted, initial[name], w) for name, w in start.items()}
-            y = out.new_zeros(rows, tokens + 1, self.d_model) if y is None else y
-            target = torch.where(valid, index, tokens)
-            y = y.scatter(1, target.unsqueeze(-1).expand_as(out), out)
-        assert y is not None and memory is not None
-        ended = _like(grid.end == 0, 4)
-        start = {name: torch.where(ended, w, start[name]) for name, w in memory.memory.params.items()}
-        return y[:, :tokens], ContextState(memory, start, segment, None, grid.end, False)
+        writes: bool, return_state: bool,
+    ) -> tuple[Tensor, ContextState | None]:  # fmt: skip
+        """One segment after another: recall, attend, then let the memory read what attention gave."""
+        (rows, tokens), length = bad.shape, self.segment_length
+        memory, start, segment = (None, None, None) if state is None else (state.memory, state.start, state.segment)
+        position = torch.zeros(rows, dtype=torch.long, device=bad.device) if state is None else state.position
+        aligned = state is None or state.aligned
+        clock = Clock.start(position, aligned, tokens, length, min(length, tokens), mask, reset)
+        initial, outputs = self._initial(made.ask), []
+        pieces = zip(clock.spans, *(clock.cut(x.transpose(1, 2)) for x in made), clock.cut(bad, False), strict=True)
+        for i, (span, *parts, lost) in enumerate(pieces):
+            if span.begins is not False and memory is not None:
+                start = choose(span.begins, memory.memory.params, initial if start is None else start)
+            past = None if span.begins is True else segment
+            y, new = self._attend(Projections(*(x.transpose(1, 2) for x in parts)), span, start, past)
+            keep = return_state or i + 1 < len(clock.spans)
+            y, memory = self._gate(y, lost, memory, span.valid, span.reset, writes, keep)
+            segment = _store(past, new, span, length)
+            if span.reset is not None:
+                start = choose(span.reset.any(-1), initial, initial if start is None else start)
+            outputs.append(y)
+        if not return_state or memory is None or segment is None:
+            return clock.join(outputs), None
+        ended = True if clock.aligned else clock.position == 0
+        start = choose(ended, memory.memory.params, initial if start is None else start)
+        return clock.join(outputs), ContextState(memory, start, segment, None, clock.position, clock.aligned)
+
+    def _initial(self, like: Float[Tensor, "b h t e"]) -> Weights:
+        """The memory's initial weights, ``[b, h, out, in]``."""
+        initial = self.memory.initial_weights(like)
+        return {name: w.expand(*like.shape[:2], *w.shape[-2:]) for name, w in initial.items()}
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
@@ -352,30 +298,21 @@ class MemoryAsContext(nn.Module):
             module.reset_parameters()  # type: ignore[operator]
 
 
-def _like(rows: Tensor, dimensions: int) -> Tensor:
-    return rows.view(-1, *[1] * (dimensions - 1))
-
-
-def _span(grid: Grid, i: int) -> Span:
-    """Where the tokens of a span stand in their segments; a reset starts a new document, and with it a segment."""
-    valid, phase = grid.valid[:, i], grid.phase[:, i].clamp(min=0)
-    column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-    if grid.reset is None:
-        return Span(phase[:, None] + column, None, valid, phase)
-    reset = grid.reset[:, i]
-    last = torch.where(reset, column, -1).cummax(1).values
-    slot = torch.where(last >= 0, column - last, phase[:, None] + column)
-    return Span(slot, reset.long().cumsum(1), valid, phase)
-
-
-def _store(segment: SegmentTokens, new: SegmentTokens, span: Span) -> SegmentTokens:
-    """The tokens of the last document of the span put at their places in the segment."""
-    length = segment.keys.shape[2]
+def _store(past: SegmentTokens | None, new: SegmentTokens, span: Span, length: int) -> SegmentTokens:
+    """The tokens of the segment that a span ends in, at their places; ``past``: those before it (None: none)."""
+    if isinstance(span.phase, int):
+        # The next segment starts empty.
+        kept = 0 if span.ends is True else span.length
+        return SegmentTokens(*(F.pad(x[:, :, :kept], (0, 0, 0, length - kept)) for x in new))
     assert span.valid is not None
-    keep = span.valid if span.document is None else span.valid & (span.document == span.document[:, -1:])
-    target = torch.where(keep, span.slot, length)[:, None, :, None]
+    keep = span.valid
+    if span.reset is not None:
+        document = span.reset.long().cumsum(1)
+        keep = keep & (document == document[:, -1:])
+    target = torch.where(keep, span.places(keep.device), length)[:, None, :, None]
+    held = past or SegmentTokens(*(x.new_zeros(*x.shape[:2], length, x.shape[-1]) for x in new))
 
-    def put(held: Tensor, x: Tensor) -> Tensor:
-        return F.pad(held, (0, 0, 0, 1)).scatter(2, target.expand_as(x), x.to(held.dtype))[:, :, :length]
+    def put(old: Tensor, x: Tensor) -> Tensor:
+        return F.pad(old, (0, 0, 0, 1)).scatter(2, target.expand_as(x), x.to(old.dtype))[:, :, :length]
 
-    return SegmentTokens(*(put(held, x) for held, x in zip(segment, new, strict=True)))
+    return SegmentTokens(*(put(old, x) for old, x in zip(held, new, strict=True)))
