@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from .config import SelfModifyingConfig
 from .state import STREAMS, SelfModifyingState, quarantine
 
 
-class SelfModifyingTitans(nn.Module):
+class SelfModifyingTitans(nn.Module, ABC):
     r"""A sequence layer whose keys, values, step sizes and retention come from memories that learn in context.
 
     At the weights of the last chunk boundary (NL Eq. 83-91; docs/decisions.md for what the paper leaves open):
@@ -165,14 +167,15 @@ class SelfModifyingTitans(nn.Module):
         """Heads back together, in the dtype of the inputs: ``[b, t, heads * d] -> [b, t, d_model]``."""
         return self.out(self.norm(y.unflatten(-1, (self.num_heads, -1))).flatten(2).to(x.dtype))
 
+    @abstractmethod
     def _add_memories(self, config: SelfModifyingConfig) -> None:
         """The parameters of the memories."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _reset_memories(self) -> None:
         """Their initial values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(
         self,
         streams: Float[Tensor, "b t n h d"],
@@ -185,7 +188,6 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, SelfModifyingState, Tensor | None]:
         """Outputs ``[b, t, heads * d]``, the state after the last token (without the convolution's), and the tokens
         that start a row whose state was not finite (None: none)."""
-        raise NotImplementedError
 
     def _bounded(self, eta: Tensor, alpha: Tensor) -> Tensor:
         """The step size that keeps the L2 objective, which feeds the error at the anchor back, from expanding."""
@@ -207,11 +209,11 @@ class SelfModifyingTitans(nn.Module):
             eta = torch.zeros_like(eta)
         return Gates(eta, alpha, beta)
 
+    @abstractmethod
     def loop(
         self, x: Float[Tensor, "b t d"], state: SelfModifyingState | None = None
     ) -> tuple[Float[Tensor, "b t d"], SelfModifyingState]:
         """The definition: the same layer token by token with inner gradients by autograd. The oracle of `forward`."""
-        raise NotImplementedError
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
