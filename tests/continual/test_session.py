@@ -441,9 +441,11 @@ def test_diff_says_how_far_levels_are_apart(model):
     for row, other, base in zip(a.diff(b), b.diff(a), a.describe(), strict=True):
         assert row.change == pytest.approx(other.change) and row.change == base.change > 0
     mlp = model.model.layers[0].mlp
-    fast = a._cursor.memory.levels.networks["model.layers.0.mlp"][0].weights.params
-    moved = sum((w[0] - mlp.dense(0)[name]).square().sum() for name, w in fast.items()).sqrt()
-    size = sum(w.square().sum() for w in mlp.dense(0).values()).sqrt()
+    changes = a._cursor.memory.levels.networks["model.layers.0.mlp"][0].weights.params
+    moved = sum(w.square().sum() for w in changes.values()).sqrt()
+    units = changes["up"].shape[1]
+    own = (mlp.gate_proj.weight[:units], mlp.up_proj.weight[:units], mlp.down_proj.weight[:, :units])
+    size = sum(w.square().sum() for w in own).sqrt()
     assert a.diff()[0].change == pytest.approx((moved / size).item(), rel=1e-5)
 
 
@@ -470,7 +472,12 @@ def test_only_what_was_learned_is_in_the_file(model, tmp_path):
     assert (tmp_path / "empty").stat().st_size < 4000
     session.read(TEXT[: 16 * 18])
     session.save(tmp_path / "full")
-    weights = sum(4 * w.numel() for mlp in model.stacked_mlps().values() for i in (0, 1) for w in mlp.dense(i).values())
+    maps = (
+        mlp.get_submodule(name)
+        for mlp in model.stacked_mlps().values()
+        for name in ("gate_proj", "up_proj", "down_proj")
+    )
+    weights = sum(4 * part.weight.numel() for part in maps)
     # Both levels end a period here, so each weight is there once.
     assert weights < (tmp_path / "full").stat().st_size < weights + 20_000
 

@@ -76,8 +76,8 @@ class Learner:
         self.momentum = {n: torch.zeros_like(w) for n, w in self.start.items()}
         self.pending = torch.zeros(())
         kept = (
-            torch.sigmoid(level.keep)
-            if level.keep is not None
+            torch.sigmoid(level.keep.logit)
+            if level.keep.logit is not None
             else torch.tensor(level.level.retain, dtype=torch.float64)
         )
         self.retain = kept ** (1 / level.period)
@@ -134,7 +134,7 @@ class Learner:
             if last:
                 self.anchor, self.pending = dict(self.weights), torch.zeros(())
             if self.level.outer and self.seen % self.level.outer == 0:
-                rho = self.level.rho
+                rho = self.level.transfer
                 self.start = {n: w + rho * (self.weights[n] - w) for n, w in self.start.items()}
                 self.weights, self.anchor = dict(self.start), dict(self.start)
                 self.momentum = {n: torch.zeros_like(w) for n, w in self.start.items()}
@@ -205,7 +205,9 @@ def test_second_order_gradients_are_those_of_finite_differences(make, ids, mixer
     probe = torch.randn(2, 14, VOCABULARY, dtype=torch.float64)
     (model(ids[:2]).logits * probe).sum().backward()
     for name, parameter in model.named_parameters():
-        if not name.endswith(("initial.up", "gate.weight", "keep", "embed_tokens.weight", "mixer_norm.weight")):
+        if not name.endswith(
+            ("initial.map_up", "gate.weight", "keep.logit", "embed_tokens.weight", "mixer_norm.weight")
+        ):
             continue
         assert parameter.grad is not None
         direction, losses = torch.randn_like(parameter), []

@@ -36,7 +36,7 @@ def make(levels: str | list[Level], d: int = 6, activation: str | None = None) -
             with torch.no_grad():
                 level.value.normal_(0, 1)
                 level.gate.weight.normal_(0, 1)
-                level.keep.fill_(1.0)
+                level.keep.logit.fill_(1.0)
     return cms
 
 
@@ -78,7 +78,7 @@ def growth(start: dict[str, Tensor]) -> Tensor:
 def learn(level: LocalLevel, weights: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     """The weights after one period: errors of all tokens at the weights before it, by autograd of the objective."""
     start, new = dict(level.initial.items()), dict(weights)
-    retain = torch.sigmoid(level.keep) ** (1 / level.period)
+    retain = torch.sigmoid(level.keep.logit) ** (1 / level.period)
     for x in tokens:
         u = level.value @ x
         u = u / (1 + (u * u).mean()).sqrt()
@@ -330,7 +330,7 @@ def saturated(cms: ContinuumMemory, keep: float) -> ContinuumMemory:
     for level in cms.networks:
         assert isinstance(level, LocalLevel)
         torch.nn.init.constant_(level.gate.bias, 30.0)
-        torch.nn.init.constant_(level.keep, keep)
+        torch.nn.init.constant_(level.keep.logit, keep)
     return cms.float()
 
 
@@ -380,7 +380,7 @@ def test_flops_count_writes_only_where_they_are_read():
         ([], "non-empty"),
         ([{"period": 4}], r"Level\(\*\*m\)"),
         ([Level(4), Level(4)], "strictly increasing"),
-        ([Level(None), Level(4)], "None last"),
+        ([Level(None), Level(4)], "it comes last"),
         ([Level(None), Level(None)], "strictly increasing"),
     ],
     ids=str,

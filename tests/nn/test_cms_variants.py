@@ -47,8 +47,8 @@ def make(case: str, levels: list[Level] | None = None) -> ContinuumMemory:
             if isinstance(level, LocalLevel):
                 level.value.normal_(0, 1)
                 level.gate.weight.normal_(0, 1)
-                if level.keep is not None:
-                    level.keep.fill_(1.0)
+                if level.keep.logit is not None:
+                    level.keep.logit.fill_(1.0)
                 for name, weight in level.initial.items():
                     if name.endswith("_B"):
                         weight.normal_(0, 0.3)
@@ -104,8 +104,8 @@ class Learner:
         self.weights = dict(self.start)
         self.momentum = {n: torch.zeros_like(w) for n, w in self.start.items()}
         kept = (
-            torch.sigmoid(level.keep)
-            if level.keep is not None
+            torch.sigmoid(level.keep.logit)
+            if level.keep.logit is not None
             else torch.tensor(level.level.retain, dtype=torch.float64)
         )
         self.retain = kept ** (1 / level.period)
@@ -379,8 +379,8 @@ def saturated(cms: ContinuumMemory, keep: float) -> ContinuumMemory:
     for level in cms.networks:
         assert isinstance(level, LocalLevel)
         torch.nn.init.constant_(level.gate.bias, 30.0)
-        if level.keep is not None:
-            torch.nn.init.constant_(level.keep, keep)
+        if level.keep.logit is not None:
+            torch.nn.init.constant_(level.keep.logit, keep)
     return cms.float()
 
 

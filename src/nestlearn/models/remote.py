@@ -8,37 +8,42 @@ code of the package, not by a copy.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nestlearn.models.files import whole_file
 
 MODULE = "nestlearn_model"
-_SOURCE = '''"""Loads this folder with the installed package (pip install nestlearn)."""
-
-from nestlearn import HopeConfig, HopeForCausalLM, HopeModel  # noqa: F401
-'''
+HOPE = {"AutoConfig": "HopeConfig", "AutoModel": "HopeModel", "AutoModelForCausalLM": "HopeForCausalLM"}
+"""Classes of Hope, by the auto class of the library that loads them."""
 
 
-def auto_map() -> dict[str, str]:
-    """Which class of the file each of the library's auto classes takes.
+def auto_map(classes: Mapping[str, str] = HOPE) -> dict[str, str]:
+    """The class in the file for each of the library's auto classes.
 
     Example:
         >>> auto_map()["AutoConfig"]
         'nestlearn_model.HopeConfig'
     """
-    classes = {"AutoConfig": "HopeConfig", "AutoModel": "HopeModel", "AutoModelForCausalLM": "HopeForCausalLM"}
     return {auto: f"{MODULE}.{name}" for auto, name in classes.items()}
 
 
-def write_loader(folder: str | os.PathLike[str]) -> None:
+def write_loader(
+    folder: str | os.PathLike[str], code: str = f"from nestlearn import {', '.join(HOPE.values())}  # noqa: F401\n"
+) -> None:
     """Write the file that `auto_map` names into a folder of a saved model.
+
+    Args:
+        folder: of the model.
+        code: that defines the classes.
 
     Raises:
         OSError: it cannot be written.
     """
     with whole_file(Path(folder) / f"{MODULE}.py", "the file that loads the model") as temporary:
-        temporary.write_text(_SOURCE, encoding="utf-8")
+        text = f'"""Loads this folder with the installed package (pip install nestlearn)."""\n\n{code}'
+        temporary.write_text(text, encoding="utf-8")
 
 
 class NotCopied:

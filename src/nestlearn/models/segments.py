@@ -1,20 +1,20 @@
-"""Reading in segments, for levels that the next-token loss teaches (signal "loss").
+"""Segments: the unit in which levels learn from the next-token loss, in Hope (signal "loss") and in stacked models.
 
-A segment is ``segment_length`` real tokens of one row, from the row's first token or its last reset on. When it is
-complete, the gradient of its next-token losses is written into the levels, which later tokens then read:
+A segment of Hope is ``segment_length`` real tokens of one row, from the row's first token or its last reset on. When it
+is complete, the gradient of its next-token losses is written into the levels, and later tokens read the result:
 
     losses = -sum_{t < S} ln p(x_{t+1} | tokens up to t),   errors = d losses / d (outputs of the levels' maps)
 
-Targets are inside the segment only, so nothing is learned from a token that has not been read. A whole segment given
-at once is taught as it is read. One that came in pieces (token by token, rows of different phase) is read again
-from its start, with gradients, by the rows that complete it; the state at its start and its ids are kept for that.
-Either way the result is the same function of the tokens.
+Targets are inside the segment only, so nothing is learned from a token that has not been read. A segment that is given
+whole is read once and written. A segment that came in pieces (token by token, rows of different phase) is read again
+from its start, with gradients, by the rows that complete it; the state at its start and its ids are kept for that. Both
+ways give the same function of the tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Callable, Collection, Hashable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nestlearn.models.modeling import HopeModel
 
 Layers = list[LayerState]
+S = TypeVar("S")
 
 
 def next_token_nats(logits: Float[Tensor, "b _ v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
@@ -49,8 +50,37 @@ def next_token_nats(logits: Float[Tensor, "b _ v"], ids: Int[Tensor, "b t"]) -> 
     return nats.view(ids.shape[0], -1).sum(1)
 
 
+def learn_segment(
+    run: Callable[[Tape], tuple[Tensor, S]],
+    logits_of: Callable[[Tensor], Tensor],
+    absorb: Callable[[S, dict[Hashable, Factors]], S],
+    ids: Int[Tensor, "b t"],
+    *,
+    second_order: bool = False,
+    keep_graph: bool = False,
+) -> tuple[Tensor, Float[Tensor, "b"], S]:
+    """Read a segment, and write the gradient of its next-token losses into the levels. Gradients must be on.
+
+    Args:
+        run: reads the segment with a tape: ``(output, state)``.
+        logits_of: from the output to logits, of the first ``t - 1`` tokens or more.
+        absorb: the state after factors are written.
+        ids: the tokens of the segment.
+        second_order: whether outer gradients go through the factors.
+        keep_graph: whether the graph of the segment is used again (an outer loss on its outputs).
+
+    Returns:
+        The output, the loss of every row in nats, and the state.
+    """
+    tape = Tape(second_order)
+    output, state = run(tape)
+    nats = next_token_nats(logits_of(output), ids)
+    return output, nats, absorb(state, segment_factors(nats.sum(), tape, keep_graph=keep_graph))
+
+
 class Piece(NamedTuple):
-    """Columns that are read at once: no row completes a segment, starts a document or begins to be padding inside."""
+    """Columns that are read in one call. Inside of them no row completes a segment, starts a document, or changes
+    between text and padding. ``real`` are the rows with text, ``starts`` the rows that start a document."""
 
     first: int
     last: int
@@ -59,10 +89,10 @@ class Piece(NamedTuple):
 
 
 class SegmentReader:
-    """Reads columns of tokens with a model whose levels a loss teaches.
+    """Reads columns of tokens with a Hope model whose levels learn from the loss.
 
     Args:
-        model: its embedding, blocks and final norm.
+        model: embedding, blocks and final norm.
         output_layer: from hidden states to logits.
         length: tokens of a segment.
     """
@@ -86,7 +116,7 @@ class SegmentReader:
         """Read all columns.
 
         Args:
-            keep: False leaves out what is learned from the last segment, which no later token reads.
+            keep: whether the state is used later. False leaves out writes that no later token reads.
             visit: whether to return the hidden states of all blocks.
 
         Returns:
@@ -112,7 +142,7 @@ class SegmentReader:
     # -- which columns ------------------------------------------------------------------------------------------
 
     def _changes(self) -> list[int]:
-        """Columns at which some row starts a document, or begins or ceases to be padding; and the end."""
+        """Columns at which some row starts a document or changes between text and padding; and the end."""
         time, found = self.x.shape[1], torch.zeros(self.x.shape[1], dtype=torch.bool)
         if self.reset is not None:
             found |= self.reset.any(0).cpu()
@@ -121,7 +151,7 @@ class SegmentReader:
         return [*found.nonzero().flatten().tolist(), time]
 
     def _begin(self, first: int, changes: list[int]) -> Piece:
-        """The next piece; rows that begin a segment there join a new one."""
+        """The next piece. Rows that begin a segment there get a new `Segment`."""
         batch = range(self.x.shape[0])
         real = list(batch) if self.mask is None else self.mask[:, first].nonzero().flatten().tolist()
         starts = [] if self.reset is None else self.reset[:, first].nonzero().flatten().tolist()
@@ -141,12 +171,12 @@ class SegmentReader:
                 )
             )
         free = [self.length - s.ids.shape[1] for s in self.segments if s.rows.tolist()[0] in real]
-        # Where every row is padding there is no segment, and nothing but the next change ends the piece.
+        # Where every row is padding there is no segment, and only the next change ends the piece.
         last = min([next(c for c in changes if c > first), *(first + n for n in free)])
         return Piece(first, last, real, starts)
 
     def _divide(self, real: set[int], new: set[int]) -> None:
-        """Split segments whose rows go different ways: padding stays, real tokens go on, a new document leaves."""
+        """Split segments whose rows differ here: padding (stays), text (goes on), or a new document (is dropped)."""
         divided = []
         for segment in self.segments:
             rows = segment.rows.tolist()
@@ -160,7 +190,7 @@ class SegmentReader:
         self.segments = divided
 
     def _is_whole(self, piece: Piece) -> bool:
-        """Whether all rows read a whole segment here, and learn from it."""
+        """Whether all rows read the same whole segment here and learn from it."""
         one = len(self.segments) == 1 and len(self.segments[0].rows) == self.x.shape[0]
         return (
             one
@@ -192,7 +222,7 @@ class SegmentReader:
         return hidden, layers
 
     def _read_part(self, piece: Piece) -> Tensor:
-        """Read, and let rows whose segment is complete learn from it."""
+        """Read, and write the segments that are complete."""
         columns = slice(piece.first, piece.last)
         mask, reset = self._flags(piece)
         hidden, self.layers = self._run(self.x[:, columns], self.layers, mask, reset, None, True)
@@ -209,68 +239,73 @@ class SegmentReader:
         return hidden
 
     def _learn(self, segment: Segment) -> None:
-        """Read a complete segment again from its start, and write what its losses teach."""
+        """Read a complete segment again from its start, and write it."""
         everyone = len(segment.rows) == self.x.shape[0]
-        if not bool(segment.learns.any()):
+        if bool(segment.learns.any()):
+            after = self._read_again(segment)
+        else:
             now = self.layers if everyone else index_rows(self.layers, segment.rows)
-            taught = [
+            after = [
                 state._replace(cms=self._cms(i).advance_clock(state.cms, self.length)) for i, state in enumerate(now)
             ]
-        else:
-            taught = self._read_again(segment)
         self.layers = [
             now._replace(cms=new.cms if everyone else put_rows(now.cms, segment.rows, new.cms))
-            for now, new in zip(self.layers, taught, strict=True)
+            for now, new in zip(self.layers, after, strict=True)
         ]
 
     def _read_again(self, segment: Segment) -> Layers:
-        """The states of a segment's rows after they have learned from it."""
+        """The states of a segment's rows after it is written."""
         outer, reset = torch.is_grad_enabled(), None
         if bool(segment.begins.any()):
             reset = torch.zeros_like(segment.learns)
             reset[:, 0] = segment.begins
         with gradients():
             ids, learns, before, reset = usable((segment.ids, segment.learns, list(segment.layers), reset))
-            tape = Tape(outer and self.second_order)
-            hidden, after = self._run(self.model.embed_tokens(ids), before, None, reset, tape, False)
-            after = self._absorb(segment_factors(self._loss(hidden, ids), tape), after, learns)
+            x = self.model.embed_tokens(ids)
+            _, _, after = learn_segment(
+                lambda tape: self._run(x, before, None, reset, tape, False),
+                self._logits,
+                lambda layers, factors: self._absorb(factors, layers, learns),
+                ids,
+                second_order=outer and self.second_order,
+            )
         return after if outer else detach(after)
 
     def _read_whole(self, piece: Piece) -> Tensor:
-        """Read a segment that is given at once and learn from it in the same run."""
+        """Read a segment that is given whole, and write it."""
         outer, columns = torch.is_grad_enabled(), slice(piece.first, piece.last)
         _, reset = self._flags(piece)
         with gradients():
             ids, before, reset = usable((self.ids[:, columns], self.layers, reset))
             x = self.x[:, columns] if outer else self.model.embed_tokens(ids)
-            tape = Tape(outer and self.second_order)
-            hidden, after = self._run(x, before, None, reset, tape, True)
-            factors = segment_factors(self._loss(hidden, ids), tape, keep_graph=outer)
-            self.layers = self._absorb(factors, after, None, self._idle(piece))
+            hidden, _, self.layers = learn_segment(
+                lambda tape: self._run(x, before, None, reset, tape, True),
+                self._logits,
+                lambda layers, factors: self._absorb(factors, layers, None, self._idle(piece)),
+                ids,
+                second_order=outer and self.second_order,
+                keep_graph=outer,
+            )
         self.segments = []
         if not outer:
             self.layers, hidden = detach(self.layers), hidden.detach()
         return hidden
 
-    def _loss(self, hidden: Float[Tensor, "b s d"], ids: Int[Tensor, "b s"]) -> Float[Tensor, ""]:
-        """Sum of ``-ln p`` in nats of the tokens after the first, by those before them in the segment."""
-        return next_token_nats(self.output_layer(self.model.norm(hidden[:, :-1])), ids).sum()
+    def _logits(self, hidden: Float[Tensor, "b s d"]) -> Float[Tensor, "b _ v"]:
+        """Of the tokens that have a next one."""
+        return self.output_layer(self.model.norm(hidden[:, :-1]))
 
     def _idle(self, piece: Piece) -> list[int]:
-        """Periods that end no more in these columns, of rows that started with them and are not kept."""
+        """Periods that do not end again in these columns, if all rows started here and no state is kept."""
         time, periods = self.x.shape[1], {p for p in self._cms(0).periods if p is not None}
         if self.keep or not self.fresh or self.mask is not None or self.reset is not None:
             return []
         return [period for period in periods if piece.last > (time - 1) // period * period]
 
     def _absorb(
-        self,
-        factors: Mapping[Hashable, Factors],
-        layers: Layers,
-        learns: Tensor | None,
-        idle: Collection[int] = (),
+        self, factors: dict[Hashable, Factors], layers: Layers, learns: Tensor | None, idle: Collection[int] = ()
     ) -> Layers:
-        """The states after a segment is written into every layer's levels."""
+        """The states after a segment is written into the levels of every layer."""
         return [
             state._replace(cms=self._cms(i).absorb(state.cms, factors, i, learns, idle, self.writes))
             for i, state in enumerate(layers)

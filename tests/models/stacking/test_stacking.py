@@ -176,10 +176,11 @@ def test_maps_of_other_models_are_named_by_the_caller(ids, tmp_path):
 
 
 def test_a_family_is_registered_from_outside(ids, tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "_KNOWN_NAMES", [*families._KNOWN_NAMES])
+    names = MapNames(up="fc1", down="fc2", act="activation_fn")
+    monkeypatch.delitem(families.FAMILIES, names, raising=False)  # and again after the test
     with pytest.raises(ValueError, match=r"register_family\(MapNames"):
         stack_levels(phi(), LEVELS)
-    register_family(MapNames(up="fc1", down="fc2", act="activation_fn"), PhiConfig)
+    register_family(names, PhiConfig)
     model = stack_levels(phi(), LEVELS)
     assert model.stack_plan.paths == ("model.layers.0.mlp", "model.layers.1.mlp")
     model.save_pretrained(tmp_path)
@@ -259,10 +260,6 @@ def test_models_that_cannot_be_stacked(make):
     with pytest.raises(ValueError, match="`mlp`"):
         stack_levels(OPTForCausalLM(OPTConfig(**small, word_embed_proj_dim=16)), LEVELS)
     model = make("llama")
-    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ValueError, match="tied"):
-        stack_levels(model, LEVELS)
-    model = make("llama")
     model.is_quantized = True
     with pytest.raises(ValueError, match="dequantize"):
         stack_levels(model, LEVELS)
@@ -277,6 +274,20 @@ def test_models_that_cannot_be_stacked(make):
         unstack_levels(make("llama"))
     with pytest.raises(ValueError, match="stack_levels"):
         read_segment(make("llama"), torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_tied_maps_have_levels_of_their_own(make, ids):
+    """A level learns the change of a map, so two MLPs may share the map itself."""
+    model = make("llama", torch.float64)
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.up_proj.weight = second.up_proj.weight
+    untied = copy.deepcopy(model)
+    untied.model.layers[0].mlp.up_proj.weight = nn.Parameter(second.up_proj.weight.detach().clone())
+    for each in (model, untied):
+        stack_levels(each, [Level(4, lr=20), Level(8, lr=20)], mode="split")
+    torch.testing.assert_close(
+        logits(model, ids, level_state=read(model, ids)), logits(untied, ids, level_state=read(untied, ids))
+    )
 
 
 def test_states_of_another_model_or_batch_are_refused(make, ids):

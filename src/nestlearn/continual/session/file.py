@@ -17,7 +17,7 @@ SESSION_FILE = TensorFile("nestlearn.MemorySession", 1, "session", "MemorySessio
 # Settings of a configuration that do not change what the model computes.
 _VOLATILE = {
     "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id",
+    "eos_token_id", "pad_token_id", "auto_map",
 }  # fmt: skip
 
 

@@ -13,9 +13,8 @@ from nestlearn.memory.types import Weights
 from nestlearn.models import HopeCache
 from nestlearn.models.cache import LayerState
 from nestlearn.models.stacking import LevelState, stacked_model
-from nestlearn.models.stacking.network import StackedMLP
 from nestlearn.nn.cms import ContinuumMemory
-from nestlearn.nn.cms.local import LevelWeights
+from nestlearn.nn.cms.level import LevelWeights
 from nestlearn.nn.cms.nested import NestedState
 from nestlearn.nn.state import Tree, state_bytes, tensors_of
 
@@ -44,25 +43,14 @@ def compare_states(model: Any, state: LevelState, other: LevelState) -> list[Lev
     plan, rows = stacked.stack_plan, []
     for path, module in stacked.stacked_mlps().items():
         for index in plan.learning():
-            mine, theirs = _learned(module, index, state), _learned(module, index, other)
+            held, before = (s.networks.get(path, (None,) * (index + 1))[index] for s in (state, other))
+            mine, theirs = module.level(index).learned(held), module.level(index).learned(before)
             squares = [(mine[name].double() - theirs[name].double()).square().sum() for name in mine]
-            change = torch.stack(squares).sum().sqrt() / module.weight_norm(index).clamp(min=1e-30)
-            held = state.networks.get(path, (None,) * (index + 1))[index]
+            change = torch.stack(squares).sum().sqrt()
+            change = change / module.size(index, change.device).clamp(min=1e-30)
             level, tokens = plan.levels[index], 0 if held is None else held.writes * plan.segment
             rows.append(LevelRow(path, index, level.period, level.rule, tokens, float(change), state_bytes(held)))
     return rows
-
-
-def _learned(module: StackedMLP, index: int, state: LevelState) -> Weights:
-    """Dense weights of a level with everything that was written, an unfinished period included."""
-    held = state.networks.get(module.stack_path, (None,) * (index + 1))[index]
-    dense = module.dense(index)
-    if held is None:
-        return {name: w.unsqueeze(0) for name, w in dense.items()}
-    fast: dict[str, Tensor] = held.weights.params
-    if module.stack_plan.levels[index].rank is None:
-        return fast
-    return {name: w + fast[f"{name}_B"] @ fast[f"{name}_A"] for name, w in dense.items()}
 
 
 @torch.no_grad()
@@ -108,11 +96,12 @@ def _level_change(network: LevelWeights, state: Tree, other: Tree) -> float:
 
 def _dense(network: LevelWeights, state: Tree) -> Weights:
     """Weights of a level with all that was written; None: at their start."""
-    held = network.initial_weights(torch.float64) if state is None else _params(state)
+    held = network.initial(torch.float64) if state is None else _params(state)
     held = {name: w.double() for name, w in held.items()}
     if network.fixed is None:
         return held
-    return {name: w.double() + held[f"{name}_B"] @ held[f"{name}_A"] for name, w in network.fixed.items()}
+    fixed = network.fixed(torch.float64)
+    return {name: w + held[f"{name}_B"] @ held[f"{name}_A"] for name, w in fixed.items()}
 
 
 def _params(state: Tree) -> Weights:

@@ -1,18 +1,28 @@
 """Level stacking: MLPs of pretrained language models become levels that learn while they read (NL section 7.3)."""
 
-from .build import freeze_backbone, level_parameters, stack_levels, unstack_levels
-from .classes import StackedModel, load_stacked, register_families, register_family
 from .families import MapNames, find_networks
-from .learn import KeyValues, Segment, read_segment, stacked_model
+from .learn import KeyValues, SegmentRead, read_segment
+from .model import (
+    StackedModel,
+    freeze_backbone,
+    level_parameters,
+    load_stacked,
+    register_families,
+    register_family,
+    stack_levels,
+    stacked_classes,
+    stacked_model,
+    unstack_levels,
+)
+from .network import LevelFast, LevelState, reading
 from .plan import StackPlan
-from .state import LevelFast, LevelState, reading
 
 __all__ = [
     "KeyValues",
     "LevelFast",
     "LevelState",
     "MapNames",
-    "Segment",
+    "SegmentRead",
     "StackPlan",
     "StackedModel",
     "find_networks",
@@ -24,6 +34,7 @@ __all__ = [
     "register_families",
     "register_family",
     "stack_levels",
+    "stacked_classes",
     "stacked_model",
     "unstack_levels",
 ]

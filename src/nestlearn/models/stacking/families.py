@@ -5,22 +5,24 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from nestlearn.nn.ffn import feed_forward
 
 MlpFilter = str | Mapping[str, str] | Callable[[str, nn.Module], bool] | None
-"""What the caller may say about the MLPs of a model; see `find_networks`."""
+"""The caller's choice of MLPs; see `find_networks`."""
 
 _HOW = (
     "Name them by the argument `mlp`: a pattern of module paths such as mlp='model.layers.*.mlp' if the modules have "
     "maps of known names, otherwise a mapping such as "
     "mlp={'path': 'model.layers.*.mlp', 'up': 'fc1', 'down': 'fc2', 'act': 'activation_fn'} (and 'gate', where "
-    "act(gate x) multiplies up x). Make a family known for good by nestlearn.models.stacking.register_family("
+    "act(gate x) multiplies up x). Register a family for good by nestlearn.models.stacking.register_family("
     "MapNames(up='fc1', down='fc2', act='activation_fn'), PhiConfig)."
 )
 
@@ -40,31 +42,27 @@ class MapNames:
         return {**gate, "up": self.up, "down": self.down}
 
 
-_KNOWN_NAMES = [
-    MapNames("up_proj", "down_proj", "gate_proj", "act_fn"),  # Llama, Qwen, Mistral, Gemma
-    MapNames("c_fc", "c_proj", None, "act"),  # GPT-2
-    MapNames("dense_h_to_4h", "dense_4h_to_h", None, "act"),  # GPT-NeoX
-]
-"""Names by which MLPs are found; `add_names` appends to them."""
+FAMILIES: dict[MapNames, dict[str, str]] = {
+    MapNames("up_proj", "down_proj", "gate_proj", "act_fn"): {
+        "llama": "LlamaConfig",
+        "qwen2": "Qwen2Config",
+        "qwen3": "Qwen3Config",
+        "mistral": "MistralConfig",
+        "gemma": "GemmaConfig",
+        "gemma2": "Gemma2Config",
+        "gemma3": "Gemma3TextConfig",
+    },
+    MapNames("c_fc", "c_proj"): {"gpt2": "GPT2Config"},
+    MapNames("dense_h_to_4h", "dense_4h_to_h"): {"gpt_neox": "GPTNeoXConfig"},
+}
+"""Families of models by the names of their maps: ``{module of transformers: configuration}``.
+
+`nestlearn.models.stacking.register_family` adds to it.
+"""
 
 
-def add_names(names: MapNames) -> None:
-    """Let `find_networks` find MLPs whose maps have these names."""
-    if names not in _KNOWN_NAMES:
-        _KNOWN_NAMES.append(names)
-
-
-@dataclass(frozen=True)
-class FoundNetwork:
-    """An MLP of a model: its path, the module, and the names of its maps."""
-
-    path: str
-    module: nn.Module
-    names: MapNames
-
-
-def find_networks(model: nn.Module, mlp: MlpFilter = None) -> list[FoundNetwork]:
-    """The MLPs of a model in the order of its layers.
+def find_networks(model: nn.Module, mlp: MlpFilter = None) -> dict[str, MapNames]:
+    """The MLPs of a model by path, in the order of its layers, with the names of their maps.
 
     Args:
         model: any module.
@@ -77,14 +75,14 @@ def find_networks(model: nn.Module, mlp: MlpFilter = None) -> list[FoundNetwork]
         ValueError: nothing is found, or what was found is not such a network.
     """
     given = _given_names(mlp)
-    found = []
+    found: dict[str, MapNames] = {}
     for path, module in model.named_modules():
         if not _wanted(path, module, mlp):
             continue
         names = given if given is not None else _known_names(module)
         if names is not None:
             _check_parts(path, module, names)
-            found.append(FoundNetwork(path, module, names))
+            found[path] = names
         elif mlp is not None:
             children = ", ".join(name for name, _ in module.named_children()) or "no submodules"
             raise ValueError(f"{path} ({type(module).__name__}) has {children}, no maps of known names. {_HOW}")
@@ -114,7 +112,7 @@ def _wanted(path: str, module: nn.Module, mlp: MlpFilter) -> bool:
 
 
 def _known_names(module: nn.Module) -> MapNames | None:
-    for names in _KNOWN_NAMES:
+    for names in FAMILIES:
         if all(hasattr(module, attribute) for attribute in (*names.maps().values(), names.act)):
             return names
     return None
@@ -122,76 +120,74 @@ def _known_names(module: nn.Module) -> MapNames | None:
 
 def _check_parts(path: str, module: nn.Module, names: MapNames) -> None:
     for attribute in names.maps().values():
-        part = getattr(module, attribute, None)
-        if not isinstance(part, nn.Linear | Conv1D):
-            raise ValueError(
-                f"{path}.{attribute} is a {type(part).__name__}; levels are made of nn.Linear or Conv1D maps. "
-                "A quantized map must be dequantized (model.dequantize(), or load without quantization_config); an "
-                f"adapter must be put on after stacking. {_HOW}"
-            )
-        if not part.weight.is_floating_point():
-            raise ValueError(
-                f"{path}.{attribute}.weight is {part.weight.dtype}: quantized weights cannot learn. Call "
-                "model.dequantize() first, or load the model without quantization_config."
-            )
+        map_shape(getattr(module, attribute, None), f"{path}.{attribute}")
     if not callable(getattr(module, names.act, None)):
         raise ValueError(f"{path}.{names.act} is no activation. {_HOW}")
 
 
-def check_not_shared(model: nn.Module, found: list[FoundNetwork]) -> None:
-    """Raise ValueError if a weight of the networks is used at a second place: one level would write into two."""
-    places: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
-    own = {f"{network.path}.{name}" for network in found for name, _ in network.module.named_parameters()}
-    for names in places.values():
-        if len(names) > 1 and own & set(names):
-            raise ValueError(
-                f"{' and '.join(names)} are one tied parameter; levels need weights of their own. Untie them first "
-                "(give one module a copy of the parameter), or leave the layer out by `layers`."
-            )
+def map_shape(part: Any, path: str) -> tuple[int, int]:
+    """``(out, in)`` of a linear map: an nn.Linear, a Conv1D, or a module that wraps or replaces one.
+
+    Raises:
+        ValueError: the module does not say.
+    """
+    inner = getattr(part, "base_layer", part)  # adapters of PEFT
+    for out, width in (("out_features", "in_features"), ("nf", "nx")):
+        found = getattr(inner, out, None), getattr(inner, width, None)
+        if isinstance(found[0], int) and isinstance(found[1], int):
+            return found[0], found[1]
+    raise ValueError(
+        f"{path} is a {type(part).__name__}. A level changes a linear map: an nn.Linear, a Conv1D, or a module that "
+        f"wraps or replaces one and has its in_features and out_features. {_HOW}"
+    )
 
 
 @torch.no_grad()
-def check_formula(network: FoundNetwork) -> None:
+def squares_by_unit(
+    part: nn.Module, shape: tuple[int, int], down: bool, device: torch.device
+) -> Float[Tensor, "hidden"]:
+    """Sum of the squared weights of a linear map for each hidden unit: its output, or its input (``down``).
+
+    A plain map is read. Any other (an adapter, a quantized or offloaded map) is called with unit vectors.
+    """
+    plain = type(part) in (nn.Linear, Conv1D) and "forward" not in vars(part)
+    weight: Any = part.weight if plain else None
+    if plain and not (weight.is_meta or part._forward_hooks or part._forward_pre_hooks):
+        w = (weight.mT if isinstance(part, Conv1D) else weight).double()
+        return w.square().sum(0 if down else 1)
+    here = next((p for p in part.parameters() if p.is_floating_point()), torch.empty(0, device=device))
+    place = {"dtype": here.dtype, "device": device if here.is_meta else here.device}
+    bias, columns = part(torch.zeros(1, 1, shape[1], **place))[0], []
+    for inputs in torch.arange(shape[1], device=place["device"]).split(1024):
+        w = (part(F.one_hot(inputs, shape[1]).to(**place)[None])[0] - bias).double()
+        columns.append(w.square().sum(1) if down else w.square().sum(0, keepdim=True))
+    return torch.cat(columns).sum(0) if not down else torch.cat(columns)
+
+
+def check_formula(module: nn.Module, path: str, names: MapNames, width: int) -> None:
     """Raise ValueError unless the module computes what its maps say (skipped for weights without data)."""
-    maps = maps_of(network.module, network.names)
-    first = maps["up"].weight
-    if first.is_meta:
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    if like.is_meta:
         return
-    x = torch.linspace(-1, 1, 2 * first.shape[1], device=first.device, dtype=first.dtype).view(1, 2, -1)
-    training = network.module.training
-    network.module.eval()
-    expected, got = network.module(x), None
-    network.module.train(training)
-    if isinstance(expected, Tensor) and expected.shape == x.shape:
-        got = feed_forward(lambda name, u: maps[name](u), getattr(network.module, network.names.act), x, "gate" in maps)
-    tolerance = 100 * torch.finfo(first.dtype).eps * float(expected.abs().max()) if got is not None else 0.0
-    if got is None or float((got - expected).abs().max()) > tolerance:
-        formula = "down(act(gate x) * up x)" if "gate" in maps else "down(act(up x))"
+    training = module.training
+    module.eval()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.linspace(-1, 1, 2 * width, device=like.device, dtype=like.dtype).view(1, 2, -1).requires_grad_()
+        expected, got = module(x), None
+        if isinstance(expected, Tensor) and expected.shape == x.shape:
+            maps = names.maps()
+            act, gated = getattr(module, names.act), names.gate is not None
+            got = feed_forward(lambda name, u: getattr(module, maps[name])(u), act, x, gated)
+    module.train(training)
+    bound = 100 * torch.finfo(like.dtype).eps
+    if got is None or bool((got - expected).detach().abs().max() > bound * expected.detach().abs().max()):
+        formula = "down(act(gate x) * up x)" if names.gate is not None else "down(act(up x))"
         raise ValueError(
-            f"{network.path} ({type(network.module).__name__}) does not compute {formula} with {network.names}: "
-            f"such a module cannot become levels. {_HOW}"
+            f"{path} ({type(module).__name__}) does not compute {formula} with {names}: such a module cannot become "
+            f"levels. {_HOW}"
         )
-
-
-class LinearMap:
-    """The weight ``[out, in]`` and the bias of an `nn.Linear` or a `Conv1D` (whose weight is stored transposed)."""
-
-    def __init__(self, part: nn.Module) -> None:
-        if not isinstance(part, nn.Linear | Conv1D):
-            raise ValueError(
-                f"a map of a stacked MLP has become a {type(part).__name__}. Put adapters on other modules (attention, "
-                "for example) or stack with mode='add', and stack before quantizing."
-            )
-        self.weight = cast(Tensor, part.weight).mT if isinstance(part, Conv1D) else part.weight
-        self.bias = cast("Tensor | None", part.bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = x @ self.weight.mT
-        return y if self.bias is None else y + self.bias
-
-
-def maps_of(module: nn.Module, names: MapNames) -> dict[str, LinearMap]:
-    """``{"gate", "up", "down"}`` of an MLP module."""
-    return {name: LinearMap(getattr(module, attribute)) for name, attribute in names.maps().items()}
+    if not expected.requires_grad or torch.autograd.grad(expected.sum(), x, allow_unused=True)[0] is None:
+        raise ValueError(
+            f"{path} passes no gradient to its input, so that the levels below it could not learn. Quantized maps must "
+            "support training (bitsandbytes does). Load the model without quantization, or call model.dequantize()."
+        )

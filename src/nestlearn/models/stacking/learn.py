@@ -12,14 +12,13 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from nestlearn.memory import Factor, Gates
-from nestlearn.models.segments import next_token_nats
+from nestlearn.models.segments import learn_segment, next_token_nats
 from nestlearn.nn.cms.level import Level, loss_gates
-from nestlearn.nn.cms.tape import Factors, Tape, gradients, segment_factors, squared_norm, usable, write
+from nestlearn.nn.cms.tape import Factors, Tape, gradients, squared_norm, usable, write
+from nestlearn.nn.common import wide_dtype
 
-from .classes import StackedModel
-from .network import StackedMLP
-from .plan import StackPlan
-from .state import LevelFast, LevelState, reading
+from .model import StackedModel, stacked_model
+from .network import LevelFast, LevelState, StackedMLP, reading
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of every attention layer, ``[b, heads, t, d_head]``."""
@@ -34,27 +33,13 @@ ENERGY_DECAY = 0.95
 """Kept fraction, per segment, of the moving average of squared gradient norms that says what is typical."""
 
 
-class Segment(NamedTuple):
-    """What reading a segment gives; ``loss`` is the sum of its next-token losses in nats, per row."""
+class SegmentRead(NamedTuple):
+    """The result of reading a segment; ``loss`` is the sum of its next-token losses in nats, per row."""
 
     logits: Float[Tensor, "b t v"]
     keys: KeyValues
     state: LevelState
     loss: Float[Tensor, "b"]
-
-
-def stacked_model(model: Any) -> StackedModel:
-    """The stacked model itself, also where an adapter wraps it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = model if isinstance(model, StackedModel) else None
-    if found is None and hasattr(model, "modules"):
-        found = next((module for module in model.modules() if isinstance(module, StackedModel)), None)
-    if found is None:
-        raise ValueError(f"{type(model).__name__} has no levels; use stack_levels(model, levels) first.")
-    return found
 
 
 def read_segment(
@@ -65,28 +50,30 @@ def read_segment(
     *,
     writes: bool = True,
     meta: Literal["first", "second"] | None = None,
-) -> Segment:
+) -> SegmentRead:
     """Read up to one segment (the smallest period) after the context in ``keys``, and learn from it.
 
-        E = d/dz sum_{t<T} -ln p(x_{t+1} | x_{<=t}),    G = E^T X,    W <- W - eta |W_0| / g  G        (per row, level)
+        E = d/dz sum_{t<T} -ln p(x_{t+1} | x_{<=t}),    G = Eᵀ X,    D <- D - eta |W_0| / g  G        (per row, level)
 
-    with targets inside the segment only. g is the root mean square of ``|G|`` over past segments of this row and level
-    and eta = `STEP` ``Level.lr``, so that steps have the same meaning in every model. Over a period a level keeps the
-    fraction ``Level.retain`` of what it wrote (`KEPT` by default: it remembers some 33 periods). Errors are taken at
-    the weights of the last period's end; what a level reads changes when its period ends. A shorter segment ends a
-    document, and counts as a whole one for the clock. Works inside ``inference_mode`` and ``no_grad``.
+    Targets are inside the segment only. D is the change of a map, W_0 its initial weight. g is the root mean square of
+    ``|G|`` over past segments of this row and level, and eta = `STEP` ``Level.lr``, so that steps have the same meaning
+    in every model. Over a period a level keeps the fraction ``Level.retain`` of D (`KEPT` by default, a memory of some
+    33 periods). Errors are taken at the weights of the end of the last period, and a level reads other weights when its
+    period ends. A shorter segment ends a document and counts as a whole one for the clock. The function works inside
+    ``inference_mode`` and ``no_grad``.
 
     Args:
-        model: a stacked model in evaluation mode (an adapter around it is fine).
+        model: a stacked model in evaluation mode, or an adapter around it.
         ids: tokens of every row, all real, 1 to ``plan.segment`` of them.
-        state: what was learned before, if anything.
-        keys: context of this block; empty at its start.
+        state: what was learned before.
+        keys: keys and values of the context; empty at its start.
         writes: False only reads.
         meta: None detaches everything. ``first`` keeps the graph from initial weights to outputs, with the written
             gradients as constants; ``second`` differentiates through them as well.
 
     Raises:
-        ValueError: no stacked model, a training mode that would drop units, a segment of wrong length.
+        ValueError: no stacked model, training mode (dropout would add noise to what is learned), a segment of wrong
+            length.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,26 +84,36 @@ def read_segment(
         >>> read.state.tokens, read.state.rows, read.loss.shape
         (8, 1, torch.Size([1]))
     """
-    stacked = stacked_model(model)
-    plan, state = stacked.stack_plan, state or LevelState()
+    stacked, state = stacked_model(model), state or LevelState()
     _check(stacked, ids, state)
-    learns = writes and ids.shape[1] > 1
-    with gradients(), torch.set_grad_enabled(learns or meta is not None):
+    learns, outer = writes and ids.shape[1] > 1, meta is not None
+    with gradients(), torch.set_grad_enabled(learns or outer):
         ids, keys, networks = usable((ids, keys, dict(state.networks)))
-        state, tape = replace(state, networks=networks), Tape(meta == "second") if learns else None
+        before = replace(state, networks=networks)
         cache = DynamicCache(keys) if keys else DynamicCache()
-        with reading(plan, state, tape):
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+        def run(tape: Tape | None) -> tuple[Tensor, LevelState]:
+            with reading(stacked.stack_plan, before, tape):
+                return model(input_ids=ids, past_key_values=cache, use_cache=True).logits, before
+
+        if learns:
+            logits, loss, state = learn_segment(
+                run,
+                lambda logits: logits,
+                lambda state, factors: _write(stacked, state, factors, keep_graph=outer),
+                ids,
+                second_order=meta == "second",
+                keep_graph=outer,
+            )
+        else:
+            logits, _ = run(None)
+            loss = next_token_nats(logits, ids)
         found: KeyValues = tuple((layer.keys, layer.values) for layer in cast(Any, cache.layers))
-        loss = next_token_nats(logits, ids)
-        if tape is not None:
-            factors = segment_factors(loss.sum(), tape, keep_graph=meta is not None)
-            state = _write(stacked, state, factors, ids.shape, keep_graph=meta is not None)
-    if meta is None:
-        logits, loss = logits.detach(), loss.detach()
-        found = tuple((k.detach(), v.detach()) for k, v in found)
-        state = state.detach()
-    return Segment(logits, found, state, loss)
+    if outer:
+        return SegmentRead(logits, found, state, loss)
+    return SegmentRead(
+        logits.detach(), tuple((k.detach(), v.detach()) for k, v in found), state.detach(), loss.detach()
+    )
 
 
 def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:
@@ -131,13 +128,11 @@ def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:
             "state's rows (state.index_rows([0, 0, ...])), or read with a state of as many rows."
         )
     if model.training:
-        raise ValueError("the model is in training mode, where dropout would teach noise. Call model.eval() first.")
+        raise ValueError("the model is in training mode, where dropout adds noise. Call model.eval() first.")
 
 
-def _write(
-    model: StackedModel, state: LevelState, factors: dict[Any, Factors], shape: tuple[int, ...], keep_graph: bool
-) -> LevelState:
-    """The state after a segment of ``shape`` (rows, tokens)."""
+def _write(model: StackedModel, state: LevelState, factors: dict[Any, Factors], keep_graph: bool) -> LevelState:
+    """The state after the factors of a segment are written into every level."""
     plan, networks = model.stack_plan, dict(state.networks)
     for path, module in model.stacked_mlps().items():
         held = list(networks.get(path, (None,) * len(plan.levels)))
@@ -150,56 +145,51 @@ def _write(
 def _write_level(
     module: StackedMLP, index: int, held: LevelFast | None, factors: Factors, clock: int, keep_graph: bool
 ) -> LevelFast:
-    plan, level, memory = module.stack_plan, module.stack_plan.levels[index], module.memory(index)
-    period = cast(int, level.period)
-    first = next(iter(factors.values())).error
-    rows, tokens = first.shape[:2]
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    initial = {name: w.to(dtype) for name, w in module.initial(index).items()}
+    level, segment, memory = module.stack_plan.levels[index], module.stack_plan.segment, module.level(index).memory
+    assert memory is not None
+    error = next(iter(factors.values())).error
+    rows, dtype = error.shape[0], wide_dtype(error)
+    initial = {name: w.to(dtype) for name, w in module.level(index).initial(error).items()}
     if not keep_graph:
         initial = {name: w.detach() for name, w in initial.items()}
     if held is None:
-        state = memory.init_state((rows,), 1, 1, initial, dtype=dtype, device=first.device)
-        state = state._replace(position=state.position + clock % period, aligned=False)
-        energy, writes = first.new_zeros(rows, dtype=dtype), 0
-    else:
-        state, energy, writes = held.weights, held.energy, held.writes
+        width = module.level(index).width
+        state = memory.init_state((rows,), width, width, initial, dtype=dtype, device=error.device)
+        state = state._replace(position=state.position + clock % memory.chunk_size, aligned=False)
+        held = LevelFast(state, error.new_zeros(rows, dtype=dtype), 0)
     factors = {name: Factor(x.to(dtype), e.to(dtype)) for name, (x, e) in factors.items()}
-    energy = ENERGY_DECAY * energy + (1 - ENERGY_DECAY) * squared_norm(factors).detach()
-    typical = (energy / (1 - ENERGY_DECAY ** (writes + 1))).sqrt()
-    size = STEP * module.weight_norm(index).to(dtype)
-    gates = _gates(level, plan, factors, size, typical, tokens)
-    factors, gates = _fill(level, plan, factors, gates)
-    state = write(memory, state, factors, gates, clip=level.clip, initial=initial)
-    position = (clock + plan.segment) % period
+    energy = ENERGY_DECAY * held.energy + (1 - ENERGY_DECAY) * squared_norm(factors).detach()
+    typical = (energy / (1 - ENERGY_DECAY ** (held.writes + 1))).sqrt()
+    gates = _gates(level, segment, factors, module.size(index, error.device).to(dtype), typical)
+    factors, gates = _fill(level, segment, factors, gates)
+    state = write(memory, held.weights, factors, gates, level.clip, initial)
+    position = (clock + segment) % memory.chunk_size
     state = state._replace(position=torch.full_like(state.position, position), aligned=position == 0)
     if position == 0:
         # The last segment of a document may be shorter than its period, which ends with it.
         state = state._replace(anchor=state.params)
-    return LevelFast(state, energy, writes + 1)
+    return LevelFast(state, energy, held.writes + 1)
 
 
-def _gates(
-    level: Level, plan: StackPlan, factors: Factors, size: Tensor, typical: Float[Tensor, "b"], tokens: int
-) -> Gates:
+def _gates(level: Level, segment: int, factors: Factors, size: Tensor, typical: Float[Tensor, "b"]) -> Gates:
     """Steps that change the weights of a level by ``lr`` times ``size`` in a typical segment."""
+    tokens = next(iter(factors.values())).error.shape[1]
     if level.rule == "orthogonalized":
         # An orthogonalized [out, in] has the Frobenius norm sqrt(min(out, in)); `loss_gates` divides by the period.
         rank = sum(min(x.shape[-1], e.shape[-1]) for x, e in factors.values())
-        step = (size * cast(int, level.period) / (plan.segment * rank**0.5)).expand(typical.shape)
+        step = (STEP * size * cast(int, level.period) / (segment * rank**0.5)).expand(typical.shape)
     else:
-        step = torch.where(typical > 0, size / typical.clamp(min=torch.finfo(typical.dtype).tiny), 0)
+        step = torch.where(typical > 0, STEP * size / typical.clamp(min=torch.finfo(typical.dtype).tiny), 0)
     kept = step.new_tensor(KEPT if level.retain is None else level.retain)
     return loss_gates(level, step.unsqueeze(1).expand(-1, tokens), kept)
 
 
-def _fill(level: Level, plan: StackPlan, factors: Factors, gates: Gates) -> tuple[Factors, Gates]:
-    """Fill a short last segment where the rule writes at the end of a period: its clock must reach it."""
-    missing = plan.segment - gates.lr.shape[1]
+def _fill(level: Level, segment: int, factors: Factors, gates: Gates) -> tuple[Factors, Gates]:
+    """Fill a short last segment, if the rule writes at the end of a period: its clock must reach it."""
+    missing = segment - gates.lr.shape[1]
     if level.rule != "orthogonalized" or missing == 0:
         return factors, gates
     factors = {name: Factor(*(F.pad(x, (0, 0, 0, missing)) for x in factor)) for name, factor in factors.items()}
-    ones = gates.lr.new_ones(gates.lr.shape[0], missing)
-    kept = torch.cat([gates.retain, ones], 1)
-    momentum = None if gates.momentum is None else torch.cat([gates.momentum, ones], 1)
+    kept = F.pad(gates.retain, (0, missing), value=1)
+    momentum = None if gates.momentum is None else F.pad(gates.momentum, (0, missing), value=1)
     return factors, Gates(F.pad(gates.lr, (0, missing)), kept, momentum)

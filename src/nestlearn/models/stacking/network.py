@@ -1,54 +1,232 @@
-"""The MLP module of a stacked model: the pretrained network, and the levels that learn in its place or beside it."""
+"""The MLP of a stacked model: the pretrained network, the levels on it, and the fast weights that a call reads.
+
+A level learns the *change* D of a linear map ``W_0``. The pretrained module is called for ``W_0 x``, and the level adds
+``D x``. So everything that wraps or replaces that module (an adapter, a quantized weight, an offloading hook) works.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestlearn.memory import AssociativeMemory
+from nestlearn.memory import State
+from nestlearn.memory.architectures import Linear
 from nestlearn.memory.types import Weights
-from nestlearn.nn.cms.level import MapShapes, level_memory
-from nestlearn.nn.cms.network import low_rank_shapes
-from nestlearn.nn.cms.tape import Tape
-from nestlearn.nn.ffn import feed_forward
+from nestlearn.nn.cms.level import Level, level_memory
+from nestlearn.nn.cms.network import low_rank_linear
+from nestlearn.nn.cms.tape import Tape, fast_linear
+from nestlearn.nn.ffn import Activation, feed_forward
+from nestlearn.nn.state import detach, index_rows, map_tensors, record, state_bytes
 
-from .families import maps_of
+from .families import map_shape, squares_by_unit
 from .plan import StackPlan
-from .state import active_levels
 
 
-class LevelWeights(nn.Module):
-    """Parameters of a level beside the pretrained ones: whole maps (``add``, ``copy``), and the A of ``W_0 + B A``.
+@record("stacking.level")
+class LevelFast(NamedTuple):
+    """One level of one MLP, for all rows: the changes of its maps, and the size of its gradients so far.
 
-    B starts at zero and is no parameter.
+    ``energy`` is the moving average of the squared gradient norm of a segment, over ``writes`` segments.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], like: Tensor) -> None:
+    weights: State
+    energy: Float[Tensor, "b"]
+    writes: int
+
+
+@dataclass(frozen=True)
+class LevelState:
+    """Fast weights of every level of every stacked MLP, for one or more rows. Immutable: reading returns a new state.
+
+    An empty state (``LevelState()``) is the pretrained model. Each row learns from its own text only. A state of one
+    row serves a batch of any size.
+
+    Args:
+        networks: for the path of each MLP, one entry for each level; None where it has learned nothing.
+        tokens: read so far, as the clock counts them: the last segment of a document counts as a whole one.
+
+    Example:
+        >>> LevelState().rows, LevelState().nbytes
+        (0, 0)
+    """
+
+    networks: Mapping[str, tuple[LevelFast | None, ...]] = field(default_factory=dict)
+    tokens: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows held; 0 before the first write."""
+        written = (level for levels in self.networks.values() for level in levels if level is not None)
+        first = next(written, None)
+        return 0 if first is None else first.energy.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return state_bytes(dict(self.networks))
+
+    def index_rows(self, rows: Iterable[int]) -> LevelState:
+        """Row i of the result is row ``rows[i]``."""
+        index = torch.tensor(list(rows), dtype=torch.long)
+        return replace(self, networks=index_rows(dict(self.networks), index))
+
+    def forget(self, levels: Iterable[int] | None = None) -> LevelState:
+        """The state with some levels (by number, 0 the fastest; None all) back at their initial weights."""
+        return LevelState() if levels is None else self.with_levels(levels, LevelState())
+
+    def with_levels(self, levels: Iterable[int], other: LevelState) -> LevelState:
+        """The state with some levels as they are in another state."""
+        chosen, networks = set(levels), {}
+        for path in [*self.networks, *(path for path in other.networks if path not in self.networks)]:
+            mine, theirs = self.networks.get(path), other.networks.get(path)
+            nothing = (None,) * len(mine or theirs or ())
+            pairs = enumerate(zip(mine or nothing, theirs or nothing, strict=True))
+            networks[path] = tuple(b if i in chosen else a for i, (a, b) in pairs)
+        return replace(self, networks=networks)
+
+    def detach(self) -> LevelState:
+        """The state cut from the autograd graph."""
+        return replace(self, networks=detach(dict(self.networks)))
+
+    def to(self, device: torch.device | str) -> LevelState:
+        """The state on another device."""
+        return replace(self, networks=map_tensors(lambda x: x.to(device), dict(self.networks)))
+
+    def check(self, plan: StackPlan) -> None:
+        """Raise ValueError unless the state can be one of a model with this plan."""
+        unknown = sorted(set(self.networks) - set(plan.paths))
+        lengths = {len(levels) for levels in self.networks.values()} - {len(plan.levels)}
+        if unknown or lengths:
+            raise ValueError(
+                f"the level state is of another model: it has MLPs {unknown} that this model does not stack, or "
+                f"{sorted(lengths)} levels where it has {len(plan.levels)}. Use it with the model that learned it."
+            )
+
+
+class ActiveLevels(NamedTuple):
+    """What a forward pass of the model with this plan reads and records."""
+
+    plan: StackPlan
+    state: LevelState | None
+    tape: Tape | None
+
+
+# Local to the thread or task, so that many can use one model at once, each with its own state.
+_ACTIVE: ContextVar[tuple[ActiveLevels, ...]] = ContextVar("active_levels", default=())
+
+
+def active_levels(plan: StackPlan) -> ActiveLevels:
+    """The innermost `reading` of the model with this plan; nothing outside of any."""
+    found = (active for active in reversed(_ACTIVE.get()) if active.plan is plan)
+    return next(found, ActiveLevels(plan, None, None))
+
+
+@contextmanager
+def reading(plan: StackPlan, state: LevelState | None, tape: Tape | None = None) -> Iterator[None]:
+    """Forward passes inside read this state, and record errors on the tape.
+
+    Raises:
+        ValueError: a state of another model.
+    """
+    if state is not None:
+        state.check(plan)
+    token = _ACTIVE.set((*_ACTIVE.get(), ActiveLevels(plan, state, tape)))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+class StackedLevel(nn.Module):
+    """One level of a stacked MLP: what it adds to the maps of the network.
+
+        W = W_0 + O + D,    D a whole matrix, or ``B A`` of low rank; D = 0 at first
+
+    ``W_0`` is the pretrained map (none in mode ``add``), O a parameter in modes ``add`` and ``copy``, A a parameter.
+    A call returns the parameters, so that hooks run (which bring offloaded parameters to the device, for example).
+
+    Args:
+        level: its `nestlearn.nn.Level`.
+        units: hidden units.
+        width: of input and output.
+        gated: whether the network has a gate.
+        own: whether the level has O.
+        like: a tensor with the dtype and device of the parameters.
+    """
+
+    def __init__(self, level: Level, units: int, width: int, gated: bool, own: bool, like: Tensor) -> None:
         super().__init__()
-        for name, shape in shapes.items():
+        activation: Activation = "swiglu" if gated else "gelu"  # the number of maps; the model's own function is used
+        architecture = level.architecture(units, activation)
+        self.level, self.width = level, width
+        self.memory = None if level.period is None else level_memory(level, architecture)
+        self.shapes = architecture.shapes(width, width)
+        maps = Level(hidden=units).shapes(width, activation) if own else {}
+        if level.rank is not None:
+            maps |= {name: shape for name, shape in self.shapes.items() if name.endswith("_A")}
+        for name, shape in maps.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device)))
 
-    def of(self, name: str) -> Tensor:
-        return cast(Tensor, self.get_parameter(name))
+    def forward(self) -> Weights:
+        """The parameters by name."""
+        return dict(self.named_parameters())
+
+    def initial(self, like: Tensor) -> Weights:
+        """``{map: [out, in]}`` of the weights that learn, before the first write: A, and zero for D or B."""
+        own, zero = self(), like.new_zeros(())
+        return {
+            name: own[name] if self.level.rank and name.endswith("_A") else zero.expand(shape)
+            for name, shape in self.shapes.items()
+        }
+
+    def change(self, held: LevelFast | None, tape: Tape | None, key: tuple[str, int], x: Tensor) -> Linear | None:
+        """``linear(name, u) = (O + D) u`` of each map at the weights of the end of the last period; None if it is 0."""
+        own, recorded = self(), tape if self.memory is not None else None
+        own = {name: w for name, w in own.items() if not name.endswith("_A")}
+        if held is None and recorded is None:
+            return (lambda name, u: u @ own[name].to(u.dtype).mT) if own else None
+        fast = self.initial(x) if held is None else held.weights.anchor
+        if held is not None:
+            fast = {name: for_rows(w, x.shape[0]).to(x.device) for name, w in fast.items()}
+        dtype = next(iter(fast.values())).dtype
+        learned = fast_linear({name: w.to(dtype) for name, w in fast.items()}, recorded, key)
+        learned = learned if self.level.rank is None else low_rank_linear(learned)
+
+        def linear(name: str, u: Tensor) -> Tensor:
+            z = learned(name, u.to(dtype))
+            return z + u @ own[name].to(u.dtype).mT if name in own else z
+
+        return linear
+
+    def learned(self, held: LevelFast | None) -> Weights:
+        """``{map: D}`` with everything that was written, an unfinished period included."""
+        maps = dict.fromkeys(name.partition("_")[0] for name in self.shapes)
+        if held is None:
+            return dict.fromkeys(maps, torch.zeros(()))
+        fast: Weights = held.weights.params
+        return fast if self.level.rank is None else {n: fast[f"{n}_B"] @ fast[f"{n}_A"] for n in maps}
 
 
 class StackedMLP(nn.Module):
-    r"""What `stack_levels` adds to the class of an MLP; its parameters keep their names.
+    r"""What `stack_levels` adds to the class of an MLP. The parameters of the MLP keep their names.
 
-    With M the pretrained network, M_l the network of level l at its weights of the last period's end (NL Eq. 71):
+    M is the pretrained network, M_l the network of level l at its weights of the end of the last period (NL Eq. 71):
 
-    - ``add``:   ``y = M(x) + sum_l M_l(x)``, the down map of every M_l starting at zero;
-    - ``split``: ``y = sum_l M_l(x)``, M_l the hidden units of level l; hidden units of no level stay as they are;
-    - ``copy``:  ``y = mean_l M_l(x)``, every M_l starting as M.
+    - ``add``:   ``y = M(x) + sum_l M_l(x)``; the down map of every M_l starts at zero;
+    - ``split``: ``y = sum_l M_l(x)``; M_l has the hidden units of level l, and hidden units of no level are constant;
+    - ``copy``:  ``y = mean_l M_l(x)``; every M_l starts as M.
 
-    Biases belong to M and do not change. Which fast weights are read, and whether errors are recorded, is the
-    business of the `nestlearn.models.stacking.reading` around the call; without one, levels are at their initial
-    weights.
+    Biases belong to M and do not change. The context `nestlearn.models.stacking.reading` around a call says which fast
+    weights are read and whether errors are recorded. Without it, levels are at their initial weights.
     """
 
     unstacked_class: ClassVar[type[nn.Module]]
@@ -57,194 +235,121 @@ class StackedMLP(nn.Module):
     levels: nn.ModuleList
 
     def install(self, plan: StackPlan, path: str) -> None:
-        """Add the levels' own parameters, uninitialized."""
+        """Add the levels, with uninitialized parameters."""
         self.stack_plan, self.stack_path = plan, path
-        maps = maps_of(self, plan.names)
-        hidden, width = maps["up"].weight.shape
-        own = [self._own_shapes(i, units, width) for i, units in enumerate(self._hidden_units(hidden, width))]
-        self.levels = nn.ModuleList(LevelWeights(shapes, maps["up"].weight) for shapes in own)
+        self._squares: dict[str, tuple[Any, Tensor]] = {}
+        width, gated = self._shape("up")[1], plan.names.gate is not None
+        if plan.mode == "add":
+            sizes = [level.units(width, "swiglu" if gated else "gelu") for level in plan.levels]
+        else:
+            sizes = [units.stop - units.start for units in self._units()]
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        first = {"add": 0, "copy": 1, "split": len(sizes)}[plan.mode]  # the first level with parameters O
+        self.levels = nn.ModuleList(
+            StackedLevel(level, size, width, gated, i >= first, like)
+            for i, (level, size) in enumerate(zip(plan.levels, sizes, strict=True))
+        )
 
     def remove(self) -> None:
         """Undo `install`."""
-        del self.levels, self.stack_plan, self.stack_path
+        del self.levels, self.stack_plan, self.stack_path, self._squares
+
+    def level(self, index: int) -> StackedLevel:
+        """The level with this number."""
+        return cast(StackedLevel, self.levels[index])
 
     @torch.no_grad()
     def start_levels(self) -> None:
-        """Initial values of the levels' own parameters: the pretrained network, or networks that give zero.
+        """Initial values of the levels' parameters. Parameters that `from_pretrained` has loaded are kept."""
+        for name, parameter in self.levels.named_parameters():
+            name = name.partition(".")[2]
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            if name.endswith("_A"):
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+            elif self.stack_plan.mode == "copy" or name == "down":
+                parameter.zero_()
+            else:
+                squares = self._squares_of(name, parameter.device)
+                parameter.normal_(0, float(squares.sum() / math.prod(self._shape(name))) ** 0.5)
 
-        Parameters that `from_pretrained` has loaded are kept.
-        """
-        maps = maps_of(self, self.stack_plan.names)
-        for own in self.levels:
-            for name, parameter in own.named_parameters():
-                if getattr(parameter, "_is_hf_initialized", False):
-                    continue
-                if name not in maps:  # A of a map of low rank
-                    parameter.normal_(0, parameter.shape[-1] ** -0.5)
-                elif self.stack_plan.mode == "copy":
-                    parameter.copy_(maps[name].weight)
-                elif name == "down":
-                    parameter.zero_()
-                else:
-                    parameter.normal_(0, float(maps[name].weight.float().square().mean().sqrt()))
+    # -- the pretrained maps ------------------------------------------------------------------------------------
 
-    def _hidden_units(self, hidden: int, width: int) -> list[int]:
-        """Hidden units of every level."""
-        plan = self.stack_plan
-        if plan.mode == "split":
-            return [len(units) for units in plan.units(hidden)]
-        if plan.mode == "copy":
-            return [hidden] * len(plan.levels)
-        return [level.units(width, "gelu" if plan.names.gate is None else "swiglu") for level in plan.levels]
+    def _map(self, name: str) -> nn.Module:
+        return getattr(self, self.stack_plan.names.maps()[name])
 
-    def _own_shapes(self, index: int, units: int, width: int) -> dict[str, tuple[int, int]]:
-        """Parameters of a level beside the pretrained ones."""
-        up, level = (units, width), self.stack_plan.levels[index]
-        full = {**({} if self.stack_plan.names.gate is None else {"gate": up}), "up": up, "down": (width, units)}
-        whole = self.stack_plan.mode == "add" or (self.stack_plan.mode == "copy" and index > 0)
-        low = {} if level.rank is None else low_rank_shapes(full, level.rank)
-        return {**(full if whole else {}), **{name: shape for name, shape in low.items() if name.endswith("_A")}}
+    def _shape(self, name: str) -> tuple[int, int]:
+        return map_shape(self._map(name), f"{self.stack_path}.{self.stack_plan.names.maps()[name]}")
 
-    # -- levels -------------------------------------------------------------------------------------------------
+    def _units(self) -> list[slice]:
+        """Hidden units of each level in modes ``split`` and ``copy``."""
+        hidden, plan = self._shape("up")[0], self.stack_plan
+        found = plan.units(hidden) if plan.mode == "split" else [range(hidden)] * len(plan.levels)
+        return [slice(units.start, units.stop) for units in found]
 
-    def dense(self, index: int) -> Weights:
-        """``{map: [out, in]}``: the initial network of a level, in ``split`` views of the pretrained weights."""
-        own = self.levels[index]
-        if "up" in dict(own.named_parameters()):
-            # Adapters may stand on the pretrained maps, which this level does not use.
-            return {name: cast(LevelWeights, own).of(name) for name in self.stack_plan.names.maps()}
-        maps = maps_of(self, self.stack_plan.names)
-        if self.stack_plan.mode == "copy":
-            return {name: part.weight for name, part in maps.items()}
-        return self._slice({name: part.weight for name, part in maps.items()}, self._units(index))
-
-    def _units(self, index: int) -> range:
-        return self.stack_plan.units(maps_of(self, self.stack_plan.names)["up"].weight.shape[0])[index]
-
-    @staticmethod
-    def _slice(weights: Weights, units: range) -> Weights:
-        part = slice(units.start, units.stop)
-        return {name: w[:, part] if name == "down" else w[part] for name, w in weights.items()}
-
-    def initial(self, index: int) -> Weights:
-        """``{map: [out, in]}`` that a level learns from: its dense maps, or A and B = 0 of each."""
-        dense, rank = self.dense(index), self.stack_plan.levels[index].rank
-        if rank is None:
-            return dense
-        own = cast(LevelWeights, self.levels[index])
-        shapes = low_rank_shapes({name: (w.shape[0], w.shape[1]) for name, w in dense.items()}, rank)
-        zero = next(iter(dense.values()))
-        return {name: own.of(name) if name.endswith("_A") else zero.new_zeros(shape) for name, shape in shapes.items()}
-
-    def memory(self, index: int) -> AssociativeMemory:
-        """The memory that a level is: its rule, retention and clock over its maps."""
-        return level_memory(
-            self.stack_plan.levels[index],
-            MapShapes.of({n: (w.shape[0], w.shape[1]) for n, w in self.initial(index).items()}),
-        )
+    def _squares_of(self, name: str, device: torch.device) -> Float[Tensor, "hidden"]:
+        """Sum of squares of a pretrained map for each hidden unit, computed again only after its parameters changed."""
+        part = self._map(name)
+        now = [(id(p), 0 if p.is_inference() else p._version) for p in part.parameters()]
+        if name not in self._squares or self._squares[name][0] != now:
+            self._squares[name] = now, squares_by_unit(part, self._shape(name), name == "down", device)
+        return self._squares[name][1].to(device)
 
     @torch.no_grad()
-    def weight_norm(self, index: int) -> Float[Tensor, ""]:
-        """Frobenius norm of a level's initial network; a map that starts at zero counts as its pretrained twin."""
-        names, parts = self.stack_plan.names.maps(), []
-        for name, w in self.dense(index).items():
-            square = w.double().square().sum()
-            if self.stack_plan.mode == "add" and name == "down":
-                square = getattr(self, names[name]).weight.double().square().mean() * w.numel()
-            parts.append(square)
-        return torch.stack(parts).sum().sqrt()
+    def size(self, index: int, device: torch.device) -> Float[Tensor, ""]:
+        """Frobenius norm of the initial network of a level. A map that starts at zero counts as its pretrained twin."""
+        maps, total = self.stack_plan.names.maps(), torch.zeros((), dtype=torch.float64, device=device)
+        if self.stack_plan.mode != "add":
+            units = self._units()[index]
+            return sum((self._squares_of(name, device)[units].sum() for name in maps), total).sqrt()
+        own = self.level(index)()
+        for name in maps:
+            if name == "down":
+                total = total + self._squares_of(name, device).sum() / math.prod(self._shape(name)) * own[name].numel()
+            else:
+                total = total + own[name].double().square().sum()
+        return total.sqrt()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Float[Tensor, "b t d"], *args: Any, **kwargs: Any) -> Float[Tensor, "b t d"]:
         """The class's own forward, with levels."""
-        plan, now = self.stack_plan, active_levels(self.stack_plan)
-        state, tape = (None, None) if now is None else (now.state, now.tape)
-        fast = None if state is None else state.networks.get(self.stack_path)
+        plan, state, tape = active_levels(self.stack_plan)
+        held = (None if state is None else state.networks.get(self.stack_path)) or (None,) * len(plan.levels)
+        changes = [self.level(i).change(fast, tape, (self.stack_path, i), x) for i, fast in enumerate(held)]
+        act, gated = getattr(self, plan.names.act), plan.names.gate is not None
         if plan.mode == "add":
+            added = [feed_forward(change, act, x, gated) for change in changes if change is not None]
             y = super().forward(x, *args, **kwargs)
-            return y + self._levels(x, fast, tape).to(y.dtype)
-        if plan.mode == "split" and fast is None and tape is None:
+            return y + sum(added[1:], added[0]).to(y.dtype)
+        if all(change is None for change in changes):
             return super().forward(x, *args, **kwargs)
-        y = self._levels(x, fast, tape)
-        if plan.mode == "copy":
-            y = y / len(plan.levels)
-        else:
-            y = self._add_frozen_units(x, y)
-        bias = maps_of(self, plan.names)["down"].bias
-        y = (y if bias is None else y + bias).to(x.dtype)
+        parts = list(zip(self._units(), changes, strict=True))
+        passes = [parts] if plan.mode == "split" else [[part] for part in parts]
+        outputs = [feed_forward(self._linear(chosen, x.dtype), act, x, gated) for chosen in passes]
+        y = (sum(outputs[1:], outputs[0]) / len(outputs)).to(x.dtype)
         for child in self.children():
             y = child(y) if isinstance(child, nn.Dropout) else y
         return y
 
-    def _levels(self, x: Tensor, fast: Any, tape: Tape | None) -> Tensor:
-        total = None
-        for index, level in enumerate(self.stack_plan.levels):
-            held = None if fast is None or fast[index] is None else fast[index].weights.anchor
-            y = self._level(index, x, held, tape if level.period is not None else None)
-            total = y if total is None else total + y
-        assert total is not None
-        return total
-
-    def _level(self, index: int, x: Tensor, fast: Weights | None, tape: Tape | None) -> Tensor:
-        """The network of one level at fast weights ``[rows, out, in]`` (None: initial)."""
-        dense, key = self.dense(index), (self.stack_path, index)
-        low_rank = self.stack_plan.levels[index].rank is not None
-        biases = self._hidden_biases(index)
-        if fast is not None:
-            fast = {name: for_rows(w, x.shape[0]) for name, w in fast.items()}
-        elif low_rank and tape is not None:
-            fast = {name: w.unsqueeze(0) for name, w in self.initial(index).items()}
-
-        def fast_map(name: str, u: Tensor, w: Tensor) -> Tensor:
-            u = u.to(torch.promote_types(u.dtype, w.dtype))
-            z = u @ w.to(u.dtype).mT
-            return z if tape is None else tape.record(key, name, u, z)
+    def _linear(self, parts: list[tuple[slice, Linear | None]], dtype: torch.dtype) -> Linear:
+        """The pretrained maps with the changes of levels, each on its own hidden units."""
 
         def linear(name: str, u: Tensor) -> Tensor:
-            if not low_rank:
-                z = fast_map(name, u, dense[name] if fast is None else fast[name])
-            else:
-                z = u @ dense[name].to(u.dtype).mT
-                if fast is not None:
-                    z = z + fast_map(f"{name}_B", fast_map(f"{name}_A", u, fast[f"{name}_A"]), fast[f"{name}_B"])
-            return z if name not in biases else z + biases[name]
+            z = self._map(name)(u.to(dtype))
+            if name == "down":
+                return functools.reduce(
+                    torch.add, [z, *(f(name, u[..., units]) for units, f in parts if f is not None)]
+                )
+            pieces = [z[..., units] if f is None else z[..., units] + f(name, u) for units, f in parts]
+            rest = z[..., parts[-1][0].stop :]  # hidden units of no level
+            return torch.cat([*pieces, rest] if rest.shape[-1] else pieces, -1)
 
-        return feed_forward(linear, self._act(), x, "gate" in dense)
-
-    def _hidden_biases(self, index: int) -> Weights:
-        """Biases of the hidden units; the networks of ``add`` have none."""
-        plan = self.stack_plan
-        if plan.mode == "add":
-            return {}
-        maps = maps_of(self, plan.names)
-        found = {name: part.bias for name, part in maps.items() if name != "down" and part.bias is not None}
-        if plan.mode == "copy" or not found:
-            return found
-        return self._slice(found, self._units(index))
-
-    def _add_frozen_units(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` plus what the hidden units of no level give."""
-        maps = maps_of(self, self.stack_plan.names)
-        hidden = maps["up"].weight.shape[0]
-        rest = range(self.stack_plan.units(hidden)[-1].stop, hidden)
-        if not rest:
-            return y
-        weights = self._slice({name: part.weight for name, part in maps.items()}, rest)
-        biases = {n: p.bias[rest.start :] for n, p in maps.items() if n != "down" and p.bias is not None}
-
-        def linear(name: str, u: Tensor) -> Tensor:
-            z = u @ weights[name].mT
-            return z if name not in biases else z + biases[name]
-
-        return y + feed_forward(linear, self._act(), x, "gate" in maps)
-
-    def _act(self) -> Callable[[Tensor], Tensor]:
-        return getattr(self, self.stack_plan.names.act)
+        return linear
 
 
 def for_rows(w: Float[Tensor, "r out in"], batch: int) -> Float[Tensor, "b out in"]:
-    """Weights of ``r`` rows for a batch: one row serves all, several may each stand for as many beams or samples.
+    """Weights of ``r`` rows for a batch: one row serves all, and each of several serves as many beams or samples.
 
     Raises:
         ValueError: the batch is no multiple of the rows.

@@ -1,13 +1,11 @@
-"""What a stacked model is made of: levels, how they share an MLP, and which MLPs have them."""
+"""The description of a stacked model: its levels, how they share an MLP, and which MLPs have them."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from nestlearn.nn.cms.level import Level
+from nestlearn.nn.cms.level import Level, check_order, check_segments
 
 from .families import MapNames
 
@@ -19,11 +17,10 @@ class StackPlan:
     """The description of a stacked model, kept in its configuration as plain data.
 
     Args:
-        levels: levels with strictly increasing periods, None (frozen) last; every period a multiple of the first.
-        mode: ``add`` zero-output networks beside the frozen MLP, ``split`` its hidden units over the levels, ``copy``
-            the whole MLP for every level, averaged.
-        paths: the stacked MLP modules.
-        names: how they name their maps.
+        levels: levels with strictly increasing periods, a frozen one (None) last; every period a multiple of the first.
+        mode: see `nestlearn.models.stacking.network.StackedMLP`.
+        paths: of the stacked MLP modules.
+        names: of their maps.
         split: fractions of the hidden units, one for each level (mode ``split``; None divides evenly).
 
     Raises:
@@ -39,7 +36,10 @@ class StackPlan:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r} does not exist; use 'add', 'split' or 'copy'.")
-        check_levels(self.levels)
+        check_order(self.levels)
+        if not self.learning():
+            raise ValueError("no level has a period, so nothing would ever learn. Give at least one Level(period=...).")
+        check_segments(self.levels)
         if self.split is not None:
             self._check_split(self.split)
         if self.mode != "add" and any(level.expansion != Level().expansion for level in self.levels):
@@ -72,7 +72,7 @@ class StackPlan:
         return [i for i, period in enumerate(self.periods) if period is not None]
 
     def units(self, hidden: int) -> list[range]:
-        """Hidden units of each level in mode ``split``, for an MLP of so many; those of no level stay frozen.
+        """Hidden units of each level in mode ``split``, for an MLP with ``hidden`` units. Other units stay frozen.
 
         Example:
             >>> plan = StackPlan((Level(8), Level(16)), "split", ("mlp",), MapNames("up", "down"), (0.25, 0.75))
@@ -96,11 +96,7 @@ class StackPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a configuration file."""
-        plain = asdict(self)
-        return {**plain, "levels": list(plain["levels"]), "paths": list(self.paths), "split": self._plain_split()}
-
-    def _plain_split(self) -> list[float] | None:
-        return None if self.split is None else list(self.split)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Any) -> StackPlan:
@@ -123,26 +119,4 @@ class StackPlan:
             tuple(data["paths"]),
             MapNames(**data["names"]),
             None if split is None else tuple(split),
-        )
-
-
-def check_levels(levels: Sequence[Level]) -> None:
-    """Raise ValueError unless levels can be taught by the loss of the next token."""
-    if not levels or not all(isinstance(level, Level) for level in levels):
-        raise ValueError(f"levels must be a non-empty sequence of Level, got {levels!r}; for a mapping use Level(**m).")
-    periods = [level.period for level in levels if level.period is not None]
-    if not periods:
-        raise ValueError("no level has a period, so nothing would ever learn. Give at least one Level(period=...).")
-    if None in [level.period for level in levels[:-1]]:
-        raise ValueError(f"at most one level is frozen (period=None), and it comes last; got {list(levels)}.")
-    if any(a >= b for a, b in itertools.pairwise(periods)):
-        raise ValueError(f"levels go from fastest to slowest, with strictly increasing periods; got {periods}.")
-    if periods[0] < 2:
-        raise ValueError("the smallest period must be at least 2: a write needs one next token inside its segment.")
-    wrong = [period for period in periods if period % periods[0]]
-    if wrong:
-        fixed = [max(1, round(period / periods[0])) * periods[0] for period in periods]
-        raise ValueError(
-            f"periods {wrong} are no multiples of the smallest, {periods[0]}: levels are written segment by segment. "
-            f"Use {fixed}, for example."
         )

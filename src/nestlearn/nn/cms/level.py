@@ -1,14 +1,17 @@
-"""A level of a Continuum Memory System: how often it learns, by which rule, and how much it may hold."""
+"""A level of a Continuum Memory System: its settings, the memory that it is, and its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nestlearn.fields import Between, Fraction, Positive, Size, check_fields
 from nestlearn.memory import (
@@ -17,41 +20,46 @@ from nestlearn.memory import (
     Delta,
     Descent,
     DotProduct,
-    Factor,
     Gates,
     Momentum,
     OrthogonalizedMomentum,
+    State,
 )
-from nestlearn.memory.architectures import Architecture, Linear
+from nestlearn.memory.architectures import Architecture
 from nestlearn.memory.objectives import Objective
+from nestlearn.memory.types import Weights
+from nestlearn.nn.common import InitialWeights
 from nestlearn.nn.ffn import Activation, hidden_size
 
-from .network import Network, low_rank_shapes
+from .network import LowRank, Network
 
 Rule = Literal["descent", "momentum", "delta", "orthogonalized"]
+
+KEPT_PER_PERIOD = 4.0
+"""Initial logit of the fraction that a level keeps over one period: sigmoid(4) = 0.98."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a `ContinuumMemory`, or one stacked on a pretrained model.
+    """Settings of one level, of a `ContinuumMemory` or of a stacked pretrained model.
 
     Args:
-        period: tokens between two changes of the level's weights; None never changes them (a plain FFN).
-        expansion: hidden width over ``d_model``, as of a GELU network with as many parameters.
-        rule: how a level with a period learns: ``"descent"``, plain gradient descent; ``"momentum"``, past gradients
-            carry on; ``"delta"``, delta retention with proximal steps, the DGD of NL Eq. 57; ``"orthogonalized"``,
-            the orthogonalized momentum is written when a period ends (NL Eq. 44).
-        lr: scale of the step size. At most 1 where the level's own objective teaches it, since steps are then bounded.
-        retain: fraction of what was written that is kept over one period; what is lost goes back to the initial
-            weights. None is learned where a layer learns it (it starts at 0.98), and 0.97 on a stacked model.
-        clip: bound of the Frobenius norm of the gradient of one segment, all maps of the level together, for each row
-            (levels taught by a loss only); None for no bound.
+        period: tokens between two changes of the level's weights. None: the weights never change (a plain FFN).
+        expansion: hidden width over ``d_model``, for a GELU network with as many parameters.
+        rule: the update rule. ``"descent"``: gradient descent. ``"momentum"``: gradient descent with momentum.
+            ``"delta"``: delta retention with proximal steps, the DGD of NL Eq. 57. ``"orthogonalized"``: the
+            orthogonalized momentum is written at the end of each period (NL Eq. 44).
+        lr: scale of the step size. It is at most 1 for a level with an objective of its own, whose steps are bounded.
+        retain: fraction of what was written that is kept over one period; the rest decays to the initial weights.
+            None: `ContinuumMemory` learns the fraction (0.98 at first), a stacked model keeps 0.97.
+        clip: bound of the Frobenius norm of the gradient of one segment, over all maps of the level, for each row.
+            It is for levels that learn from the next-token loss. None: no bound.
         hidden: hidden units, in place of ``expansion``.
-        rank: None learns whole matrices; a number r learns ``W_0 + B A`` with ``B: [out, r]``, ``A: [r, in]``, so
-            that a row holds ``r (out + in)`` numbers per map.
+        rank: None: whole matrices learn. A number r: the maps are ``W_0 + B A`` with ``B: [out, r]``, ``A: [r, in]``,
+            and only A and B learn, so that a row holds ``r (out + in)`` numbers per map.
         momentum: fraction of the momentum that is kept over one period (rules with momentum only).
-        reset: whether the start of a document returns the level to its initial weights; False keeps what it learned.
-            Levels stacked on a pretrained model always keep it: a session returns them by ``forget``.
+        reset: whether a new document sets the level back to its initial weights. It has no effect on a stacked model,
+            whose levels keep what they learned until `nestlearn.MemorySession.forget`.
 
     Raises:
         ValueError: a value that cannot work.
@@ -86,74 +94,57 @@ class Level:
         """Hidden units of the level's network."""
         return hidden_size(d_model, self.expansion, activation) if self.hidden is None else self.hidden
 
+    def architecture(self, units: int, activation: Activation) -> Network | LowRank:
+        """The network of the weights that change."""
+        network = Network(units, activation)
+        return network if self.rank is None else LowRank(network, self.rank)
+
     def shapes(self, d_model: int, activation: Activation) -> dict[str, tuple[int, int]]:
-        """``{map: (out, in)}`` of the weights that change, ``[B, out, in]`` for B rows."""
-        full = Network(self.units(d_model, activation), activation).shapes(d_model, d_model)
-        return full if self.rank is None else low_rank_shapes(full, self.rank)
+        """``{map: (out, in)}`` of the weights that change; a state holds ``[B, out, in]`` for B rows."""
+        return self.architecture(self.units(d_model, activation), activation).shapes(d_model, d_model)
 
 
-@dataclass(frozen=True)
-class MapShapes:
-    """The maps of any network, by name and shape: all that `nestlearn.memory.absorb` asks of an architecture.
-
-    For levels that a loss teaches: their network runs elsewhere (in `nestlearn.nn.cms.tape.read`), and its errors come
-    from the loss.
-
-    Args:
-        sizes: ``((map, (out, in)), ...)``.
-
-    Example:
-        >>> MapShapes.of({"up": (8, 2), "down": (2, 8)}).shapes(2, 2)
-        {'up': (8, 2), 'down': (2, 8)}
-    """
-
-    sizes: tuple[tuple[str, tuple[int, int]], ...]
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, int]]) -> MapShapes:
-        """From ``{map: (out, in)}``."""
-        return cls(tuple((name, (out, width)) for name, (out, width) in shapes.items()))
-
-    @property
-    def query_map(self) -> str:
-        return self.sizes[0][0]
-
-    def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
-        """``{map: (out, in)}``, whatever the widths of keys and values."""
-        del d_key, d_value
-        return dict(self.sizes)
-
-    def init(self, name: str, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        raise _no_network()
-
-    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
-        raise _no_network()
-
-    def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
-        raise _no_network()
+def check_order(levels: Sequence[Level]) -> None:
+    """Raise ValueError unless levels go from the fastest to the slowest, with a frozen one last."""
+    if not levels or not all(isinstance(level, Level) for level in levels):
+        raise ValueError(f"levels must be a non-empty sequence of Level, got {levels!r}; for a mapping use Level(**m).")
+    periods = [level.period for level in levels]
+    if any(a is None or (b is not None and a >= b) for a, b in itertools.pairwise(periods)):
+        raise ValueError(
+            f"levels go from fastest to slowest, with strictly increasing periods; at most one is frozen "
+            f"(period=None), and it comes last; got {periods}."
+        )
 
 
-def _no_network() -> TypeError:
-    return TypeError(
-        "this memory knows the shapes of its maps only: give it initial weights (init_state(params=...)), run its "
-        "network with nestlearn.nn.cms.tape.read, and write factors of a loss with nestlearn.nn.cms.tape.write."
-    )
+def check_segments(levels: Sequence[Level]) -> None:
+    """Raise ValueError unless segments of the smallest period fit into every other period and hold a target."""
+    periods = [level.period for level in levels if level.period is not None]
+    if periods and periods[0] < 2:
+        raise ValueError(
+            "the smallest period must be at least 2: a level learns from a loss in segments of that many tokens, and a "
+            "segment of one token holds no next token."
+        )
+    wrong = [period for period in periods if period % periods[0]]
+    if wrong:
+        fixed = [max(1, round(period / periods[0])) * periods[0] for period in periods]
+        raise ValueError(
+            f"periods {wrong} must be a multiple of the smallest, {periods[0]}: levels that learn from a loss are "
+            f"written segment by segment. Use {fixed}, for example."
+        )
 
 
 def level_memory(level: Level, architecture: Architecture, objective: Objective | None = None) -> AssociativeMemory:
-    """The associative memory that a level with a period is: its rule, kept toward its initial weights, its clock.
+    """The associative memory of a level: its rule, retention toward the initial weights, and chunks of one period.
 
     Args:
         level: a level with a period.
-        architecture: of its network; `MapShapes` where a loss teaches it.
-        objective: of the level itself, if it has one.
+        architecture: of the weights that change.
+        objective: of a level with an objective of its own. Levels that learn from a loss have none.
 
     Example:
-        >>> import torch
-        >>> maps = MapShapes.of({"up": (8, 2), "down": (2, 8)})
-        >>> memory = level_memory(Level(period=16, rule="delta"), maps)
-        >>> state = memory.init_state((3,), 2, 2, {"up": torch.randn(8, 2), "down": torch.randn(2, 8)})
-        >>> state.params["up"].shape
+        >>> level = Level(period=16, rule="delta", hidden=8)
+        >>> memory = level_memory(level, level.architecture(8, "gelu"))
+        >>> memory.init_state((3,), 2, 2).params["up"].shape
         torch.Size([3, 8, 2])
     """
     if level.period is None:
@@ -173,19 +164,18 @@ def level_memory(level: Level, architecture: Architecture, objective: Objective 
 
 
 def loss_gates(level: Level, scale: Float[Tensor, "b t"], kept: Float[Tensor, ""] | None = None) -> Gates:
-    """Gates of tokens that a loss teaches: the step is ``lr * scale``, constant but for ``scale``.
+    """Gates of a level that learns from a loss: the step of a token is ``lr * scale``.
 
-    The total effect of a gradient under ``momentum`` is that of ``descent``, spread over later tokens: its steps are
+    Under ``momentum`` the total effect of a gradient is that of ``descent``, spread over later tokens: the steps are
     ``lr (1 - beta_t)`` with ``beta_t = momentum^(1/period)``. Under ``orthogonalized`` the write of a period has
     spectral norm lr: each token adds ``lr / period``.
 
     Args:
         level: a level with a period.
-        scale: factor of each token's step; ones for a constant one.
-        kept: fraction kept over one period; the level's own ``retain`` (1 if it has none) by default.
+        scale: factor of each token's step.
+        kept: fraction kept over one period. Default: the level's ``retain``, or 1 if it has none.
 
     Example:
-        >>> import torch
         >>> loss_gates(Level(period=4, lr=0.5, retain=0.0625), torch.ones(1, 2))[:2]
         (tensor([[0.5000, 0.5000]]), tensor([[0.5000, 0.5000]]))
     """
@@ -198,3 +188,96 @@ def loss_gates(level: Level, scale: Float[Tensor, "b t"], kept: Float[Tensor, ""
         carried = torch.full_like(step, beta)
     share = step.new_tensor(1.0 if level.retain is None else level.retain) if kept is None else kept
     return Gates(step, (share ** (1 / level.period)).expand_as(step), carried)
+
+
+class Kept(nn.Module):
+    """Logarithm of the fraction of what was written that a level keeps over one period.
+
+    A layer calls the module, so that hooks run (which bring an offloaded parameter to the device, for example).
+
+    Args:
+        retain: the fraction; None learns its ``logit``.
+    """
+
+    def __init__(self, retain: float | None) -> None:
+        super().__init__()
+        self.retain = retain
+        self.logit = nn.Parameter(torch.empty(())) if retain is None else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A level keeps 98 % over one period at first."""
+        if self.logit is not None:
+            self.logit.fill_(KEPT_PER_PERIOD)
+
+    def forward(self, like: Tensor) -> Float[Tensor, ""]:
+        """The logarithm, in the dtype and on the device of a tensor."""
+        if self.logit is not None:
+            return F.logsigmoid(self.logit.to(like.dtype))
+        kept = cast(float, self.retain)
+        return like.new_tensor(math.log(kept) if kept > 0 else -math.inf)
+
+
+class LevelWeights(nn.Module):
+    """What the levels of a `ContinuumMemory` with a period share.
+
+    ``initial`` are the weights that each row starts from, ``fixed`` the constant part ``W_0`` of low-rank maps (else
+    None), ``keep`` gives the fraction kept over a period.
+
+    Args:
+        d_model: width of input and output.
+        level: its `Level`.
+        activation: ``"swiglu"`` or ``"gelu"``.
+        objective: of a level with an objective of its own.
+        outer: tokens after which the initial weights move (nested variant); None never moves them.
+        transfer: the fraction rho of `nestlearn.nn.cms.nested`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        level: Level,
+        activation: Activation,
+        objective: Objective | None = None,
+        outer: int | None = None,
+        transfer: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if level.period is None:
+            raise ValueError("a level without a period never changes; use FeedForward")
+        self.level, self.period, self.d_model = level, level.period, d_model
+        self.outer, self.transfer = outer, transfer
+        architecture = level.architecture(level.units(d_model, activation), activation)
+        self.network = architecture.network if isinstance(architecture, LowRank) else architecture
+        self.memory = level_memory(level, architecture, objective)
+        self.initial = InitialWeights(self.memory, (), d_model, d_model)
+        low = isinstance(architecture, LowRank)
+        self.fixed = InitialWeights(level_memory(level, self.network), (), d_model, d_model) if low else None
+        self.keep = Kept(level.retain)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A random network, and a level that keeps 98 % of what it wrote over one period."""
+        for module in (self.initial, self.fixed, self.keep):
+            if module is not None:
+                module.reset_parameters()
+
+    def bound(self, dtype: torch.dtype) -> AssociativeMemory:
+        """The memory, with the constant weights of its architecture."""
+        if self.fixed is None:
+            return self.memory
+        architecture = cast(LowRank, self.memory.architecture)
+        return replace(self.memory, architecture=architecture.on(self.fixed(dtype)))
+
+    def start(self, state: State | None, initial: Weights, x: Float[Tensor, "b t d"]) -> State:
+        """The given state, or a fresh one for the rows of ``x``."""
+        if state is not None:
+            return state
+        return self.memory.init_state(
+            (x.shape[0],), self.d_model, self.d_model, initial, dtype=x.dtype, device=x.device
+        )
+
+    def extra_repr(self) -> str:
+        clip = "" if self.level.clip is None else f", clip={self.level.clip}"
+        return f"period={self.period}, rule={self.level.rule}, lr={self.level.lr}{clip}"

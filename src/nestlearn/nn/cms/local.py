@@ -1,9 +1,7 @@
-"""Levels whose own objective teaches them while they read (signal "local")."""
+"""Levels with an associative objective of their own (signal "local")."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -11,136 +9,52 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import L2, AssociativeMemory, DotProduct, Gates, State, scan
+from nestlearn.memory import L2, DotProduct, Gates, State, scan
 from nestlearn.memory.types import Weights
 from nestlearn.nn.bounds import outgrown
-from nestlearn.nn.common import GateProjection, InitialWeights, full_precision, wide_dtype
+from nestlearn.nn.common import GateProjection, full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 from nestlearn.nn.flops import scan_flops
 
-from .level import Level, level_memory
+from .level import Level, LevelWeights
 from .nested import Nest, NestedState, TransferBy, scan_nested
-from .network import LowRank, Network
-from .tape import read
-
-KEPT_PER_PERIOD = 4.0
-"""Initial logit of what a level keeps over one period: sigmoid(4) = 0.98."""
+from .network import Network
+from .tape import fast_linear
 
 CLOSED = -4.0
-"""Initial logit of the step under a rule that has no small gradients."""
-
-
-class SlowWeights(nn.ParameterDict):
-    """The part of a low-rank level's maps that does not change while it reads, ``self[map]: [out, in]``."""
-
-    def __init__(self, network: Network, d_model: int) -> None:
-        self.network = network
-        shapes = network.shapes(d_model, d_model)
-        super().__init__({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The network's own initial values."""
-        for name, weight in self.items():
-            weight.copy_(self.network.init(name, tuple(weight.shape), None))
-
-
-class LevelWeights(nn.Module):
-    """What every level with a period has: a memory, its initial weights, and what it keeps over a period.
-
-    ``initial`` are the weights that each row starts from, ``fixed`` the slow ones of low-rank maps (else None),
-    ``keep`` the logit of the kept fraction, where the level does not give it as a number.
-    """
-
-    def __init__(
-        self, d_model: int, level: Level, activation: Activation, objective: L2 | DotProduct | None = None
-    ) -> None:
-        super().__init__()
-        if level.period is None:
-            raise ValueError("a level without a period never changes; use FeedForward")
-        self.level, self.period, self.d_model = level, level.period, d_model
-        self.network = Network(level.units(d_model, activation), activation)
-        architecture = self.network if level.rank is None else LowRank(self.network, level.rank)
-        self.memory = level_memory(level, architecture, objective)
-        self.initial = InitialWeights(self.memory, (), d_model, d_model)
-        self.fixed = None if level.rank is None else SlowWeights(self.network, d_model)
-        self.keep: nn.Parameter | None = None
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """A random network, and a level that keeps 98 % of what it wrote over one period."""
-        self.initial.reset_parameters()
-        if self.fixed is not None:
-            self.fixed.reset_parameters()
-        if self.keep is not None:
-            self.keep.fill_(KEPT_PER_PERIOD)
-
-    def learned_keep(self) -> nn.Parameter | None:
-        """A parameter for the logit of the kept fraction, where the level does not give it as a number."""
-        return nn.Parameter(torch.empty(())) if self.level.retain is None else None
-
-    def initial_weights(self, dtype: torch.dtype) -> Weights:
-        """The weights each row starts from."""
-        return self.initial(dtype)
-
-    def bound(self, dtype: torch.dtype) -> AssociativeMemory:
-        """The memory, with the slow weights of its architecture."""
-        if self.fixed is None:
-            return self.memory
-        architecture = cast(LowRank, self.memory.architecture)
-        fixed = {name: weight.to(dtype) for name, weight in self.fixed.items()}
-        return replace(self.memory, architecture=architecture.on(fixed))
-
-    def log_kept(self, dtype: torch.dtype) -> Float[Tensor, ""]:
-        """Logarithm of the fraction kept over one period."""
-        if self.keep is not None:
-            return F.logsigmoid(self.keep.to(dtype))
-        kept = cast(float, self.level.retain)
-        device = next(iter(self.initial.values())).device
-        return torch.tensor(math.log(kept) if kept > 0 else -math.inf, dtype=dtype, device=device)
-
-    def start(
-        self, state: State | None, initial: Weights, rows: int, dtype: torch.dtype, device: torch.device
-    ) -> State:
-        """The given state, or a fresh one."""
-        if state is None:
-            return self.memory.init_state((rows,), self.d_model, self.d_model, initial, dtype=dtype, device=device)
-        return state
+"""Initial logit of the step under ``orthogonalized``, whose writes are not small where gradients are."""
 
 
 class LocalLevel(LevelWeights):
     r"""A feed-forward network per batch row that changes every ``period`` tokens.
 
-        y_t = M(x_t) at the weights of the last period's end,        M = down(act(up x)) or its SwiGLU form
+        y_t = M(x_t) at the weights of the end of the last period,    M = down(act(up x)) or its SwiGLU form
         theta <- theta - sum_{t in the last C tokens} eta_t f(theta; x_t)                              (NL Eq. 71)
 
-    The error signal f is local: an associative objective with the key x_t and the value ``u_t = V x_t``, softly
-    bounded to ``u / sqrt(1 + mean u^2)``. V starts at zero, so that nothing is written at first and the level starts
-    as a plain network. Weights are kept toward their initial, meta-learned state.
+    The error signal f comes from an associative objective with the key x_t and the value ``u_t = V x_t``, softly
+    bounded to ``u / sqrt(1 + mean u^2)``. V starts at zero. So nothing is written at first, and the level starts as a
+    plain network. Retention decays to the initial weights M_0, which the outer loop trains.
 
-    - ``descent``: objective ``1/2 ||M(x) - (M_0(x) + u)||^2``: the level learns to add u to its initial network M_0.
-    - ``momentum``: the same, with momentum.
-    - ``orthogonalized``: the same; what is written has the same size however small the gradient is, so V starts small
-      and the steps nearly closed instead of V at zero, where they would have no gradient.
+    - ``descent``: objective ``1/2 ||M(x) - (M_0(x) + u)||^2``: the level learns to add u to the output of M_0.
+    - ``momentum``: the same objective, with momentum.
+    - ``orthogonalized``: the same objective. The size of a write does not depend on the size of the gradient. So V
+      starts small and the steps start nearly closed: at V = 0 they would get no outer gradient.
     - ``delta``: objective ``-<M(x), u>`` with delta retention and the proximal step of each map.
 
-    **Bounds** (no gate the level can emit makes it expand), with sigma_t a sigmoid of x_t: over a period a level keeps
-    a fraction of what it has written. ``descent``: ``eta_t = lr sigma_t / (4 g C max(d, ||x_t||^2))``: a
-    period of one repeated token takes a quarter of the step that would reach the target of a linear map. ``momentum``
-    with b kept per token: the same times ``(1 - b) min(1, C (1 - b))``, the critical damping of a heavy ball.
-    ``orthogonalized``: ``eta_t = lr sigma_t (1 - retain_t)``: writes of spectral norm about 1 that never add up to more
-    than lr. ``delta``:
-    ``eta_t = lr sigma_t / max(d, ||x_t||^2)`` before the proximal step, whose eigenvalue along each map's input is in
-    [-1, 1]. The dot product has no minimum, and three maps or more push each other beyond any step: SwiGLU and low
-    rank are refused.
+    **Bounds.** No gate that the level can emit makes the recurrence expand. Let sigma_t be a sigmoid of x_t, C the
+    period, and g the growth of the curvature since the random start.
 
-    Args:
-        d_model: width of input and output.
-        level: its `Level`.
-        activation: ``"swiglu"`` or ``"gelu"``.
-        outer: tokens after which the initial weights move by ``transfer`` of what was learned; None never moves them.
-        transfer, transfer_by: see `nestlearn.nn.cms.nested`.
+    - ``descent``: ``eta_t = lr sigma_t / (4 g C max(d, ||x_t||^2))``. A period of one repeated token takes a quarter
+      of the step that would reach the target of a linear map.
+    - ``momentum``, with b kept per token: the same times ``(1 - b) min(1, C (1 - b))``, the critical damping of a heavy
+      ball.
+    - ``orthogonalized``: ``eta_t = lr sigma_t (1 - retain_t)``. Writes have spectral norm about 1 and never add up to
+      more than lr.
+    - ``delta``: ``eta_t = lr sigma_t / max(d, ||x_t||^2)`` before the proximal step, whose eigenvalue along the input
+      of each map is in [-1, 1]. The dot product has no minimum, and with three or more maps no step is stable. So
+      SwiGLU and low rank are refused.
+
+    Args: see `LevelWeights`; ``transfer_by`` as in `nestlearn.nn.cms.nested`.
     """
 
     def __init__(
@@ -153,17 +67,16 @@ class LocalLevel(LevelWeights):
         transfer_by: TransferBy = "difference",
     ) -> None:
         _check_local(level, activation, outer, transfer_by)
-        super().__init__(d_model, level, activation, DotProduct() if level.rule == "delta" else L2())
-        self.outer, self.transfer = outer, transfer
+        objective = DotProduct() if level.rule == "delta" else L2()
+        super().__init__(d_model, level, activation, objective, outer, transfer)
         self.transfer_by: TransferBy = transfer_by
         self.value = nn.Parameter(torch.empty(d_model, d_model))
-        self.keep = self.learned_keep()
         self.gate = GateProjection(d_model, {"lr": (CLOSED if level.rule == "orthogonalized" else 0.0,)})
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A random network that writes nothing yet: its value map is zero (nearly nothing under orthogonalized)."""
+        """A random network with value map 0, which writes nothing (nearly nothing under ``orthogonalized``)."""
         super().reset_parameters()
         self.gate.reset_parameters()
         if self.level.rule == "orthogonalized":
@@ -185,20 +98,19 @@ class LocalLevel(LevelWeights):
         reset = reset if self.level.reset else None
         with full_precision(x):
             x = x.to(wide_dtype(x))
-            initial, memory = self.initial_weights(x.dtype), self.bound(x.dtype)
+            initial, memory = self.initial(x.dtype), self.bound(x.dtype)
             alone = state is None and mask is None and reset is None and not return_state
             if alone and x.shape[1] <= self.period:
-                # No period ends before the last token: nothing that is written would be read.
-                start = self.start(None, initial, x.shape[0], x.dtype, x.device)
-                return read(memory.architecture, start.anchor, x).to(dtype), None
+                # No period ends before the last token, so no write would be read.
+                start = self.start(None, initial, x)
+                return memory.architecture(fast_linear(start.anchor), x).to(dtype), None
+            value, gates = self._value(x, initial), self._gates(x, initial, writes)
             if self.outer is not None:
                 nest = Nest(self.outer, self.transfer, initial, self.transfer_by)
                 nested = cast("NestedState | None", state)
-                value, gates = self._value(x, initial), self._gates(x, initial, writes)
                 y, nested = scan_nested(memory, nest, nested, x, value, gates, mask, reset)
                 return y.to(dtype), nested if return_state else None
-            start = self.start(cast("State | None", state), initial, x.shape[0], x.dtype, x.device)
-            value, gates = self._value(x, initial), self._gates(x, initial, writes)
+            start = self.start(cast("State | None", state), initial, x)
             y, end = scan(
                 memory, start, x, x, value, gates, initial=initial, mask=mask, reset=reset, return_state=return_state
             )
@@ -214,7 +126,7 @@ class LocalLevel(LevelWeights):
     def _gates(self, x: Tensor, initial: Weights, writes: bool) -> Gates:
         """Step size, kept fraction and momentum of every token; see the class docstring for their bounds."""
         step = self.level.lr * torch.sigmoid(self.gate(x)["lr"].squeeze(1))
-        log_kept = self.log_kept(x.dtype) / self.period
+        log_kept = self.keep(x) / self.period
         carried = None
         if self.level.has_momentum:
             beta = self.level.momentum ** (1 / self.period)
@@ -232,40 +144,37 @@ class LocalLevel(LevelWeights):
         return Gates(step if writes else torch.zeros_like(step), retain, carried)
 
     def _growth(self, initial: Weights) -> Tensor:
-        """How far training has let a curvature outgrow its random start: squared norms of all maps but one."""
+        """Growth of the curvature since the random start: the squared norms of all maps but one."""
         if self.fixed is None:
             return outgrown(initial, Network.gain) ** (len(initial) - 1)
         whole, parts = {}, []
-        for name, slow in self.fixed.items():
+        for name, slow in self.fixed(next(iter(initial.values())).dtype).items():
             a, b = initial[f"{name}_A"], initial[f"{name}_B"]
-            whole[name] = slow.to(a.dtype) + b @ a
-            # A step of both parts moves their product by as much as the squared norms of the other.
+            whole[name] = slow + b @ a
+            # A step of A moves the product B A in proportion to |B|², and a step of B in proportion to |A|².
             parts.append(3 * a.square().sum() / a.shape[0] + b.square().sum())
         return outgrown(whole, Network.gain) ** (len(whole) - 1) * torch.stack(parts).amax().clamp(min=1)
 
     def flops_per_token(self, context_length: int) -> int:
-        """Forward FLOPs per token (multiply-add = 2): reads everywhere, writes in the periods that are read again."""
+        """Forward FLOPs per token (multiply-add = 2): all reads, and the writes of periods that are read later."""
         width = self.d_model
         read = scan_flops(self.memory, width, width, context_length, writes=False)
         write = scan_flops(self.memory, width, width, context_length) - read
         if self.fixed is not None:
             slow = 2 * sum(w.numel() for w in self.fixed.values())
-            # Errors run all slow maps forward but the last, and back.
+            # Errors take the constant maps forward (all but the last) and backward.
             read, write = read + slow, write + 2 * slow
         outer = 2 * width * (width + 1) + (0 if self.level.rule == "delta" else read)
         written = (context_length - 1) // self.period * self.period
         total = read + outer + write * written // context_length
         if self.outer is not None and self.transfer_by == "gradient":
-            # Whole windows run once more, forward and back to the initial weights.
+            # Complete windows run once more, forward and backward.
             total += 2 * (read + write) * (context_length // self.outer * self.outer) // context_length
         return total
 
-    def extra_repr(self) -> str:
-        return f"period={self.period}, rule={self.level.rule}, lr={self.level.lr}"
-
 
 def _check_local(level: Level, activation: Activation, outer: int | None, transfer_by: TransferBy) -> None:
-    """Refuse what no bound keeps stable."""
+    """Raise ValueError for settings that no bound keeps stable."""
     if level.lr > 1:
         raise ValueError(
             f"lr={level.lr!r} must be at most 1: larger steps let some sequence of tokens make the level's weights "
@@ -277,12 +186,12 @@ def _check_local(level: Level, activation: Activation, outer: int | None, transf
         )
     if level.rule == "orthogonalized" and level.retain == 1:
         raise ValueError(
-            "rule='orthogonalized' with retain=1 would add up writes of equal size for ever. Use retain below 1."
+            "rule='orthogonalized' with retain=1 adds up writes of equal size without end. Use retain below 1."
         )
     if level.rule == "orthogonalized" and outer is not None and transfer_by == "gradient":
         raise ValueError(
-            "rule='orthogonalized' writes matrices whose size says nothing of the gradient's, so that no meta-gradient "
-            "belongs to them. Use transfer_by='difference', or rule='descent' or 'momentum'."
+            "rule='orthogonalized' writes matrices whose size does not depend on the size of the gradient, so it has "
+            "no meta-gradient. Use transfer_by='difference', or rule='descent' or 'momentum'."
         )
     if level.rule != "delta":
         return
@@ -298,6 +207,6 @@ def _check_local(level: Level, activation: Activation, outer: int | None, transf
         )
     if outer is not None:
         raise ValueError(
-            "rule='delta' with variant='nested' has no bound: the dot-product objective has no minimum, and an initial "
-            "state that moves is never pulled back. Use rule='descent', or signal='loss'."
+            "rule='delta' with variant='nested' has no bound: the dot-product objective has no minimum, and nothing "
+            "pulls moving initial weights back. Use rule='descent', or signal='loss'."
         )

@@ -16,7 +16,7 @@ from nestlearn.nn.common import check_tokens
 from nestlearn.nn.ffn import Activation, FeedForward
 from nestlearn.nn.state import record
 
-from .level import Level
+from .level import Level, check_order, check_segments
 from .local import LocalLevel
 from .loss import LossLevel
 from .nested import NestedState, TransferBy
@@ -26,7 +26,7 @@ Variant = Literal["sequential", "nested", "independent"]
 Signal = Literal["local", "loss"]
 Meta = Literal["first", "second"]
 Writes = bool | Sequence[int]
-"""Whether levels learn from what they read: all, none, or those with these numbers (0 the fastest)."""
+"""Which levels learn from what they read: all (True), none (False), or those with these numbers (0: the fastest)."""
 
 
 @record("cms")
@@ -37,10 +37,10 @@ class ContinuumState(NamedTuple):
 
 
 class Aggregation(nn.Module):
-    """A learned weighted sum of the levels' outputs, with weights of its own for every head (NL Eq. 74).
+    """A learned weighted sum of the outputs of all levels, with separate weights for every head (NL Eq. 74).
 
     Args:
-        levels: how many outputs.
+        levels: number of outputs.
         heads: parts of the width, each with its own weights.
     """
 
@@ -50,7 +50,7 @@ class Aggregation(nn.Module):
         self.reset_parameters()
 
     def vector_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose rows are vectors and no linear map: no matrix rule of an optimizer suits them."""
+        """Parameters that are vectors, not linear maps: optimizers must not apply a matrix rule to them."""
         return [self.weight]
 
     @torch.no_grad()
@@ -65,9 +65,9 @@ class Aggregation(nn.Module):
 
 
 class ContinuumMemory(nn.Module):
-    r"""Feed-forward levels, fastest first; each changes its weights after every ``period`` tokens.
+    r"""Feed-forward levels, fastest first. Each level changes its weights after every ``period`` tokens.
 
-    How they are connected (``variant``):
+    Connection of the levels (``variant``):
 
     - ``sequential``: ``z^0 = x,  z^l = z^{l-1} + M^l(norm(z^{l-1})),  y = z^k - z^0``           (NL Eq. 70, 73)
     - ``nested``: the same chain, in which the initial weights of a level belong to the next slower one: every
@@ -75,32 +75,32 @@ class ContinuumMemory(nn.Module):
       theta_0 takes a step of the exact meta-gradient (``transfer_by="gradient"``, `nestlearn.nn.cms.nested`)
     - ``independent``: ``y = sum_l w_l M^l(norm_l(x))`` with learned weights w, one per level and head    (NL Eq. 74)
 
-    What teaches them (``signal``): ``local``, an associative objective of each level inside the layer (`LocalLevel`);
+    Source of the error (``signal``): ``local``, an associative objective of each level inside the layer (`LocalLevel`);
     ``loss``, the next-token loss of the segment just read, backpropagated to the level (`LossLevel`).
 
-    A frozen first level reads x as it comes (a block has normalized it), so one level with period None is exactly a
-    Transformer's `FeedForward`; every other level has its own RMSNorm. Training and evaluation compute the same
-    function; each batch row has its own fast weights. Padding never writes; a reset returns the levels of a row to
-    their initial weights, but for those with ``reset=False``.
+    A frozen first level has no norm of its own (a block has normalized x), so one level with period None is exactly a
+    Transformer's `FeedForward`. Every other level has its own RMSNorm. Training and evaluation compute the same
+    function. Each batch row has its own fast weights. Padding never writes. A reset sets the levels of a row back to
+    their initial weights, except those with ``reset=False``.
 
     **Signal loss.** A call only reads. The caller reads a segment of ``segment_length`` tokens with a
     `nestlearn.nn.cms.tape.Tape`, takes `nestlearn.nn.cms.tape.segment_factors` of the summed loss and calls `absorb`,
-    as `nestlearn.HopeForCausalLM` does. A segment never goes beyond a reset. A reset may only
-    come with the first token of a call.
+    as `nestlearn.HopeForCausalLM` does. A segment never crosses a reset. A reset can only come with the first token of
+    a call.
 
     Args:
         d_model: width of input and output.
-        levels: `Level` of each network, with strictly increasing periods; None, if there is one, comes last.
+        levels: `Level` of each network, with strictly increasing periods. A frozen level (period None) comes last.
         activation: ``"swiglu"`` or ``"gelu"``.
         variant: ``"sequential"``, ``"nested"`` or ``"independent"``.
         signal: ``"local"`` or ``"loss"``.
-        meta: whether outer gradients take the factors of a loss as constants (``"first"`` order) or go through them
-            (``"second"``); for whoever calls `absorb`.
+        meta: whether outer gradients treat the factors of a loss as constants (``"first"`` order) or go through them
+            (``"second"``). The caller of `absorb` reads it.
         transfer: rho of the nested variant.
-        transfer_by: how the nested variant moves initial weights: by what was learned, the ``"difference"``, or by the
-            ``"gradient"`` of the window's objective through all its writes. The latter reads every window once more,
-            forward and back, keeps its tokens in the state, and is for levels that teach themselves.
-        heads: parts of the width that the independent variant weighs separately.
+        transfer_by: how the nested variant moves initial weights: by what was learned (``"difference"``), or by the
+            ``"gradient"`` of the window's objective through all its writes. ``"gradient"`` reads every window once
+            more, forward and backward, and keeps its tokens in the state. It needs signal ``"local"``.
+        heads: parts of the width that have separate weights in the independent variant.
         norm_eps: epsilon of the levels' norms.
 
     Raises:
@@ -144,11 +144,14 @@ class ContinuumMemory(nn.Module):
         if transfer_by == "gradient" and (variant != "nested" or signal != "local"):
             raise ValueError(
                 f"transfer_by='gradient' with {variant=}, {signal=}: only nested levels have initial weights that "
-                "move, and through writes of a loss a meta-gradient would need the graph of the whole model over a "
+                "move, and a meta-gradient through the writes of a loss would need the graph of the whole model over a "
                 "period of the slower level. Use variant='nested' with signal='local', or transfer_by='difference'."
             )
-        _check_levels(levels)
-        _check_periods(levels, variant, signal)
+        check_order(levels)
+        if variant == "nested":
+            _check_nested(levels)
+        if signal == "loss":
+            check_segments(levels)
         self.d_model, self.variant, self.signal, self.meta = d_model, variant, signal, meta
         self.periods = tuple(level.period for level in levels)
         slower = [*self.periods[1:], None] if variant == "nested" else [None] * len(levels)
@@ -169,7 +172,7 @@ class ContinuumMemory(nn.Module):
 
     @property
     def segment_length(self) -> int | None:
-        """Tokens of a segment that a loss teaches, the smallest period; None if no loss teaches anything."""
+        """Tokens of a segment, the smallest period; None where no level learns from a loss."""
         periods = [period for period in self.periods if period is not None]
         return min(periods) if self.signal == "loss" and periods else None
 
@@ -185,21 +188,21 @@ class ContinuumMemory(nn.Module):
         tape: Tape | None = None,
         key: Hashable = None,
     ) -> tuple[Float[Tensor, "b t d"], ContinuumState | None]:
-        """What the levels add to the residual stream; arguments as in every layer of `nestlearn.nn`.
+        """The output of the levels, to be added to the residual stream; arguments as in every layer of `nestlearn.nn`.
 
         Args:
-            writes: see `Writes`; the step of a level that does not write is 0, and time goes on.
-            tape: what records the maps of levels that a loss teaches, level i under ``(key, i)``.
+            writes: see `Writes`. A level that does not write has step 0; its clock goes on.
+            tape: records the maps of levels with signal "loss", level i under ``(key, i)``.
             key: of this layer on the tape.
 
         Returns:
-            Outputs (0 at masked tokens, if levels teach themselves) and the state after the last token (None if not
-            asked for).
+            Outputs (with signal "local" 0 at masked tokens), and the state after the last token (None without
+            ``return_state``).
         """
         check_tokens(x, self.d_model)
         if self.signal == "loss" and reset is not None and not known_empty(reset[:, 1:]):
             raise ValueError(
-                "levels that a loss teaches take a reset with the first token of a call only; cut it there."
+                "levels with signal='loss' take a reset with the first token of a call only. Cut the call there."
             )
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0)
@@ -232,14 +235,14 @@ class ContinuumMemory(nn.Module):
         idle: Collection[int] = (),
         writes: Writes = True,
     ) -> ContinuumState:
-        """The state after a segment that a loss teaches.
+        """The state after the factors of a segment are written (signal "loss").
 
         Args:
             state: after reading the segment.
             factors: by ``(key, level)``, as `nestlearn.nn.cms.tape.segment_factors` returns them.
             learns: tokens whose step is not 0; None for all.
-            idle: periods of levels to leave as they are, whose writes will not be read.
-            writes: see `Writes`; every step of a level that does not write is 0.
+            idle: periods of levels that are skipped, because their writes will not be read.
+            writes: see `Writes`. A level that does not write has step 0.
 
         Raises:
             ValueError: factors of another tape or key, or of more tokens than a segment has.
@@ -283,7 +286,7 @@ class ContinuumMemory(nn.Module):
                 )
 
     def advance_clock(self, state: ContinuumState, tokens: int) -> ContinuumState:
-        """The state after a segment that teaches nothing: all its steps are 0, but time passes."""
+        """The state after a segment with step 0: nothing is learned, and the clock goes on."""
         after = [
             network.advance_clock(fast, tokens) if isinstance(network, LossLevel) and fast is not None else fast
             for network, fast in zip(self.networks, state.levels, strict=True)
@@ -291,9 +294,9 @@ class ContinuumMemory(nn.Module):
         return ContinuumState(tuple(after))
 
     def levels_that_never_write(self, sequence_length: int) -> list[int]:
-        """Indices of levels whose period is not shorter than a sequence: nothing they learn in one is ever read.
+        """Indices of levels whose period is not shorter than a sequence: their writes are never read within it.
 
-        What they write gets no gradient in training on such sequences, unless state is carried from one to the next.
+        So their writes get no gradient in training on such sequences, unless a state is carried to the next one.
         """
         return [i for i, period in enumerate(self.periods) if period is not None and period >= sequence_length]
 
@@ -306,7 +309,7 @@ class ContinuumMemory(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Plain feed-forward networks: no level that teaches itself writes at first."""
+        """Initial values of plain feed-forward networks; levels with signal "local" write nothing at first."""
         for module in (*self.networks, *self.norms, self.aggregation):
             if isinstance(module, LocalLevel | LossLevel | FeedForward | nn.RMSNorm | Aggregation):
                 module.reset_parameters()
@@ -317,36 +320,17 @@ def _writes(writes: Writes, level: int) -> bool:
 
 
 def _none_of(factors: Factors) -> Bool[Tensor, "b t"]:
-    """That no token of a segment teaches."""
+    """False for every token of a segment."""
     x = next(iter(factors.values())).input
     return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
-def _check_levels(levels: Sequence[Level]) -> None:
-    if not levels or not all(isinstance(level, Level) for level in levels):
-        raise ValueError(f"levels must be a non-empty sequence of Level, got {levels!r}; for a mapping use Level(**m).")
-    periods = [float("inf") if level.period is None else level.period for level in levels]
-    if any(a >= b for a, b in itertools.pairwise(periods)):
-        raise ValueError(
-            f"levels go from fastest to slowest, with strictly increasing periods and None last; got "
-            f"{[level.period for level in levels]}."
-        )
-
-
-def _check_periods(levels: Sequence[Level], variant: str, signal: str) -> None:
-    """Nested periods divide each other; a loss teaches in segments of the smallest one."""
+def _check_nested(levels: Sequence[Level]) -> None:
+    """Raise ValueError unless each period divides the next."""
     periods = [level.period for level in levels if level.period is not None]
-    if variant == "nested":
-        for fast, slow in itertools.pairwise(periods):
-            if slow % fast:
-                raise ValueError(
-                    f"periods {periods}: in the nested variant each divides the next, since a level starts anew when "
-                    f"the slower one changes. Use a multiple of {fast} such as {slow // fast * fast}, or 'sequential'."
-                )
-    if signal == "loss" and any(period % periods[0] for period in periods):
-        raise ValueError(
-            f"periods {periods}: a loss teaches in segments of {periods[0]} tokens, the smallest period, so every "
-            "other one must be a multiple of it."
-        )
-    if signal == "loss" and periods and periods[0] < 2:
-        raise ValueError("period=1 with signal='loss': a segment of one token holds no target. Use at least 2.")
+    for fast, slow in itertools.pairwise(periods):
+        if slow % fast:
+            raise ValueError(
+                f"periods {periods}: in the nested variant each period must divide the next, because a level restarts "
+                f"when the slower one changes. Use a multiple of {fast} such as {slow // fast * fast}, or 'sequential'."
+            )

@@ -1,19 +1,19 @@
 """Levels whose initial weights belong to the next slower level (nested CMS, NL Eq. 72).
 
-Level l learns in periods of C_l from initial weights theta_0. Every C_{l+1} tokens
+Level l learns in periods of C_l from initial weights theta_0. Every C_{l+1} tokens knowledge is transferred:
 
-    theta_0 <- theta_0 + rho (theta - theta_0),    theta <- theta_0                        (knowledge transfer)
+    theta_0 <- theta_0 + rho (theta - theta_0),    theta <- theta_0
 
-so that theta_0 changes at the frequency of the slower level, and what the faster one has learned since is let go, but
-for the part rho. The slowest level keeps its own initial weights, a parameter; a document's start puts all back to
-their parameters.
+So theta_0 changes at the frequency of the slower level, and the faster level drops what it has learned since, except
+for the fraction rho. The slowest level keeps its own initial weights, a parameter. The start of a document sets all
+initial weights back to their parameters.
 
-The difference ``theta - theta_0`` is first order. With theta_c the weights at the start of chunk c, L the objective of
-the level and w_t the weight with which the gradient of token t is in theta at the end (`influence`),
+The difference ``theta - theta_0`` is a first-order step. Let theta_c be the weights at the start of chunk c, L the
+objective of the level, and w_t the weight of the gradient of token t in theta at the end (`influence`):
 
     J(theta_0) = sum_t w_t L(M(x_t; theta_c(t)), v_t),    theta - theta_0 = - sum_t w_t dL_t / d theta_c(t)
 
-which is ``- dJ / d theta_0`` if every write counts as a constant. A transfer by the exact meta-gradient goes through
+This is ``- dJ / d theta_0`` if every write counts as a constant. A transfer by the exact meta-gradient goes through
 the writes instead (`meta_gradient`):
 
     theta_0 <- theta_0 - rho dJ / d theta_0
@@ -40,7 +40,7 @@ TransferBy = Literal["difference", "gradient"]
 
 @record("cms.window")
 class Window(NamedTuple):
-    """What a nested level has read since its initial weights last moved: tokens in the slots before ``position``."""
+    """Tokens that a nested level has read since its initial weights last moved, in the slots before ``position``."""
 
     x: Float[Tensor, "b c d"]
     value: Float[Tensor, "b c d"]
@@ -49,10 +49,10 @@ class Window(NamedTuple):
 
 @record("cms.nested")
 class NestedState(NamedTuple):
-    """The fast weights of a nested level and the initial weights they start from, every tensor ``[B, ...]``.
+    """The fast weights of a nested level and their initial weights, every tensor ``[B, ...]``.
 
-    ``position`` counts tokens since the initial weights last moved; ``aligned`` is static, True where every row is
-    known to stand at such a moment. ``window`` holds the tokens since, where a meta-gradient will need them.
+    ``position`` counts tokens since the initial weights last moved. ``aligned`` is static: True where the position is
+    known to be 0 in every row. ``window`` holds the tokens since then, if a meta-gradient will need them.
     """
 
     fast: State
@@ -63,8 +63,8 @@ class NestedState(NamedTuple):
 
 
 class Nest(NamedTuple):
-    """What moves initial weights: every ``period`` tokens (of the slower level) by ``rho`` of what was learned, or of
-    the meta-gradient; ``initial`` are the parameters that a reset goes back to."""
+    """How initial weights move: every ``period`` tokens by the fraction ``rho`` of what was learned, or of the
+    meta-gradient. ``initial`` are the parameters that a reset goes back to."""
 
     period: int
     rho: float
@@ -72,60 +72,28 @@ class Nest(NamedTuple):
     by: TransferBy = "difference"
 
 
-class Running(NamedTuple):
-    """A `State` with the ``initial`` weights that it goes back to, which move themselves."""
-
-    params: Weights
-    momentum: Weights | None
-    anchor: Weights
-    initial: Weights
-    position: Int[Tensor, "*b"]
-    pending: Float[Tensor, "*b"] | None = None
-    aligned: bool = False
-
-    @classmethod
-    def of(cls, state: State, initial: Weights) -> Running:
-        """A state that goes on from here."""
-        params, momentum, anchor, position, pending, aligned = state
-        return cls(params, momentum, anchor, initial, position, pending, aligned)
-
-    def state(self) -> State:
-        """What the next call needs."""
-        return State(self.params, self.momentum, self.anchor, self.position, self.pending, self.aligned)
-
-
-def unpack_nested(state: NestedState) -> Running:
-    """The memory of a nested level with its own initial weights."""
-    return Running.of(state.fast, state.initial)
-
-
-def start_nested(memory: AssociativeMemory, rows: int, width: int, initial: Weights) -> NestedState:
-    """A fresh level: its initial weights are the parameters."""
-    first = next(iter(initial.values()))
-    state = memory.init_state((rows,), width, width, initial, dtype=first.dtype, device=first.device)
-    return NestedState(state, state.params, torch.zeros_like(state.position), True)
-
-
-def transfer(state: Running, rho: float, rows: Bool[Tensor, "b"] | None = None) -> Running:
+def transfer(
+    state: State, initial: Weights, rho: float, rows: Bool[Tensor, "b"] | None = None
+) -> tuple[State, Weights]:
     """``theta_0 <- theta_0 + rho (theta - theta_0)``, ``theta <- theta_0`` in the given rows (None: in all).
 
-    A period that is not over is flushed: theta holds what it has written so far.
+    theta includes the writes of an unfinished period. Returns the state and theta_0.
 
     Example:
         >>> from nestlearn.memory import catalog
-        >>> memory = catalog["ttt_linear"]
-        >>> start = memory.init_state((1,), 1, 1)
-        >>> state = Running.of(start._replace(params={"W": torch.ones(1, 1, 1)}), initial=start.params)
-        >>> transfer(state, 0.5).params["W"].squeeze().tolist()
-        0.5
+        >>> start = catalog["ttt_linear"].init_state((1,), 1, 1)
+        >>> state, initial = transfer(start._replace(params={"W": torch.ones(1, 1, 1)}), start.params, 0.5)
+        >>> state.params["W"].item(), initial["W"].item()
+        (0.5, 0.5)
     """
-    moved = {n: w + rho * (state.params[n] - w) for n, w in state.initial.items()}
-    return restart(state, moved, rows)
+    moved = {n: w + rho * (state.params[n] - w) for n, w in initial.items()}
+    return restart(state, moved, rows), choose_rows(rows, moved, initial)
 
 
 def influence(gates: Gates) -> Float[Tensor, "b t"]:
-    """``w_t = eta_t sum_{s >= t} (beta_{t+1} ... beta_s) (alpha_{s+1} ... alpha_T)``: how much of the gradient of token
-    t is in the weights after the last one.
+    """The weight of the gradient of token t in the weights after the last token T.
+
+        w_t = eta_t sum_{s >= t} (beta_{t+1} ... beta_s) (alpha_{s+1} ... alpha_T)
 
     Example:
         >>> half = torch.full((1, 3), 0.5)
@@ -138,11 +106,11 @@ def influence(gates: Gates) -> Float[Tensor, "b t"]:
     return gates.lr * kept
 
 
-def meta_gradient(memory: AssociativeMemory, state: Running, window: Window) -> Weights:
-    """``dJ / d theta_0`` through all writes of a window of tokens that a level begins at theta_0 = ``state.initial``.
+def meta_gradient(memory: AssociativeMemory, state: State, initial: Weights, window: Window) -> Weights:
+    """``dJ / d theta_0`` through all writes of a window that starts at theta_0 = ``initial``.
 
-    The window is read once more, and differentiated in any mode of autograd; under an outer gradient the result can be
-    differentiated again. A row that a token has spoiled gets NaN.
+    The window is read once more and differentiated, in any mode of autograd. Under an outer gradient the result can be
+    differentiated again. A row with a non-finite output gets NaN.
 
     Example:
         >>> from nestlearn.memory import catalog
@@ -150,39 +118,40 @@ def meta_gradient(memory: AssociativeMemory, state: Running, window: Window) -> 
         >>> x = torch.ones(1, 1, 1)
         >>> window = Window(x, 3 * x, Gates(torch.full((1, 1), 0.5), torch.ones(1, 1)))
         >>> start = memory.init_state((1,), 1, 1)
-        >>> meta_gradient(memory, Running.of(start, start.params), window)["W"].item()
+        >>> meta_gradient(memory, start, start.params, window)["W"].item()
         -1.5
     """
     outer = torch.is_grad_enabled()
     with gradients():
-        initial, (x, value, gates) = usable((state.initial, window))
+        initial, (x, value, gates) = usable((initial, window))
         start = {n: w.view_as(w) if w.requires_grad else w.detach().requires_grad_() for n, w in initial.items()}
         fresh = restart(state, start, None)
-        y, _ = scan(memory, fresh.state(), x, x, value, gates, initial=start, read="chunk", return_state=False)
+        y, _ = scan(memory, fresh, x, x, value, gates, initial=start, read="chunk", return_state=False)
         objective = (influence(gates) * memory.objective.loss(y, value)).sum()
         slopes = torch.autograd.grad(objective, list(start.values()), create_graph=outer)
     whole = y.detach().isfinite().all(-1).all(-1)[:, None, None]
     return {n: torch.where(whole, slope, torch.nan) for n, slope in zip(start, slopes, strict=True)}
 
 
-def restart(state: Running, initial: Weights, rows: Tensor | None) -> Running:
-    """Rows that start from ``initial`` with nothing written."""
+def choose_rows(rows: Bool[Tensor, "b"] | None, new: Weights, old: Weights) -> Weights:
+    """The given rows (None: all) of ``new``, the others of ``old``, in the order of ``old``."""
+    return {n: _choose(rows, new[n], w) for n, w in old.items()}
 
-    def choose(new: Tensor, old: Tensor) -> Tensor:
-        return new if rows is None else torch.where(rows.view(-1, *(1,) * (old.dim() - 1)), new, old)
 
-    # In the order of the state: trees of states are compared by it.
-    weights = {n: choose(initial[n], w) for n, w in state.initial.items()}
-    momentum = state.momentum
-    if momentum is not None:
-        momentum = {n: choose(torch.zeros_like(s), s) for n, s in momentum.items()}
-    return Running(
-        {n: choose(w, state.params[n]) for n, w in weights.items()},
-        momentum,
-        {n: choose(w, state.anchor[n]) for n, w in weights.items()},
-        weights,
-        choose(torch.zeros_like(state.position), state.position),
-        None if state.pending is None else choose(torch.zeros_like(state.pending), state.pending),
+def _choose(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if rows is None else torch.where(rows.view(-1, *(1,) * (old.dim() - 1)), new, old)
+
+
+def restart(state: State, initial: Weights, rows: Bool[Tensor, "b"] | None) -> State:
+    """The given rows (None: all) start from ``initial`` with nothing written."""
+    return State(
+        choose_rows(rows, initial, state.params),
+        None
+        if state.momentum is None
+        else {n: _choose(rows, torch.zeros_like(s), s) for n, s in state.momentum.items()},
+        choose_rows(rows, initial, state.anchor),
+        _choose(rows, torch.zeros_like(state.position), state.position),
+        None if state.pending is None else _choose(rows, torch.zeros_like(state.pending), state.pending),
         aligned=rows is None or state.aligned,
     )
 
@@ -200,7 +169,8 @@ def scan_nested(
     """`nestlearn.memory.scan` with keys and queries x, and initial weights that move after every window of tokens."""
     new = Window(x, value, gates)
     if state is None:
-        state = start_nested(memory, x.shape[0], x.shape[-1], nest.initial)
+        start = memory.init_state((x.shape[0],), x.shape[-1], x.shape[-1], nest.initial, dtype=x.dtype, device=x.device)
+        state = NestedState(start, start.params, torch.zeros_like(start.position), True)
         if nest.by == "gradient":
             state = state._replace(window=_empty(new, nest.period))
     if state.aligned and mask is None and reset is None:
@@ -209,7 +179,7 @@ def scan_nested(
 
 
 def _empty(like: Window, slots: int) -> Window:
-    """A window of so many slots."""
+    """An empty window with this many slots."""
 
     def zeros(x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], slots, *x.shape[2:])
@@ -218,12 +188,12 @@ def _empty(like: Window, slots: int) -> Window:
 
 
 def _pick(new: Window, rows: Tensor | slice, tokens: Tensor | slice) -> Window:
-    """Some tokens."""
+    """The given tokens of the given rows."""
     return Window(new.x[rows, tokens], new.value[rows, tokens], new.gates.map(lambda gate: gate[rows, tokens]))
 
 
 def _record(held: Window | None, new: Window, position: Int[Tensor, "b"], valid: Bool[Tensor, "b t"]) -> Window | None:
-    """The window with the valid ones of new tokens after its first ``position``; valid ones come first."""
+    """The window with the valid new tokens (which come first) put into the slots from ``position`` on."""
     if held is None:
         return None
     last = held.x.shape[1]
@@ -239,36 +209,38 @@ def _record(held: Window | None, new: Window, position: Int[Tensor, "b"], valid:
     return Window(put(held.x, new.x), put(held.value, new.value), Gates(*gates))  # type: ignore[arg-type]
 
 
-def _move(memory: AssociativeMemory, nest: Nest, state: Running, window: Window | None, rows: Tensor | None) -> Running:
-    """The state of the given rows (None: all) after their initial weights have moved."""
+def _move(
+    memory: AssociativeMemory, nest: Nest, state: State, initial: Weights, window: Window | None, rows: Tensor | None
+) -> tuple[State, Weights]:
+    """The state and the initial weights after those of the given rows (None: all) have moved."""
     if nest.by == "difference" or window is None:
-        return transfer(state, nest.rho, rows)
+        return transfer(state, initial, nest.rho, rows)
     if rows is not None and known_empty(rows):
-        return state
-    slopes = meta_gradient(memory, state, window)
-    return restart(state, {n: w - nest.rho * slopes[n] for n, w in state.initial.items()}, rows)
+        return state, initial
+    slopes = meta_gradient(memory, state, initial, window)
+    moved = {n: w - nest.rho * slopes[n] for n, w in initial.items()}
+    return restart(state, moved, rows), choose_rows(rows, moved, initial)
 
 
 def _scan_aligned(memory: AssociativeMemory, nest: Nest, state: NestedState, new: Window) -> tuple[Tensor, NestedState]:
     """All rows at the start of a window, every token real."""
-    now, outputs, tokens, window = unpack_nested(state), [], new.x.shape[1], state.window
+    now, initial, outputs, tokens, window = state.fast, state.initial, [], new.x.shape[1], state.window
     for first in range(0, tokens, nest.period):
         here = _pick(new, slice(None), slice(first, first + nest.period))
-        y, end = scan(memory, now.state(), here.x, here.x, here.value, here.gates, initial=now.initial)
-        now = Running.of(end, now.initial)
+        y, now = scan(memory, now, here.x, here.x, here.value, here.gates, initial=initial)
         outputs.append(y)
         if y.shape[1] == nest.period:
-            now = _move(memory, nest, now, here, None)
+            now, initial = _move(memory, nest, now, initial, here, None)
         else:
             everyone = torch.ones_like(here.gates.lr, dtype=torch.bool)
             window = _record(window, here, state.position, everyone)
     position = torch.full_like(state.position, tokens % nest.period)
-    return torch.cat(outputs, 1), NestedState(now.state(), now.initial, position, tokens % nest.period == 0, window)
+    return torch.cat(outputs, 1), NestedState(now, initial, position, tokens % nest.period == 0, window)
 
 
 class Windows(NamedTuple):
-    """The real tokens of every row by window: ``window`` and ``place`` (the slot in it) of each, ``present`` whether
-    there is one, ``restart`` whether it resets the row, ``order`` where it stands among the given ones."""
+    """The real tokens of every row, moved to the front: the ``window`` and the ``place`` in it of each token,
+    ``present`` False beyond the last, ``restart`` True where it resets the row, ``order`` its index in the input."""
 
     order: Int[Tensor, "b t"]
     present: Bool[Tensor, "b t"]
@@ -280,7 +252,7 @@ class Windows(NamedTuple):
 def find_windows(
     position: Int[Tensor, "b"], tokens: int, outer: int, mask: Tensor | None, reset: Tensor | None
 ) -> Windows:
-    """Windows end after ``outer`` tokens and before a reset."""
+    """The windows of every row. A window ends after ``outer`` tokens, or before a reset."""
     slots = torch.arange(tokens, device=position.device)
     order, present = slots.expand(len(position), tokens), slots < torch.full_like(position, tokens)[:, None]
     if mask is not None:
@@ -302,13 +274,13 @@ def _scan_windows(
     mask: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, NestedState]:
-    """Rows of any phase: window by window, each brought to slots of its own."""
+    """Rows of any phase, window by window: the tokens of a window are gathered into its slots."""
     rows, tokens, width = new.x.shape
     windows = find_windows(state.position, tokens, nest.period, mask, reset)
-    now, position, held = unpack_nested(state)._replace(aligned=False), state.position, state.window
+    now, initial, position, held = state.fast._replace(aligned=False), state.initial, state.position, state.window
     size, y = min(nest.period, tokens), new.x.new_zeros(rows, tokens + 1, width)
     row = torch.arange(rows, device=y.device)[:, None]
-    full = {n: w.expand_as(now.initial[n]) for n, w in nest.initial.items()}
+    full = {n: w.expand_as(initial[n]) for n, w in nest.initial.items()}
     bound = tokens if reset is not None else min(tokens, tokens // nest.period + 2)
     for w in range(bound):
         here = windows.present & (windows.window == w)
@@ -319,14 +291,14 @@ def _scan_windows(
         index = index.scatter(1, slot, windows.order)[:, :size]
         valid = torch.zeros(rows, size + 1, dtype=torch.bool, device=y.device).scatter(1, slot, here)[:, :size]
         fresh = (windows.restart & here).any(1)
-        now, position = restart(now, full, fresh), torch.where(fresh, 0, position)
+        now, initial = restart(now, full, fresh), choose_rows(fresh, full, initial)
+        position = torch.where(fresh, 0, position)
         k, v, g = _pick(new, row, index)
         k, v = (torch.where(valid[..., None], z, 0) for z in (k, v))
-        read, end = scan(memory, now.state(), k, k, v, g, initial=now.initial, mask=valid)
-        now = Running.of(end, now.initial)
+        read, now = scan(memory, now, k, k, v, g, initial=initial, mask=valid)
         target = torch.where(valid, index, tokens).unsqueeze(-1).expand(-1, -1, width)
         y = y.scatter(1, target, read.to(y.dtype))
         held = _record(held, Window(k, v, g), position, valid)
         position = (position + valid.sum(1)) % nest.period
-        now = _move(memory, nest, now, held, (position == 0) & valid.any(1))
-    return y[:, :tokens], NestedState(now.state(), now.initial, position, False, held)
+        now, initial = _move(memory, nest, now, initial, held, (position == 0) & valid.any(1))
+    return y[:, :tokens], NestedState(now, initial, position, False, held)

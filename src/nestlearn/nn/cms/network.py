@@ -1,4 +1,4 @@
-"""The feed-forward network of a block as the architecture of a memory, so that it can learn while it reads."""
+"""The feed-forward network of a block as the architecture of a memory, with whole or low-rank maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.memory import Factor
-from nestlearn.memory.architectures import Architecture, Linear
+from nestlearn.memory.architectures import Linear
 from nestlearn.memory.kernels.products import activate, activate_with_error
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.types import Weights
@@ -23,8 +23,8 @@ from nestlearn.nn.ffn import Activation, feed_forward
 class Network:
     """``M(x) = W_down (silu(W_gate x) * W_up x)`` or ``W_down gelu(W_up x)``: `FeedForward` with fast weights.
 
-    Unlike `nestlearn.memory.MLP` it adds no residual and may have any hidden width, as the network of a Transformer
-    block has.
+    Unlike `nestlearn.memory.MLP` it has no residual connection and may have any hidden width, like the network of a
+    Transformer block.
 
     Args:
         hidden: hidden units.
@@ -48,7 +48,7 @@ class Network:
 
     def init(self, name: str, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """Uniform in ±1/sqrt(in), as the linear maps of `FeedForward`."""
-        return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * shape[-1] ** -0.5
+        return _uniform(shape, generator)
 
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
         gated = self.activation == "swiglu"
@@ -59,7 +59,7 @@ class Network:
         up, wide = linear("up", k), self.activation == "swiglu"
         z = linear("gate", k) if wide else up
         name = "silu" if wide else "gelu"
-        held: list[Tensor] = []  # the activation, if the objective looks at the prediction
+        held: list[Tensor] = []  # the activation, if the objective needs the prediction
 
         def predict() -> Tensor:
             held.append(activate(name, z))
@@ -89,41 +89,42 @@ def low_rank_shapes(shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[st
 
 def low_rank_start(name: str, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """Initial values in float64: A uniform in ±1/sqrt(in), B zero, so that ``W_0 + B A`` starts as W_0."""
-    if name.endswith("_B"):
-        return torch.zeros(shape, dtype=torch.float64)
+    return torch.zeros(shape, dtype=torch.float64) if name.endswith("_B") else _uniform(shape, generator)
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * shape[-1] ** -0.5
 
 
-def low_rank_linear(linear: Linear, fixed: Weights) -> Linear:
-    """``linear`` of the maps ``W_0 + B A``, from that of their parts and ``fixed[map] = W_0: [out, in]``.
+def low_rank_linear(linear: Linear) -> Linear:
+    """The maps ``x -> B A x``, from ``linear`` of their parts.
 
     Example:
         >>> parts = {"up_A": torch.randn(1, 3), "up_B": torch.randn(5, 1)}
-        >>> w = torch.randn(5, 3)
-        >>> linear = low_rank_linear(lambda name, x: x @ parts[name].mT, {"up": w})
+        >>> change = low_rank_linear(lambda name, x: x @ parts[name].mT)
         >>> x = torch.randn(2, 3)
-        >>> torch.allclose(linear("up", x), x @ (w + parts["up_B"] @ parts["up_A"]).mT, atol=1e-5)
+        >>> torch.allclose(change("up", x), x @ (parts["up_B"] @ parts["up_A"]).mT, atol=1e-5)
         True
     """
-    return lambda name, x: F.linear(x, fixed[name]) + linear(f"{name}_B", linear(f"{name}_A", x))
+    return lambda name, x: linear(f"{name}_B", linear(f"{name}_A", x))
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A network whose maps are ``W_0 + B A``: the memory holds A and B only, W_0 is a slow weight of the layer.
+    """A network whose maps are ``W_0 + B A``. The memory holds A and B; W_0 belongs to the layer and is constant.
 
     Args:
-        network: whose maps they are.
+        network: that the maps belong to.
         rank: rows of A.
-        fixed: ``{map: W_0}``, given by `on` where it runs.
+        fixed: ``{map: W_0}``, set by `on` before the network runs.
     """
 
-    network: Architecture
+    network: Network
     rank: int
     fixed: Weights = field(default_factory=dict)
 
     def on(self, fixed: Weights) -> LowRank:
-        """The same architecture with its slow weights."""
+        """The same architecture with its constant weights."""
         return replace(self, fixed=fixed)
 
     @property
@@ -138,16 +139,21 @@ class LowRank:
         """See `low_rank_start`."""
         return low_rank_start(name, shape, generator)
 
+    def _maps(self, linear: Linear) -> Linear:
+        """``W_0 + B A``, from ``linear`` of A and B."""
+        change = low_rank_linear(linear)
+        return lambda name, x: F.linear(x, self.fixed[name]) + change(name, x)
+
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
-        return self.network(low_rank_linear(linear, self.fixed), x)
+        return self.network(self._maps(linear), x)
 
     def factors(self, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, objective: Objective) -> dict[str, Factor]:
-        """Input and error of every part: for a map with input x and error e, A sees (x, B^T e) and B sees (A x, e)."""
+        """Input and error of every part: of a map with input x and error e, A has (x, Bᵀ e) and B has (A x, e)."""
 
         def back(name: str, e: Tensor) -> Tensor:
             return e @ self.fixed[name] + adjoint(f"{name}_A", adjoint(f"{name}_B", e))
 
-        whole = self.network.factors(low_rank_linear(linear, self.fixed), back, k, v, objective)
+        whole = self.network.factors(self._maps(linear), back, k, v, objective)
         parts: dict[str, Factor] = {}
         for name, (x, error) in whole.items():
             parts[f"{name}_A"] = Factor(x, adjoint(f"{name}_B", error))

@@ -1,19 +1,18 @@
-"""Levels that the model's own loss teaches: what a segment records, its factors, and the write (NL Eq. 71).
+"""Levels that learn from the loss of the model: what a segment records, its factors, and the write (NL Eq. 71).
 
-While a segment is read, every fast map keeps its input x and adds to its output z a *probe* that is zero. The errors of
-all maps of all levels are then one gradient, ``E = d loss / d probe``, and ``E^T X`` is the gradient of a map summed
-over the segment, for each row its own. It is never formed: `write` hands the factors to the core, whose rules (descent,
-momentum, delta, orthogonalized) and retention do the rest.
+While a segment is read, every fast map records its input x and adds a *probe*, a zero tensor, to its output z. One
+backward pass gives the errors of all maps of all levels, ``E = d loss / d probe``. The gradient of a map, summed over
+the segment, is ``Eᵀ X`` for each row. It is never formed: `write` passes the factors E and X to `nestlearn.memory`,
+which applies the rule (descent, momentum, delta, orthogonalized) and the retention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Factor, Gates, State, absorb
@@ -29,31 +28,23 @@ Factors = dict[str, Factor]
 
 @contextmanager
 def gradients() -> Iterator[None]:
-    """Gradients on, whatever the caller's mode: a level learns under ``inference_mode`` and ``no_grad`` too."""
+    """Switch gradients on in any mode of the caller: a level also learns under ``inference_mode`` and ``no_grad``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def usable(tree: Tree) -> Tree:
-    """The tree with tensors that autograd may save: those made in inference mode are copied."""
+    """The tree with tensors that autograd can save: those made in inference mode are copied."""
     return map_tensors(lambda x: x.clone() if x.is_inference() else x, tree)
 
 
-class Record(NamedTuple):
-    """Input and probe of one map over a segment."""
-
-    input: Float[Tensor, "b t in"]
-    probe: Float[Tensor, "b t out"]
-
-
 class Tape:
-    """What the fast maps of one segment saw, by level and map; a new tape for every segment.
+    """Inputs and probes of the fast maps of one segment, by level and map. Every segment needs a new tape.
 
     Args:
-        second_order: whether factors will be differentiated again, so that layers must run kernels that can be.
+        second_order: whether the factors are differentiated again. Layers then choose kernels that allow it.
 
     Example:
-        >>> import torch
         >>> tape = Tape()
         >>> x, w = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
         >>> z = tape.record("level 0", "up", x, x @ w.mT)
@@ -64,18 +55,18 @@ class Tape:
 
     def __init__(self, second_order: bool = False) -> None:
         self.second_order = second_order
-        self.records: dict[Hashable, dict[str, Record]] = {}
-        # Checkpointed layers run again in a backward pass, when the segment has been recorded.
+        self.records: dict[Hashable, dict[str, tuple[Tensor, Tensor]]] = {}
+        # Checkpointed layers run again in a backward pass, after the segment was recorded.
         self.closed = False
 
     def record(
         self, key: Hashable, name: str, x: Float[Tensor, "b t in"], z: Float[Tensor, "b t out"]
     ) -> Float[Tensor, "b t out"]:
-        """Remember a map's input and return its output ``z`` plus a zero that errors can be taken at.
+        """Record a map's input, and return its output ``z`` plus the probe.
 
         Args:
-            key: which level of which layer.
-            name: which map of it.
+            key: of the layer and level.
+            name: of the map.
 
         Raises:
             ValueError: the map was recorded before, or gradients are off.
@@ -93,30 +84,21 @@ class Tape:
                 "new Tape for every segment, and one key per layer and level."
             )
         probe = torch.zeros_like(z, requires_grad=True)
-        maps[name] = Record(x, probe)
+        maps[name] = (x, probe)
         return z + probe
 
 
-def read(
-    network: Callable[[Linear, Tensor], Tensor],
-    weights: Weights,
-    x: Float[Tensor, "b t d"],
-    tape: Tape | None = None,
-    key: Hashable = None,
-) -> Float[Tensor, "b t d_out"]:
-    """Run a network on weights of its rows, ``[B, out, in]`` (or shared, ``[out, in]``), recording on a tape.
+def fast_linear(weights: Weights, tape: Tape | None = None, key: Hashable = None) -> Linear:
+    """``linear(name, u)`` with weights of its rows, ``[B, out, in]`` (or shared, ``[out, in]``).
 
     Args:
-        network: ``network(linear, x)``, any function that applies its fast maps by ``linear(name, u)``; biases,
-            activations and whatever else it does are its own.
         weights: of the maps by name.
-        tape: None records nothing.
+        tape: records the maps; None records nothing.
         key: of the level on the tape.
 
     Example:
-        >>> import torch
-        >>> w = {"W": torch.eye(3).expand(2, 3, 3)}
-        >>> torch.equal(read(lambda linear, x: linear("W", x), w, x := torch.randn(2, 5, 3)), x)
+        >>> x = torch.randn(2, 5, 3)
+        >>> torch.equal(fast_linear({"W": torch.eye(3).expand(2, 3, 3)})("W", x), x)
         True
     """
 
@@ -124,66 +106,55 @@ def read(
         z = product(u, weights[name].mT)
         return z if tape is None else tape.record(key, name, u, z)
 
-    return network(linear, x)
+    return linear
 
 
-def segment_factors(
-    loss: Float[Tensor, ""], tape: Tape, *, second_order: bool | None = None, keep_graph: bool = False
-) -> dict[Hashable, Factors]:
-    """Factors of every map on the tape, by level: one backward pass for all of them.
+def segment_factors(loss: Float[Tensor, ""], tape: Tape, *, keep_graph: bool = False) -> dict[Hashable, Factors]:
+    """Factors of every map on the tape, by level, from one backward pass.
+
+    They can be differentiated again if the tape is of second order, and are constants otherwise.
 
     Args:
         loss: the sum of the segment's losses, in nats; rows must not depend on each other.
         tape: that the segment was recorded on.
-        second_order: whether the factors can be differentiated again. Otherwise they count as constants. The tape's by
-            default.
         keep_graph: whether the graph of the segment is used again (an outer loss on its outputs).
 
     Raises:
         ValueError: the loss does not depend on the tape's maps.
     """
-    records = [(key, name, record) for key, maps in tape.records.items() for name, record in maps.items()]
+    records = [(key, name, *record) for key, maps in tape.records.items() for name, record in maps.items()]
     tape.closed = True
-    second_order = tape.second_order if second_order is None else second_order
     if not records:
         return {}
     if not loss.requires_grad:
         raise ValueError("the loss has no graph: run the segment and its loss with gradients on, with this tape.")
     errors = torch.autograd.grad(
         loss,
-        [record.probe for _, _, record in records],
-        create_graph=second_order,
-        retain_graph=keep_graph or second_order,
+        [probe for *_, probe in records],
+        create_graph=tape.second_order,
+        retain_graph=keep_graph or tape.second_order,
         allow_unused=True,
     )
     found: dict[Hashable, Factors] = {}
-    for (key, name, record), error in zip(records, errors, strict=True):
-        error = torch.zeros_like(record.probe) if error is None else error
-        x = record.input if second_order else record.input.detach()
-        found.setdefault(key, {})[name] = Factor(x, error)
+    for (key, name, x, probe), error in zip(records, errors, strict=True):
+        error = torch.zeros_like(probe) if error is None else error
+        found.setdefault(key, {})[name] = Factor(x if tape.second_order else x.detach(), error)
     return found
 
 
 def squared_norm(factors: Factors) -> Float[Tensor, "b"]:
-    """``||G||_F^2`` of the summed gradient of all maps of a level, for each row; see `gradient_norm`."""
+    """Squared Frobenius norm of the gradient of a segment, all maps of a level together, for each row.
+
+    ``||Eᵀ X||_F² = sum_{s,t} (x_s . x_t) (e_s . e_t)``: two Gram matrices of the tokens, no dense gradient.
+
+    Example:
+        >>> x, e = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
+        >>> torch.allclose(squared_norm({"W": Factor(x, e)}), (e.mT @ x).square().sum((-2, -1)), rtol=1e-3)
+        True
+    """
     parts = [((x @ x.mT) * (e @ e.mT)).sum((-2, -1)) for x, e in factors.values()]
     # Rounding may leave a gradient that cancels just below zero.
     return torch.stack(parts).sum(0).clamp(min=0)
-
-
-def gradient_norm(factors: Factors) -> Float[Tensor, "b"]:
-    """Frobenius norm of the gradient of a segment, all maps of a level together, for each row.
-
-    ``||E^T X||_F^2 = sum_{s,t} (x_s . x_t) (e_s . e_t)``: two Gram matrices of the tokens, no dense gradient.
-
-    Example:
-        >>> import torch
-        >>> x, e = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
-        >>> norm = gradient_norm({"W": Factor(x, e)})
-        >>> torch.allclose(norm, (e.mT @ x).norm(dim=(-2, -1)), atol=1e-5)
-        True
-    """
-    return squared_norm(factors).sqrt()
 
 
 def write(
@@ -192,7 +163,6 @@ def write(
     factors: Factors,
     gates: Gates,
     clip: float | None = None,
-    valid: Bool[Tensor, "b t"] | None = None,
     initial: Weights | None = None,
 ) -> State:
     """Write the factors of one segment into a level.
@@ -203,22 +173,21 @@ def write(
             ``position + t <= period`` in every row.
         factors: of its maps.
         gates: of its tokens (`nestlearn.nn.cms.level.loss_gates`).
-        clip: bound of `gradient_norm`, per row.
-        valid: False at tokens that change nothing.
-        initial: the weights that the level keeps toward, as in `nestlearn.memory.absorb`.
+        clip: bound of the norm of the gradient (the root of `squared_norm`), per row.
+        initial: the weights that retention decays to, as in `nestlearn.memory.absorb`.
 
     Returns:
         The state after the segment; when a row's period ends, its anchor becomes what was written.
 
     Example:
-        >>> import torch
-        >>> from nestlearn.nn.cms.level import Level, MapShapes, level_memory, loss_gates
+        >>> from nestlearn.memory.architectures import Matrix
+        >>> from nestlearn.nn.cms.level import Level, level_memory, loss_gates
         >>> level = Level(period=8, lr=0.1)
-        >>> memory = level_memory(level, MapShapes.of({"W": (3, 3)}))
+        >>> memory = level_memory(level, Matrix())
         >>> initial = {"W": torch.eye(3)}
         >>> state = memory.init_state((2,), 3, 3, initial)
         >>> tape, x = Tape(), torch.randn(2, 4, 3)
-        >>> y = read(lambda linear, x: linear("W", x), state.anchor, x, tape, key=0)
+        >>> y = fast_linear(state.anchor, tape, key=0)("W", x)
         >>> factors = segment_factors(y.square().sum(), tape)[0]
         >>> state = write(memory, state, factors, loss_gates(level, torch.ones(2, 4)), clip=1.0, initial=initial)
         >>> state.position.tolist()
@@ -228,9 +197,6 @@ def write(
     # In the order of the state's maps, not of their use.
     factors = {name: Factor(*(x.to(dtype) for x in factors[name])) for name in state.params if name in factors}
     gates = gates.map(lambda gate: gate.to(dtype))
-    if valid is not None:
-        keep = valid.unsqueeze(-1)
-        factors = {name: Factor(torch.where(keep, x, 0), torch.where(keep, e, 0)) for name, (x, e) in factors.items()}
     if clip is not None:
         # A function of the square: the root has no derivative where there is no gradient.
         scale = clip * squared_norm(factors).clamp(min=clip**2).rsqrt()[:, None, None]
@@ -241,7 +207,6 @@ def write(
     for first in range(0, tokens, span):
         part = slice(first, min(first + span, tokens))
         here = {name: Factor(x[:, part], e[:, part]) for name, (x, e) in factors.items()}
-        mask = None if valid is None else valid[:, part]
         gates_here = gates.map(lambda gate, part=part: gate[:, part])
-        state = absorb(memory, state, here, gates_here, initial=initial, mask=mask)
+        state = absorb(memory, state, here, gates_here, initial=initial)
     return state
