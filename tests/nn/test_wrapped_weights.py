@@ -80,6 +80,60 @@ def test_offloaded_weights_give_the_same_logits(mixer: str) -> None:
     assert torch.equal(away(second, past_key_values=after.past_key_values).logits, want)
 
 
+LEVELS = {
+    "local": {"cms": [{"period": 4, "rank": 2}, {"period": 8, "expansion": 1}, {"expansion": 1}]},
+    "momentum": {"cms": [{"period": 4, "rule": "momentum", "retain": 0.9}, {"expansion": 1}]},
+    "nested": {"cms": [{"period": 2, "rank": 2}, {"period": 4}], "cms_variant": "nested"},
+    "nested by gradient": {
+        "cms": [{"period": 2}, {"period": 4}],
+        "cms_variant": "nested",
+        "cms_transfer_by": "gradient",
+    },
+    "independent": {"cms": [{"period": 4, "rank": 2}, {"expansion": 1}], "cms_variant": "independent"},
+    "loss": {"cms": [{"period": 4, "rank": 2}, {"period": 8, "expansion": 1}], "cms_signal": "loss"},
+    "loss nested": {"cms": [{"period": 2}, {"period": 4}], "cms_signal": "loss", "cms_variant": "nested"},
+}
+
+
+def levels(case: str) -> HopeForCausalLM:
+    """A model whose levels write."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = HopeForCausalLM(HopeConfig(mixer="attention", **sizes, **LEVELS[case])).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("value", "_B")):
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("case", LEVELS)
+@torch.no_grad()
+def test_offloaded_levels_give_the_same_logits(case: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = levels(case)
+    first, second = ids()[:, :13], ids()[:, 13:]
+    before = model(first, use_cache=True)
+    want = model(second, past_key_values=before.past_key_values).logits
+    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in away.model.layers.parameters())
+    after = away(first, use_cache=True)
+    assert torch.equal(after.logits, before.logits)
+    assert torch.equal(away(second, past_key_values=after.past_key_values).logits, want)
+    assert not torch.equal(away(second).logits, want)
+
+
+@pytest.mark.parametrize("case", LEVELS)
+@torch.no_grad()
+def test_every_module_of_a_level_that_owns_a_parameter_is_called(case: str) -> None:
+    model, called = levels(case), set()
+    owners = {n: m for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    for name, module in owners.items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(ids())
+    assert called == set(owners)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()

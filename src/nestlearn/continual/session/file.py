@@ -31,7 +31,12 @@ def fingerprint(model: nn.Module) -> str:
     if config is not None:
         kept = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    add_tensors(digest, model.state_dict())
+    weights = model.state_dict()
+    if any(w.is_meta for w in weights.values()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model  # takes long to import, and few need it
+
+        weights = get_state_dict_offloaded_model(model)
+    add_tensors(digest, weights)
     return digest.hexdigest()
 
 

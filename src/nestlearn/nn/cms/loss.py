@@ -9,12 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nestlearn.memory import Factor, State
+from nestlearn.memory.clock import choose
 from nestlearn.memory.types import Weights
 from nestlearn.nn.common import GateProjection, full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 
 from .level import Level, LevelWeights, loss_gates
-from .nested import NestedState, choose_rows, restart, transfer
+from .nested import NestedState, restart, transfer
 from .tape import Factors, Tape, fast_linear, write
 
 
@@ -60,7 +61,7 @@ class LossLevel(LevelWeights):
             now, initial, position = self._unpack(state, x)
             if reset is not None and self.level.reset:
                 start = self.initial(x.dtype)
-                now, initial = restart(now, start, reset[:, 0]), choose_rows(reset[:, 0], start, initial)
+                now, initial = restart(now, start, reset[:, 0]), choose(reset[:, 0], start, initial)
                 position = torch.where(reset[:, 0], 0, position)
             y = self.bound(x.dtype).architecture(fast_linear(now.anchor, tape, key), x)
         return y.to(dtype), self._pack(now, initial, position) if return_state else None

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Gates, State, scan
-from nestlearn.memory.clock import compaction, known_empty
+from nestlearn.memory.clock import Rows, choose, compaction, known_empty
 from nestlearn.memory.kernels.products import segment_products
 from nestlearn.memory.types import Weights
 from nestlearn.nn.state import record
@@ -72,10 +72,8 @@ class Nest(NamedTuple):
     by: TransferBy = "difference"
 
 
-def transfer(
-    state: State, initial: Weights, rho: float, rows: Bool[Tensor, "b"] | None = None
-) -> tuple[State, Weights]:
-    """``theta_0 <- theta_0 + rho (theta - theta_0)``, ``theta <- theta_0`` in the given rows (None: in all).
+def transfer(state: State, initial: Weights, rho: float, rows: Rows = True) -> tuple[State, Weights]:
+    """``theta_0 <- theta_0 + rho (theta - theta_0)``, ``theta <- theta_0`` in the flagged rows.
 
     theta includes the writes of an unfinished period. Returns the state and theta_0.
 
@@ -87,7 +85,7 @@ def transfer(
         (0.5, 0.5)
     """
     moved = {n: w + rho * (state.params[n] - w) for n, w in initial.items()}
-    return restart(state, moved, rows), choose_rows(rows, moved, initial)
+    return restart(state, moved, rows), choose(rows, moved, initial)
 
 
 def influence(gates: Gates) -> Float[Tensor, "b t"]:
@@ -125,7 +123,7 @@ def meta_gradient(memory: AssociativeMemory, state: State, initial: Weights, win
     with gradients():
         initial, (x, value, gates) = usable((initial, window))
         start = {n: w.view_as(w) if w.requires_grad else w.detach().requires_grad_() for n, w in initial.items()}
-        fresh = restart(state, start, None)
+        fresh = restart(state, start, True)
         y, _ = scan(memory, fresh, x, x, value, gates, initial=start, read="chunk", return_state=False)
         objective = (influence(gates) * memory.objective.loss(y, value)).sum()
         slopes = torch.autograd.grad(objective, list(start.values()), create_graph=outer)
@@ -133,27 +131,15 @@ def meta_gradient(memory: AssociativeMemory, state: State, initial: Weights, win
     return {n: torch.where(whole, slope, torch.nan) for n, slope in zip(start, slopes, strict=True)}
 
 
-def choose_rows(rows: Bool[Tensor, "b"] | None, new: Weights, old: Weights) -> Weights:
-    """The given rows (None: all) of ``new``, the others of ``old``, in the order of ``old``."""
-    return {n: _choose(rows, new[n], w) for n, w in old.items()}
+def restart(state: State, initial: Weights, rows: Rows) -> State:
+    """The flagged rows start from ``initial`` with nothing written."""
 
+    def clear(x: Tensor) -> Tensor:
+        return choose(rows, {"": torch.zeros_like(x)}, {"": x})[""]
 
-def _choose(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    return new if rows is None else torch.where(rows.view(-1, *(1,) * (old.dim() - 1)), new, old)
-
-
-def restart(state: State, initial: Weights, rows: Bool[Tensor, "b"] | None) -> State:
-    """The given rows (None: all) start from ``initial`` with nothing written."""
-    return State(
-        choose_rows(rows, initial, state.params),
-        None
-        if state.momentum is None
-        else {n: _choose(rows, torch.zeros_like(s), s) for n, s in state.momentum.items()},
-        choose_rows(rows, initial, state.anchor),
-        _choose(rows, torch.zeros_like(state.position), state.position),
-        None if state.pending is None else _choose(rows, torch.zeros_like(state.pending), state.pending),
-        aligned=rows is None or state.aligned,
-    )
+    cleared = state._replace(params={}, anchor={}).map(clear)
+    params, anchor = choose(rows, initial, state.params), choose(rows, initial, state.anchor)
+    return cleared._replace(params=params, anchor=anchor, aligned=rows is True or state.aligned)
 
 
 def scan_nested(
@@ -210,16 +196,16 @@ def _record(held: Window | None, new: Window, position: Int[Tensor, "b"], valid:
 
 
 def _move(
-    memory: AssociativeMemory, nest: Nest, state: State, initial: Weights, window: Window | None, rows: Tensor | None
+    memory: AssociativeMemory, nest: Nest, state: State, initial: Weights, window: Window | None, rows: Rows
 ) -> tuple[State, Weights]:
-    """The state and the initial weights after those of the given rows (None: all) have moved."""
+    """The state and the initial weights after those of the flagged rows have moved."""
     if nest.by == "difference" or window is None:
         return transfer(state, initial, nest.rho, rows)
-    if rows is not None and known_empty(rows):
+    if isinstance(rows, Tensor) and known_empty(rows):
         return state, initial
     slopes = meta_gradient(memory, state, initial, window)
     moved = {n: w - nest.rho * slopes[n] for n, w in initial.items()}
-    return restart(state, moved, rows), choose_rows(rows, moved, initial)
+    return restart(state, moved, rows), choose(rows, moved, initial)
 
 
 def _scan_aligned(memory: AssociativeMemory, nest: Nest, state: NestedState, new: Window) -> tuple[Tensor, NestedState]:
@@ -230,7 +216,7 @@ def _scan_aligned(memory: AssociativeMemory, nest: Nest, state: NestedState, new
         y, now = scan(memory, now, here.x, here.x, here.value, here.gates, initial=initial)
         outputs.append(y)
         if y.shape[1] == nest.period:
-            now, initial = _move(memory, nest, now, initial, here, None)
+            now, initial = _move(memory, nest, now, initial, here, True)
         else:
             everyone = torch.ones_like(here.gates.lr, dtype=torch.bool)
             window = _record(window, here, state.position, everyone)
@@ -291,7 +277,7 @@ def _scan_windows(
         index = index.scatter(1, slot, windows.order)[:, :size]
         valid = torch.zeros(rows, size + 1, dtype=torch.bool, device=y.device).scatter(1, slot, here)[:, :size]
         fresh = (windows.restart & here).any(1)
-        now, initial = restart(now, full, fresh), choose_rows(fresh, full, initial)
+        now, initial = restart(now, full, fresh), choose(fresh, full, initial)
         position = torch.where(fresh, 0, position)
         k, v, g = _pick(new, row, index)
         k, v = (torch.where(valid[..., None], z, 0) for z in (k, v))
