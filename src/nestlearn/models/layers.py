@@ -18,7 +18,7 @@ from nestlearn.nn.cms.level import Level
 from nestlearn.nn.cms.tape import Tape
 
 LOSS_STEP = 0.01
-"""Step of a level that a loss teaches, where the configuration names none: it multiplies a sum of losses in nats."""
+"""Default step of a level that learns from the loss. It multiplies the gradient of a sum of losses in nats."""
 
 
 def _level_defaults(config: HopeConfig) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def _level_defaults(config: HopeConfig) -> dict[str, Any]:
 
 
 def build_cms(config: HopeConfig) -> ContinuumMemory:
-    """The continuum memory of a layer: its levels, connected and taught as configured.
+    """The continuum memory of a layer: its levels, with the configured connection and signal.
 
     Raises:
         ValueError: levels out of order, or a level that cannot work.
@@ -66,7 +66,7 @@ class HopeBlock(GradientCheckpointingLayer):
         tape: Tape | None = None,
         key: int = 0,
     ) -> tuple[Float[Tensor, "b t d"], LayerState | None]:
-        """The protocol of `nestlearn.nn`; ``tape`` and ``key`` are for levels that a loss teaches."""
+        """The protocol of `nestlearn.nn`; ``tape`` and ``key`` are for levels that learn from the loss."""
         # One kernel of attention can be differentiated twice.
         twice = tape is not None and tape.second_order
         with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
@@ -109,14 +109,16 @@ def check_checkpointing(model: nn.Module, carries: bool, taught: bool) -> None:
     Args:
         model: with ``gradient_checkpointing``, as the library sets it.
         carries: whether a call returns a state.
-        taught: whether a loss teaches levels inside the call, which takes gradients of recorded maps.
+        taught: whether levels learn from the loss inside the call, which takes gradients of recorded maps.
     """
     if not (model.training and getattr(model, "gradient_checkpointing", False) and torch.is_grad_enabled()):
         return
     function = cast(Any, model)._gradient_checkpointing_func
     if getattr(function, "keywords", {}).get("use_reentrant") is False or not (carries or taught):
         return
-    reason = "loses the gradients through a carried cache" if carries else "records nothing that a loss could teach"
+    reason = (
+        "loses the gradients through a carried cache" if carries else "records nothing that levels could learn from"
+    )
     raise ValueError(
         f"reentrant gradient checkpointing {reason}. Use the other form, "
         "model.activation_checkpointing_enable({'use_reentrant': False}), the library's default"

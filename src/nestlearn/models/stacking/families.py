@@ -186,7 +186,8 @@ def check_formula(module: nn.Module, path: str, names: MapNames, width: int) -> 
             f"{path} ({type(module).__name__}) does not compute {formula} with {names}: such a module cannot become "
             f"levels. {_HOW}"
         )
-    if not expected.requires_grad or torch.autograd.grad(expected.sum(), x, allow_unused=True)[0] is None:
+    ones = torch.ones_like(expected)
+    if not expected.requires_grad or torch.autograd.grad(expected, x, ones, allow_unused=True)[0] is None:
         raise ValueError(
             f"{path} passes no gradient to its input, so that the levels below it could not learn. Quantized maps must "
             "support training (bitsandbytes does). Load the model without quantization, or call model.dequantize()."
