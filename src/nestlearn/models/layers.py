@@ -116,9 +116,7 @@ def check_checkpointing(model: nn.Module, carries: bool, taught: bool) -> None:
     function = cast(Any, model)._gradient_checkpointing_func
     if getattr(function, "keywords", {}).get("use_reentrant") is False or not (carries or taught):
         return
-    reason = (
-        "loses the gradients through a carried cache" if carries else "records nothing that levels could learn from"
-    )
+    reason = "loses the gradients through a carried cache" if carries else "records nothing for levels to learn from"
     raise ValueError(
         f"reentrant gradient checkpointing {reason}. Use the other form, "
         "model.activation_checkpointing_enable({'use_reentrant': False}), the library's default"
