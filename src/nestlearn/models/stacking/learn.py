@@ -16,6 +16,7 @@ from nestlearn.models.segments import learn_segment, next_token_nats
 from nestlearn.nn.cms.level import Level, loss_gates
 from nestlearn.nn.cms.tape import Factors, Tape, gradients, squared_norm, usable, write
 from nestlearn.nn.common import wide_dtype
+from nestlearn.nn.state import detach
 
 from .model import StackedModel, stacked_model
 from .network import LevelFast, LevelState, StackedMLP, reading
@@ -86,34 +87,44 @@ def read_segment(
     """
     stacked, state = stacked_model(model), state or LevelState()
     _check(stacked, ids, state)
-    learns, outer = writes and ids.shape[1] > 1, meta is not None
-    with gradients(), torch.set_grad_enabled(learns or outer):
+    learns = writes and ids.shape[1] > 1
+    with gradients(), torch.set_grad_enabled(learns or meta is not None):
         ids, keys, networks = usable((ids, keys, dict(state.networks)))
-        before = replace(state, networks=networks)
-        cache = DynamicCache(keys) if keys else DynamicCache()
+        found = _read(model, stacked, ids, replace(state, networks=networks), keys, learns, meta)
+    if meta is not None:
+        return found
+    logits, keys, loss = detach((found.logits, found.keys, found.loss))
+    return SegmentRead(logits, keys, found.state.detach(), loss)
 
-        def run(tape: Tape | None) -> tuple[Tensor, LevelState]:
-            with reading(stacked.stack_plan, before, tape):
-                return model(input_ids=ids, past_key_values=cache, use_cache=True).logits, before
 
-        if learns:
-            logits, loss, state = learn_segment(
-                run,
-                lambda logits: logits,
-                lambda state, factors: _write(stacked, state, factors, keep_graph=outer),
-                ids,
-                second_order=meta == "second",
-                keep_graph=outer,
-            )
-        else:
-            logits, _ = run(None)
-            loss = next_token_nats(logits, ids)
-        found: KeyValues = tuple((layer.keys, layer.values) for layer in cast(Any, cache.layers))
-    if outer:
-        return SegmentRead(logits, found, state, loss)
-    return SegmentRead(
-        logits.detach(), tuple((k.detach(), v.detach()) for k, v in found), state.detach(), loss.detach()
-    )
+def _read(
+    model: PreTrainedModel,
+    stacked: StackedModel,
+    ids: Tensor,
+    state: LevelState,
+    keys: KeyValues,
+    learns: bool,
+    meta: str | None,
+) -> SegmentRead:
+    cache = DynamicCache(keys) if keys else DynamicCache()
+
+    def run(tape: Tape | None) -> tuple[Tensor, LevelState]:
+        with reading(stacked.stack_plan, state, tape):
+            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits, state
+
+    if learns:
+        logits, loss, after = learn_segment(
+            run,
+            lambda logits: logits,
+            lambda state, factors: _write(stacked, state, factors, keep_graph=meta is not None),
+            ids,
+            second_order=meta == "second",
+            keep_graph=meta is not None,
+        )
+    else:
+        logits, after = run(None)
+        loss = next_token_nats(logits, ids)
+    return SegmentRead(logits, tuple((layer.keys, layer.values) for layer in cast(Any, cache.layers)), after, loss)
 
 
 def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:
