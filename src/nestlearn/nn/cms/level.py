@@ -28,7 +28,7 @@ from nestlearn.memory import (
 from nestlearn.memory.architectures import Architecture
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.types import Weights
-from nestlearn.nn.common import InitialWeights
+from nestlearn.nn.common import GateProjection, InitialWeights
 from nestlearn.nn.ffn import Activation, hidden_size
 
 from .network import LowRank, Network
@@ -223,7 +223,7 @@ class LevelWeights(nn.Module):
     """What the levels of a `ContinuumMemory` with a period share.
 
     ``initial`` are the weights that each row starts from, ``fixed`` the constant part ``W_0`` of low-rank maps (else
-    None), ``keep`` gives the fraction kept over a period.
+    None), ``keep`` gives the fraction kept over a period, ``gate`` the logit of each token's step.
 
     Args:
         d_model: width of input and output.
@@ -232,6 +232,7 @@ class LevelWeights(nn.Module):
         objective: of a level with an objective of its own.
         outer: tokens after which the initial weights move (nested variant); None never moves them.
         transfer: the fraction rho of `nestlearn.nn.cms.nested`.
+        step: initial logit of the step.
     """
 
     def __init__(
@@ -242,6 +243,7 @@ class LevelWeights(nn.Module):
         objective: Objective | None = None,
         outer: int | None = None,
         transfer: float = 0.5,
+        step: float = 0.0,
     ) -> None:
         super().__init__()
         if level.period is None:
@@ -255,11 +257,11 @@ class LevelWeights(nn.Module):
         low = isinstance(architecture, LowRank)
         self.fixed = InitialWeights(level_memory(level, self.network), (), d_model, d_model) if low else None
         self.keep = Kept(level.retain)
+        self.gate = GateProjection(d_model, {"lr": (step,)})
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A random network, and a level that keeps 98 % of what it wrote over one period."""
-        for module in (self.initial, self.fixed, self.keep):
+        """A random network with nearly constant steps, which keeps 98 % of what it wrote over one period."""
+        for module in (self.initial, self.fixed, self.keep, self.gate):
             if module is not None:
                 module.reset_parameters()
 

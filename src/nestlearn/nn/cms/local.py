@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nestlearn.memory import L2, DotProduct, Gates, State, scan
 from nestlearn.memory.types import Weights
 from nestlearn.nn.bounds import outgrown
-from nestlearn.nn.common import GateProjection, full_precision, wide_dtype
+from nestlearn.nn.common import full_precision, wide_dtype
 from nestlearn.nn.ffn import Activation
 from nestlearn.nn.flops import scan_flops
 
@@ -68,17 +68,16 @@ class LocalLevel(LevelWeights):
     ) -> None:
         _check_local(level, activation, outer, transfer_by)
         objective = DotProduct() if level.rule == "delta" else L2()
-        super().__init__(d_model, level, activation, objective, outer, transfer)
+        step = CLOSED if level.rule == "orthogonalized" else 0.0
+        super().__init__(d_model, level, activation, objective, outer, transfer, step)
         self.transfer_by: TransferBy = transfer_by
         self.value = nn.Parameter(torch.empty(d_model, d_model))
-        self.gate = GateProjection(d_model, {"lr": (CLOSED if level.rule == "orthogonalized" else 0.0,)})
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A random network with value map 0, which writes nothing (nearly nothing under ``orthogonalized``)."""
         super().reset_parameters()
-        self.gate.reset_parameters()
         if self.level.rule == "orthogonalized":
             self.value.normal_(0, 0.1 * self.d_model**-0.5)
         else:

@@ -11,10 +11,9 @@ from torch import Tensor
 from nestlearn.memory import Factor, State
 from nestlearn.memory.clock import choose
 from nestlearn.memory.types import Weights
-from nestlearn.nn.common import GateProjection, full_precision, wide_dtype
-from nestlearn.nn.ffn import Activation
+from nestlearn.nn.common import full_precision, wide_dtype
 
-from .level import Level, LevelWeights, loss_gates
+from .level import LevelWeights, loss_gates
 from .nested import NestedState, restart, transfer
 from .tape import Factors, Tape, fast_linear, write
 
@@ -31,19 +30,6 @@ class LossLevel(LevelWeights):
 
     Args: see `LevelWeights`.
     """
-
-    def __init__(
-        self, d_model: int, level: Level, activation: Activation, outer: int | None = None, transfer: float = 0.5
-    ) -> None:
-        super().__init__(d_model, level, activation, None, outer, transfer)
-        self.gate = GateProjection(d_model, {"lr": (0.0,)})
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """A random network, and steps of about lr."""
-        super().reset_parameters()
-        self.gate.reset_parameters()
 
     def forward(
         self,

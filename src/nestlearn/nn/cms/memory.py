@@ -160,7 +160,7 @@ class ContinuumMemory(nn.Module):
             if level.period is None:
                 return FeedForward(d_model, level.expansion, activation, level.hidden)
             if signal == "loss":
-                return LossLevel(d_model, level, activation, outer, transfer)
+                return LossLevel(d_model, level, activation, None, outer, transfer)
             return LocalLevel(d_model, level, activation, outer, transfer, transfer_by)
 
         self.networks = nn.ModuleList(network(level, outer) for level, outer in zip(levels, slower, strict=True))
