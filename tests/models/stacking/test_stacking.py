@@ -29,7 +29,8 @@ from nestlearn.data import byte_tokenizer
 from nestlearn.models import level_parameters, load_stacked
 from nestlearn.models.stacking import MapNames, families, read_segment, register_family
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox"]
+from .conftest import FAMILIES
+
 MODES = ["add", "split", "copy"]
 LEVELS = [Level(4, lr=20, rank=2), Level(8, lr=20), Level(None)]
 
