@@ -174,7 +174,7 @@ def test_bad_settings_name_the_cause():
         ContinualLearner(net(), SGD, boundaries="maybe")
     with pytest.raises(ValueError, match="score is 'f1'"):
         ContinualLearner(net(), SGD, score="f1")
-    with pytest.raises(ValueError, match="labels 'drawn'"):
+    with pytest.raises(ValueError, match="labels is 'drawn'"):
         EWC(1.0, labels="drawn")
     with pytest.raises(ValueError, match=r"4 parameters of the SGD are not the model's"):
         ContinualLearner(net(), SGD(net().parameters()))

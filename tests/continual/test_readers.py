@@ -61,7 +61,7 @@ class TestInContext:
         assert other.generate("?", max_new_tokens=4) == fresh.generate("onetwo?", max_new_tokens=4)
 
     def test_bad_sizes(self, model: HopeForCausalLM) -> None:
-        with pytest.raises(ValueError, match="context_length=1 must be at least 2"):
+        with pytest.raises(ValueError, match="context_length=1 must be a whole number of at least 2"):
             InContextReader(model, TOKENIZER, 1)
         with pytest.raises(ValueError, match="do not fit into context_length=8"):
             InContextReader(model, TOKENIZER, 8).generate("abcdef", max_new_tokens=4)
@@ -104,7 +104,7 @@ class TestFineTuning:
             torch.testing.assert_close(reader.model.lm_head.weight, expected, rtol=1e-4, atol=1e-6)
 
     def test_bad_arguments(self, model: HopeForCausalLM) -> None:
-        with pytest.raises(ValueError, match="passes=0 at least 1"):
+        with pytest.raises(ValueError, match="passes is 0; it must be a whole number"):
             FineTuningReader(model, TOKENIZER, torch.optim.SGD, passes=0)
         with pytest.raises(ValueError, match="EWC acts at the ends of tasks, and boundaries is 'unknown'. Use CMS or"):
             FineTuningReader(model, TOKENIZER, torch.optim.SGD, method=EWC(1.0), boundaries="unknown")

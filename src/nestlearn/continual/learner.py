@@ -20,7 +20,7 @@ from nestlearn.continual.scoring import Score, device_of, loss_of, score_example
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.documents import stable_hash
 from nestlearn.optim import OptimizerWrapper
-from nestlearn.optim.checks import one_of
+from nestlearn.optim.checks import one_of, positive, whole_number
 
 _NOT_FINITE = (
     "The weights are as they were before this step. Check the inputs for values that are not finite, the weights as "
@@ -81,12 +81,14 @@ class ContinualLearner:
         generator: torch.Generator | None = None,
     ) -> None:
         one_of("score", score, Score)
-        if epochs < 1 or batch_size < 1:
-            raise ValueError(f"epochs is {epochs} and batch_size {batch_size}; both must be at least 1.")
+        self.epochs = whole_number("epochs", epochs, "passes over each task's examples")
+        self.batch_size = whole_number("batch_size", batch_size, "examples per step")
+        if max_grad_norm is not None:
+            positive("max_grad_norm", max_grad_norm, "a bound of the norm of the gradients, or None for no bound")
         self.method = method or FineTuning()
         self.method.check_boundaries(boundaries)
         self._unused_method = copy.deepcopy(self.method)  # for copies of the learner
-        self.epochs, self.batch_size, self.max_grad_norm, self.seed = epochs, batch_size, max_grad_norm, seed
+        self.max_grad_norm, self.seed = max_grad_norm, seed
         self.boundaries: Boundaries = boundaries
         self.score: Score = score
         self.shuffle = shuffle

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nestlearn.continual.methods import Method
+from nestlearn.optim.checks import whole_number
 
 
 class LoRA(Method):
@@ -43,9 +44,8 @@ class LoRA(Method):
         trained: Sequence[str] = (),
         after_task: int = -1,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; it must be at least 1.")
-        self.rank, self.scale, self.after_task = rank, 2.0 * rank if scale is None else scale, after_task
+        self.rank = whole_number("rank", rank, "of each adapter")
+        self.scale, self.after_task = 2.0 * rank if scale is None else scale, after_task
         self.targets = None if targets is None else list(targets)
         self.trained = list(trained)
         self.needs_boundaries = after_task >= 0

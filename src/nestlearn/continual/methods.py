@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from nestlearn.continual.scoring import device_of, logits_of
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.synthetic import IGNORE
-from nestlearn.optim.checks import one_of
+from nestlearn.optim.checks import not_negative, one_of, whole_number
 
 OptimizerFactory = Callable[[Any], Optimizer]
 """Makes an optimizer for parameters or parameter groups."""
@@ -154,12 +154,9 @@ class EWC(Method):
     without_boundaries = "Use CMS or ExperienceReplay, which need none."
 
     def __init__(self, strength: float, *, samples: int = 256, labels: Labels = "model") -> None:
-        if strength < 0.0 or samples < 1 or labels not in get_args(Labels):
-            raise ValueError(
-                f"strength is {strength}, samples {samples}, labels {labels!r}; strength must be at least 0, samples "
-                "at least 1 and labels 'model' or 'data'."
-            )
-        self.strength, self.samples = strength, samples
+        not_negative("strength", strength, "λ, the weight of the penalty")
+        one_of("labels", labels, Labels)
+        self.strength, self.samples = strength, whole_number("samples", samples, "examples per task for F")
         self.labels: Labels = labels
         self._parameters: dict[str, nn.Parameter] = {}
         self.fisher: dict[str, Tensor] = {}
@@ -264,9 +261,9 @@ class ExperienceReplay(Method):
     name = "replay"
 
     def __init__(self, capacity: int, *, batch_size: int | None = None) -> None:
-        if capacity < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"capacity is {capacity} and batch_size {batch_size}; both must be at least 1.")
-        self.capacity, self.batch_size = capacity, batch_size
+        self.capacity = whole_number("capacity", capacity, "examples kept")
+        own = batch_size is None
+        self.batch_size = None if own else whole_number("batch_size", batch_size, "stored examples per step")
         self.seen = 0
         self.inputs: list[Tensor] = []
         self.targets: list[Tensor] = []

@@ -7,6 +7,7 @@ take any reader.
 from __future__ import annotations
 
 import copy
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from nestlearn.continual.methods import Boundaries, Method, OptimizerFactory
 from nestlearn.data.continual import Examples
 from nestlearn.data.synthetic import IGNORE
 from nestlearn.models.generation import generate_texts
+from nestlearn.optim.checks import whole_number
 
 
 class Reader(Protocol):
@@ -45,6 +47,11 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _check_context(length: int) -> None:
+    if isinstance(length, bool) or not isinstance(length, Integral) or length < 2:
+        raise ValueError(f"context_length={length!r} must be a whole number of at least 2 tokens.")
+
+
 class InContextReader:
     """In-context learning: every prompt follows the last tokens that were read, and no weight changes.
 
@@ -58,8 +65,7 @@ class InContextReader:
     """
 
     def __init__(self, model: Any, tokenizer: Any, context_length: int = 1024) -> None:
-        if context_length < 2:
-            raise ValueError(f"context_length={context_length} must be at least 2 tokens.")
+        _check_context(context_length)
         self.model, self.tokenizer, self.context_length = model, tokenizer, context_length
         self._read: list[int] = []
 
@@ -140,8 +146,8 @@ class FineTuningReader:
         boundaries: Boundaries = "known",
         seed: int = 0,
     ) -> None:
-        if context_length < 2 or passes < 1:
-            raise ValueError(f"{context_length=} must be at least 2 tokens and {passes=} at least 1.")
+        whole_number("passes", passes, "times each text is read")
+        _check_context(context_length)
         self.tokenizer, self.context_length, self._texts = tokenizer, context_length, 0
         self.learner = ContinualLearner(
             copy.deepcopy(model), optimizer, method=copy.deepcopy(method), epochs=passes, batch_size=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn, get_args
 
 from torch import Tensor
@@ -22,9 +22,15 @@ def not_negative(name: str, value: float | Tensor, meaning: str) -> None:
 
 
 def positive(name: str, value: float, meaning: str) -> None:
-    """Raises ValueError unless the value is above 0."""
-    if not value > 0:
-        raise ValueError(f"{name} is {value}; it must be positive: {meaning}.")
+    """Raises ValueError unless the value is a number above 0."""
+    if not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"{name} is {value!r}; it must be positive: {meaning}.")
+
+
+def share(name: str, value: float, meaning: str) -> None:
+    """Raises ValueError unless the value is a number in (0, 1]."""
+    if not isinstance(value, Real) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} is {value!r}; it must be in (0, 1]: {meaning}.")
 
 
 def fractions(name: str, values: Sequence[float], count: int) -> None:
@@ -40,9 +46,9 @@ def whole_number(name: str, value: object, meaning: str) -> int:
     Raises:
         ValueError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1: {meaning}.")
-    return value
+    return int(value)
 
 
 def refuse_copy(optimizer: object) -> NoReturn:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn.optim.checks import fractions, not_negative
+from nestlearn.optim.checks import fractions, not_negative, share
 from nestlearn.optim.deep_memory import DeepMemory
 from nestlearn.optim.matrices import Matrices, Stack, stack_count, stack_shape, take_step, together, wide
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, is_matrix
@@ -44,11 +44,8 @@ class DeltaRule:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.rho <= 1.0:
-            raise ValueError(
-                f"rho is {self.rho}; it must be in (0, 1]: the part of the momentum along the gradient that is erased. "
-                "For 0 leave the delta rule out (delta=None)."
-            )
+        advice = "the part of the momentum along the gradient that is erased; for 0 leave the rule out (delta=None)"
+        share("rho", self.rho, advice)
         not_negative("eps", self.eps, "added to the gradient's norm")
 
 

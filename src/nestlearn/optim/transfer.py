@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestlearn.optim.checks import whole_number
+from nestlearn.optim.checks import share, whole_number
 from nestlearn.optim.matrices import wide
 from nestlearn.optim.wrapper import OptimizerWrapper
 
@@ -40,8 +40,7 @@ class NestedTransfer(OptimizerWrapper):
 
     def __init__(self, base: Optimizer, *, rate: float = 0.5, period: int) -> None:
         super().__init__(base)
-        if not 0.0 < rate <= 1.0:
-            raise ValueError(f"rate is {rate}; it must be in (0, 1]: the part of a period's change that is kept.")
+        share("rate", rate, "the part of a period's change that is kept")
         self.rate = rate
         self.period = whole_number("period", period, "steps between two transfers")
         self._steps = 0
