@@ -1,4 +1,4 @@
-"""Ten permuted-digit tasks, one head: what each ingredient of a Continuum Memory System keeps, beside its controls.
+"""Ten permuted-digit tasks, one head: what each part of a Continuum Memory System keeps, with its controls.
 
     python benchmarks/continual_digits.py --out runs/continual_digits
     python benchmarks/continual_digits.py --group levels --out runs/continual_digits
@@ -13,13 +13,14 @@ repeated; results.jsonl has a record per run, table.md the tables.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common import parse
 from continual_rows import Bench, Row, arguments, chosen
 from nestlearn.continual import CMS, EWC, ExperienceReplay, JointTraining, LoRA, Projection, Transfer
 from nestlearn.data import Examples, TaskStream, permuted_digits
@@ -57,7 +58,7 @@ class ResidualNet(nn.Module):
 
 
 def levels(*periods: int, ends: int) -> Callable[[nn.Module], list[Any]]:
-    """Periods of the blocks, first to last; the first and the last map have that of the ends."""
+    """Levels of a network: the periods of its blocks, and the period of its first and last map."""
 
     def of(model: Any) -> list[Any]:
         by_period: dict[int, list[nn.Module]] = {}
@@ -70,7 +71,7 @@ def levels(*periods: int, ends: int) -> Callable[[nn.Module], list[Any]]:
 
 
 def unequal_tasks(stream: TaskStream, seed: int) -> TaskStream:
-    """The stream with another number of passes over each task, drawn from the seed; learn it in one epoch."""
+    """The stream with a random number of passes over each task; learn it in one epoch."""
     draw = random.Random(seed)
     tasks = []
     for task in stream.tasks:
@@ -158,13 +159,12 @@ GROUPS = {"methods": METHODS, "trials": TRIALS, "levels": LEVELS, "periods": PER
 CURVES = ("fine-tuning, best rate", "EWC", "CMS: levels", "projection, transfer", "replay, 200 stored")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run what is missing and print the tables after every seed."""
     parser = arguments(__doc__, [*GROUPS], "runs/continual_digits")
     parser.add_argument("--hidden", type=int, default=128, help="hidden units of a block")
     parser.add_argument("--unequal", action="store_true", help="2 to 20 passes over each task in place of ten")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parse(parser, words)
     settings = {"group": options.group, "hidden": options.hidden} | ({"unequal": UNEQUAL} if options.unequal else {})
 
     def stream(seed: int) -> TaskStream:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from common import parser, save_svg
 from continual_report import accuracy_chart, continual_key, matrix_chart, table, to_eval_result
 from nestlearn.continual import CMS, ContinualLearner, FineTuning, Method
 from nestlearn.data import TaskStream
@@ -67,13 +68,14 @@ class Bench:
     """A stream, a model and how long each task is learned.
 
     Attributes:
-        name: of the folder and the command.
+        name: of the folder.
         stream, model: made from a seed.
         epochs: per task.
-        settings: everything that the numbers depend on beside the rows.
-        command: what repeats it.
-        matched: the row whose average step fine-tuning takes where it is matched, on seed 100.
+        settings: everything other than the row that the numbers depend on.
+        command: the command that repeats the records.
+        matched: the row whose average step, on seed 100, a row with ``matched`` takes.
         batch_size: examples per step.
+        curves: rows that the charts show.
     """
 
     name: str
@@ -96,23 +98,21 @@ class Bench:
     def matched_rates(self) -> dict[str, list[float]]:
         """Rates at which fine-tuning moves as far per step as CMS does, on seed 100: one for all, one per parameter."""
 
-        def moved(row: Row, metered: MeteredCMS) -> tuple[list[float], list[int]]:
+        def moved(metered: MeteredCMS) -> tuple[Tensor, Tensor]:
+            """Mean step of each parameter, and its size."""
             torch.manual_seed(100)
-            model, stream = self.model(100, row), self.stream(100)
-            learner = self.learner(row, 100, model, partial(torch.optim.Adam, lr=row.rate), metered)
-            for place, task in enumerate(stream.tasks):
+            optimizer = partial(torch.optim.Adam, lr=self.matched.rate)
+            learner = self.learner(self.matched, 100, self.model(100, self.matched), optimizer, metered)
+            for place, task in enumerate(self.stream(100).tasks):
                 learner.learn(task.train, place)
-            return metered.meter.moved, [p.numel() for p in metered.meter.parameters()]
+            return torch.tensor(metered.meter.moved), torch.tensor([p.numel() for p in metered.meter.parameters()])
 
         given = self.matched.method()
         assert isinstance(given, CMS)
         settings = {"levels": given.levels, "projection": given.projection, "transfer": given.transfer}
-        (own, sizes), (plain, _) = moved(self.matched, MeteredCMS(**settings)), moved(self.matched, MeteredCMS())
-        total = sum(m * n for m, n in zip(own, sizes, strict=True)) / sum(
-            m * n for m, n in zip(plain, sizes, strict=True)
-        )
-        each = [m / max(n, 1e-12) for m, n in zip(own, plain, strict=True)]
-        return {"all": [self.matched.rate * total], "each": [self.matched.rate * ratio for ratio in each]}
+        (own, sizes), (plain, _) = moved(MeteredCMS(**settings)), moved(MeteredCMS())
+        total, each = (own @ sizes.float()) / (plain @ sizes.float()), own / plain.clamp(min=1e-12)
+        return {"all": [self.matched.rate * float(total)], "each": (self.matched.rate * each).tolist()}
 
     def run(self, name: str, row: Row, seed: int, rates: dict[str, list[float]]) -> tuple[Any, int]:
         """One row, one seed: the result, and how many test examples it rests on."""
@@ -149,20 +149,17 @@ class Bench:
         (folder / "table.md").write_text("\n".join(table(results)) + "\n")
         curves = [row for row in self.curves if any(result.config["row"] == row for result in results)]
         if curves:
-            paper = '<svg style="background:white;color:black" '
-            (folder / "accuracy.svg").write_text(accuracy_chart(results, curves).replace("<svg ", paper, 1))
+            save_svg(folder / "accuracy.svg", accuracy_chart(results, curves))
             first = {row: next(r for r in results if r.config["row"] == row).details["matrix"] for row in curves}
-            (folder / "matrix.svg").write_text(matrix_chart(first).replace("<svg ", paper, 1))
+            save_svg(folder / "matrix.svg", matrix_chart(first))
 
 
 def arguments(description: str | None, groups: Sequence[str], out: str) -> argparse.ArgumentParser:
-    """What the command lines share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", choices=groups, default=groups[0])
-    parser.add_argument("--rows", nargs="+", help="only rows whose names contain one of these")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path(out))
-    return parser
+    """The options that the command lines share."""
+    made = parser(description, out, seeds=range(3))
+    made.add_argument("--group", choices=groups, default=groups[0])
+    made.add_argument("--rows", nargs="+", help="only rows whose names contain one of these")
+    return made
 
 
 def chosen(rows: dict[str, Row], parts: Sequence[str] | None) -> dict[str, Row]:

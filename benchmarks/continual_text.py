@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import parse
 from continual_report import continual_key, to_eval_result
 from continual_rows import Bench, Row, arguments, chosen
 from intent_language_model import PooledOutputs, pretrained
 from nestlearn import HopeForCausalLM
-from nestlearn.continual import (
-    CMS,
-    EWC,
-    ExperienceReplay,
-    InContextLearner,
-    JointTraining,
-    LoRA,
-    Projection,
-    Transfer,
-)
+from nestlearn.continual import CMS, EWC, ExperienceReplay, InContextLearner, JointTraining, LoRA, Projection, Transfer
 from nestlearn.data import IntentTexts, TaskStream, load_banking77, load_clinc150
 from nestlearn.data.continual_text import Encoder, ngram_features, token_ids
 from nestlearn.evals.bench.store import ResultStore
@@ -85,7 +78,7 @@ def load(name: str, data: Path) -> IntentTexts:
 
 
 def levels(model: Any) -> list[Any]:
-    """The maps of the perceptron are slow; beside a language model that learns they are fast, and it is slow."""
+    """Two slow levels in the perceptron. With a language model that learns, it is slow and the perceptron fast."""
     if isinstance(model, FeatureNet):
         return [(model.outer, 16), (model.inner, 64)]
     return [(model.head, 1), (model.body, SLOW)]
@@ -194,7 +187,7 @@ def encoder(options: argparse.Namespace, texts: IntentTexts) -> tuple[Encoder, P
 
 
 def in_context(options: argparse.Namespace, texts: IntentTexts) -> None:
-    """The language model is not trained; one example of each class stands in its prompt, as far as it fits."""
+    """Classify by the frozen language model: its prompt holds an example of each class, as many as fit."""
     base, tokenizer = language_model(options)
     settings = {"group": options.group, "stream": options.stream, "encoder": "model"}
     folder = options.out / f"{options.group}-{options.stream}"
@@ -213,15 +206,14 @@ def in_context(options: argparse.Namespace, texts: IntentTexts) -> None:
         print(f"in-context, seed {seed}: {100 * result.metrics.average_accuracy:.1f} %, {result.config}", flush=True)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run what is missing and print the tables after every seed."""
     parser = arguments(__doc__, ["methods", "grid", "in-context"], "runs/continual_text")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--stream", choices=list(TASKS), default="clinc150")
     parser.add_argument("--encoder", choices=["features", "model"], default="features")
     parser.add_argument("--thawed", choices=["none", "last", "blocks", "all"], default="none")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parse(parser, words)
     texts, thawed = load(options.stream, options.data), options.thawed != "none"
     if options.group == "in-context":
         in_context(options, texts)
@@ -244,17 +236,13 @@ def main() -> None:
     best = "CMS: levels, projection, transfer" if thawed else "projection, transfer"
     tuned = TUNED[kind] | {"classes": classes, "thawed": thawed}
     rows = grid_rows() if options.group == "grid" else method_rows(tuned)
-    settings = {
-        "group": options.group,
-        "stream": options.stream,
-        "encoder": options.encoder,
-        "epochs": EPOCHS[kind],
-    } | shown
-    command = f"python benchmarks/continual_text.py --data FOLDER --stream {options.stream} --encoder {options.encoder}"
-    command += (f" --thawed {options.thawed}" if thawed else "") + (" --group grid" if options.group == "grid" else "")
+    settings = {"group": options.group, "stream": options.stream, "encoder": options.encoder} | shown
+    words = [f"--{name} {value}" for name, value in settings.items() if (name, value) != ("group", "methods")]
+    settings["epochs"] = EPOCHS[kind]
     bench = Bench(
         "-".join([options.group, options.stream, options.encoder, *shown.values()]), stream=stream, model=model,
-        epochs=EPOCHS[kind], settings=settings, command=command,
+        epochs=EPOCHS[kind], settings=settings,
+        command=f"python benchmarks/continual_text.py --data FOLDER {' '.join(words)}",
         matched=method_rows(tuned)[best],
         curves=("fine-tuning, best rate", "EWC", best, "replay, 5 per class", "joint"),
     )  # fmt: skip

@@ -3,22 +3,21 @@
     python benchmarks/delta_momentum_toy.py
 
 writes docs/results/delta-momentum.jsonl, one line for each choice of constants and rule, and delta-momentum.svg. The
-paper prints the function and the start, but not the constants and rates: so all of a grid are run.
+paper prints the function and the start, but not the constants and rates, so a whole grid is run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nestlearn.evals.report.plots import BLUE, GREEN, ORANGE, Line, Panel, chart
+from common import RESULTS, parse, parser, save_chart
+from nestlearn.evals.report.plots import BLUE, GREEN, ORANGE, Line, Panel
 from nestlearn.optim import AssociativeMomentum, DeltaMomentum
 
 START = (-3.5, 2.0)
@@ -78,15 +77,11 @@ def steps_needed(
     return needed
 
 
-def without_pointless(momenta: Sequence[float], rule: str) -> list[float]:
-    """Delta momentum needs something to erase; without momentum it would be descent, which the other rule covers."""
-    return [a for a in momenta if a > 0 or rule == "momentum"]
-
-
 def measure(steps: int) -> Iterator[dict[str, Any]]:
     """Each rule at its own best of the grid, and at its best rate for momentum 0.9, for all constants."""
     for rule, (make, _) in RULES.items():
-        settings = list(product(without_pointless(MOMENTA, rule), RATES))
+        # Without momentum both rules are descent: one of them covers it.
+        settings = list(product([a for a in MOMENTA if a > 0 or rule == "momentum"], RATES))
         needed = steps_needed(make, CONSTANTS, settings, steps)
         usual = [place for place, (a, _) in enumerate(settings) if a == 0.9]
         for column, (k, a, omega) in enumerate(CONSTANTS):
@@ -98,52 +93,40 @@ def measure(steps: int) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def picture(rows: Sequence[dict[str, Any]]) -> str:
+def panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     """Paths in the plane and values by step for the constants shown, each rule at its best setting."""
+    shown = {r["rule"]: r["best"] for r in rows if (r["k"], r["a"], r["omega"]) == SHOWN}
     paths, values = [], []
     for rule, (make, color) in RULES.items():
-        row = next(r for r in rows if (r["k"], r["a"], r["omega"]) == SHOWN and r["rule"] == rule)
-        best = row["best"]
-        count = max(r["best"]["steps"] for r in rows if (r["k"], r["a"], r["omega"]) == SHOWN)
+        best = shown[rule]
+        count = max(setting["steps"] for setting in shown.values())
         trace = [(START, float("nan"))]
         for point, value in runs(make, [SHOWN], [(best["momentum"], best["lr"])], count):
             trace.append((tuple(point[0, 0].tolist()), float(value[0, 0])))
         until = [p for p, _ in trace[: best["steps"] + 1]]
-        paths.append(
-            Line(f"{rule}: {best['steps']} steps", [p[0] for p in until], [p[1] for p in until], color, width=1.2)
-        )
-        values.append(
-            Line(f"{rule}: {best['steps']} steps", range(1, len(trace)), [v for _, v in trace[1:]], color, width=1.2)
-        )
-    panels = [
-        Panel(paths, "r", "θ"),
-        Panel(values, "step", "value", y_log=True, y_range=(1e-7, 300.0), y_format="{:.0e}".format),
-    ]
-    return chart(panels, height=3.6)
+        label = f"{rule}: {best['steps']} steps"
+        paths.append(Line(label, [p[0] for p in until], [p[1] for p in until], color, width=1.2))
+        values.append(Line(label, range(1, len(trace)), [v for _, v in trace[1:]], color, width=1.2))
+    value = Panel(values, "step", "value", y_log=True, y_range=(1e-7, 300.0), y_format="{:.0e}".format)
+    return [Panel(paths, "r", "θ"), value]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/delta-momentum"), help="Without the ending.")
-    parser.add_argument("--steps", type=int, default=2000)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = list(measure(arguments.steps))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the grid, write records and chart, and print how often each rule beats momentum."""
+    made = parser(__doc__, RESULTS / "delta-momentum")
+    made.add_argument("--steps", type=int, default=2000)
+    options = parse(made, words)
+    rows = list(measure(options.steps))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    arguments.out.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
-    svg = picture(rows).replace("<svg ", '<svg style="background:white" ', 1)
-    arguments.out.with_suffix(".svg").write_text(svg, encoding="utf-8")
+    options.out.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
+    save_chart(options.out.with_suffix(".svg"), panels(rows))
     by_rule = {rule: [row for row in rows if row["rule"] == rule] for rule in RULES}
     for name, (rule, mine) in product(("best", "at_0.9"), by_rule.items()):
         pairs = [(x[name]["steps"], y[name]["steps"]) for x, y in zip(mine, by_rule["momentum"], strict=True)]
-        reached = [(x, y) for x, y in pairs if min(x, y) <= arguments.steps]
-        ratios = sorted(x / y for x, y in reached)
+        reached = [(x, y) for x, y in pairs if min(x, y) <= options.steps]
+        ratio = sorted(x / y for x, y in reached)[len(reached) // 2] if reached else float("nan")
         fewer = sum(x < y for x, y in reached)
-        median = ratios[len(ratios) // 2]
-        print(
-            f"{name}: {rule}: fewer steps than momentum in {fewer} of {len(reached)}, median of the ratio {median:.2f}"
-        )
+        print(f"{name}: {rule}: fewer steps than momentum in {fewer} of {len(reached)}, median ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What DGD's erasing does to a network that learns digits: python benchmarks/dgd_digits.py
+"""How the erasing term of DGD affects a network that learns digits: python benchmarks/dgd_digits.py
 
 A perceptron 64-128-128-10 on scikit-learn's digits: 1,437 for training in batches of 64, 360 held out, the same batches
 for every optimizer of a seed; constant learning rates of one grid. Writes docs/results/dgd_digits.jsonl, one record per
@@ -7,21 +7,19 @@ run, and prints the best rate of each optimizer.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from common import RESULTS, Records, batches, parse, parser, table
 from nestlearn.optim import DGD
 
-OUT = Path(__file__).parents[1] / "docs" / "results" / "dgd_digits.jsonl"
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -44,7 +42,7 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[360:], y[360:], x[:360], y[:360]
 
 
-def run(name: str, rate: float, seed: int, epochs: int) -> dict[str, object]:
+def run(name: str, rate: float, seed: int, epochs: int) -> dict[str, Any]:
     """One training; infinite losses where it diverged."""
     x, y, held_x, held_y = digits(seed)
     torch.manual_seed(seed)
@@ -52,7 +50,7 @@ def run(name: str, rate: float, seed: int, epochs: int) -> dict[str, object]:
     optimizer, loss_of = OPTIMIZERS[name](net, rate), nn.CrossEntropyLoss()
     shuffler, begin = torch.Generator().manual_seed(seed), time.perf_counter()
     for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=shuffler).split(64):
+        for rows in batches(len(x), 64, shuffler):
             optimizer.zero_grad()
             loss_of(net(x[rows]), y[rows]).backward()
             optimizer.step()
@@ -65,27 +63,22 @@ def run(name: str, rate: float, seed: int, epochs: int) -> dict[str, object]:
     return {**record, "held_out_loss": held, "held_out_accuracy": accuracy, "seconds": round(seconds, 2)}
 
 
-def main() -> None:
-    """Runs the grid, prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    with options.out.open("w") as file:
-        for name in OPTIMIZERS:
-            best: tuple[float, str] = (math.inf, "diverged at every rate")
-            # AdamW's are of another size: as many of them, 1,000 times smaller.
-            for rate in RATES if name != "AdamW" else (rate / 1000 for rate in RATES):
-                records = [run(name, rate, seed, options.epochs) for seed in range(options.seeds)]
-                file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                keys = ("training_loss", "held_out_loss", "held_out_accuracy", "seconds")
-                mean = {key: statistics.mean(float(str(record[key])) for record in records) for key in keys}
-                cells = " | ".join([f"{rate:g}", *(f"{mean[key]:.4f}" for key in keys)])
-                best = min(best, (mean["held_out_loss"], cells))
-            print(f"| {name} | {best[1]} |", flush=True)
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the grid and print the best rate of each optimizer."""
+    made = parser(__doc__, RESULTS / "dgd_digits.jsonl", seeds=range(3))
+    made.add_argument("--epochs", type=int, default=10)
+    options = parse(made, words)
+    records, best = Records(options.out, fresh=True), []
+    keys = ("training_loss", "held_out_loss", "held_out_accuracy", "seconds")
+    for name in OPTIMIZERS:
+        means = []
+        # AdamW's steps are larger at the same rate: as many rates, 1,000 times smaller.
+        for rate in RATES if name != "AdamW" else (rate / 1000 for rate in RATES):
+            runs = [records.add(run(name, rate, seed, options.epochs)) for seed in options.seeds]
+            means.append({"rate": rate} | {key: statistics.mean(r[key] for r in runs) for key in keys})
+        lowest = min(means, key=lambda mean: mean["held_out_loss"])
+        best.append([name, f"{lowest['rate']:g}", *(f"{lowest[key]:.4f}" for key in keys)])
+    print(table(["optimizer", "rate", *keys], best))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from common import update, windows
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import load_corpus, train_bpe
 from nestlearn.data.continual_text import token_ids
@@ -60,17 +61,13 @@ def _train(model: HopeForCausalLM, tokenizer: Any, books: list[str], texts: list
     padding = tokenizer.pad_token_id
     for step in range(steps):
         if step % 2 == 0:
-            batch = ids[torch.randint(len(ids) - 48, (16, 1)) + torch.arange(48)]
+            batch = windows(ids, 16, 48)
         else:
             batch = rows[torch.randint(len(rows), (48,))]
             batch = batch[:, : int((batch != padding).sum(1).max())]
         labels = batch.masked_fill(batch == padding, IGNORE)
         loss = model(batch, attention_mask=batch != padding, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(model, loss, optimizer, schedule)
         if step % 100 >= 98:
             kind = "texts" if step % 2 else "books"
             print(f"language model, step {step + 1}: {float(loss.detach()):.2f} nats per token of {kind}", flush=True)

@@ -2,29 +2,26 @@
 
 Four levels of equal size with periods 16, 64, 256 and 1,024 read 2,048 tokens with signal "loss" in segments of 16;
 the write of every level is counted (FLOPs, by torch.utils.flop_counter) and timed (median), by whether the segment
-ended its period. Then whole sequences with signal "local", which nobody goes on from: the FLOPs of a level by its
+ended its period. Then whole sequences with signal "local" and without a state at the end: the FLOPs of a level by its
 period.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import RESULTS, Records, parse, parser, processor
 from nestlearn.nn import ContinuumMemory, FeedForward, Level
 from nestlearn.nn.cms.tape import Tape, segment_factors
 
 PERIODS = (16, 64, 256, 1024)
 RULES = ("descent", "momentum", "delta", "orthogonalized")
-OUT = Path(__file__).parents[1] / "docs" / "results" / "level_cost.jsonl"
 
 
 def counted(run) -> int:
@@ -56,22 +53,15 @@ def writes_of_a_stream(width: int, tokens: int, rule: str) -> list[dict[str, obj
                     flops[key] = counted(lambda level=level, fast=fast, factors=factors: level.absorb(fast, factors))
             state = cms.absorb(state, found)
     return [
-        {
-            "kind": "write",
-            "rule": rule,
-            "period": period,
-            "ended": ended,
-            "segments": len(times),
-            "flops": flops[period, ended],
-            "milliseconds": 1000 * statistics.median(times),
-        }
-        for (period, ended), times in sorted(seconds.items())
-        if (period, ended) in flops
+        {"kind": "write", "rule": rule, "period": key[0], "ended": key[1], "segments": len(times)}
+        | {"flops": flops[key], "milliseconds": 1000 * statistics.median(times)}
+        for key, times in sorted(seconds.items())
+        if key in flops
     ]
 
 
 def reads_of_a_sequence(width: int, tokens: int) -> list[dict[str, object]]:
-    """FLOPs per token of one level that teaches itself, by its period, beside a plain feed-forward network."""
+    """FLOPs per token of one level with a local signal, by its period, and of a plain feed-forward network."""
     x: Tensor = torch.randn(1, tokens, width)
     plain = FeedForward(width, 1, "gelu")
     records: list[dict[str, object]] = [{"kind": "local", "period": None, "flops": counted(lambda: plain(x)) / tokens}]
@@ -83,26 +73,17 @@ def reads_of_a_sequence(width: int, tokens: int) -> list[dict[str, object]]:
     return records
 
 
-def _processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
-
-
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run both and write the records."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=2048)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    records = [r for rule in RULES for r in writes_of_a_stream(arguments.width, arguments.tokens, rule)]
-    records += reads_of_a_sequence(arguments.width, arguments.tokens)
-    machine = {"width": arguments.width, "tokens": arguments.tokens, "machine": _processor(), "threads": 1}
-    OUT.write_text("".join(json.dumps(record | machine) + "\n" for record in records))
-    for record in records:
-        print(record)
+    made = parser(__doc__, RESULTS / "level_cost.jsonl")
+    made.add_argument("--width", type=int, default=256)
+    made.add_argument("--tokens", type=int, default=2048)
+    options = parse(made, words)
+    settings = {"width": options.width, "tokens": options.tokens, "machine": processor(), "threads": options.threads}
+    records = Records(options.out, fresh=True)
+    found = [r for rule in RULES for r in writes_of_a_stream(options.width, options.tokens, rule)]
+    for record in found + reads_of_a_sequence(options.width, options.tokens):
+        records.add(record | settings)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What decision 54 rests on: python benchmarks/m3_choices.py [--out runs/m3_choices.jsonl]
+"""The measurements behind decision 54: python benchmarks/m3_choices.py [--out runs/m3_choices.jsonl]
 
 The language model of optimizers.py, 150 steps at a rate of 0.01, seed 100, with other weights of the slow direction,
 slow periods and damping; and a perceptron with ReLU on the digits, 300 steps, with other damping. One record per run.
@@ -6,16 +6,14 @@ slow periods and damping; and a perceptron with ReLU on the digits, 300 steps, w
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nestlearn.allocator import tune_allocator
+from common import Records, parse, parser
 from nestlearn.optim import M3
 from optimizer_tasks import EXPERIMENTS, digits, train
 from optimizers import of_package
@@ -61,22 +59,17 @@ def relu(damping: float, steps: int = 300) -> dict[str, Any]:
     return {"task": "relu", "damping": damping, "training loss": sum(losses[-5:]) / 5, "share": sum(shares) / steps}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/m3_choices.jsonl"))
-    parser.add_argument("--task", choices=["relu", "language"], nargs="*", default=["relu", "language"])
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a") as file:
-        for task, settings in [("relu", x) for x in DAMPING] + [("language", x) for x in LANGUAGE]:
-            if task in options.task:
-                record = relu(settings) if isinstance(settings, float) else language(settings)
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                print(json.dumps(record), flush=True)
+def main(words: Sequence[str] | None = None) -> None:
+    """Run every setting."""
+    made = parser(__doc__, "runs/m3_choices.jsonl")
+    made.add_argument("--task", choices=["relu", "language"], nargs="*", default=["relu", "language"])
+    options = parse(made, words)
+    records = Records(options.out)
+    for damping in DAMPING if "relu" in options.task else ():
+        records.add(relu(damping))
+    for settings in LANGUAGE if "language" in options.task else ():
+        records.add(language(settings))
 
 
 if __name__ == "__main__":
-    tune_allocator()
     main()

@@ -1,4 +1,4 @@
-"""What decision 53 rests on: python benchmarks/newton_schulz.py appends to docs/results/newton_schulz.jsonl.
+"""The measurements behind decision 53: python benchmarks/newton_schulz.py appends to docs/results/newton_schulz.jsonl.
 
 Times of one Newton-Schulz iteration in bfloat16, per matrix, with products of matrices, of batches of one and of
 eight, and of ``X X^T`` at once and by blocks (medians of calls that take turns); and the part of a step of M3 that is
@@ -7,22 +7,18 @@ Newton-Schulz.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from nestlearn.allocator import tune_allocator
+from common import RESULTS, Records, parse, parser
 from nestlearn.memory.kernels.newton_schulz import newton_schulz, self_product
 from nestlearn.optim import M3, orthogonal
 
-OUT = Path(__file__).parents[1] / "docs" / "results" / "newton_schulz.jsonl"
 SHAPES = [(64, 64), (446, 446), (256, 1024), (1024, 4096)]
 COUNT = 8
 
@@ -74,35 +70,25 @@ def share() -> float:
         return inside[0] / (time.perf_counter() - began)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    records: list[dict[str, object]] = []
+@torch.no_grad()
+def main(words: Sequence[str] | None = None) -> None:
+    """Check the product by blocks, then time everything."""
+    options = parse(parser(__doc__, RESULTS / "newton_schulz.jsonl"), words)
+    records = Records(options.out)
     for shape in SHAPES:
         x = torch.randn(COUNT, *shape).bfloat16() / shape[1] ** 0.5
         if not torch.equal(self_product(x[0]), x[0] @ x[0].T):
             raise RuntimeError(f"X X^T by blocks differs at {shape}; it must be right before it is timed.")
-        taken = milliseconds(
-            {
-                "matrices": lambda x=x: matrices(x),
-                "batches of 1": lambda x=x: batches(x, 1),
-                "batches of 8": lambda x=x: batches(x, 8),
-                "product": lambda x=x: [m @ m.mT for m in x],
-                "product by blocks": lambda x=x: [self_product(m) for m in x],
-            }
-        )
-        records.append({"shape": shape, "threads": options.threads, "milliseconds": taken})
-    records.append({"part of a step of M3": share(), "threads": options.threads})
-    with options.out.open("a") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
-            print(json.dumps(record))
+        runs = {
+            "matrices": lambda x=x: matrices(x),
+            "batches of 1": lambda x=x: batches(x, 1),
+            "batches of 8": lambda x=x: batches(x, 8),
+            "product": lambda x=x: [m @ m.mT for m in x],
+            "product by blocks": lambda x=x: [self_product(m) for m in x],
+        }
+        records.add({"shape": shape, "threads": options.threads, "milliseconds": milliseconds(runs)})
+    records.add({"part of a step of M3": share(), "threads": options.threads})
 
 
 if __name__ == "__main__":
-    tune_allocator()
-    with torch.no_grad():
-        main()
+    main()

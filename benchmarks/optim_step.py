@@ -19,27 +19,22 @@ in float64, and Muon's with that of M3 without slow memory and second moment.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from common import RESULTS, Records, parse, parser, processor, table
 from nestlearn import HopeConfig, HopeForCausalLM
-from nestlearn.allocator import tune_allocator
 from nestlearn.optim import DGD, M3, DeepMomentum, DeltaMomentum, HigherOrderMomentum, param_groups
 
-OUT = Path(__file__).parents[1] / "docs" / "results" / "optim_step.jsonl"
 PERIOD = 10
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Clock = Callable[[], float]
@@ -59,10 +54,16 @@ OWN: dict[str, Make] = {
     "DGD": lambda parameters: dgd_of(parameters),
 }
 
-
 ROWS = 512
 """Inputs of a layer that DGD sees."""
-
+HEADER = (
+    "optimizer",
+    "ms per step",
+    "to Muon",
+    "to AdamW, foreach",
+    "without products",
+    "bytes of state per parameter",
+)
 BASE, MUON, DELTA_RULES = "AdamW, foreach", "torch.optim.Muon", ("DeltaMomentum", "DGD")
 ONE_BY_ONE = (MUON, "DGD")
 
@@ -130,17 +131,11 @@ def dgd_of(matrices: list[nn.Parameter]) -> DGD:
     return dgd
 
 
-def squares() -> list[tuple[int, int]]:
-    """100 matrices, 19.9 million parameters."""
-    return [(446, 446)] * 100
-
-
 def of_preset(name: str) -> list[tuple[int, ...]]:
     """The shapes of a preset's matrices; its own weights are never allocated."""
     with torch.device("meta"):
         model = HopeForCausalLM(HopeConfig.from_preset(name))
-    groups = param_groups(model)
-    return [tuple(p.shape) for group in groups if group["rule"] == "matrix" for p in group["params"]]
+    return [tuple(p.shape) for group in param_groups(model) if group["rule"] == "matrix" for p in group["params"]]
 
 
 def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -217,51 +212,41 @@ def once(optimizer: torch.optim.Optimizer, clock: Clock) -> tuple[float, float]:
     return seconds, seconds - sum(products)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None) -> None:
+    """Check the optimizers, then time them."""
     everything = [*OTHERS, *OWN]
-    parser.add_argument("--preset", help="the shapes of a preset in place of 100 squares")
-    parser.add_argument("--optimizers", nargs="*", choices=everything, default=everything)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
+    made = parser(__doc__, RESULTS / "optim_step.jsonl", threads=2)
+    made.add_argument("--preset", help="the shapes of a preset in place of 100 squares")
+    made.add_argument("--optimizers", nargs="*", choices=everything, default=everything)
+    made.add_argument("--rounds", type=int, default=5)
+    options = parse(made, words)
     check()
-    shapes = of_preset(options.preset) if options.preset else squares()
+    shapes = of_preset(options.preset) if options.preset else [(446, 446)] * 100
     names = [name for name in everything if name in {*options.optimizers, BASE, MUON}]
     clock = time.process_time if options.threads == 1 else time.perf_counter
     measured = measure(names, shapes, options.rounds, clock)
-    print("| optimizer | ms per step | to Muon | to AdamW, foreach | beside products | bytes of state per parameter |")
-    print("|---|---|---|---|---|---|")
-    with options.out.open("a") as file:
-        for name, values in measured.items():
-            record = {
-                "optimizer": name, "shapes": options.preset or "100 x 446 x 446", "threads": options.threads,
-                "parameters": sum(torch.Size(shape).numel() for shape in shapes), "rounds": options.rounds,
-                "milliseconds": 1e3 * values["seconds"], "ordinary_milliseconds": 1e3 * values["ordinary"],
-                "slow_milliseconds": 1e3 * values["slow"], "all_optimizers_live_at_once": True,
-                "combined": f"({PERIOD - 1} x ordinary + slow) / {PERIOD}",
-                "matrices_of_stacks_one_by_one": name in ONE_BY_ONE and any(len(shape) > 2 for shape in shapes),
-                "to_muon": values["seconds"] / measured[MUON]["seconds"],
-                "to_adamw_foreach": values["seconds"] / measured[BASE]["seconds"],
-                "to_adamw_foreach_beside_products": (
-                    values["beside"] / measured[BASE]["seconds"] if name in DELTA_RULES else None
-                ),
-                "bytes_per_parameter": values["bytes_per_parameter"],
-                "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                "clock": clock.__name__, "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime()),
-                "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-            }  # fmt: skip
-            file.write(json.dumps(record) + "\n")
-            beside = record["to_adamw_foreach_beside_products"]
-            print(
-                f"| {name} | {record['milliseconds']:.1f} | {record['to_muon']:.2f} | {record['to_adamw_foreach']:.2f} "
-                f"| {'' if beside is None else f'{beside:.2f}'} | {record['bytes_per_parameter']:.1f} |"
-            )
+    shared = {
+        "shapes": options.preset or "100 x 446 x 446", "threads": options.threads, "rounds": options.rounds,
+        "parameters": sum(torch.Size(shape).numel() for shape in shapes), "all_optimizers_live_at_once": True,
+        "combined": f"({PERIOD - 1} x ordinary + slow) / {PERIOD}", "clock": clock.__name__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": processor(), "torch": torch.__version__,
+    }  # fmt: skip
+    records, rows, (muon, base) = Records(options.out), [], (measured[MUON], measured[BASE])
+    for name, values in measured.items():
+        beside = values["beside"] / base["seconds"] if name in DELTA_RULES else None
+        record = records.add(shared | {
+            "optimizer": name, "milliseconds": 1e3 * values["seconds"],
+            "ordinary_milliseconds": 1e3 * values["ordinary"], "slow_milliseconds": 1e3 * values["slow"],
+            "matrices_of_stacks_one_by_one": name in ONE_BY_ONE and any(len(shape) > 2 for shape in shapes),
+            "to_muon": values["seconds"] / muon["seconds"], "to_adamw_foreach": values["seconds"] / base["seconds"],
+            "to_adamw_foreach_beside_products": beside, "bytes_per_parameter": values["bytes_per_parameter"],
+            "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "load": os.getloadavg()[0],
+        })  # fmt: skip
+        cells = [f"{record['milliseconds']:.1f}", f"{record['to_muon']:.2f}", f"{record['to_adamw_foreach']:.2f}"]
+        rest = "" if beside is None else f"{beside:.2f}"
+        rows.append([name, *cells, rest, f"{values['bytes_per_parameter']:.1f}"])
+    print(table(HEADER, rows))
 
 
 if __name__ == "__main__":
-    tune_allocator()
     main()

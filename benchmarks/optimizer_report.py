@@ -7,30 +7,23 @@ writes docs/results/optimizers.jsonl (all records), docs/results/optimizers.svg,
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, Line, Panel, chart
+import common
+from common import Record, Records, save_chart
+from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, Line, Panel
 
 TUNED = 100
 """The seed on which rates are chosen; it is in no table."""
 
 MEASURES = {"vit": "held-out loss", "language": "held-out bits per token", "permuted": "errors in all tasks, %"}
-DRAWN = {
-    "adamw": GREY,
-    "muon": BLUE,
-    "m3": ORANGE,
-    "m3, no slow memory, damping 0": GREEN,
-}
+DRAWN = {"adamw": GREY, "muon": BLUE, "m3": ORANGE, "m3, no slow memory, damping 0": GREEN}
 
 FIRST = ("adamw", "muon", "m3")
 """First in the tables."""
-
-Record = dict[str, Any]
 
 
 def final(record: Record) -> float:
@@ -71,13 +64,12 @@ def table(records: Sequence[Record]) -> str:
     some = finished(records, "adamw")[steps][0]["curve"][-1]
     others = [key for key in some if key not in ("step", "seconds", measure)]
     head = ["optimizer", "rate", "seeds", measure, *others, "the first at equal time", "time", "in the optimizer"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name in names:
         runs = finished(records, name)
-        full = runs.get(steps, [])
-        good = [record for record in full if not record["diverged"]]
-        if len(good) < len(full) or not full:
-            lines.append(f"| {name} | {chosen(records, name):g} | {len(full)} | diverged |" + " |" * (len(head) - 4))
+        full, rate = runs.get(steps, []), f"{chosen(records, name):g}"
+        if not full or any(record["diverged"] for record in full):
+            rows.append([name, rate, str(len(full)), "diverged", *[""] * (len(head) - 4)])
             continue
         ends = [record["curve"][-1] for record in full]
         own = statistics.mean(record["cpu_seconds"] for record in full)
@@ -85,11 +77,9 @@ def table(records: Sequence[Record]) -> str:
         timed = f"{cell([final(r) for r in runs[fewer]])} ({fewer} steps)" if fewer else ""
         timed = timed or (cell([final(r) for r in full]) if own <= 1.02 * seconds else "")
         share = statistics.mean(r["optimizer_cpu_seconds"] / r["cpu_seconds"] for r in full)
-        measured = " | ".join(cell([end[key] for end in ends]) for key in (measure, *others))
-        rate = f"{chosen(records, name):g}"
-        cost = f"{own / seconds:.2f} | {100 * share:.0f} %"
-        lines.append(f"| {name} | {rate} | {len(full)} | {measured} | {timed} | {cost} |")
-    return "\n".join(lines)
+        measured = [cell([end[key] for end in ends]) for key in (measure, *others)]
+        rows.append([name, rate, str(len(full)), *measured, timed, f"{own / seconds:.2f}", f"{100 * share:.0f} %"])
+    return common.table(head, rows)
 
 
 def panel(records: Sequence[Record], x: str) -> Panel:
@@ -109,33 +99,21 @@ def panel(records: Sequence[Record], x: str) -> Panel:
     return Panel(lines, f"{records[0]['task']}: {label}", measure, y_log=logarithmic)
 
 
-def read(folder: Path) -> dict[str, list[Record]]:
-    """Records by task."""
-    files = {task: folder / task / "results.jsonl" for task in MEASURES}
-    tasks = {
-        task: [json.loads(line) for line in file.read_text().splitlines()]
-        for task, file in files.items()
-        if file.exists()
-    }
-    # Before AdamW's own runs are there, there is nothing to compare with.
-    return {task: records for task, records in tasks.items() if finished(records, "adamw")}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="--out of benchmarks/optimizers.py")
-    parser.add_argument("target", type=Path, help="where to write, without suffix")
-    arguments = parser.parse_args()
-    tasks = read(arguments.folder)
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the tables, draw the curves, and copy the records."""
+    made = common.parser(__doc__)
+    made.add_argument("folder", type=Path, help="--out of benchmarks/optimizers.py")
+    made.add_argument("target", type=Path, help="where to write, without suffix")
+    options = common.parse(made, words)
+    tasks = {task: Records(options.folder / task / "results.jsonl").all for task in MEASURES}
+    # Without runs of AdamW there is nothing to compare with.
+    tasks = {task: records for task, records in tasks.items() if finished(records, "adamw")}
     for task, records in tasks.items():
         print(f"{task}\n\n{table(records)}\n")
     shown = [panel(records, x) for task, records in tasks.items() if task != "permuted" for x in ("step", "seconds")]
-    # A file of its own is shown on whatever the reader's page has: give it paper.
-    svg = chart(shown, width=3.6 * len(shown), height=3.6).replace("<svg ", '<svg style="background:white" ', 1)
-    arguments.target.with_suffix(".svg").write_text(svg, encoding="utf-8")
-    with arguments.target.with_suffix(".jsonl").open("w") as file:
-        for records in tasks.values():
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    save_chart(options.target.with_suffix(".svg"), shown, width=3.6 * len(shown))
+    lines = [json.dumps(record) + "\n" for records in tasks.values() for record in records]
+    options.target.with_suffix(".jsonl").write_text("".join(lines))
 
 
 if __name__ == "__main__":

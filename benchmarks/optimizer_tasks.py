@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import batches, token_stream, windows
 from continual_digits import ResidualNet
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import load_corpus, permuted_digits, train_bpe
@@ -34,7 +35,7 @@ class Attention(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Attention and a perceptron, each after a norm and beside a residual path."""
+    """Attention and a perceptron, each with a norm before it and a residual path."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -69,15 +70,15 @@ class ViT(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """A model to train and how it is judged.
+    """A model to train and how it is evaluated.
 
     Attributes:
         name: in records and tables.
         steps: of a run.
-        measure: what `score` returns, in words; less is better.
-        model: made from a seed.
-        losses: the loss of each training step, of a model and a seed; endless.
-        score: the measures of a model, the first of them that by which learning rates are chosen.
+        measure: the measure by which learning rates are chosen; less is better.
+        model: makes a model from a seed.
+        losses: from a model and a seed to the loss of each training step.
+        score: all measures of a model.
     """
 
     name: str
@@ -104,12 +105,18 @@ def digits() -> Any:
     return permuted_digits(1).tasks[0]
 
 
+def image_losses(tasks: Sequence[Any], epochs: int, model: nn.Module, seed: int) -> Iterator[Tensor]:
+    """Cross-entropy on batches of 32 shuffled images: all epochs of a task, then those of the next."""
+    generator = torch.Generator().manual_seed(seed)
+    for task in tasks:
+        for _ in range(epochs):
+            for batch in batches(len(task.train.inputs), 32, generator):
+                yield F.cross_entropy(model(task.train.inputs[batch]), task.train.targets[batch])
+
+
 def vit_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
-    """Cross-entropy on batches of 32 shuffled images, epoch after epoch."""
-    generator, data = torch.Generator().manual_seed(seed), digits().train
-    while True:
-        for batch in torch.randperm(len(data.inputs), generator=generator).split(32):
-            yield F.cross_entropy(model(data.inputs[batch]), data.targets[batch])
+    """Losses on the digits, without an end."""
+    return image_losses([digits()], 10**9, model, seed)
 
 
 def vit_score(model: nn.Module) -> dict[str, float]:
@@ -128,7 +135,7 @@ def source_text() -> tuple[Tensor, Tensor]:
     """Python source in byte-pair tokens: all training documents in a row, and 32 held-out pieces of 256 tokens."""
     documents = list(load_corpus("python-source"))
     tokenizer = train_bpe(documents, VOCABULARY)
-    stream = torch.tensor([token for document in documents for token in document_tokens(tokenizer, document.text)])
+    stream = token_stream(tokenizer, documents)
     held = [document_tokens(tokenizer, document.text) for document in load_corpus("python-source", "validation")]
     pieces = [tokens[:LENGTH] for tokens in held if len(tokens) >= LENGTH]
     return stream, torch.tensor(pieces[:: max(1, len(pieces) // 32)][:32])
@@ -147,8 +154,7 @@ def language_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
     """Next-token loss of four windows of 256 tokens."""
     generator, (stream, _) = torch.Generator().manual_seed(seed), source_text()
     while True:
-        starts = torch.randint(len(stream) - LENGTH, (ROWS,), generator=generator)
-        ids = stream[starts[:, None] + torch.arange(LENGTH)]
+        ids = windows(stream, ROWS, LENGTH, generator)
         yield model(ids, labels=ids).loss
 
 
@@ -169,12 +175,8 @@ def permuted() -> Any:
 
 
 def permuted_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
-    """Cross-entropy on batches of 32: ten epochs of each task, one task after the other."""
-    generator = torch.Generator().manual_seed(seed)
-    for task in permuted().tasks:
-        for _ in range(EPOCHS):
-            for batch in torch.randperm(len(task.train.inputs), generator=generator).split(32):
-                yield F.cross_entropy(model(task.train.inputs[batch]), task.train.targets[batch])
+    """Losses on ten epochs of each task, one task after the other."""
+    return image_losses(permuted().tasks, EPOCHS, model, seed)
 
 
 def permuted_score(model: nn.Module) -> dict[str, float]:
@@ -187,7 +189,7 @@ def permuted_score(model: nn.Module) -> dict[str, float]:
 
 
 def residual_net() -> nn.Module:
-    """The network of continual_digits.py; its last map is told as the head."""
+    """The network of continual_digits.py, with its last map as the head."""
     net = ResidualNet(int(torch.initial_seed()))
     net.get_output_embeddings = lambda: net.last  # pyright: ignore[reportAttributeAccessIssue]
     return net

@@ -13,17 +13,15 @@ repeated; results.jsonl has a record per run, from which benchmarks/optimizer_re
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from nestlearn.allocator import tune_allocator
+from common import Record, Records, parse, parser
 from nestlearn.optim import (
     DGD,
     M3,
@@ -71,10 +69,10 @@ def of_package(kind: Any, **settings: Any) -> Make:
 
 
 def gradient_sized(kind: Any, **settings: Any) -> Make:
-    """One whose steps are of the gradient's size, at rates of SGD.
+    """An optimizer whose steps are of the gradient's size, at rates of SGD.
 
-    Decoupled decay is by the rate: at 3 in place of 1e-3 it would take a third of every weight in one step. So matrices
-    lose as much in a step as AdamW's do.
+    Decoupled decay is proportional to the rate: at a rate of 3 it would take a third of every weight in one step. So
+    the decay of matrices is set to that of AdamW's.
     """
 
     def make(model: nn.Module, lr: float, rest: float) -> Optimizers:
@@ -111,28 +109,18 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
 
 
 class Runs:
-    """The records of a folder: what is finished is not run again."""
+    """The runs of one task; finished ones are not repeated."""
 
-    def __init__(self, path: Path, task: Task, steps: int) -> None:
-        self.path, self.task, self.steps = path, task, steps
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    def __init__(self, path: Path, task: Task) -> None:
+        self.records, self.task = Records(path), task
 
-    def get(self, name: str, lr: float, rest: float, seed: int, steps: int) -> dict[str, Any]:
-        """The record of a run, made now if there is none."""
+    def get(self, name: str, lr: float, rest: float, seed: int, steps: int) -> Record:
+        """The record of a run."""
         key = {"task": self.task.name, "optimizer": name, "lr": lr, "adamw_lr": rest, "seed": seed, "steps": steps}
-        for record in self.records:
-            if all(record[field] == value for field, value in key.items()):
-                return record
         make = OPTIMIZERS[name][0]
-        record = key | train(self.task, lambda model: make(model, lr, rest), seed, steps, points=10)
-        self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        end = {} if record["diverged"] else record["curve"][-1]
-        print(json.dumps(key | end), flush=True)
-        return record
+        return self.records.get(
+            key, lambda: train(self.task, lambda model: make(model, lr, rest), seed, steps, points=10)
+        )
 
     def tune(self, name: str, rest: float | None, steps: int) -> float:
         """The best rate of the grid on seed 100, by climbing from the start."""
@@ -153,34 +141,29 @@ class Runs:
             place = best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=EXPERIMENTS, required=True)
-    parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of a run (the task's own by default)")
-    parser.add_argument("--equal-steps-only", action="store_true", help="no runs at equal time")
-    parser.add_argument("--tune-steps", type=int, help="of a run that tunes (as many by default)")
-    parser.add_argument("--out", type=Path, default=Path("runs/optimizers"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def main(words: Sequence[str] | None = None) -> None:
+    """Tune every optimizer, run it on all seeds, and print the table after each."""
+    made = parser(__doc__, "runs/optimizers", seeds=range(3))
+    made.add_argument("--task", choices=EXPERIMENTS, required=True)
+    made.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    made.add_argument("--steps", type=int, help="of a run (the task's own by default)")
+    made.add_argument("--equal-steps-only", action="store_true", help="no runs at equal time")
+    made.add_argument("--tune-steps", type=int, help="of a run that tunes (as many by default)")
+    options = parse(made, words)
     task = EXPERIMENTS[options.task]
     steps = options.steps or task.steps
-    runs = Runs(options.out / task.name / "results.jsonl", task, steps)
     tune_steps = options.tune_steps or steps
+    runs = Runs(options.out / task.name / "results.jsonl", task)
     rest = runs.tune("adamw", None, tune_steps)
-    base = [runs.get("adamw", rest, rest, seed, steps) for seed in options.seeds]
-    seconds = statistics.mean(record["cpu_seconds"] for record in base)
+    seconds = statistics.mean(runs.get("adamw", rest, rest, seed, steps)["cpu_seconds"] for seed in options.seeds)
     for name in options.optimizers:
         lr = rest if name == "adamw" else runs.tune(name, rest, tune_steps)
-        full = [runs.get(name, lr, rest, seed, steps) for seed in options.seeds]
-        own = statistics.mean(record["cpu_seconds"] for record in full)
+        own = statistics.mean(runs.get(name, lr, rest, seed, steps)["cpu_seconds"] for seed in options.seeds)
         if own > 1.02 * seconds and not options.equal_steps_only:
             for seed in options.seeds:
                 runs.get(name, lr, rest, seed, round(steps * seconds / own))
-        print(table(runs.records), flush=True)
+        print(table(runs.records.all), flush=True)
 
 
 if __name__ == "__main__":
-    tune_allocator()
     main()

@@ -11,28 +11,24 @@ the others are first wrong.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nestlearn.allocator import tune_allocator
+from common import RESULTS, Records, parse, parser
 from nestlearn.evals.bench.cells import Cell, plan
 from nestlearn.evals.bench.suites import find_suite
 from nestlearn.evals.bench.training import train_cell
 
-OUT = Path(__file__).parents[1] / "docs" / "results" / "formal-boundaries.jsonl"
 CHUNKS = "hope-normalized:chunk_size=16:projection_chunk_size=32"
 MIXERS = (CHUNKS, f"{CHUNKS}:adaptive=", f"{CHUNKS}:conv_size=0", f"{CHUNKS}:conv_size=0:adaptive=", "hope-normalized",
           "hope-normalized:conv_size=0")  # fmt: skip
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """Trains the cell's model; where its answers to the longest strings are first wrong."""
+    """Train the cell's model, and count where its answers to the longest strings are first wrong."""
     splits = {split.name: cell.task.examples(split.name) for split in cell.task.splits}
     solver, run = train_cell(cell, splits)
     longest = splits[cell.task.splits[-1].name]
@@ -42,42 +38,24 @@ def measure(cell: Cell) -> dict[str, Any]:
     wrong = (answers != longest.targets) & (longest.targets >= 0)
     first = Counter(int(row.nonzero()[0]) for row in wrong if bool(row.any()))
     return {
-        "mixer": cell.mixer,
-        "seed": cell.seed,
-        "steps": run.step,
-        "status": run.status,
-        "strings": len(wrong),
-        "right": len(wrong) - first.total(),
-        "first_wrong": dict(sorted(first.items())),
-        "seconds": run.seconds,
-    }
+        "mixer": cell.mixer, "seed": cell.seed, "steps": run.step, "status": run.status, "strings": len(wrong),
+        "right": len(wrong) - first.total(), "first_wrong": dict(sorted(first.items())), "seconds": run.seconds,
+    }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", nargs="*", default=list(MIXERS))
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="the suite's by default")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    cells = plan(
-        find_suite("formal"),
-        options.mixers,
-        seeds=options.seeds,
-        tasks=["parity"],
-        steps=options.steps,
-        first_seed=options.first_seed,
-    )
-    with options.out.open("w") as file:
-        for cell in cells:
-            record = json.dumps(measure(cell))
-            print(record, file=file, flush=True)
-            print(record, flush=True)
+def main(words: Sequence[str] | None = None) -> None:
+    """Train and measure every mixer and seed."""
+    made = parser(__doc__, RESULTS / "formal-boundaries.jsonl")
+    made.add_argument("--mixers", nargs="*", default=list(MIXERS))
+    made.add_argument("--seeds", type=int, default=2, help="how many")
+    made.add_argument("--first-seed", type=int, default=0)
+    made.add_argument("--steps", type=int, help="the suite's by default")
+    options = parse(made, words)
+    settings = {"seeds": options.seeds, "first_seed": options.first_seed, "steps": options.steps}
+    records = Records(options.out, fresh=True)
+    for cell in plan(find_suite("formal"), options.mixers, tasks=["parity"], **settings):
+        records.add(measure(cell))
 
 
 if __name__ == "__main__":
-    tune_allocator()
     main()

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
+from common import RESULTS, parse, parser, table
 from nestlearn import HopeConfig, presets
 from nestlearn.models import row_bytes
 from nestlearn.models.flops import meta_model
 
-PAGE = Path(__file__).parents[1] / "docs" / "presets.md"
-HEAD = "| preset | parameters | levels, bytes per row | of the weights | mixers, bytes per row | per further token |"
+PAGE = RESULTS.parent / "presets.md"
+HEADER = ("preset", "parameters", "levels, bytes per row", "of the weights", "mixers, bytes per row",
+          "per further token")  # fmt: skip
 
 
-def row(name: str) -> str:
+def row(name: str) -> list[str]:
     """One line of the table."""
     config = HopeConfig.from_preset(name)
     count, size = meta_model(config).num_parameters(), row_bytes(config)
     share = f"{100 * size.levels / (4 * count):.1f} %"
-    return f"| {name} | {count:,} | {size.levels:,} | {share} | {size.mixers:,} | {size.per_token:,} |"
+    return [name, f"{count:,}", f"{size.levels:,}", share, f"{size.mixers:,}", f"{size.per_token:,}"]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Rewrite the table."""
-    before = PAGE.read_text().split(HEAD)[0]
-    table = [HEAD, "|---|--:|--:|--:|--:|--:|", *(row(name) for name in presets())]
-    PAGE.write_text(before + "\n".join(table) + "\n")
+    parse(parser(__doc__), words)
+    before = PAGE.read_text().split("| " + " | ".join(HEADER))[0]
+    PAGE.write_text(before + table(HEADER, map(row, presets())))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is read once is asked later: facts among other text, and two invented languages one after the other.
+"""Questions about what was read once: facts among other text, and two invented languages one after the other.
 
     python benchmarks/reading_base.py --out runs/reading-base
     python benchmarks/reading.py --base runs/reading-base --out runs/reading
@@ -9,10 +9,6 @@ of other seeds than those reported. Finished cells are kept in results.jsonl and
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,9 +23,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).parent))
+from common import Record, Records, parse, parser, plus_minus, table
 from nestlearn import Level, MemorySession, stack_levels
-from nestlearn.allocator import tune_allocator
 from nestlearn.continual import (
     CMS,
     EWC,
@@ -213,43 +208,32 @@ def merit(task: str, details: dict[str, Any]) -> float:
     return mean(details["chrf"][-1])
 
 
-def run_cell(
-    options: argparse.Namespace, task: str, named: tuple[str, Make], rate: float, seed: int, book: str
-) -> dict[str, Any]:
-    """One method, rate and seed."""
-    method, make = named
-    model = AutoModelForCausalLM.from_pretrained(options.base).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
+def run_cell(base: Path, task: str, make: Make, rate: float, seed: int, book: str) -> Record:
+    """What one method gives at one rate and seed."""
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
     started = time.perf_counter()
     details = TASKS[task](make(model, tokenizer, rate), seed, book)
-    seconds = time.perf_counter() - started
-    return {"task": task, "method": method, "rate": rate, "seed": seed, "seconds": round(seconds, 1)} | details
-
-
-def plus_minus(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
-    """Mean and standard error."""
-    middle = mean(values)
-    error = math.sqrt(sum((v - middle) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
-    return f"{scale * middle:.{digits}f} ± {scale * error:.{digits}f}"
+    return {"seconds": round(time.perf_counter() - started, 1)} | details
 
 
 def knowledge_cells(rows: list[dict[str, Any]]) -> list[str]:
     """Facts after each length, and what was known before."""
-    cells = [plus_minus([r["accuracy"][i] for r in rows]) for i in range(len(LENGTHS))]
-    return [*cells, plus_minus([r["known"][0] for r in rows]), plus_minus([r["known"][-1] for r in rows])]
+    values = [(*r["accuracy"], r["known"][0], r["known"][-1]) for r in rows]
+    return [plus_minus([100 * value for value in column]) for column in zip(*values, strict=True)]
 
 
 def translation_cells(rows: list[dict[str, Any]]) -> list[str]:
     """The first language after its course and at the end, the second, their mean, and the facts known before."""
     values = [(r["chrf"][1][0], *r["chrf"][-1], mean(r["chrf"][-1])) for r in rows]
-    cells = [plus_minus(column, 1) for column in zip(*values, strict=True)]
-    known = [r["probe"][-1] for r in rows if "probe" in r]
+    cells = [plus_minus(column) for column in zip(*values, strict=True)]
+    known = [100 * r["probe"][-1] for r in rows if "probe" in r]
     return [*cells, plus_minus(known) if known else ""]
 
 
 def other_text_cells(rows: list[dict[str, Any]]) -> list[str]:
     """Bits per byte before and after."""
-    return [plus_minus([r[when] for r in rows], 1, 2) for when in ("before", "after")]
+    return [plus_minus([r[when] for r in rows], digits=2) for when in ("before", "after")]
 
 
 COLUMNS = {
@@ -260,53 +244,37 @@ COLUMNS = {
 CELLS = {"knowledge": knowledge_cells, "translation": translation_cells, "other_text": other_text_cells}
 
 
-def table(records: list[dict[str, Any]], chosen: dict[tuple[str, str], float], seeds: Sequence[int]) -> str:
-    """Both tasks as Markdown."""
-    lines = []
+def tables(records: Records, chosen: dict[tuple[str, str], float], seeds: Sequence[int]) -> str:
+    """A Markdown table per task."""
+    parts = []
     for task, columns in COLUMNS.items():
-        lines += ["", f"| | rate | {' | '.join(columns)} | seconds |", "|---|--:|" + "--:|" * (len(columns) + 1)]
-        for (of, method), rate in chosen.items():
-            rows = [r for r in records if (r["task"], r["method"], r["rate"]) == (task, method, rate)
-                    and r["seed"] in seeds]  # fmt: skip
-            if of == task and rows:
-                cells = [method, f"{rate:g}", *CELLS[task](rows), f"{mean(r['seconds'] for r in rows):.0f}"]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines = []
+        for method, rate in ((method, rate) for (of, method), rate in chosen.items() if of == task):
+            rows = [r for r in records.where(task=task, method=method, rate=rate) if r["seed"] in seeds]
+            if rows:
+                lines.append([method, f"{rate:g}", *CELLS[task](rows), f"{mean(r['seconds'] for r in rows):.0f}"])
+        parts.append(table(["", "rate", *columns, "seconds"], lines))
+    return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("runs/reading-base"))
-    parser.add_argument("--out", type=Path, default=Path("runs/reading"))
-    parser.add_argument("--book", type=Path, default=Path("../shared/data/gutenberg_books/alice.txt"))
-    parser.add_argument("--tasks", default="knowledge,translation")
-    parser.add_argument("--group", choices=("methods", "grid"), default="methods")
-    parser.add_argument("--methods", help="some of the group, with commas; commas in a name as ;")
-    parser.add_argument("--rates", type=float, nargs="+", help="to choose from; default: those of each method")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+def main(words: Sequence[str] | None = None) -> None:
+    """Choose the rate of each method, read with all seeds, and print the tables."""
+    made = parser(__doc__, "runs/reading", seeds=range(3))
+    made.add_argument("--base", type=Path, default=Path("runs/reading-base"))
+    made.add_argument("--book", type=Path, default=Path("../shared/data/gutenberg_books/alice.txt"))
+    made.add_argument("--tasks", default="knowledge,translation")
+    made.add_argument("--group", choices=("methods", "grid"), default="methods")
+    made.add_argument("--methods", help="some of the group, with commas; commas in a name as ;")
+    made.add_argument("--rates", type=float, nargs="+", help="to choose from; default: those of each method")
+    options = parse(made, words)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    tune_allocator()
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file, book = options.out / "results.jsonl", read_text(options.book)
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    records, book = Records(options.out / "results.jsonl"), read_text(options.book)
+    rows, seeds = (methods, options.seeds) if options.group == "methods" else (grid, [TUNING_SEED])
 
-    rows = methods if options.group == "methods" else grid
-    seeds = options.seeds if options.group == "methods" else [TUNING_SEED]
-
-    def cell(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
-        for record in records:
-            if (record["task"], record["method"], record["rate"], record["seed"]) == (task, method, rate, seed):
-                return record
-        record = run_cell(options, task, (method, rows(task)[method][0]), rate, seed, book)
-        records.append(record)
-        with file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
-        print(task, method, rate, seed, f"{merit(task, record):.3f}", f"{record['seconds']} s", flush=True)
-        return record
+    def cell(task: str, method: str, rate: float, seed: int) -> Record:
+        key = {"task": task, "method": method, "rate": rate, "seed": seed}
+        return records.get(key, lambda: run_cell(options.base, task, rows(task)[method][0], rate, seed, book))
 
     chosen: dict[tuple[str, str], float] = {}
     for task in options.tasks.split(","):
@@ -319,7 +287,7 @@ def main() -> None:
             chosen[task, method] = best
             for seed in seeds:
                 cell(task, method, best, seed)
-    text = table(records, chosen, seeds)
+    text = tables(records, chosen, seeds)
     (options.out / "table.md").write_text(text)
     print(text)
 

@@ -2,24 +2,22 @@
 
     python benchmarks/reading_base.py --out runs/reading-base
 
-It is trained on documents of three kinds, none of which the benchmarks ask for: what is known of a fixed world of
-people, as statements and as questions with answers (so that it can answer from its weights); facts about people met in
+It is trained on documents of three kinds, and the benchmarks ask for none of them: facts about a fixed set of people,
+as statements and as questions with answers (so that it can answer from its weights); facts about people that appear in
 one document only (so that it can answer from its context); and lessons in invented languages, a new one each time.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
-import time
+from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nestlearn.allocator import tune_allocator
+from common import parse, parser, update
 from nestlearn.data import LocalCorpus, train_bpe
 from nestlearn.data.documents import Document
 from nestlearn.data.invented_facts import invent_facts
@@ -29,10 +27,11 @@ from nestlearn.evals.translation import lesson_lines
 WORLD_SEED, FIRST_SEED = 1_000_000, 1_000_000
 """Seeds from here on are for training; the benchmarks use smaller ones."""
 WORLD_PEOPLE = 200
+BATCH, LENGTH = 8, 512
 
 
 def known_world(people: int) -> list[list[str]]:
-    """For every person of the world, the lines that can be said: statements, and questions with their answers."""
+    """The lines about each person: statements, and questions with their answers."""
     lines: dict[str, list[str]] = {}
     for fact in invent_facts(people, WORLD_SEED):
         said = [fact.statement(0), fact.statement(1), f"{fact.question} {fact.value}"]
@@ -60,52 +59,40 @@ def document(generator: random.Random, world: list[list[str]]) -> str:
     return lesson_lines(words) + lesson_lines(list(islice(language.pairs(seed), 16)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/reading-base"))
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    tune_allocator()
-    torch.set_num_threads(options.threads)
+def main(words: Sequence[str] | None = None) -> None:
+    """Train the model and save it."""
+    made = parser(__doc__, "runs/reading-base")
+    made.add_argument("--steps", type=int, default=2500)
+    options = parse(made, words)
     torch.manual_seed(0)
     generator, world = random.Random(0), known_world(WORLD_PEOPLE)
     documents = [Document(document(generator, world), str(i)) for i in range(400)]
     tokenizer = train_bpe(LocalCorpus("reading", "train", tuple(documents)), 512)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=options.width, intermediate_size=3 * options.width,
-        num_hidden_layers=options.layers, num_attention_heads=4, max_position_embeddings=4096,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=4096,
         tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
-    started, stream = time.perf_counter(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
+
+    def rate(step: int) -> float:
+        return max(min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / options.steps)), 1 / 20)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    stream, wanted = [], BATCH * (LENGTH + 1)
     for step in range(options.steps):
-        share = step / options.steps
-        rate = options.learning_rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = max(rate, options.learning_rate / 20)
-        wanted = options.batch_size * (options.length + 1)
         while len(stream) < wanted:
             text = document(generator, world)
             stream += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        ids, stream = torch.tensor(stream[:wanted]).view(options.batch_size, -1), stream[wanted:]
+        ids, stream = torch.tensor(stream[:wanted]).view(BATCH, -1), stream[wanted:]
         logits = model(ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update(model, loss, optimizer, schedule)
         if step % 50 == 0 or step == options.steps - 1:
-            seconds = time.perf_counter() - started
-            print(f"step {step} loss {loss.item():.3f} nats {seconds:.0f} s", flush=True)
+            print(f"step {step} loss {loss.item():.3f} nats", flush=True)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     print(f"saved {options.out}")

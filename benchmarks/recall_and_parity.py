@@ -1,7 +1,7 @@
 """Does the layer learn? Multi-query recall and parity, against attention, DeltaNet and static projections.
 
-    python benchmarks/recall_and_parity.py recall --mixers hope,static,deltanet,attention --seeds 3
-    python benchmarks/recall_and_parity.py parity --mixers hope,static,deltanet,attention --seeds 3
+    python benchmarks/recall_and_parity.py recall --mixers hope static deltanet attention
+    python benchmarks/recall_and_parity.py parity --mixers hope static deltanet attention
 
 Every model has 2 layers of width 32 and one head, fresh batches of 64 sequences, AdamW with a cosine schedule. Recall:
 vocabulary 64, length 64, 16 pairs, accuracy over queries. Parity: trained on lengths 2-50, accuracy over whole
@@ -10,17 +10,17 @@ strings (every prefix right) of lengths 2-50 and 51-100.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from common import Record, Records, parse, parser, update
 from nestlearn.data.synthetic import IGNORE, Batch, multi_query_recall, parity
 from nestlearn.models import HopeConfig, HopeForCausalLM
 
@@ -48,24 +48,11 @@ class Recipe:
     enough: Callable[[dict[str, float]], bool]
 
 
-# Widths of 32 want large embeddings where tokens must be told apart, small ones where a bit must be tracked.
+# At width 32, large initial embeddings help to tell tokens apart, small ones help to track a bit.
 RECIPES = {
     "recall": Recipe(64, 600, 6e-3, 64, 0.2, multi_query_recall, lambda score: score["queries"] > 0.99),
     "parity": Recipe(2, 600, 4e-3, 64, 0.02, parity, lambda score: score["2-50"] == 1 and score["51-100"] > 0.97),
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One trained model."""
-
-    task: str
-    mixer: str
-    seed: int
-    steps: int
-    seconds: float
-    parameters: int
-    scores: dict[str, float]
 
 
 def build(task: str, mixer: str) -> HopeForCausalLM:
@@ -73,17 +60,10 @@ def build(task: str, mixer: str) -> HopeForCausalLM:
     settings = dict(MIXERS[mixer])
     if task == "parity" and settings["type"] == "self_modifying":
         settings |= STATE_TRACKING
-    config = HopeConfig(
-        vocab_size=RECIPES[task].vocabulary,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        cms=[{"period": None, "expansion": 4}],
-        ffn_activation="gelu",
-        initializer_range=RECIPES[task].initializer_range,
-        mixer=settings,
-    )
-    return HopeForCausalLM(config)
+    recipe = RECIPES[task]
+    sizes = {"vocab_size": recipe.vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1}
+    fields = {"cms": [{"period": None, "expansion": 4}], "ffn_activation": "gelu", "mixer": settings}
+    return HopeForCausalLM(HopeConfig(**sizes, **fields, initializer_range=recipe.initializer_range))
 
 
 @torch.inference_mode()
@@ -106,8 +86,8 @@ def score(model: HopeForCausalLM, task: str) -> dict[str, float]:
     return scores
 
 
-def learn(task: str, mixer: str, seed: int, steps: int | None = None, report: bool = False) -> Outcome:
-    """Train one model until it is good enough or its steps are used up."""
+def learn(task: str, mixer: str, seed: int, steps: int | None = None) -> Record:
+    """Train one model until it is good enough or its steps are used up; steps, seconds, parameters and scores."""
     recipe = RECIPES[task]
     steps = recipe.steps if steps is None else steps
     torch.manual_seed(seed)
@@ -123,47 +103,35 @@ def learn(task: str, mixer: str, seed: int, steps: int | None = None, report: bo
         batch = recipe.draw(recipe.batch, generator)
         logits = model(batch.inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(model, loss, optimizer, schedule)
         if step % 50 == 0 or step == steps:
             scores = score(model, task)
-            if report:
-                print(f"  {mixer} seed {seed} step {step} loss {loss.item():.4f} {scores}", flush=True)
             if recipe.enough(scores):
                 break
-    seconds = time.perf_counter() - start
-    return Outcome(task, mixer, seed, step, seconds, sum(p.numel() for p in model.parameters()), scores)
+    size = sum(p.numel() for p in model.parameters())
+    return {"steps": step, "seconds": time.perf_counter() - start, "parameters": size, "scores": scores}
 
 
-def median(outcomes: list[Outcome]) -> dict[str, float]:
+def median(outcomes: Sequence[Record]) -> dict[str, float]:
     """Median of every score over seeds."""
-    names = outcomes[0].scores
-    return {name: torch.tensor([o.scores[name] for o in outcomes]).median().item() for name in names}
+    return {name: statistics.median(o["scores"][name] for o in outcomes) for name in outcomes[0]["scores"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=list(RECIPES))
-    parser.add_argument("--mixers", default=",".join(MIXERS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="instead of the task's own number")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="append every outcome to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for mixer in arguments.mixers.split(","):
-        if mixer not in MIXERS:
-            parser.error(f"unknown mixer {mixer!r}: known are {', '.join(MIXERS)}")
-        seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-        outcomes = [learn(arguments.task, mixer, seed, arguments.steps, report=True) for seed in seeds]
-        if arguments.json:
-            with open(arguments.json, "a") as file:
-                file.writelines(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
-        print(f"{mixer}: median {median(outcomes)} steps {[o.steps for o in outcomes]}", flush=True)
+def main(words: Sequence[str] | None = None) -> None:
+    """Train every mixer with every seed; finished runs in --out are not repeated."""
+    made = parser(__doc__, "runs/recall_and_parity.jsonl", seeds=range(3), threads=2)
+    made.add_argument("task", choices=list(RECIPES))
+    made.add_argument("--mixers", nargs="+", choices=list(MIXERS), default=list(MIXERS))
+    made.add_argument("--steps", type=int, help="instead of the task's own number")
+    options = parse(made, words)
+    records = Records(options.out)
+    for mixer in options.mixers:
+        settings = {"task": options.task, "mixer": mixer, "limit": options.steps}
+        outcomes = [
+            records.get(settings | {"seed": seed}, lambda m=mixer, s=seed: learn(options.task, m, s, options.steps))
+            for seed in options.seeds
+        ]
+        print(f"{mixer}: median {median(outcomes)} steps {[o['steps'] for o in outcomes]}", flush=True)
 
 
 if __name__ == "__main__":

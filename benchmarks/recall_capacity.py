@@ -2,30 +2,28 @@
 
     python benchmarks/recall_capacity.py                   (half a minute)
 
-No model and no training: the pairs of the tasks of suites `recall` and `recall-rewritten` (nothing else of their
-sequences) are written once, in order, then each key is asked for, and the answer is the value vector nearest to what
-the memory reads. 31 keys and 32 values are unit vectors in 16 dimensions: "spread" ones moved as far apart as they go,
-the best that a model could learn, "random" ones as drawn. "Rewritten" keys are spread, and each was written before with
-another value, which is to be forgotten. Writes a record per row to docs/results/recall_capacity.jsonl and prints the
+No model and no training: the pairs of the suites `recall` and `recall-rewritten` are written once, in order, without
+the rest of their sequences. Then each key is read, and the answer is the value vector nearest to the result. The 31
+keys and 32 values are unit vectors in 16 dimensions. "Spread" vectors are as far apart as possible, the best that a
+model could learn; "random" ones are as drawn. "Rewritten" keys are spread, and each was written before with another
+value, which the memory should forget. Writes a record per memory to docs/results/recall_capacity.jsonl and prints the
 table.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common import RESULTS, Records, parse, parser, table
 from nestlearn.data.synthetic import multi_query_recall
 from nestlearn.memory import Gates, catalog, scan
 
-OUT = Path(__file__).parents[1] / "docs" / "results" / "recall_capacity.jsonl"
-WORDS, WIDTH, SEQUENCES = 32, 16, 1000
+WORDS, WIDTH = 32, 16
 PAIRS = (4, 8, 16, 24, 31)
 STEPS = (0.1, 0.3, 0.5, 0.7, 1.0)
 
@@ -62,38 +60,27 @@ def recalled(name: str, step: float, keys: Tensor, written: Tensor, values: Tens
     return float(((read @ values.T).argmax(-1) == written[:, -asked:]).float().mean())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=SEQUENCES)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args(arguments)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+def main(words: Sequence[str] | None = None) -> None:
+    """Write and recall with every kind of keys and number of pairs."""
+    made = parser(__doc__, RESULTS / "recall_capacity.jsonl")
+    made.add_argument("--sequences", type=int, default=1000)
+    options = parse(made, words)
+    records, rows, generator = Records(options.out, fresh=True), [], torch.Generator().manual_seed(0)
     far, values = spread(WORDS, WIDTH, generator), spread(WORDS, WIDTH, generator)
     near = F.normalize(torch.randn(WORDS, WIDTH, generator=generator), dim=-1)
-    print("| keys | pairs | linear attention |" + "".join(f" delta, step {step:g} |" for step in STEPS))
-    with options.out.open("w") as file:
-        for kind, vectors in (("spread", far), ("random", near), ("rewritten", far)):
-            for pairs in PAIRS:
-                writes = 2 if kind == "rewritten" else 1
-                told = 2 * pairs * writes
-                tokens = multi_query_recall(
-                    options.sequences,
-                    generator,
-                    vocabulary=2 * WORDS,
-                    length=told + 2 * pairs,
-                    pairs=pairs,
-                    writes=writes,
-                ).inputs[:, :told]
-                keys, written = vectors[tokens[:, 0::2]], tokens[:, 1::2] - WORDS
-                memories = [("linear_attention", 1.0), *(("deltanet", step) for step in STEPS)]
-                scores = [recalled(name, step, keys, written, values, pairs) for name, step in memories]
-                rows = [
-                    {"keys": kind, "pairs": pairs, "memory": name, "step": step, "recalled": score}
-                    for (name, step), score in zip(memories, scores, strict=True)
-                ]
-                file.writelines(json.dumps(row | {"sequences": options.sequences}) + "\n" for row in rows)
-                print(f"| {kind} | {pairs} |" + "".join(f" {100 * score:.1f} |" for score in scores), flush=True)
+    memories = [("linear_attention", 1.0), *(("deltanet", step) for step in STEPS)]
+    for (kind, vectors), pairs in product((("spread", far), ("random", near), ("rewritten", far)), PAIRS):
+        writes = 2 if kind == "rewritten" else 1
+        told = 2 * pairs * writes
+        sizes = {"vocabulary": 2 * WORDS, "length": told + 2 * pairs, "pairs": pairs, "writes": writes}
+        tokens = multi_query_recall(options.sequences, generator, **sizes).inputs[:, :told]
+        keys, written = vectors[tokens[:, 0::2]], tokens[:, 1::2] - WORDS
+        scores = [recalled(name, step, keys, written, values, pairs) for name, step in memories]
+        for (name, step), score in zip(memories, scores, strict=True):
+            key = {"keys": kind, "pairs": pairs, "memory": name, "step": step}
+            records.add(key | {"recalled": score, "sequences": options.sequences})
+        rows.append([kind, str(pairs), *(f"{100 * score:.1f}" for score in scores)])
+    print(table(["keys", "pairs", "linear attention", *(f"delta, step {step:g}" for step in STEPS)], rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Copies the results of a benchmark to docs/results and draws accuracy by length, or by what else the splits vary.
+"""Copies the results of a benchmark to docs/results and draws accuracy by length, or by the number of pairs.
 
     python benchmarks/result_plot.py runs/formal docs/results/formal-languages
 
@@ -7,15 +7,15 @@ writes docs/results/formal-languages.jsonl and docs/results/formal-languages.svg
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import Records, parse, parser, save_chart
 from nestlearn.evals.bench.tables import mean_of
-from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
+from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel
 
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY, "#111111")
 
@@ -30,7 +30,7 @@ def points(run: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def label(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """The mixer; how it was trained beside it where the same mixer was trained in several ways on the task."""
+    """The mixer, and how it was trained if the task has several ways of training it."""
     mixer, training = run["config"]["mixer"], run["config"]["training"]
     same = [other for other in runs if (other["task"], other["config"]["mixer"]) == (run["task"], mixer)]
     if len({other["details"]["recipe"] for other in same}) == 1:
@@ -53,24 +53,22 @@ def panel(runs: list[dict[str, Any]], task: str, colors: dict[str, str]) -> Pane
     return Panel(lines, f"{task}: {axis}", "accuracy, %", x_log=task == "niah_single_1", y_range=y_range)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="The --out folder of nestlearn bench.")
-    parser.add_argument("target", type=Path, help="Where to write, without the ending.")
-    arguments = parser.parse_args()
-    source = arguments.folder / "results.jsonl"
-    runs = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+def main(words: Sequence[str] | None = None) -> None:
+    """Copy the records and draw the chart."""
+    made = parser(__doc__)
+    made.add_argument("folder", type=Path, help="The --out folder of nestlearn bench.")
+    made.add_argument("target", type=Path, help="Where to write, without the ending.")
+    options = parse(made, words)
+    runs = Records(options.folder / "results.jsonl").all
     names = list(dict.fromkeys(label(run, runs) for run in runs))
     colors = {name: _COLORS[place % len(_COLORS)] for place, name in enumerate(names)}
     tasks = dict.fromkeys(run["task"] for run in runs)
     legend = 0.07 * sum(map(len, names)) + 0.5 * len(names)
     width = max(3.2 * len(tasks) + 2.0, min(9.0, legend))
-    svg = chart([panel(runs, task, colors) for task in tasks], width=width, height=3.4)
-    # A file of its own is shown on whatever the reader's page has: give it paper.
-    svg = svg.replace("<svg ", '<svg style="background:white" ', 1)
-    arguments.target.parent.mkdir(parents=True, exist_ok=True)
-    arguments.target.with_suffix(".svg").write_text(svg, encoding="utf-8")
-    shutil.copyfile(source, arguments.target.with_suffix(".jsonl"))
+    options.target.parent.mkdir(parents=True, exist_ok=True)
+    panels = [panel(runs, task, colors) for task in tasks]
+    save_chart(options.target.with_suffix(".svg"), panels, width=width, height=3.4)
+    shutil.copyfile(options.folder / "results.jsonl", options.target.with_suffix(".jsonl"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Retention toward zero, as printed, or toward the learned start: does it train, and what is left of a memory later?
+"""Retention toward zero, as printed, or toward the initial weights: does it train, and how long does a memory last?
 
     python benchmarks/retention_target.py
     python benchmarks/retention_target.py --steps 400 --lengths 256 4096 --seed 1
@@ -8,25 +8,16 @@ Small paper-literal models read the source of this package; the last 256 bytes o
 
 from __future__ import annotations
 
-import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import nestlearn
+from common import parse, parser, update, windows
 from nestlearn import HopeConfig, HopeForCausalLM
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Compare the targets of retention.")
-    parser.add_argument("--targets", nargs="+", default=["zero", "initial"])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 4096, 16384])
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
 
 
 def source_text() -> Tensor:
@@ -46,13 +37,8 @@ def train(target: str, text: Tensor, steps: int, seed: int) -> HopeForCausalLM:
     model = HopeForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(1, steps + 1):
-        starts = torch.randint(0, len(text) - 257, (4,))
-        ids = torch.stack([text[start : start + 256] for start in starts])
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        ids = windows(text, 4, 256)
+        loss = update(model, model(ids, labels=ids).loss, optimizer)
         if step % 40 == 0:
             print(f"{target}: step {step}, {loss.item() / math.log(2):.2f} bits per byte", flush=True)
     return model.eval()
@@ -70,14 +56,18 @@ def report(target: str, model: HopeForCausalLM, text: Tensor, lengths: list[int]
         print(f"{target}: {length} tokens, {bits:.2f} bits per byte, norm {weights.norm().item():.2f}", flush=True)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Train and report every target."""
-    arguments = parse()
+    made = parser(__doc__)
+    made.add_argument("--targets", nargs="+", default=["zero", "initial"])
+    made.add_argument("--steps", type=int, default=120)
+    made.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 4096, 16384])
+    made.add_argument("--seed", type=int, default=0)
+    options = parse(made, words)
     text = source_text()
     cut = int(0.9 * len(text))
-    for target in arguments.targets:
-        model = train(target, text[:cut], arguments.steps, arguments.seed)
-        report(target, model, text[cut:], arguments.lengths)
+    for target in options.targets:
+        report(target, train(target, text[:cut], options.steps, options.seed), text[cut:], options.lengths)
 
 
 if __name__ == "__main__":

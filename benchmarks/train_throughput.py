@@ -16,14 +16,21 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from common import parse, parser, processor, table, update
+from nestlearn import HopeConfig, HopeForCausalLM, flops
+from nestlearn.allocator import tune_allocator
 
 FROZEN = [{"period": None, "expansion": 4}]
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 256,
@@ -41,10 +48,6 @@ BASELINE = "transformer"
 
 def build(name: str, overrides: dict[str, Any]) -> Any:
     """The benchmark's model of that name."""
-    import torch
-
-    from nestlearn import HopeConfig, HopeForCausalLM
-
     fields = {**SHAPE, **{k: v for k, v in MODELS[name].items() if k != "preset"}, **overrides}
     torch.manual_seed(0)
     return HopeForCausalLM(HopeConfig.from_preset(MODELS[name]["preset"], **fields))
@@ -52,8 +55,6 @@ def build(name: str, overrides: dict[str, Any]) -> Any:
 
 def gate(model: Any, batch: int, length: int) -> dict[str, Any]:
     """Correctness before speed; raises RuntimeError with the reason if the model fails."""
-    import torch
-
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, model.config.vocab_size, (2, min(length, 160)), generator=generator)
     cut = tokens.shape[1] * 2 // 3
@@ -80,10 +81,6 @@ class Worker:
     """One model in this process: trains when told to."""
 
     def __init__(self, name: str, options: argparse.Namespace):
-        import torch
-
-        from nestlearn import flops
-
         torch.set_num_threads(options.threads)
         self.model = build(name, json.loads(options.overrides))
         self.tokens = options.batch * options.length
@@ -101,15 +98,9 @@ class Worker:
 
     def step(self) -> float:
         """Seconds of one training step."""
-        import torch
-
         began = time.perf_counter()
         loss = self.model(self.data, labels=self.data, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.losses.append(loss.item())
+        self.losses.append(update(self.model, loss, self.optimizer).item())
         return time.perf_counter() - began
 
     def summary(self) -> dict[str, Any]:
@@ -128,12 +119,10 @@ class Worker:
 
 def serve(name: str, options: argparse.Namespace, pipe: Any) -> None:
     """Body of a worker process: answers "step" with seconds and "end" with the summary, errors as text."""
-    from nestlearn.allocator import tune_allocator
-
-    note = tune_allocator()
+    tune_allocator()
     try:
         worker = Worker(name, options)
-        pipe.send({"ready": note})
+        pipe.send({})
         while pipe.recv() == "step":
             pipe.send({"seconds": worker.step()})
         pipe.send({"summary": worker.summary()})
@@ -172,84 +161,56 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rates(results: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Adds tokens/s, achieved FLOP/s and ratios to each model that passed."""
-    for result in results.values():
-        if "error" in result:
-            continue
-        best, median = min(result["seconds"]), statistics.median(result["seconds"])
-        result["tokens_per_second"] = {"best": tokens / best, "median": tokens / median}
-        result["flops_per_second"] = {
-            key: rate * result["training_flops_per_token"] for key, rate in result["tokens_per_second"].items()
-        }
+    """Adds tokens/s, FLOP/s and ratios to the baseline to each model that passed."""
+    passed = [result for result in results.values() if "error" not in result]
+    for result in passed:
+        times = {"best": min(result["seconds"]), "median": statistics.median(result["seconds"])}
+        speeds = {key: tokens / seconds for key, seconds in times.items()}
+        flops = {key: rate * result["training_flops_per_token"] for key, rate in speeds.items()}
+        result |= {"tokens_per_second": speeds, "flops_per_second": flops}
     base = results.get(BASELINE, {})
-    if "tokens_per_second" in base:
-        for result in results.values():
-            if "tokens_per_second" in result:
-                result["ratio_to_transformer"] = {
-                    key: rate / base["tokens_per_second"][key] for key, rate in result["tokens_per_second"].items()
-                }
-                result["flop_ratio_to_transformer"] = (
-                    result["training_flops_per_token"] / base["training_flops_per_token"]
-                )
+    for result in passed if "tokens_per_second" in base else ():
+        result["ratio_to_transformer"] = {
+            key: rate / base["tokens_per_second"][key] for key, rate in result["tokens_per_second"].items()
+        }
+        result["flop_ratio_to_transformer"] = result["training_flops_per_token"] / base["training_flops_per_token"]
     return results
+
+
+HEADER = ("model", "parameters", "tokens/s best", "median", "of Transformer (median)", "FLOPs/token vs Transformer",
+          "GFLOP/s (median)", "peak memory")  # fmt: skip
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a table."""
-    lines = [
-        f"# Training throughput, {report['date']}",
-        "",
-        f"{report['machine']}; {report['setting']}.",
-        f"Command: `{report['command']}`. Steps of the models alternate; best and median of "
-        f"{report['options']['repetitions']}.",
-        "",
-        "| model | parameters | tokens/s best | median | of Transformer (median) | FLOPs/token vs Transformer | "
-        "GFLOP/s (median) | peak memory |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    rows = []
     for name, result in report["models"].items():
         if "error" in result:
-            lines.append(f"| {name} | failed: {result['error']} | | | | | | |")
+            rows.append([name, f"failed: {result['error']}", *[""] * (len(HEADER) - 2)])
             continue
         rate, flop = result["tokens_per_second"], result["flops_per_second"]
         ratio, cost = result.get("ratio_to_transformer"), result.get("flop_ratio_to_transformer")
-        compared = f"{ratio['median']:.3f} | {cost:.2f}" if ratio and cost else " | "
-        lines.append(
-            f"| {name} | {result['parameters']:,} | {rate['best']:,.0f} | {rate['median']:,.0f} | {compared} | "
-            f"{flop['median'] / 1e9:.1f} | {result['peak_bytes'] / 2**20:,.0f} MiB |"
-        )
-    return "\n".join(lines) + "\n"
+        compared = [f"{ratio['median']:.3f}", f"{cost:.2f}"] if ratio else ["", ""]
+        speeds = [f"{result['parameters']:,}", f"{rate['best']:,.0f}", f"{rate['median']:,.0f}"]
+        size = f"{result['peak_bytes'] / 2**20:,.0f} MiB"
+        rows.append([name, *speeds, *compared, f"{flop['median'] / 1e9:.1f}", size])
+    return (
+        f"# Training throughput, {report['date']}\n\n{report['machine']}; {report['setting']}.\n"
+        f"Command: `{report['command']}`. Steps of the models alternate; best and median of "
+        f"{report['options']['repetitions']}.\n\n{table(HEADER, rows)}"
+    )
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Training speed of Hope, Titans, DeltaNet and a Transformer.")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--overrides", default="{}", help="JSON with HopeConfig fields set for every model")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure and write benchmarks/results/train_throughput_*.json and .md."""
-    options = parse(arguments)
-    import torch
-
+    made = parser(__doc__, Path(__file__).parent / "results", threads=2)
+    made.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    made.add_argument("--repetitions", type=int, default=7)
+    made.add_argument("--warmup", type=int, default=2)
+    made.add_argument("--batch", type=int, default=4)
+    made.add_argument("--length", type=int, default=512)
+    made.add_argument("--overrides", default="{}", help="JSON with HopeConfig fields set for every model")
+    options = parse(made, words)
     models = rates(measure(options), options.batch * options.length)
     report = {
         "version": 1,
@@ -257,7 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": f"{processor()}, {options.threads} of {os.cpu_count()} threads, torch {torch.__version__}",
         "setting": f"d 256, 4 layers, 4 heads, T {options.length}, batch {options.batch}, vocabulary 256, float32, "
         "one step = forward, backward, clipping, AdamW",
-        "command": "python benchmarks/train_throughput.py" + "".join(f" {a}" for a in (arguments or sys.argv[1:])),
+        "command": shlex.join(
+            ["python", "benchmarks/train_throughput.py", *(sys.argv[1:] if words is None else words)]
+        ),
         "options": {key: value for key, value in vars(options).items() if key != "out"},
         "models": models,
     }

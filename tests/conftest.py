@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Set before any import that reads them: tests never reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,6 +59,15 @@ def _seed() -> None:
 def repository() -> Path:
     """The root of the source tree."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def load_benchmark(repository: Path) -> Iterator[Callable[[str], ModuleType]]:
+    """A function that imports a script of ``benchmarks/`` by its name."""
+    folder = str(repository / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ def test_dry_run_prints_every_setting_and_writes_nothing(
     ("words", "message"),
     [
         (["train", "--preset", "hope-tinny"], "hope-tiny"),
-        (["train", "--hiden-size", "3"], "Did you mean hidden_size"),
+        (["train", "--hiden-size", "3"], "Did you mean 'hidden_size'"),
         (["train", "--mixer", "atention"], "attention"),
         (["train", "--hidden-size", "30"], "not divisible"),
         (["train", "--mixer.chunk-size", "0"], "chunk_size=0"),

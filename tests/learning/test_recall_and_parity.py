@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,14 +11,9 @@ from nestlearn.data.synthetic import IGNORE, multi_query_recall, parity
 
 
 @pytest.fixture(scope="module")
-def comparison(repository: Path) -> ModuleType:
+def comparison(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
     """benchmarks/recall_and_parity.py, the command that repeats these figures."""
-    spec = importlib.util.spec_from_file_location("recall_and_parity", repository / "benchmarks/recall_and_parity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("recall_and_parity")
 
 
 def medians(comparison: ModuleType, task: str) -> dict[str, float]:

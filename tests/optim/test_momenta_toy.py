@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -17,14 +15,9 @@ from nestlearn.optim import AssociativeMomentum, DeltaMomentum
 
 
 @pytest.fixture(scope="module")
-def benchmark_module(repository: Path) -> ModuleType:
+def benchmark_module(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
     """benchmarks/delta_momentum_toy.py, the command that repeats the figures."""
-    spec = importlib.util.spec_from_file_location("delta_momentum_toy", repository / "benchmarks/delta_momentum_toy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("delta_momentum_toy")
 
 
 def delta(groups: Any) -> DeltaMomentum:

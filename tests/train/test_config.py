@@ -49,9 +49,9 @@ def test_later_values_win():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stepz": "1"}, "Unknown field 'stepz'. Did you mean steps"),
-        ({"hiden_size": "1"}, "Did you mean hidden_size"),
-        ({"model": {"hiden_size": 1}}, "Unknown model field 'hiden_size'. Did you mean hidden_size"),
+        ({"stepz": "1"}, "unknown field 'stepz'. Did you mean 'steps'"),
+        ({"hiden_size": "1"}, "Did you mean 'hidden_size'"),
+        ({"model": {"hiden_size": 1}}, "unknown model field 'hiden_size'. Did you mean 'hidden_size'"),
         ({"steps": "many"}, "steps='many' must be an integer of at least 1"),
         ({"steps": "1.5"}, r"steps=1\.5 must be an integer"),
         ({"steps": "0"}, "steps=0 must be an integer of at least 1"),

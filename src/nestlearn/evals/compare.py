@@ -1,4 +1,4 @@
-"""Two runs at equal tokens, equal FLOPs and equal time, read off their held-out curves."""
+"""Compare two runs at equal tokens, equal FLOPs and equal time, by their held-out curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out bits per byte of a run against what it had used by then."""
+    """Held-out bits per byte of a run, against the tokens, FLOPs and seconds used."""
 
     label: str
     tokens: list[float]
@@ -19,17 +19,17 @@ class Curve:
     bits_per_byte: list[float]
 
     def at(self, axis: str, value: float) -> float:
-        """Bits per byte where `axis` ("tokens", "flops" or "seconds") reaches `value`, between points linearly."""
+        """Bits per byte where ``axis`` ("tokens", "flops" or "seconds") is ``value``, linear between points."""
         return interpolate(getattr(self, axis), self.bits_per_byte, value)
 
     def total(self, axis: str) -> float:
-        """What the whole run used."""
+        """The amount that the whole run used."""
         return getattr(self, axis)[-1]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: held-out bits per byte of both, and the amount at which they were read."""
+    """One line of the comparison: held-out bits per byte of both models at one amount."""
 
     label: str
     amount: str
@@ -38,7 +38,7 @@ class Row:
 
 
 def interpolate(x: Sequence[float], y: Sequence[float], at: float) -> float:
-    """y at position `at` of ascending x, linear between points and constant beyond the ends.
+    """y at position ``at`` of ascending x, linear between points and constant beyond the ends.
 
     Example:
         >>> interpolate([0.0, 10.0], [4.0, 2.0], 5.0)
@@ -57,7 +57,7 @@ def eval_curve(log: list[dict[str, Any]], label: str) -> Curve:
     """The held-out points of a train.jsonl.
 
     Raises:
-        ValueError: if the log has none.
+        ValueError: the log has none.
     """
     points = [
         (line["tokens"], line["flops"], line["seconds"], line["eval_bits_per_byte"])
@@ -71,10 +71,10 @@ def eval_curve(log: list[dict[str, Any]], label: str) -> Curve:
 
 
 def compare(label: str, axis: str, hope: Curve, transformer: Curve) -> Row:
-    """Both curves at the largest amount of `axis` that both runs reached."""
+    """Both curves at the largest amount of ``axis`` that both runs reached."""
     amount = min(hope.total(axis), transformer.total(axis))
     text = {"tokens": f"{amount:,.0f} tokens", "flops": f"{amount:.3g} FLOPs", "seconds": f"{amount:,.0f} s"}[axis]
-    # A schedule that is not over yet has not reached its best: say where a run is read before its end.
+    # A run improves most at the end of its schedule, so the text says if a curve is read before its end.
     for name, curve in (("Hope", hope), ("Transformer", transformer)):
         if amount < 0.995 * curve.total(axis):
             text += f" ({name} at {amount / curve.total(axis):.0%} of its schedule)"

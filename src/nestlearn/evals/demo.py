@@ -24,8 +24,8 @@ from nestlearn.train.checkpoint import write_text
 from nestlearn.train.folder import is_exported
 
 PROMPT = "The for statement is used to"
-# Held-out bits per byte that DemoPlan() reaches, and how far another machine, Python or thread count may be off:
-# the corpus is the documentation of the running Python, so its version changes the text.
+# Held-out bits per byte that DemoPlan() reaches, and the tolerance for other machines, threads and Python versions:
+# the corpus is the documentation of the running Python.
 EXPECTED = {"hope": 2.63, "transformer": 3.34}
 TOLERANCE = 0.15
 
@@ -36,8 +36,8 @@ class DemoPlan:
 
     Attributes:
         steps: updates of both models in the comparison at equal tokens.
-        long_steps: updates of a second Transformer run, with a schedule of its own, that has at least the FLOPs and
-            the time of the Hope run; 0 reads both comparisons off the first run.
+        long_steps: updates of a second Transformer run with a schedule of its own. It uses at least the FLOPs and the
+            time of the Hope run. 0: the first run serves for all comparisons.
         eval_length: positions of the loss by position: four times the training length.
     """
 
@@ -65,7 +65,7 @@ QUICK_PLAN = DemoPlan(
 def run_demo(out: Path, corpus: str, plan: DemoPlan, console: Console, note: str | None = None) -> Path:
     """Train, evaluate and report; returns the path of the report.
 
-    A run already finished in `out` is reused, so an interrupted demonstration continues with the next one.
+    A finished run in ``out`` is used again, so an interrupted demonstration continues.
     """
     began = [("hope", "hope-tiny", plan.steps), ("transformer", "transformer-tiny", plan.steps)]
     if plan.long_steps:
@@ -214,7 +214,7 @@ def commands(out: Path, corpus: str, runs: dict[str, RunSummary]) -> list[str]:
 
 
 def describe_machine(note: str | None = None) -> str:
-    """Processor, threads and versions the numbers were taken with."""
+    """System, threads and versions that the numbers were measured with."""
     parts = [
         f"{platform.system()} {platform.machine()}",
         f"{torch.get_num_threads()} threads",

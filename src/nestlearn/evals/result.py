@@ -1,4 +1,4 @@
-"""The record of one evaluation: typed, versioned, saved as JSON beside what it was measured on."""
+"""The record of one evaluation: typed, versioned, saved as JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """One measured number, with what is needed to judge and to repeat it.
+    """One measured number, with what a reader needs to judge and to repeat it.
 
     Attributes:
-        task: what was measured, for example "bits_per_byte".
-        version: raised whenever the task would give other numbers for the same model.
-        metric: name and unit of `value`.
+        task: the name of the task, for example "bits_per_byte".
+        version: of the task; a new one may give other numbers for the same model.
+        metric: name and unit of ``value``.
         value: the number.
-        stderr: its standard error over documents, None where there is none.
-        n: how many documents the number rests on.
+        stderr: its standard error over documents; None if there is none.
+        n: number of documents.
         seed: seed of every random choice.
         seconds: wall time of the evaluation.
         command: the command that repeats it.
@@ -51,16 +51,16 @@ class EvalResult:
         temporary.replace(target)
 
     def to_json(self, indent: int | None = None) -> str:
-        """The record as JSON text, on one line without ``indent``; numbers that do not exist are null."""
+        """The record as JSON text, on one line without ``indent``; NaN and infinity are null."""
         content = {"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}
         return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
-        """Read what `save` wrote.
+        """The record that `save` wrote.
 
         Raises:
-            ValueError: if the file is no result of this schema.
+            ValueError: the file is no result of this schema.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -70,10 +70,10 @@ class EvalResult:
 
     @classmethod
     def from_json(cls, text: str, place: str = "this text") -> EvalResult:
-        """Read what `to_json` wrote; ``place`` says in an error where the text was.
+        """The record that `to_json` wrote; an error names ``place`` as the origin of the text.
 
         Raises:
-            ValueError: if the text is no result of this schema.
+            ValueError: the text is no result of this schema.
         """
         try:
             content = json.loads(text)
@@ -92,7 +92,7 @@ class EvalResult:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a number that does not exist is null."""
+    """The value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or absent: written beside their place, hashed, then renamed into it.
+"""Checkpoints that are complete or absent: written under another name, hashed, then renamed.
 
 A checkpoint is a folder `checkpoint-STEP` with the files of transformers.Trainer and `manifest.json`, which
 lists every file with its size and SHA-256. `verify` reads all of it before anything is loaded.
@@ -22,7 +22,7 @@ from nestlearn.train.errors import CheckpointError
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What a full disk looks like: the operating system's error, torch.save's and safetensors' own.
+# A full disk raises the error of the operating system, of torch.save or of safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -63,7 +63,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file of `folder` with size and SHA-256 in its manifest."""
+    """List every file of ``folder`` with size and SHA-256 in its manifest."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(folder.rglob("*"))
@@ -74,7 +74,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(checkpoint: str | Path) -> None:
-    """Check that a checkpoint is the one that was written.
+    """Check that a checkpoint is complete and unchanged.
 
     Raises:
         CheckpointError: if it is missing, has no manifest, or a file is missing, truncated or changed.
@@ -88,7 +88,7 @@ def verify(checkpoint: str | Path) -> None:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} has no readable {MANIFEST} ({error}), so it was not written here.{fix}"
+            f"{folder} has no readable {MANIFEST} ({error}), so it is not a checkpoint of nestlearn.{fix}"
         ) from error
     for name, expected in files.items():
         problem = _problem(folder / name, expected)
@@ -108,7 +108,7 @@ def _problem(path: Path, expected: dict[str, str | int]) -> str | None:
 
 
 def staging_path(final: Path) -> Path:
-    """Where the content of `final` is written first: beside it, so that the rename stays on one file system."""
+    """Where the content of ``final`` is written first: next to it, because a rename needs the same file system."""
     return final.parent / f".writing-{final.name}"
 
 
@@ -129,7 +129,7 @@ def clean_on_failure(staging: Path, final: Path) -> Iterator[None]:
 def publish(staging: Path, final: Path) -> None:
     """Give a finished staging folder its manifest and its name.
 
-    A folder already there (the same step, saved twice) is replaced and removed only after the rename.
+    If a folder with this name exists (the same step, saved twice), it is removed after the rename.
     """
     write_manifest(staging)
     replaced = final.parent / f".replaced-{final.name}"
@@ -141,7 +141,7 @@ def publish(staging: Path, final: Path) -> None:
 
 
 def publish_files(staging: Path, folder: Path) -> None:
-    """Move every file of a staging folder to the same name in `folder`, each by one atomic rename."""
+    """Move every file of a staging folder to the same name in ``folder``, each by one atomic rename."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(staging.iterdir()):
         target = folder / path.name

@@ -1,9 +1,8 @@
-"""What a training run is: one frozen record, read from defaults, a file and the command line, in this order."""
+"""The settings of a training run: one frozen record, from defaults, a file and the command line, in this order."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import typing
 from collections.abc import Mapping
@@ -11,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nestlearn.fields import LARGEST, MAX_SEED, Between, Count, Size, check_fields
+from nestlearn.fields import LARGEST, MAX_SEED, Between, Count, Size, check_fields, unknown_name
 from nestlearn.train.optimizers import ENGINE, check_optimizer, own_learning_rate
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 Rate = Annotated[float, Between(0)]
 Decay = Annotated[float, Between(0, 1, open="high")]
 # hope and transformer: found by benchmarks/learning_rate_grid.py on one common grid (docs/log.md has the table).
-# The other two take the rate of their nearest relative, memory or attention; no grid was run for them.
+# The other two take the rate of the more similar of these; no grid was run for them.
 PRESET_LEARNING_RATES = {
     "hope-tiny": 4e-3,
     "transformer-tiny": 2e-3,
@@ -28,7 +27,7 @@ PRESET_LEARNING_RATES = {
 FALLBACK_LEARNING_RATE = 1e-3
 CONFIG_FILE = "train_config.json"
 NESTED = ("optimizer_options", "model", "trainer")
-# On --resume these may differ from the saved run: none of them changes what a step computes.
+# These may differ from the saved run on --resume, because none of them changes what a step computes.
 FREE_ON_RESUME = frozenset({"out", "steps", "log_interval", "eval_interval", "eval_windows", "save_interval",
                             "keep_checkpoints", "threads"})  # fmt: skip
 
@@ -37,8 +36,8 @@ FREE_ON_RESUME = frozenset({"out", "steps", "log_interval", "eval_interval", "ev
 class TrainConfig:
     """Everything that determines a training run.
 
-    Lengths are in tokens, `steps` counts optimizer updates, and one update reads
-    `batch_size * gradient_accumulation * sequence_length` tokens per process.
+    Lengths are in tokens. ``steps`` counts optimizer updates. One update reads
+    ``batch_size * gradient_accumulation * sequence_length`` tokens per process.
 
     Attributes:
         preset: a preset name ("hope-tiny") or a folder with a saved model to train further.
@@ -47,19 +46,19 @@ class TrainConfig:
         optimizer: "adamw", or one of `nestlearn.optim` for the matrices of the model, with AdamW for the rest: "m3",
             "muon", "dgd", "delta-momentum", "deep-momentum"; or a name given to `register_optimizer`.
         learning_rate: peak rate; None takes the preset's own, or the optimizer's if its steps have another size.
-        warmup: steps of linear warm-up; None takes 5 % of `steps`.
+        warmup: steps of linear warm-up; None takes 5 % of ``steps``.
         schedule: "cosine" (to 0), "linear" (to 0) or "constant", after the warm-up.
         weight_decay: applied to tensors with two or more dimensions.
         dtype: "float32", "bfloat16" (mixed precision, float32 weights) or "float64".
         eval_interval: steps between held-out losses; 0 evaluates only at the end.
-        eval_windows: how many held-out windows of `sequence_length` that loss reads.
+        eval_windows: how many held-out windows of ``sequence_length`` that loss reads.
         save_interval: steps between checkpoints; the last step is always saved.
         keep_checkpoints: how many checkpoints stay on disk.
-        threads: CPU threads; None leaves torch's choice. Bit-exact resume needs an equal count.
+        threads: CPU threads; None keeps the choice of torch. A resume is bit-exact only with the same number.
         optimizer_options: settings of the optimizer that differ from its own, such as {"slow_period": 20}.
         model: HopeConfig fields that differ from the preset's.
         trainer: other fields of transformers.TrainingArguments, for example {"report_to": "tensorboard"} or
-            {"fsdp": "full_shard", "fsdp_config": {...}}. Those that a field above sets are refused.
+            {"fsdp": "full_shard", "fsdp_config": {...}}. A field that one of the above sets is refused.
 
     Example:
         >>> TrainConfig(preset="hope-tiny", steps=100).warmup_steps
@@ -141,25 +140,14 @@ def check_tokenizer_spec(spec: str) -> int | None:
     )
 
 
-def suggestion(name: str, known: typing.Iterable[str]) -> str:
-    """' Did you mean a, b?' for the known names close to `name`, else an empty string."""
-    close = difflib.get_close_matches(name, sorted(known), n=3)
-    return f" Did you mean {', '.join(close)}?" if close else ""
-
-
-def train_fields() -> dict[str, Any]:
-    """The fields of TrainConfig with their types."""
-    return typing.get_type_hints(TrainConfig)
-
-
 def build_config(
     values: Mapping[str, Any], model_fields: typing.Collection[str], base: TrainConfig | None = None
 ) -> TrainConfig:
     """A TrainConfig from loosely typed values.
 
-    Names that are TrainConfig fields set them, `optimizer.NAME` sets an option of the optimizer, `mixer.NAME` one of
-    the mixer, `trainer.NAME` a TrainingArguments field, and every other name must be one of `model_fields` and
-    overrides the preset. Later values win over `base`.
+    The name of a TrainConfig field sets that field. ``optimizer.NAME`` sets an option of the optimizer, ``mixer.NAME``
+    one of the mixer and ``trainer.NAME`` a TrainingArguments field. Every other name must be in ``model_fields``, and
+    overrides the preset. ``values`` take precedence over ``base``.
 
     Raises:
         ValueError: for an unknown name (with close matches) or a value of the wrong type.
@@ -168,7 +156,7 @@ def build_config(
         >>> build_config({"steps": "20", "hidden_size": "64", "mixer.chunk_size": "8"}, {"hidden_size", "mixer"}).model
         {'hidden_size': 64, 'mixer': {'chunk_size': 8}}
     """
-    hints = train_fields()
+    hints = typing.get_type_hints(TrainConfig)
     merged = (base or TrainConfig()).to_dict()
     for raw_name, value in values.items():
         name = raw_name.replace("-", "_")
@@ -187,15 +175,10 @@ def build_config(
         elif name.removeprefix("model.") in model_fields:
             merged["model"] = {**merged["model"], name.removeprefix("model."): parse_scalar(value)}
         else:
-            known = [*hints, *model_fields]
-            raise ValueError(
-                f"Unknown field {raw_name!r}.{suggestion(name, known)} "
-                f"Training fields: {', '.join(sorted(set(hints) - set(NESTED)))}. "
-                f"Model fields: {', '.join(sorted(model_fields))}."
-            )
-    unknown = [name for name in merged["model"] if name not in model_fields]
-    if unknown:
-        raise ValueError(f"Unknown model field {unknown[0]!r}.{suggestion(unknown[0], model_fields)}")
+            raise unknown_name("field", raw_name, sorted({*hints, *model_fields} - set(NESTED)))
+    for name in merged["model"]:
+        if name not in model_fields:
+            raise unknown_name("model field", name, sorted(model_fields))
     return TrainConfig(**merged)
 
 
@@ -208,7 +191,7 @@ def _changed_mixer(model: Mapping[str, Any], option: str, value: Any) -> dict[st
 
 
 def parse_scalar(value: Any) -> Any:
-    """The value that command-line text stands for: JSON if it is JSON, None / true / false, else the text."""
+    """The value of a text of the command line: of its JSON, of none / true / false in any case, or the text itself."""
     if not isinstance(value, str):
         return value
     try:
@@ -254,10 +237,10 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:
-    """Refuse to resume with settings that would make it a different run.
+    """Refuse to resume with settings that make it a different run.
 
     Raises:
-        ValueError: naming the first field that differs and must not.
+        ValueError: with the name of the first field that must not differ.
     """
     for name, value in wanted.to_dict().items():
         if name not in FREE_ON_RESUME and value != getattr(saved, name):

@@ -34,7 +34,7 @@ from nestlearn.train.quiet import quiet_engine
 from nestlearn.train.stream import RecordedStream
 from nestlearn.train.trainer import HopeTrainer
 
-# Settings of the engine that a run decides itself, with the option that sets them, None where nothing may.
+# Settings of the engine that belong to the run, with the option that sets each; None if no option does.
 OWN_SETTINGS = {
     "output_dir": "out", "max_steps": "steps", "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation",
@@ -53,7 +53,7 @@ OWN_SETTINGS = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reached. Loss is in nats per token, on the training text and on held-out text."""
+    """The results of a finished run. Loss is in nats per token, on the training text and on held-out text."""
 
     out: Path
     steps: int
@@ -68,7 +68,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class RunData:
-    """The two datasets of a run, what a token of each stands for, and a digest of their text (None for a stream)."""
+    """The datasets of a run, the bytes per token, and a digest of the text (None for a stream)."""
 
     train: Dataset
     validation: Dataset
@@ -78,18 +78,18 @@ class RunData:
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
-    """Train a model and save it, its tokenizer and its log in `config.out`.
+    """Train a model and save it, its tokenizer and its log in ``config.out``.
 
-    On the same machine and thread count, an interrupted and resumed run ends with the same bits as an
-    uninterrupted one.
+    With the same machine and number of threads, a run that was interrupted and resumed ends with the same bits as one
+    without interruption.
 
     Args:
-        config: the run.
-        resume: continue from the last checkpoint in `config.out`.
+        config: settings of the run.
+        resume: continue from the last checkpoint in ``config.out``.
         console: where progress goes; standard error if None.
 
     Raises:
-        ValueError: for settings or data that cannot work.
+        ValueError: settings or data cannot be used.
         CheckpointError: if a checkpoint is damaged or cannot be written; earlier ones are left intact.
         NonFiniteError: when the loss or a gradient is no longer finite.
         TrainingInterrupted: after Ctrl-C, once the state is saved.
@@ -111,7 +111,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Refuse what the engine or the optimizer cannot use, before a run touches anything.
+    """Refuse settings that the engine or the optimizer cannot use, before a run writes anything.
 
     Raises:
         ValueError: an unknown setting, or a value out of range.
@@ -123,13 +123,13 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
-    """The run itself, in a folder that is this process's own."""
+    """The run itself, in a folder that this process has claimed."""
     out = Path(config.out)
     last = starting_point(config, resume)
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(out) if last else prepare_tokenizer(config)
-    # The model first: a wrong setting is found at once, reading a corpus may take a while.
+    # The model first: this finds a wrong setting at once, and reading a corpus may take long.
     model = prepare_model(config, prepare_model_config(config, tokenizer))
     data = load_data(config, tokenizer)
     if last:
@@ -140,14 +140,14 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
     bar, stop = ProgressBar(progress, console, Path(config.preset).name), StopOnSignal(console)
     with stop, quiet_engine():
         trainer = build_trainer(config, model, tokenizer, data, progress)
-        # Every process has seen the folder as it was; only then may the first one write into it.
+        # The first process may write into the folder only after every process has read it.
         trainer.accelerator.wait_for_everyone()
         begun = checkpoint.step_of(last) if last else 0
         if trainer.is_world_process_zero():
             _begin_folder(config, tokenizer, data.digest, begun)
         for callback in (StepTimer(progress), bar, stop):
             trainer.add_callback(callback)
-        # Only now: before an error of the preparation it would be read as its cause.
+        # After the preparation: before an error, this warning would look like its cause.
         _warn_of_idle_memories(model, config.sequence_length, console)
         if last and begun == config.steps:
             export_checkpoint(last, out)
@@ -163,7 +163,7 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
 
 
 def _warn_of_idle_memories(model: nn.Module, sequence_length: int, console: Console) -> None:
-    """Say which memories cannot learn to learn: their period is not shorter than a training sequence."""
+    """Warn of memories that training cannot improve: their period is not shorter than a training sequence."""
     periods = set()
     for module in model.modules():
         if isinstance(module, ContinuumMemory):
@@ -179,7 +179,7 @@ def _warn_of_idle_memories(model: nn.Module, sequence_length: int, console: Cons
 
 
 def _begin_folder(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, digest: str | None, step: int) -> None:
-    """Write what a run starts with, and cut the log back to the step it starts from."""
+    """Write the tokenizer and settings of a run, and cut the log back to its first step."""
     cut_log(Path(config.out), step)
     if step == 0:
         tokenizer.save_pretrained(config.out)
@@ -187,10 +187,10 @@ def _begin_folder(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, diges
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
-    """Pack the training and held-out documents into windows of `sequence_length` tokens.
+    """Pack the training and held-out documents into windows of ``sequence_length`` tokens.
 
     Raises:
-        ValueError: if the corpus has too little text for one batch, or nothing to evaluate on.
+        ValueError: the corpus has too little text for one batch, or nothing to evaluate on.
     """
     packed = {
         split: pack(load_corpus(config.corpus, split), tokenizer, config.sequence_length, seed=config.seed)
@@ -231,23 +231,23 @@ class _ListDataset(Dataset):
 
 
 def _first_items(dataset: PackedDataset | PackedStream, count: int) -> list[dict[str, torch.Tensor]]:
-    """The first `count` windows of a map-style or streaming dataset."""
+    """The first ``count`` windows of a map-style or streaming dataset."""
     if isinstance(dataset, PackedDataset):
         return [dataset[index] for index in range(min(count, len(dataset)))]
     return list(islice(dataset, count))
 
 
 def _windows_ahead(config: TrainConfig) -> int:
-    """More windows than the engine ever reads ahead: two updates of all processes."""
+    """An upper bound of the windows that the engine reads ahead: two updates of all processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return 2 * (config.gradient_accumulation + 1) * config.batch_size * processes
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The engine's own settings for a run, with those of `config.trainer`.
+    """The engine's settings for a run, with those of ``config.trainer``.
 
     Raises:
-        ValueError: an unknown setting, one that the run itself decides, or a value that the engine refuses.
+        ValueError: an unknown setting, one that belongs to the run, or a value that the engine refuses.
     """
     settings: dict[str, Any] = {
         "output_dir": config.out,
@@ -266,7 +266,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "data_seed": config.seed,
         "bf16": config.dtype == "bfloat16",
         "logging_steps": config.log_interval,
-        # The engine would replace a non-finite loss by an average; here it ends the run instead.
+        # The engine would replace a non-finite loss by an average; here such a loss ends the run.
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps",
         "eval_steps": config.eval_interval or config.steps,
@@ -283,7 +283,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        # A stream is put back to its place instead of being read again up to it.
+        # A stream continues at its saved position; the engine need not read up to it again.
         "ignore_data_skip": config.corpus.startswith("hf:"),
         # Kept in the saved configuration, so that generation from the result uses its cache.
         "use_cache": True,
@@ -303,7 +303,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 def build_trainer(
     config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerFast, data: RunData, progress: Meter
 ) -> HopeTrainer:
-    """The engine of a run, without progress bar or signal handling."""
+    """The engine of a run, without progress bar and signal handling."""
     if config.gradient_checkpointing:
         # Renamed in transformers 5.23; the old name warns there, the new one is missing before.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -340,7 +340,7 @@ def _optimizer_maker(config: TrainConfig) -> Callable[[nn.Module], Optimizer] | 
 
 
 def export(trainer: HopeTrainer, out: Path) -> None:
-    """Save model and tokenizer in the run folder itself, each file renamed into place when whole."""
+    """Save model and tokenizer in the run folder itself, each file renamed when it is complete."""
     staging = out / ".writing-model"
     with checkpoint.clean_on_failure(staging, out / "model.safetensors"):
         trainer.save_model(str(staging))

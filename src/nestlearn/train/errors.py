@@ -1,4 +1,4 @@
-"""Errors that end a training run, each with what a person needs in order to go on."""
+"""Errors that end a training run. Each message says how to continue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class TrainingError(RuntimeError):
-    """A training run could not go on; the message names the cause and the way to continue."""
+    """A training run could not continue; the message names the cause and how to continue."""
 
 
 class NonFiniteError(TrainingError):
@@ -32,12 +32,12 @@ class CheckpointError(TrainingError):
 
 
 class TrainingInterrupted(TrainingError):
-    """The run was stopped by a signal after its state had been saved.
+    """A signal stopped the run, after its state was saved.
 
     Attributes:
         step: the last finished optimizer step.
         checkpoint: the folder that holds the state of that step.
-        exit_code: what a shell expects of a program ended by this signal (130 for Ctrl-C).
+        exit_code: the exit status that a shell expects after this signal (130 for Ctrl-C).
         resume_command: the command that continues the run.
     """
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, settings and corpus that a resumed run must share."""
+"""The folder of a run: a lock for one process, and the settings and corpus that a resumed run must share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _DIGEST = "corpus_digest"
 
 @contextmanager
 def claim_folder(out: Path) -> Iterator[None]:
-    """Hold the run folder `out` for this process; it is created if needed, and removed again if it stays empty.
+    """Lock the run folder ``out`` for this process. Create it if needed, and remove it again if it stays empty.
 
-    The operating system frees the lock when the process dies, however it dies. In a distributed run the first process
-    holds it for all.
+    The operating system releases the lock when the process ends, in whatever way. In a distributed run the first
+    process holds the lock for all.
 
     Raises:
         ValueError: another process is training into this folder, or it cannot be created.
@@ -43,7 +43,7 @@ def claim_folder(out: Path) -> Iterator[None]:
         with suppress(OSError):
             (out / LOCK_FILE).unlink()
         lock.close()
-        with suppress(OSError):  # not empty: the run is there to be kept
+        with suppress(OSError):  # a folder that is not empty stays
             for path in missing:
                 path.rmdir()
 
@@ -94,11 +94,10 @@ def _lock(file: IO[str]) -> None:
 def starting_point(config: TrainConfig, resume: bool) -> Path | None:
     """The checkpoint that a run continues from, None to begin at step 0.
 
-    A run that ended before its first checkpoint left nothing to continue from: it begins again, with or without
-    `resume`.
+    A run that ended before its first checkpoint begins again, with or without ``resume``.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is false, or a setting differs from the saved run's.
+        ValueError: the folder holds a run and ``resume`` is false, or a setting differs from the saved run's.
         CheckpointError: there is no run to resume, or its last checkpoint is damaged.
     """
     out = Path(config.out)
@@ -130,7 +129,7 @@ def is_exported(out: Path) -> bool:
 
 
 def _is_exported_from(last: Path, out: Path) -> bool:
-    """Whether the model in `out` is the one of the checkpoint: a run may have ended between the two."""
+    """Whether the model in ``out`` is the one of the checkpoint: a run may end between saving the two."""
     names = [path.name for path in last.glob("model*.safetensors")]
     digest = checkpoint.file_digest
     return all((out / name).exists() and digest(out / name) == digest(last / name) for name in names)

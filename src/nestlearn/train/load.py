@@ -1,9 +1,8 @@
-"""Models and tokenizers for a run: from a preset, or from a folder that is checked before it is used."""
+"""Models and tokenizers of a run, from a preset or from a folder. A folder is checked before it is used."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nestlearn.data import byte_tokenizer, load_corpus, train_bpe
+from nestlearn.fields import unknown_name
 from nestlearn.models import HopeConfig, HopeForCausalLM, presets
 from nestlearn.models.files import refuse_non_finite_weights, refuse_pickled_weights
-from nestlearn.train.config import NESTED, TrainConfig, check_tokenizer_spec, suggestion
+from nestlearn.train.config import NESTED, TrainConfig, check_tokenizer_spec
 from nestlearn.train.errors import CheckpointError
 from nestlearn.train.optimizers import optimizer_options
 from nestlearn.train.quiet import quiet_engine
@@ -29,7 +29,7 @@ def model_fields() -> frozenset[str]:
 
 
 def is_model_folder(name: str) -> bool:
-    """Whether `name` is a folder with a saved model rather than a preset."""
+    """Whether ``name`` is a folder with a saved model and no preset."""
     return (Path(name) / "config.json").is_file()
 
 
@@ -37,7 +37,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved in a model folder.
 
     Raises:
-        CheckpointError: if it is missing or damaged.
+        CheckpointError: it is missing or damaged.
     """
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -49,14 +49,13 @@ def load_model(folder: str | Path) -> HopeForCausalLM:
     """The model saved in a folder, complete and with finite weights.
 
     Raises:
-        CheckpointError: if a file is missing, truncated, damaged or a pickle, or the weights do not fit the
-            configuration.
+        CheckpointError: a file is missing, truncated, damaged or a pickle, or the weights are not finite or do not fit
+            the configuration.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} is no model folder: it has no config.json. Presets: {', '.join(presets())}."
-            f"{suggestion(str(folder), presets())}"
+            f"{path} is no model folder: it has no config.json, and an {unknown_name('preset', str(folder), presets())}"
         )
     try:
         refuse_pickled_weights(path)
@@ -86,7 +85,7 @@ def _short(error: BaseException) -> str:
 
 
 def prepare_tokenizer(config: TrainConfig, corpus: Corpus | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a run: the saved model's own, bytes, or BPE learned from the training split."""
+    """The tokenizer of a run: that of the saved model, bytes, or BPE learned from the training split."""
     if is_model_folder(config.preset):
         return load_tokenizer(config.preset)
     size = check_tokenizer_spec(config.tokenizer)
@@ -96,10 +95,10 @@ def prepare_tokenizer(config: TrainConfig, corpus: Corpus | None = None) -> PreT
 
 
 def resolve_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> HopeConfig:
-    """The model configuration of a run; vocabulary and document boundary come from the tokenizer if there is one.
+    """The model configuration of a run. A tokenizer sets its vocabulary and document boundary.
 
     Raises:
-        ValueError: for an unknown preset or an invalid field.
+        ValueError: an unknown preset or an invalid field.
     """
     overrides = dict(config.model)
     if is_model_folder(config.preset):
@@ -120,9 +119,9 @@ def prepare_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast
     """The model configuration of a run, checked against its tokenizer.
 
     Raises:
-        ValueError: as `resolve_model_config`, and for a vocabulary smaller than the tokenizer's.
+        ValueError: as `resolve_model_config`, or a vocabulary smaller than the tokenizer's.
     """
-    # Before the configuration is built: it would name a token id outside the vocabulary, not the cause.
+    # Checked before the configuration is built, whose error would name a token id and not the cause.
     given = config.model.get("vocab_size")
     if isinstance(given, int):
         _check_vocabulary(given, config.tokenizer, len(tokenizer))
@@ -140,7 +139,7 @@ def _check_vocabulary(vocab_size: int, tokenizer: str, tokens: int) -> None:
 
 
 def prepare_model(config: TrainConfig, model_config: HopeConfig) -> HopeForCausalLM:
-    """The model of a run, initialised from the seed or loaded from its folder."""
+    """The model of a run, initialized from the seed or loaded from its folder."""
     if is_model_folder(config.preset):
         model = load_model(config.preset)
     else:
@@ -149,13 +148,8 @@ def prepare_model(config: TrainConfig, model_config: HopeConfig) -> HopeForCausa
     return model.double() if config.dtype == "float64" else model.float()
 
 
-def initial_loss(vocab_size: int) -> float:
-    """Loss in nats per token of a model that knows nothing: ln(vocabulary)."""
-    return math.log(vocab_size)
-
-
 def describe(config: TrainConfig, model_config: HopeConfig) -> dict[str, Any]:
-    """The resolved settings of a run, as `--dry-run` prints them."""
+    """The resolved settings of a run, as ``--dry-run`` prints them."""
     train = {key: value for key, value in config.to_dict().items() if key not in NESTED}
     train |= {"learning_rate": config.peak_learning_rate(), "warmup": config.warmup_steps}
     fields = model_config.to_dict()

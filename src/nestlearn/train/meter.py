@@ -34,7 +34,7 @@ class Meter:
         tokens: tokens read, by all processes.
         seconds: wall time spent in training steps; evaluation and saving do not count.
         flops: model FLOPs of forward and backward (3 times forward), by all processes.
-        nats, targets, bytes: summed loss, predicted tokens and the bytes they stand for, since the last log.
+        nats, targets, bytes: sum of the loss, predicted tokens and their bytes of text, since the last line of the log.
     """
 
     tokens: int = 0
@@ -58,7 +58,7 @@ class Meter:
         return summary
 
     def totals(self) -> dict[str, float]:
-        """The running totals as one log line has them."""
+        """The running totals, as in a line of the log."""
         return {"tokens": self.tokens, "seconds": round(self.seconds, 3), "flops": self.flops}
 
     def save(self, folder: Path) -> None:
@@ -67,14 +67,14 @@ class Meter:
 
     @classmethod
     def load(cls, folder: Path) -> Meter:
-        """Read what `save` wrote."""
+        """The sums that `save` wrote."""
         return cls(**json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")))
 
 
 def count_targets(labels: Tensor, token_bytes: Tensor) -> tuple[int, int]:
-    """How many tokens `labels` [batch, t] asks to predict, and the bytes they stand for.
+    """How many tokens ``labels`` [batch, t] ask for, and how many bytes of text these are.
 
-    The first column is never predicted (labels are shifted inside the model) and -100 marks ignored targets.
+    The first column is never predicted (labels are shifted inside the model); -100 marks ignored targets.
     """
     targets = labels[..., 1:]
     wanted = targets[targets != -100]
@@ -88,7 +88,7 @@ def append_line(folder: Path, line: dict[str, Any]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """Every line of a run's log; a last line cut short by a crash is left out."""
+    """Every line of a run's log, without a last line that a crash cut short."""
     path = Path(folder) / LOG_FILE
     if not path.exists():
         return []
@@ -102,6 +102,6 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Drop the log lines after `step`, which a resumed run is about to write again."""
+    """Remove the lines after ``step`` from the log: a resumed run writes them again."""
     kept = [line for line in read_log(folder) if line["step"] <= step]
     write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,4 +1,4 @@
-"""The engine's own messages and progress bars, switched off while ours are shown."""
+"""Switch off the messages and progress bars of transformers while nestlearn shows its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging as engine_logging
 
 @contextmanager
 def quiet_engine() -> Iterator[None]:
-    """Silence transformers' informational logging and progress bars; errors still show."""
+    """Hide informational messages and progress bars of transformers; errors still show."""
     level, bars = engine_logging.get_verbosity(), engine_logging.is_progress_bar_enabled()
     engine_logging.set_verbosity(logging.ERROR)
     engine_logging.disable_progress_bar()

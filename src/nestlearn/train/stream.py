@@ -1,4 +1,4 @@
-"""Streamed corpora in training: endless, and resumed from the place instead of being read again."""
+"""Streamed corpora in training: endless, and resumed at the saved position without reading again."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ STREAM_FILE = "stream.json"
 
 
 class RecordedStream(IterableDataset):
-    """A PackedStream that starts over at its end and remembers where each of its last windows ended.
+    """A PackedStream that starts again at its end, and remembers the positions after its last windows.
 
-    The engine reads batches ahead, so at a checkpoint the stream itself is past the windows trained on: the place is
-    looked up by how many windows have been used.
+    The engine reads batches ahead, so at a checkpoint the stream is past the windows of the training. The position is
+    found by the number of windows used.
 
     Args:
         stream: the windows.
-        remember: how many places are kept; at least the windows that are read ahead.
+        remember: how many positions are kept; at least as many as windows are read ahead.
     """
 
     def __init__(self, stream: PackedStream, remember: int):
@@ -46,12 +46,12 @@ class RecordedStream(IterableDataset):
                 )
 
     def save(self, folder: Path, used: int) -> None:
-        """Write the place after `used` windows, counted from the beginning of the run, into a checkpoint."""
+        """Write the position after ``used`` windows of the run into a checkpoint."""
         content = {"used": used, "place": self.places[used]}
         (folder / STREAM_FILE).write_text(json.dumps(content), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Go on from the place that `save` wrote."""
+        """Continue at the position that `save` wrote."""
         content = json.loads((folder / STREAM_FILE).read_text(encoding="utf-8"))
         self.given = content["used"]
         self.places = {self.given: content["place"]}

@@ -1,8 +1,7 @@
-"""transformers.Trainer with the guarantees a long run needs.
+"""transformers.Trainer with the guarantees that a long run needs.
 
-Added to the engine: exact accounting, a stop at the first non-finite value before it reaches the weights, and
-checkpoints that are renamed into place only when whole. Optimizer, schedule, accumulation, mixed precision,
-torchrun and FSDP stay the engine's.
+Additions: exact counts of tokens, FLOPs and loss; a stop at the first non-finite value, before it reaches the weights;
+checkpoints that are complete or absent. Schedule, accumulation, mixed precision, torchrun and FSDP are the engine's.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from nestlearn.train.stream import RecordedStream
 
 
 class HopeTrainer(Trainer):
-    """The training engine; use `nestlearn.train.train` unless you need to change the loop itself.
+    """The training engine. Use `nestlearn.train.train` unless you need to change the loop itself.
 
     Args:
-        token_bytes: bytes that each token id stands for, Long[vocabulary] (special tokens 0).
-        flops_per_token: forward FLOPs of one token, a multiply-add counting 2.
-        meter: the sums to continue from when a run is resumed.
+        token_bytes: bytes of text of each token id, Long[vocabulary] (0 for special tokens).
+        flops_per_token: forward FLOPs of one token; a multiply-add counts 2.
+        meter: the sums of the run; a resumed run continues with its earlier ones.
         eval_bytes_per_target: bytes per predicted token of the evaluation set, to log its bits per byte.
-        make_optimizer: the optimizer for the model as it is trained; None for the engine's own.
+        make_optimizer: makes the optimizer of a model; None for the engine's own.
     """
 
     def __init__(
@@ -59,22 +58,22 @@ class HopeTrainer(Trainer):
         return Path(self.args.output_dir or ".")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """FLOPs of forward and backward on one batch, by the model's own count."""
+        """FLOPs of forward and backward on one batch."""
         return int(3 * self.flops_per_token * inputs["input_ids"].numel())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay acts on matrices and higher; norms, biases and gate biases are left alone."""
+        """Weight decay applies to parameters of two or more dimensions, not to norms and biases."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """The run's optimizer, made when the engine has put the model where it is trained."""
+        """The run's optimizer. The engine calls this after it has placed the model on its devices."""
         if self.optimizer is None and self._make_optimizer is not None:
             trained: Any = self.model if model is None else model
             self.optimizer = self._make_optimizer(trained)
         return super().create_optimizer(model)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The held-out batches; unlike in training, a last batch that is not full counts too."""
+        """The held-out batches. Unlike in training, they include a last batch that is not full."""
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -82,13 +81,13 @@ class HopeTrainer(Trainer):
             self.args.dataloader_drop_last = drop
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Neither training nor the held-out loss reads the final state, and building it costs a write per layer.
+        # Training and the held-out loss do not use the final state, and to build it costs a write per layer.
         return {**super()._prepare_inputs(inputs), "use_cache": False}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and backward pass, counted; raises NonFiniteError before the weights could be harmed."""
+        """One forward and backward pass, counted. Raises NonFiniteError before an update changes the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = float(loss)
         if not torch.isfinite(loss):
@@ -96,7 +95,7 @@ class HopeTrainer(Trainer):
             raise NonFiniteError(f"The loss is {value}", self._step, component, checkpoint.last_checkpoint(self.out))
         processes = self.accelerator.num_processes
         targets, byte_count = meter.count_targets(inputs["labels"], self.token_bytes)
-        # The engine divides by the targets of the whole update and multiplies by the processes it averages over.
+        # The engine divides by the targets of the whole update and multiplies by the number of processes.
         scale = targets if num_items_in_batch is None else float(num_items_in_batch) / processes
         self.meter.nats += value * scale
         self.meter.targets += targets
@@ -113,7 +112,7 @@ class HopeTrainer(Trainer):
         engine = self.accelerator
         plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or engine.scaler is not None)
         if plain:
-            # Clipping by a NaN norm would spread NaN to every gradient, so the norm is looked at first.
+            # Clipping by a NaN norm would spread NaN to every gradient, so the norm is checked first.
             parameters = [p for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             self._require_finite(model, norm)
@@ -160,12 +159,12 @@ class HopeTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _not_finite(self, what: str) -> NonFiniteError:
-        """The error of a state that is not worth keeping, after the update of the present step."""
+        """The error for a state that is not finite after the update of the present step."""
         component = first_non_finite_parameter(cast(nn.Module, self.model)) or "the output (each parameter is finite)"
         return NonFiniteError(what, self.state.global_step, component, checkpoint.last_checkpoint(self.out))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write checkpoint-STEP under a temporary name, then rename it: a failure leaves older ones as they were."""
+        """Write checkpoint-STEP under a temporary name, then rename it. A failure does not change older checkpoints."""
         if first_non_finite_parameter(model) is not None:
             raise self._not_finite("The update made a weight NaN or infinite")
         final = self.out / f"checkpoint-{self.state.global_step}"
@@ -192,5 +191,5 @@ class HopeTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # The engine pickles its arguments here. Nothing of ours reads pickles; train_config.json has the settings.
+        # The engine pickles its arguments here. nestlearn reads no pickles; train_config.json has the settings.
         (Path(output_dir or self.out) / "training_args.bin").unlink(missing_ok=True)

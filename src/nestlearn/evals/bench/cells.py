@@ -1,4 +1,4 @@
-"""Cells: one model to be trained on one task from one seed, and which of them a run consists of."""
+"""Cells, each one model trained on one task from one seed, and the cells of a run."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Cell:
     seed: int
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the seed that the result depends on, as JSON values."""
+        """Everything that the result depends on except the seed, as JSON values."""
         return json.loads(json.dumps(self.recipe_settings() | {"mixer": self.mixer, "model": self.model}))
 
     def recipe_settings(self) -> dict[str, Any]:
-        """What all mixers of the recipe share."""
+        """The settings that all mixers of the recipe share."""
         return {
             "suite": self.suite,
             "task": {"name": self.task.name, "version": self.task.version} | self.task.config(),
@@ -50,12 +50,12 @@ class Cell:
 
     @property
     def recipe_key(self) -> str:
-        """A digest of what all mixers of the recipe share."""
+        """A digest of the settings that all mixers of the recipe share."""
         return _digest(self.recipe_settings())
 
     @property
     def key(self) -> str:
-        """A digest of task, version, settings and seed: what makes two cells the same."""
+        """A digest of task, version, settings and seed; equal for equal cells."""
         return _digest(self.settings() | {"seed": self.seed})
 
 
@@ -73,16 +73,16 @@ def plan(
     learning_rate: float | None = None,
     first_seed: int = 0,
 ) -> list[Cell]:
-    """The cells of a run, seed by seed, so that an interrupted run has compared all mixers.
+    """The cells of a run. Seed by seed, so that an interrupted run has still compared all mixers.
 
     Args:
-        suite: which recipes.
-        mixers: mixer tokens; the suite's own without.
+        suite: the recipes.
+        mixers: mixer tokens; None for those of the suite.
         seeds: how many.
-        tasks: names of tasks; all without.
+        tasks: names of tasks; None for all.
         steps: updates of every model, instead of the recipes'.
         learning_rate: peak rate of every model, instead of the recipes'.
-        first_seed: the first of the seeds; what is searched for on others does not favour the reported ones.
+        first_seed: the first seed. A search for settings should use other seeds than the reported ones.
 
     Raises:
         ValueError: an unknown mixer, field or task, a number below 1, a seed below 0, or a rate that is not positive.
@@ -104,9 +104,9 @@ def plan(
 
 
 def sized_fields(recipe: Recipe, mixer: str) -> dict[str, Any]:
-    """Fields of a mixer's model, its feed-forward network as wide as brings it to the reference's parameter count.
+    """Fields of a mixer's model, with a feed-forward network so wide that the parameter count equals the reference's.
 
-    A model that is too large even with a network of half its width stays larger; its own count is reported.
+    A model that is too large even with a network of half its width stays larger; the tables show its count.
 
     Raises:
         ValueError: an unknown mixer, or fields that do not fit each other.

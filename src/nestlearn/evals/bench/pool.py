@@ -1,4 +1,4 @@
-"""Cells in worker processes: one thread each, a new cell as soon as one is done."""
+"""Run cells in worker processes. A worker gets a new cell as soon as it has finished one."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def run_jobs(
     settings: Settings,
     report: Report,
 ) -> Iterator[EvalResult]:
-    """Run the cells and yield every result as it comes.
+    """Run the cells and yield every result when it is ready.
 
     Args:
         cells: in the order of their start.
-        limit: seconds for the next cell's training, from the number of cells not started yet (itself included).
-            A number below 1 starts no further cell.
+        limit: seconds for the training of the next cell, from the number of cells not started yet (including it).
+            Below 1, no further cell is started.
         workers: processes; 1 runs the cells in this process.
         settings: the same for all.
         report: called with the progress of any cell.
@@ -94,7 +94,7 @@ def _failed(cell: Cell, why: str) -> CellError:
 
 
 class _Pool:
-    """Processes that wait for jobs; they end with the `with` block, whatever they are doing."""
+    """Processes that wait for jobs. The end of the ``with`` block ends them, even at work."""
 
     def __init__(self, workers: int, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -138,7 +138,7 @@ class _Pool:
                     yield result
 
     def _receive(self, connection: Connection, report: Report) -> EvalResult | None:
-        """One message of a worker; the result if it is one."""
+        """Receive one message of a worker; returns it if it is a result."""
         cell = self._busy[connection]
         try:
             message = connection.recv()
@@ -156,7 +156,7 @@ class _Pool:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes started here ignore Ctrl-C from their first instruction; the parent ends them."""
+    """Processes that start here ignore Ctrl-C from their first instruction; the parent ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -168,7 +168,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _work(connection: Connection, settings: Settings) -> None:
-    """The body of a worker: jobs in; progress, results and error texts out. It ends with its parent."""
+    """The body of a worker: receives jobs, sends progress, results and texts of errors, and ends with its parent."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(settings.threads)
     last = 0.0

@@ -1,4 +1,4 @@
-"""A benchmark run: the cells still missing, then the table and the report."""
+"""A benchmark run: train the missing cells, then write the table and the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nestlearn.evals.bench.training import Progress
 from nestlearn.evals.report import bench as html_report
 from nestlearn.evals.result import EvalResult
 
-# Of a cell's share of the budget; the rest is for judging it and for starting workers.
+# Part of a cell's share of the budget that is for training; evaluation and the start of workers take the rest.
 _TRAINING_SHARE = 0.9
 
 
@@ -34,12 +34,12 @@ class BenchOptions:
     Attributes:
         mixers, seeds, tasks, steps, learning_rate, first_seed: see `nestlearn.evals.bench.plan`.
         out: folder of results.jsonl, table.md and report.html.
-        budget: seconds for the whole run, divided over the cells still to be run; None is without limit.
-        workers: processes; None is one per core.
+        budget: seconds for the whole run, divided over the missing cells; None for no limit.
+        workers: processes; None for one per core.
         threads: threads per worker.
         device: where to train.
-        retry_unconverged: run cells again that an earlier budget stopped.
-        command: recorded in every result and shown in the report.
+        retry_unconverged: repeat cells that an earlier budget stopped.
+        command: the command that repeats the run, for results and report.
     """
 
     out: Path
@@ -59,7 +59,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class BenchOutcome:
-    """What a run has come to: the results of its recipes, cells the budget left out, and the files written."""
+    """The results of a run's recipes, the cells that the budget left out, and the files written."""
 
     results: list[EvalResult]
     left_out: list[Cell]
@@ -68,10 +68,9 @@ class BenchOutcome:
 
 
 def run_bench(suite: Suite, options: BenchOptions, console: Console | None = None) -> BenchOutcome:
-    """Train and judge every mixer on every task from every seed, except cells already in the folder.
+    """Train and evaluate every mixer on every task from every seed, except cells already in the folder.
 
-    Results are written one by one; the table and the report are written at the end, and also when the run is
-    interrupted.
+    Results are written one by one. The table and the report are written at the end, even of an interrupted run.
 
     Raises:
         ValueError: an unknown name, or a folder with results of another version.
@@ -126,7 +125,7 @@ def _run(missing: list[Cell], store: ResultStore, options: BenchOptions, console
 def share_out(
     budget: float | None, workers: int, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int], float | None]:
-    """The seconds for the training of the next cell, from the number of cells not started yet."""
+    """A function from the number of cells not started yet to the seconds for the training of the next one."""
     if budget is None:
         return lambda _: None
     end = clock() + budget

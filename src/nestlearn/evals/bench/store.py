@@ -12,11 +12,11 @@ from nestlearn.evals.result import EvalResult
 class ResultStore:
     """The results of a folder.
 
-    A line is written in one call and flushed to the disk; what an interruption left of an unfinished line is cut off
+    A line is written in one call and flushed to the disk. An incomplete last line, left by an interruption, is removed
     when the file is opened again.
 
     Args:
-        folder: where results.jsonl is or will be.
+        folder: the folder of results.jsonl, which need not exist.
 
     Raises:
         ValueError: a line that is no result, or one of another schema.
@@ -47,11 +47,11 @@ class ResultStore:
             os.truncate(self.path, len(whole))
 
     def results(self) -> list[EvalResult]:
-        """All results, the newest of cells that were run again, in the order of their first run."""
+        """All results in the order of their first run; of a repeated cell the newest."""
         return list({result.details["key"]: result for result in self._results}.values())
 
     def of(self, cells: list[Cell]) -> list[EvalResult]:
-        """The results of the cells' recipes, of whatever mixer and seed.
+        """The results of the cells' recipes, of any mixer and seed.
 
         Raises:
             ValueError: a result of another version of one of the tasks.
@@ -68,7 +68,7 @@ class ResultStore:
         return [result for result in self.results() if result.details["recipe"] in recipes]
 
     def finished(self, retry_unconverged: bool = False) -> set[str]:
-        """Keys of the cells that need not be run."""
+        """Keys of the cells that need not run."""
         return {
             result.details["key"]
             for result in self.results()

@@ -1,4 +1,4 @@
-"""Means over seeds, and the Markdown table: measured numbers first, published ones apart from them."""
+"""Means over seeds, and the Markdown table: measured numbers first, published ones separately."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the seeds of one mixer on one task come to.
+    """Results of one mixer on one task, over its seeds.
 
     Attributes:
         scores: per split, in the task's order.
@@ -61,7 +61,7 @@ def tasks_of(cells: list[Cell]) -> list[Task]:
 
 
 def mixers_of(cells: list[Cell], results: list[EvalResult]) -> list[str]:
-    """Mixers asked for, then others that the folder has results of."""
+    """The mixers of the cells, then others that have results."""
     return list(dict.fromkeys([*(cell.mixer for cell in cells), *(result.config["mixer"] for result in results)]))
 
 
@@ -127,7 +127,7 @@ def _column(task: Task) -> str:
 
 
 def cost_table(cells: list[Cell], results: list[EvalResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what every model is and what its training took."""
+    """Header and rows of the size of every model and the cost of its training."""
     header = ["task", "mixer", "seeds", "parameters", "state, bytes per row", "steps", "tokens", "seconds"]
     rows = []
     for (task, mixer), summary in summaries(cells, results).items():
@@ -161,7 +161,7 @@ def _published_cell(numbers: tuple[Published, ...], model: str, task: Task) -> s
 
 
 def notes(cells: list[Cell], results: list[EvalResult]) -> list[str]:
-    """What a reader must know to judge the numbers."""
+    """Notes that a reader needs to judge the numbers."""
     metrics = {task.name: task.metric for task in tasks_of(cells)}
     lines = [f"Accuracy in percent ({metric}) on {', '.join(name for name in metrics if metrics[name] == metric)}."
              for metric in dict.fromkeys(metrics.values())]  # fmt: skip
@@ -181,7 +181,7 @@ def notes(cells: list[Cell], results: list[EvalResult]) -> list[str]:
 
 
 def parameter_note(cells: list[Cell], results: list[EvalResult]) -> str:
-    """How equal the models of each task are in parameters."""
+    """How much the models of each task differ in parameters."""
     found = summaries(cells, results)
     spread = {}
     for task in tasks_of(cells):

@@ -1,4 +1,4 @@
-"""Training and judging one cell: a plain loop on batches of the task."""
+"""Train and evaluate one cell: a plain loop on batches of the task."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _RANGES = 10
 
 
 class Progress(NamedTuple):
-    """Where a training run is: its step, and the score of the headline split at the last look."""
+    """The step of a training run, and the last score of the headline split."""
 
     step: int
     score: float
 
 
 class Solver(nn.Module):
-    """A model with the task's head, or with its own output layer where the task has none."""
+    """A model with the task's head, or with its own output layer if the task has none."""
 
     def __init__(self, config: HopeConfig, task: Task) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Solver(nn.Module):
 
 @dataclass
 class Run:
-    """What a training run has come to."""
+    """The state and the curve of a training run."""
 
     status: Status = "finished"
     step: int = 0
@@ -66,20 +66,20 @@ def run_cell(
     command: str = "",
     device: str = "cpu",
 ) -> EvalResult:
-    """Train the cell's model and judge it on every split.
+    """Train the cell's model and evaluate it on every split.
 
     Args:
-        cell: what to do.
-        limit: seconds that training may take. The learning rate's schedule follows the share of steps or of seconds
-            used up, whichever is larger, so that it also ends within the limit; the run is then "unconverged".
-        report: called at every look at the splits.
-        command: recorded in the result.
+        cell: the cell.
+        limit: seconds that training may take. The schedule of the learning rate follows the larger of the shares of
+            steps and of seconds used, so it also ends within the limit; the run is then "unconverged".
+        report: called after every evaluation during training.
+        command: the command that repeats the result.
         device: where to train.
 
     Returns:
         The accuracy on the task's last split; ``details`` has all splits, the learning curve, the status ("solved":
         stopped because every split reached ``training.stop``; "finished": all steps; "unconverged"; "diverged": the
-        loss stopped being a number), parameters and state size.
+        loss became NaN or infinite), parameters and state size.
     """
     start = time.perf_counter()
     splits = {split.name: _to(cell.task.examples(split.name), device) for split in cell.task.splits}
@@ -123,7 +123,7 @@ def train_cell(
     report: Callable[[Progress], None] = lambda _: None,
     device: str = "cpu",
 ) -> tuple[Solver, Run]:
-    """The cell's model, trained from its seed, and how the training went (`run_cell`); looks are at `splits`."""
+    """Train the cell's model from its seed, with evaluations on ``splits``; see `run_cell`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
         solver = Solver(HopeConfig(**cell.model), cell.task).to(device)
@@ -158,7 +158,7 @@ def train_cell(
 
 
 def _solved(solver: Solver, cell: Cell, look: dict[str, float], splits: dict[str, Batch]) -> bool:
-    """Whether every split has reached the score to stop at, first on a few sequences, then on all."""
+    """Whether every split has reached the score to stop at: first a few sequences are checked, then all."""
     stop = cell.training.stop
     if stop is None or min(look.values()) < stop:
         return False
@@ -166,14 +166,14 @@ def _solved(solver: Solver, cell: Cell, look: dict[str, float], splits: dict[str
 
 
 def _update(solver: Solver, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
-    """One step; returns the loss before it. Targets stand at their own positions: nothing is shifted."""
+    """One step; returns the loss before it. Targets are at the positions of their answers: nothing is shifted."""
     solver.train()
     logits = solver(batch.inputs)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(solver.parameters(), 1.0)
-    # Weights stay finite where a gradient is not: the loss says so at the next look.
+    # No step on a gradient that is not finite: weights stay finite, and the next evaluation reports the norm as loss.
     if bool(torch.isfinite(norm)):
         optimizer.step()
         return loss.detach()
@@ -186,7 +186,7 @@ def schedule(training: Training, step: int, used: float = 0.0) -> float:
     Args:
         training: the settings.
         step: updates done.
-        used: share of the allowed seconds used up.
+        used: share of the allowed seconds that is used.
     """
     warm = min(1.0, (step + 1) / max(1, training.warmup))
     progress = min(1.0, max(step / training.steps, used))
@@ -194,7 +194,7 @@ def schedule(training: Training, step: int, used: float = 0.0) -> float:
 
 
 class Counts(NamedTuple):
-    """Per sequence, short ones first: right answers, answers asked for, and length."""
+    """Per sequence, short ones first: right answers, all answers, and length."""
 
     right: Int[Tensor, " n"]
     asked: Int[Tensor, " n"]
@@ -203,7 +203,7 @@ class Counts(NamedTuple):
 
 @torch.inference_mode()
 def _counts(solver: Solver, batch: Batch) -> Counts:
-    """Sequences of similar length are read together."""
+    """The answers of every sequence; a batch holds sequences of similar length."""
     solver.eval()
     lengths = lengths_of(batch)
     order = lengths.argsort(stable=True)
@@ -221,7 +221,7 @@ def _score(solver: Solver, batch: Batch, task: Task) -> Score:
 
 
 def _scores(counts: Counts, task: Task, split: str) -> dict[str, Any]:
-    """The score of a split, the other metric beside it."""
+    """The score of a split, with both accuracies."""
     right, asked, _ = counts
     return {
         **accuracy(right, asked, task.metric)._asdict(),
@@ -232,9 +232,9 @@ def _scores(counts: Counts, task: Task, split: str) -> dict[str, Any]:
 
 
 def _by_length(counts: dict[str, Counts], splits: dict[str, Batch], task: Task) -> list[dict[str, Any]]:
-    """Accuracy over ranges of string lengths of all splits together, where it is length that the splits vary.
+    """Accuracy over ranges of length, of all splits together; empty if the splits do not differ in length.
 
-    A range is named by the longest length it may hold; ``trained`` says whether the first split reaches it.
+    The name of a range is its longest length; ``trained`` says whether the first split reaches the range.
     """
     if any(split.axis != "length" for split in task.splits):
         return []
@@ -256,7 +256,7 @@ def _state_bytes(model: HopeForCausalLM, splits: dict[str, Batch]) -> int:
 
 
 def _first(batch: Batch, rows: int) -> Batch:
-    """Some sequences of a split, spread evenly over it."""
+    """``rows`` sequences of a split, spread evenly over it."""
     step = max(1, len(batch.inputs) // rows)
     return Batch(batch.inputs[::step][:rows], batch.targets[::step][:rows])
 
