@@ -50,10 +50,10 @@ class LayerState(NamedTuple):
 
 @record("segment")
 class Segment(NamedTuple):
-    """Rows in the middle of the same segment that a loss will teach: what they have read of it, and where they began.
+    """Rows that stand in the middle of the same segment, from which levels will learn when it is complete.
 
     ``rows`` are their numbers in the batch, ``ids`` the tokens read, ``learns`` whether their steps count, ``begins``
-    whether the first one starts a document, ``layers`` the state before it (empty: fresh).
+    whether the first token starts a document, ``layers`` the state before it (empty: fresh).
     """
 
     rows: Tensor
@@ -79,7 +79,7 @@ class HopeCache:
 
     def __init__(self) -> None:
         self.layers: list[LayerState] = []
-        # Unfinished segments of levels that a loss teaches; none for other models.
+        # Unfinished segments; empty for models without levels that learn from the loss.
         self.segments: list[Segment] = []
         self.seen = 0
         self.signature: dict[str, Any] | None = None

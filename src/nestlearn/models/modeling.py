@@ -100,7 +100,7 @@ class HopeModel(HopePreTrainedModel):
         self.gradient_checkpointing = False
         self._signature = config.state_signature()
         first: Any = self.layers[0]
-        # Tokens of a segment that a loss teaches; None where none does.
+        # Tokens of a segment; None where no level learns from the loss.
         self.segment_length: int | None = first.cms.segment_length
         self._every_level_resets = all(level.get("reset", True) for level in config.cms)
         self.post_init()
@@ -121,7 +121,7 @@ class HopeModel(HopePreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the blocks; see `HopeForCausalLM.forward` for the arguments.
 
-        Levels that a loss teaches need the ``output_layer``, from hidden states to logits, and ids.
+        Levels that learn from the loss need the ``output_layer``, from hidden states to logits, and ids.
         """
         self._refuse_attentions(kwargs.get("output_attentions"))
         x, ids = self._embed(input_ids, inputs_embeds)
@@ -169,13 +169,13 @@ class HopeModel(HopePreTrainedModel):
             )
 
     def _reader(self, output_layer: nn.Module | None, ids: Tensor | None) -> SegmentReader | None:
-        """What reads in segments, where a loss teaches levels."""
+        """The reader of segments, if levels learn from the loss."""
         if self.segment_length is None:
             return None
         if output_layer is None or ids is None:
             lacking = "input_ids (inputs_embeds hold no targets)" if ids is None else "an output layer"
             raise ValueError(
-                f"the next-token loss teaches the levels of this model (cms_signal='loss'), which needs {lacking}."
+                f"the levels of this model learn from the next-token loss (cms_signal='loss'), which needs {lacking}."
                 " Run HopeForCausalLM with input_ids."
             )
         return SegmentReader(self, output_layer, self.segment_length)
