@@ -16,7 +16,7 @@ from nestlearn.models.segments import learn_segment, next_token_nats
 from nestlearn.nn.cms.level import Level, loss_gates
 from nestlearn.nn.cms.tape import Factors, Tape, gradients, squared_norm, usable, write
 from nestlearn.nn.common import wide_dtype
-from nestlearn.nn.state import detach
+from nestlearn.nn.state import detach, map_tensors
 
 from .model import StackedModel, stacked_model
 from .network import LevelFast, LevelState, StackedMLP, reading
@@ -168,6 +168,8 @@ def _write_level(
         state = memory.init_state((rows,), width, width, initial, dtype=dtype, device=error.device)
         state = state._replace(position=state.position + clock % memory.chunk_size, aligned=False)
         held = LevelFast(state, error.new_zeros(rows, dtype=dtype), 0)
+    # The layers of a model, and the state, may be on different devices.
+    held = cast(LevelFast, map_tensors(lambda x: x.to(error.device), held))
     factors = {name: Factor(x.to(dtype), e.to(dtype)) for name, (x, e) in factors.items()}
     energy = ENERGY_DECAY * held.energy + (1 - ENERGY_DECAY) * squared_norm(factors).detach()
     typical = (energy / (1 - ENERGY_DECAY ** (held.writes + 1))).sqrt()
