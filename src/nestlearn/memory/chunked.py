@@ -59,6 +59,25 @@ def find_factors(
     return memory.architecture.factors(linear, adjoint, k, target, with_threshold(memory.objective, threshold))
 
 
+def reset_nonfinite(state: State, initial: Weights, reset: Tensor | None) -> tuple[State, Tensor | None]:
+    """Rows whose weights are not finite go back to initial where this call resets them, and are named.
+
+    The closed form forgets by a factor 0, which does not clear NaN.
+    """
+    if reset is None:
+        return state, None
+    broken = reset.any(-1)
+    broken = broken & torch.stack([~w.detach().sum((-2, -1)).isfinite() for w in state.params.values()]).any(0)
+    if known_empty(broken):
+        return state, None
+    momentum = state.momentum
+    if momentum is not None:
+        momentum = choose(broken, {name: torch.zeros_like(s) for name, s in momentum.items()}, momentum)
+    pending = None if state.pending is None else torch.where(broken, 0, state.pending)
+    params, anchor = choose(broken, initial, state.params), choose(broken, initial, state.anchor)
+    return state._replace(params=params, anchor=anchor, momentum=momentum, pending=pending), broken
+
+
 def enter(memory: AssociativeMemory, state: State, initial: Weights, *, fresh: bool = False) -> Running:
     """The state as spans hand it on: weights as their distance to what retention pulls toward.
 

@@ -97,7 +97,7 @@ def _scan(
     reset, mask = tokens.reset, tokens.mask
     whole = memory.full_initial(initial, state.params, needed=reset is not None or memory.retain_to == "initial")
     # A state may come from a variant with larger chunks.
-    state, broken = reset_nonfinite(state._replace(position=state.position % memory.chunk_size), whole, reset)
+    state, broken = chunked.reset_nonfinite(state._replace(position=state.position % memory.chunk_size), whole, reset)
     tokens, poisoned = _admit(tokens, next(iter(state.params.values())).dtype, broken)
     if engine == "reference":
         y, end = reference.scan(memory, state, tokens, whole, read_mode)
@@ -111,10 +111,10 @@ def _run_rows(
 ) -> tuple[Tensor, State]:
     """The chunked engine on any leading dimensions: it sees them as one."""
     batch = state.position.shape
-    rows, whole = flatten_state(state, len(batch)), {name: _flat(w, len(batch)) for name, w in initial.items()}
+    rows, whole = state.flatten(len(batch)), {name: _flat(w, len(batch)) for name, w in initial.items()}
     flat = tokens.map(lambda x: _flat(x, len(batch)))
     y, end = chunked.run(memory, rows, flat, whole, read_mode=read_mode, fresh=fresh, return_state=keep)
-    return y.reshape((*batch, *y.shape[1:])), unflatten_state(end, batch)
+    return y.reshape((*batch, *y.shape[1:])), end.unflatten(batch)
 
 
 def _start(memory: AssociativeMemory, initial: Weights | None, q: Tensor, k: Tensor, v: Tensor) -> State:
@@ -200,10 +200,10 @@ def absorb(
         gates = _neutral(gates.map(lambda gate: flat(gate)[row, order]), valid)
     else:
         factors, gates = {n: Factor(*map(flat, f)) for n, f in factors.items()}, gates.map(flat)
-    rows = flatten_state(state, len(shape))
+    rows = state.flatten(len(shape))
     span = Span(0 if state.aligned and valid is None else rows.position, tokens, memory.chunk_size, valid)
     there = {name: flat(w) for name, w in initial.items()}
-    return unflatten_state(chunked.write_rows(memory, rows, factors, gates, there, span=span), shape)
+    return chunked.write_rows(memory, rows, factors, gates, there, span=span).unflatten(shape)
 
 
 def _neutral(gates: Gates, mask: Tensor) -> Gates:
@@ -277,25 +277,6 @@ def _admit(tokens: Tokens, dtype: torch.dtype, broken: Tensor | None) -> tuple[T
     return Tokens(q.to(dtype), k, v, gates, mask, reset), poisoned_from(bad, mask, reset)
 
 
-def reset_nonfinite(state: State, initial: Weights, reset: Tensor | None) -> tuple[State, Tensor | None]:
-    """Rows whose weights are not finite go back to initial where this call resets them, and are named.
-
-    The closed form forgets by a factor 0, which does not clear NaN.
-    """
-    if reset is None:
-        return state, None
-    broken = reset.any(-1)
-    broken = broken & torch.stack([~w.detach().sum((-2, -1)).isfinite() for w in state.params.values()]).any(0)
-    if known_empty(broken):
-        return state, None
-    momentum = state.momentum
-    if momentum is not None:
-        momentum = choose(broken, {name: torch.zeros_like(s) for name, s in momentum.items()}, momentum)
-    pending = None if state.pending is None else torch.where(broken, 0, state.pending)
-    params, anchor = choose(broken, initial, state.params), choose(broken, initial, state.anchor)
-    return state._replace(params=params, anchor=anchor, momentum=momentum, pending=pending), broken
-
-
 def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
     """Make poisoned outputs and states NaN."""
     here = poisoned if mask is None else poisoned & mask
@@ -310,13 +291,3 @@ def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tup
 
 def _flat(x: Tensor, leading: int) -> Tensor:
     return x.reshape(-1, *x.shape[leading:])
-
-
-def flatten_state(state: State, leading: int) -> State:
-    """The state with its leading dimensions as one."""
-    return state.map(lambda x: _flat(x, leading))
-
-
-def unflatten_state(state: State, batch: tuple[int, ...]) -> State:
-    """The inverse of `flatten_state`."""
-    return state.map(lambda x: x.reshape((*batch, *x.shape[1:])))

@@ -78,6 +78,14 @@ class State(NamedTuple):
         """The same state cut from the autograd graph (truncated backpropagation through time)."""
         return self.map(Tensor.detach)
 
+    def flatten(self, leading: int) -> State:
+        """The state with its first ``leading`` dimensions as one."""
+        return self.map(lambda x: x.reshape(-1, *x.shape[leading:]))
+
+    def unflatten(self, batch: tuple[int, ...]) -> State:
+        """The inverse of `flatten`."""
+        return self.map(lambda x: x.reshape((*batch, *x.shape[1:])))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
         """``change`` applied to every tensor."""
         return State(

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory
+from nestlearn.memory.clock import known_empty
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
 
@@ -55,6 +56,32 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def admit(
+    x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None, largest: float = math.inf
+) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
+    """Tokens that products over tokens can hold (the others as zeros), and which real tokens they cannot.
+
+    A later token that is not finite would reach earlier outputs as ``0 * NaN``; so would one whose products overflow,
+    which are those of entries beyond ``largest``.
+    """
+    entries = x.detach().abs()
+    # NaN compares False.
+    bad = ~(entries <= min(largest, torch.finfo(x.dtype).max)).all(-1)
+    drop = bad if mask is None else bad | ~mask
+    bad = bad if mask is None else bad & mask
+    return x if known_empty(drop) else torch.where(drop.unsqueeze(-1), 0, x), bad
+
+
+def largest_factor(x: Tensor) -> float:
+    """The largest entry of which products of three stay finite."""
+    return torch.finfo(x.dtype).max ** (1 / 3)
+
+
+def poison(x: Float[Tensor, "b t d"], bad: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+    """NaN at the tokens that `admit` refused."""
+    return x if known_empty(bad) else torch.where(bad.unsqueeze(-1), torch.nan, x)
 
 
 class HeadNorm(RMSNorm):

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.fields import Count, Size
-from nestlearn.memory.clock import known_empty
 from nestlearn.nn.attention import AttentionConfig, AttentionState, CausalAttention, RotaryConfig
-from nestlearn.nn.common import RMSNorm, check_tokens
+from nestlearn.nn.common import RMSNorm, admit, check_tokens, largest_factor, poison
 from nestlearn.nn.config import register_mixer
 from nestlearn.nn.mixer import FastMemoryConfig, MemoryMixer, MixerState
 from nestlearn.nn.state import record
@@ -25,25 +24,6 @@ class HybridState(NamedTuple):
 
     memory: MixerState
     attention: AttentionState
-
-
-def admit(
-    x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None
-) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
-    """Tokens that matrix products can hold (the others as zeros), and which real tokens they cannot.
-
-    A masked key that is not finite, or whose scores overflow, would reach earlier outputs as ``0 * NaN``.
-    """
-    # NaN compares False.
-    bad = ~(x.detach().abs() <= torch.finfo(x.dtype).max ** (1 / 3)).all(-1)
-    drop = bad if mask is None else bad | ~mask
-    bad = bad if mask is None else bad & mask
-    return x if known_empty(drop) else torch.where(drop.unsqueeze(-1), 0, x), bad
-
-
-def poison(x: Float[Tensor, "b t d"], bad: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-    """NaN at the tokens that `admit` refused: the memory carries it to the next reset."""
-    return x if known_empty(bad) else torch.where(bad.unsqueeze(-1), torch.nan, x)
 
 
 @dataclass(frozen=True)
@@ -169,7 +149,7 @@ class MemoryAsGate(_Hybrid):
     ) -> tuple[Float[Tensor, "b t d"], HybridState | None]:
         """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
         check_tokens(x, self.d_model)
-        x, bad = admit(x, mask)
+        x, bad = admit(x, mask, largest_factor(x))
         past = (None, None) if state is None else state
         y, attended = self.attention(x, past[1], mask, reset, return_state=return_state)
         m, learned = self.memory(poison(x, bad), past[0], mask, reset, writes=writes, return_state=return_state)
@@ -206,9 +186,9 @@ class MemoryAsLayer(_Hybrid):
     ) -> tuple[Float[Tensor, "b t d"], HybridState | None]:
         """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
         check_tokens(x, self.d_model)
-        x, bad = admit(x, mask)
+        x, bad = admit(x, mask, largest_factor(x))
         past = (None, None) if state is None else state
         m, learned = self.memory(poison(x, bad), past[0], mask, reset, writes=writes, return_state=return_state)
-        m, bad = admit(self.memory_norm(m), mask)
+        m, bad = admit(self.memory_norm(m), mask, largest_factor(m))
         y, attended = self.attention(m, past[1], mask, reset, return_state=return_state)
         return poison(y, bad), HybridState(learned, attended) if return_state else None

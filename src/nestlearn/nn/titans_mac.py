@@ -16,13 +16,13 @@ from nestlearn.memory import Decay, Descent, DotProduct, Gates, State, scan
 from nestlearn.memory.clock import Clock, Span, choose
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import PersistentTokens, persistent_heads, rotate
-from nestlearn.nn.common import RMSNorm, check_tokens, full_precision, unit, wide_dtype
+from nestlearn.nn.common import RMSNorm, admit, check_tokens, full_precision, largest_factor, poison, unit, wide_dtype
 from nestlearn.nn.config import register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.flops import scan_flops
 from nestlearn.nn.mixer import MemoryMixer, MixerState
 from nestlearn.nn.state import record
-from nestlearn.nn.titans import TitansConfig, admit, poison
+from nestlearn.nn.titans import TitansConfig
 
 
 @record("titans.segment")
@@ -149,7 +149,7 @@ class MemoryAsContext(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], ContextState | None]:
         """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
         check_tokens(x, self.d_model)
-        x, bad = admit(x, mask)
+        x, bad = admit(x, mask, largest_factor(x))
         reset = reset if reset is None or mask is None else reset & mask
         made, tail = self._project(x, None if state is None else state.conv, mask, reset)
         y, new = self._read(made, bad, state, mask, reset, writes, return_state)

@@ -2,9 +2,8 @@
 
 from .config import SelfModifyingConfig
 from .deep import SelfModifyingMLP
-from .layer import SelfModifyingTitans
+from .layer import SelfModifyingState, SelfModifyingTitans
 from .matrix import SelfModifyingMatrix
-from .state import SelfModifyingState
 
 __all__ = [
     "SelfModifyingConfig",

@@ -12,10 +12,11 @@ from nestlearn.memory.kernels.products import Activation
 from nestlearn.nn.bounds import check_self_modifying_step
 from nestlearn.nn.config import MixerConfig, register_mixer
 
-from .state import STREAMS
-
 if TYPE_CHECKING:
     from .layer import SelfModifyingTitans
+
+STREAMS = ("q", "k", "v", "eta", "alpha")
+"""What a token is projected to; all but q adapt by default."""
 
 GRADIENT_LIMIT = 1e6
 """Norm beyond which the gradient of weights that pass from span to span is scaled down."""

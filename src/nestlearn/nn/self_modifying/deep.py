@@ -9,17 +9,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nestlearn.memory import State, Tokens
-from nestlearn.memory.chunked import LONGEST_WRITE, Prepared, at_anchor, find_factors, prepare_tokens, run, write_rows
+from nestlearn.memory.chunked import (
+    LONGEST_WRITE,
+    Prepared,
+    at_anchor,
+    find_factors,
+    prepare_tokens,
+    reset_nonfinite,
+    run,
+    write_rows,
+)
 from nestlearn.memory.clock import Clock, Span, choose, span_length
-from nestlearn.memory.engine import flatten_state, reset_nonfinite, unflatten_state
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
 from nestlearn.nn.common import InitialWeights
 from nestlearn.nn.flops import self_modifying_flops
 
-from .config import SelfModifyingConfig
-from .layer import SelfModifyingTitans
-from .state import STREAMS, SelfModifyingState, per_head
+from .config import STREAMS, SelfModifyingConfig
+from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 
 
 class SelfModifyingMLP(SelfModifyingTitans):
@@ -39,7 +46,7 @@ class SelfModifyingMLP(SelfModifyingTitans):
         """The projection memories as rows ``[batch * heads, streams]``, and their initial weights."""
         made = [self.initial[name](dtype) for name in self.adaptive]
         initial = {m: torch.stack([weights[m] for weights in made], 1).repeat(batch, 1, 1, 1) for m in made[0]}
-        state = self.projections.begin(initial) if state is None else flatten_state(state, 2)
+        state = self.projections.begin(initial) if state is None else state.flatten(2)
         return state._replace(position=state.position[:, :1]), initial
 
     def _read(
@@ -59,7 +66,7 @@ class SelfModifyingMLP(SelfModifyingTitans):
         """
         (batch, count), dtype, heads = streams.shape[:2], streams.dtype, self.num_heads
         start = {m: w.repeat(batch, 1, 1) for m, w in self.initial["memory"](dtype).items()}
-        main = self.memory.begin(start) if state is None else flatten_state(state.memory, 2)
+        main = self.memory.begin(start) if state is None else state.memory.flatten(2)
         main, broken = reset_nonfinite(main, start, None if reset is None else per_head(reset, heads))
         group = self._projections(None if state is None else state.projections, batch, dtype) if self.adaptive else None
         chunk, aligned = self.projection_chunk_size, state is None or state.clock.aligned
@@ -93,8 +100,8 @@ class SelfModifyingMLP(SelfModifyingTitans):
         learned, shape = None, (batch, self.num_heads)
         if projections is not None:
             position = projections.position.expand(-1, len(self.adaptive))
-            learned = unflatten_state(projections._replace(position=position), shape)
-        return SelfModifyingState(learned, unflatten_state(memory, shape), None)
+            learned = projections._replace(position=position).unflatten(shape)
+        return SelfModifyingState(learned, memory.unflatten(shape), None)
 
     def _project(
         self, group: tuple[State, Weights] | None, streams: Tensor, beta: Tensor | None, span: Span, writes: bool

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory import L2, Delta, Gates
-from nestlearn.memory.clock import choose, known_empty, poisoned_from
+from nestlearn.memory import L2, Delta, Gates, State
+from nestlearn.memory.clock import choose, poisoned_from
 from nestlearn.nn.bounds import MAX_MOMENTUM, check_self_modifying_step
-from nestlearn.nn.common import HeadNorm, check_tokens, full_precision, wide_dtype
+from nestlearn.nn.common import HeadNorm, admit, check_tokens, full_precision, poison, wide_dtype
 from nestlearn.nn.conv import ShortConv
+from nestlearn.nn.state import record
 
-from .config import SelfModifyingConfig
-from .state import STREAMS, SelfModifyingState, quarantine
+from .config import STREAMS, SelfModifyingConfig
+
+
+@record("self_modifying")
+class SelfModifyingState(NamedTuple):
+    """Fast state of the layer: its projection memories, its main memory, and the tail of the convolution.
+
+    Rows of the projections are ``[B, heads, streams]`` (None without an adaptive one), those of the memory
+    ``[B, heads]``.
+    """
+
+    projections: State | None
+    memory: State
+    conv: Float[Tensor, "b w ch"] | None
+
+    @property
+    def clock(self) -> State:
+        """The group whose chunks are the longest."""
+        return self.memory if self.projections is None else self.projections
 
 
 class SelfModifyingTitans(nn.Module, ABC):
@@ -129,16 +148,13 @@ class SelfModifyingTitans(nn.Module, ABC):
             its row NaN from there to the next reset.
         """
         check_tokens(x, self.d_model)
-        x, poisoned = quarantine(x, mask, reset)
+        x, bad = admit(x, mask)
         streams, beta, tail = self._streams(x, None if state is None else state.conv, mask, reset)
         with full_precision(x):
             y, new, broken = self._read(streams, beta, state, mask, reset, writes, return_state)
         y = self._merge(y, x)
-        if broken is not None:
-            poisoned = poisoned | poisoned_from(broken, mask, reset)
-        if not known_empty(poisoned):
-            visible = poisoned if mask is None else poisoned & mask
-            y = torch.where(visible.unsqueeze(-1), float("nan"), y)
+        poisoned = poisoned_from(bad if broken is None else bad | broken, mask, reset)
+        y = poison(y, poisoned if mask is None else poisoned & mask)
         if mask is not None:
             y = torch.where(mask.unsqueeze(-1), y, 0)
         if not return_state:
@@ -225,3 +241,8 @@ class SelfModifyingTitans(nn.Module, ABC):
             f"d_model={self.d_model}, num_heads={self.num_heads}, adaptive={self.adaptive}, "
             f"projection_chunk_size={self.projection_chunk_size}, max_step={self.max_step}, memory={self.memory}"
         )
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """Flags of texts ``[b, ...]`` as those of rows ``[b * heads, ...]``."""
+    return x.repeat_interleave(heads, 0)

@@ -12,7 +12,8 @@ from nestlearn.memory import DotProduct, Gates, State
 from nestlearn.memory.reference import read_weights, token_step
 from nestlearn.memory.types import Weights
 
-from .state import STREAMS, SelfModifyingState
+from .config import STREAMS
+from .layer import SelfModifyingState
 
 if TYPE_CHECKING:
     from .deep import SelfModifyingMLP

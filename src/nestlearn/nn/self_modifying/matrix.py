@@ -7,16 +7,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nestlearn.memory import L2, State, Tokens
-from nestlearn.memory.chunked import run
+from nestlearn.memory.chunked import reset_nonfinite, run
 from nestlearn.memory.clock import Clock, choose
-from nestlearn.memory.engine import flatten_state, reset_nonfinite, unflatten_state
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
 from nestlearn.nn.flops import scan_flops
 
-from .config import SelfModifyingConfig
-from .layer import SelfModifyingTitans
-from .state import STREAMS, SelfModifyingState, per_head
+from .config import STREAMS, SelfModifyingConfig
+from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 
 READ_BY_VECTOR = ("eta", "alpha")
 """Streams of which a gate reads one number: the vector that reads it stands for the memory's initial matrix."""
@@ -84,7 +82,7 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         (batch, count), heads = streams.shape[:2], self.num_heads
         eye = torch.eye(self.d_head, dtype=streams.dtype, device=streams.device)
         start = {"W": eye.expand(batch * heads, -1, -1)}
-        now = self.memory.begin(start) if state is None else flatten_state(state.memory, 2)
+        now = self.memory.begin(start) if state is None else state.memory.flatten(2)
         now, broken = reset_nonfinite(now, start, None if reset is None else per_head(reset, heads))
         if self.adaptive:
             outputs, now = self._chunks(streams, beta, now, start, mask, reset, writes, return_state, state is None)
@@ -97,7 +95,7 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         read = torch.einsum("bthd,hed->bthe", outputs.unflatten(-1, (heads, -1)), self.maps["memory"].to(outputs.dtype))
         first = torch.arange(count, device=eye.device) == 0
         bad = None if broken is None else broken.view(batch, heads)[:, :1] & first
-        return read.flatten(2), SelfModifyingState(None, unflatten_state(now, (batch, heads)), None), bad
+        return read.flatten(2), SelfModifyingState(None, now.unflatten((batch, heads)), None), bad
 
     def _by_text(self, y: Float[Tensor, "r c d"], batch: int) -> Float[Tensor, "b c hd"]:
         return y.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2)
