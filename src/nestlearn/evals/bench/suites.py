@@ -1,4 +1,4 @@
-"""Suites: named lists of recipes, each a task with a model size and a way to train."""
+"""Suites: named lists of recipes. A recipe is a task with a model size and training settings."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ class Training:
         steps: updates.
         batch_size: sequences per update.
         learning_rate: peak rate.
-        mixer_rates: peak rates of single mixers, by their token or by their name without changes of fields.
+        mixer_rates: peak rates of some mixers, by their token or by their name without changes of fields.
         weight_decay, beta2: of AdamW.
         warmup: updates of linear warm-up.
-        final: what the cosine ends at, as a share of the peak; 1 for a constant rate.
-        check_every: updates between two looks at the splits.
-        check_examples: sequences per split at such a look.
-        stop: training ends when every split reaches this score, first on the look and then in full; None never.
+        final: rate at the end of the cosine, as a share of the peak; 1 for a constant rate.
+        check_every: updates between two evaluations during training.
+        check_examples: sequences per split of such an evaluation.
+        stop: training ends when every split reaches this score, first in such an evaluation and then in full; None:
+            never.
     """
 
     steps: int
@@ -77,12 +78,12 @@ class Recipe:
     """A task, the size of every model on it, and their training.
 
     Attributes:
-        task: what to learn.
-        model: `HopeConfig` fields of every model; those of a mixer token come on top.
-        training: how to train.
+        task: the task.
+        model: `HopeConfig` fields of every model; the fields of a mixer token override them.
+        training: settings of the training.
         mixer: fields for every mixer that has them, such as chunk sizes.
         expansion: width of the frozen feed-forward network of the reference.
-        reference: the mixer whose parameter count the others are brought to, by the width of that network.
+        reference: the mixer whose parameter count all models get, by the width of that network.
     """
 
     task: Task
@@ -99,9 +100,9 @@ class Suite:
 
     Attributes:
         name: on the command line.
-        title: what it is about.
-        recipes: one per task, their task names different.
-        mixers: compared when none are named.
+        title: heading of its reports.
+        recipes: one per task, with different task names.
+        mixers: the mixers of a run that names none.
 
     Raises:
         ValueError: two recipes of one task name, or none at all.
@@ -118,7 +119,7 @@ class Suite:
             raise ValueError(f"suite {self.name!r} needs recipes with different task names, got {names}.")
 
     def select(self, tasks: list[str] | None) -> tuple[Recipe, ...]:
-        """The recipes of the named tasks, of all without names.
+        """The recipes of the named tasks; None for all.
 
         Raises:
             ValueError: a task that the suite does not have.
@@ -141,16 +142,16 @@ def _model(hidden: int, heads: int = 1, layers: int = 2, **fields: Any) -> dict[
 
 
 def _chunks(memory: int = 16, projections: int = 32) -> dict[str, Any]:
-    """Short chunks and small memories: they write and learn to within short sequences."""
+    """Short chunks and small memories, which write within short sequences."""
     return {"expansion": 2, "chunk_size": memory, "projection_chunk_size": projections}
 
 
-# Small embeddings where a state must be tracked, large ones where tokens must be told apart (docs/log.md). A state is
-# tracked over a whole sequence in one chunk: more boundaries than in training cost exactness (docs/decisions.md, 58).
+# Small embeddings help to track a state, large ones to tell tokens apart (docs/log.md). State tracking has one chunk
+# per sequence: with more boundaries than in training, answers are no longer exact (docs/decisions.md, 58).
 _ONE_CHUNK = _chunks(128, 128)
 _TRACK = _model(32, initializer_range=0.02)
 _TELL_APART = _model(32, initializer_range=0.2)
-# Counting wants several heads and large embeddings: linear attention needs 250 steps then, and more than 500 without.
+# Counting needs several heads and large embeddings: linear attention then takes 250 steps, otherwise more than 500.
 _COUNT = _model(32, heads=4, initializer_range=0.2)
 # Chunks of half a recall sequence and of a whole one: 1.6 times as fast as 16 and 32.
 _LONGER_CHUNKS = _chunks(32, 64)
@@ -189,7 +190,7 @@ def _mad() -> tuple[Recipe, ...]:
 
 
 def _long_context_suites() -> list[Suite]:
-    # Few looks on few sequences: those of the long splits take as long as many updates.
+    # Few evaluations on few sequences: on the long splits they take as long as many updates.
     training = Training(steps=1500, batch_size=16, learning_rate=2e-3, check_every=250, check_examples=8)
     model = _model(64, heads=2, initializer_range=0.1)
     # The number alone is asked for and noise holds no digits: half the width learns it, in a third of the steps. All
@@ -304,7 +305,7 @@ _REGISTERED: dict[str, Suite] = {suite.name: suite for suite in _suites()}
 
 
 def register_suite(suite: Suite) -> Suite:
-    """Make a suite known by its name; the same name again replaces it.
+    """Register a suite by its name; a suite of the same name is replaced.
 
     Example:
         >>> from nestlearn.evals.tasks import Mqar

@@ -78,7 +78,7 @@ def run_cell(
 
     Returns:
         The accuracy on the task's last split; ``details`` has all splits, the learning curve, the status ("solved":
-        stopped because every split reached ``training.stop``; "finished": all steps; "unconverged"; "diverged": the
+        every split reached ``training.stop``; "finished": all steps; "unconverged"; "diverged": the
         loss became NaN or infinite), parameters and state size.
     """
     start = time.perf_counter()
