@@ -111,10 +111,10 @@ def test_saving_forking_and_leaving(chat: Chat, tmp_path: Path) -> None:
     chat.handle("hello")
     first = chat.session
     other = tmp_path / "other"
-    assert "Going on with a copy" in chat.handle(f"/fork {other}")
+    assert "goes on with a copy" in chat.handle(f"/fork {other}")
     assert other.exists() and not (tmp_path / "mine").exists()
     assert chat.session is not first and chat.file == other
-    assert "exists already" in chat.handle(f"/fork {other}")
+    assert "already exists" in chat.handle(f"/fork {other}")
     chat.handle("more")
     assert chat.unsaved
     assert f"Saved {other}" in chat.handle("/quit")

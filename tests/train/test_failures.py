@@ -1,6 +1,7 @@
 """What goes wrong ends the run with a clear error, and nothing already saved is lost."""
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from nestlearn.train import (
 from nestlearn.train import engine as engine_module
 from nestlearn.train import trainer as trainer_module
 from nestlearn.train.checkpoint import publish_files, step_of
+from nestlearn.train.folder import is_exported
 
 Make = Callable[..., TrainConfig]
 
@@ -115,7 +117,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tiny: Make, monkeypatch: pyte
     with pytest.raises(CheckpointError, match=r"Could not write .*checkpoint-6.*checkpoint-3 is intact"):
         train(config)
     assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-3"]
-    assert not list(Path(config.out).glob(".writing*"))
+    assert not list(Path(config.out).glob(".*.part"))
     verify(Path(config.out) / "checkpoint-3")
     monkeypatch.undo()
     assert train(config, resume=True).steps == 8
@@ -247,3 +249,15 @@ def test_publishing_files_replaces_them_one_by_one(tmp_path: Path):
     publish_files(staging, out)
     assert (out / "a").read_text() == (out / "sub" / "b").read_text() == "new"
     assert not staging.exists()
+
+
+def test_weights_are_published_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that is killed while its model is moved into place has not exported it, so it can be resumed."""
+    staging, out, moved, rename = tmp_path / "staging", tmp_path / "out", [], os.replace
+    staging.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (staging / name).touch()
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append((Path(a).name, is_exported(out))), rename(a, b)))
+    publish_files(staging, out)
+    assert [name for name, _ in moved] == ["config.json", "tokenizer.json", "model.safetensors"]
+    assert not any(exported for _, exported in moved) and is_exported(out)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
+from nestlearn.atomic import atomic_write
 from nestlearn.cli.common import Verbose, command_line, hide_progress_bars, plain_console, tune
 
 HELP = """Put levels of memory on a pretrained Hugging Face model, and save it.
@@ -80,7 +80,9 @@ def run(
     pretrained, tokenizer = load_pretrained(model)
     chosen = [int(n) for n in layers.split(",")] if layers.replace(",", "").isdecimal() else layers
     stacked = stack_levels(pretrained, chosen_levels, layers=chosen, mode=cast(Any, mode), mlp=mlp)
-    _save_folder(out, stacked, tokenizer)
+    with atomic_write(out, "the stacked model") as folder:
+        stacked.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     added = sum(parameter.numel() for parameter in level_parameters(stacked).values())
     plan = stacked.stack_plan
     periods = ", ".join("frozen" if period is None else f"{period:,}" for period in plan.periods)
@@ -89,18 +91,3 @@ def run(
         f"their initial weights are {added:,} parameters.\n"
         f"Let it learn: {command_line('learn', out)} --stream FILE --out FOLDER"
     )
-
-
-def _save_folder(out: Path, model: Any, tokenizer: Any) -> None:
-    """Save a model under another name and rename it: the folder is complete or absent."""
-    from safetensors import SafetensorError
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".part", dir=out.parent) as part:
-        folder = Path(part) / out.name
-        try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            folder.replace(out)
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"could not write {out}: {error}. Check free space and rights; nothing is left.") from error

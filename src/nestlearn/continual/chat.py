@@ -1,6 +1,6 @@
-"""A conversation with a model whose memory can be taught, saved, copied and cleared while it goes on.
+"""A conversation with a model whose memory can learn, be saved, be copied and be cleared meanwhile.
 
-What is said and what is printed is decided here; reading from a terminal is the command line's part.
+This module turns lines into answers. The command line reads the lines and prints the answers.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nestlearn.continual.session import PromptTooLong, at_most_every
 
 HELP = """Type a message to get an answer. Commands:
-  /read FILE...        learn from text files; prints bits per byte with and without what is being learned
+  /read FILE...        learn from text files; prints bits per byte with and without the writes
   /learn on|off        whether the model also learns from this conversation (off at first)
-  /levels              the levels of the memory and what each has taken in
+  /levels              the levels of the memory, and what each has read
   /forget [LEVEL...]   return levels (all, if none is named) to the model's own weights
   /fork FILE           save a copy of the memory to FILE and go on with the copy
   /save [FILE]         save the memory (to the session's file, if none is named)
@@ -28,7 +28,7 @@ HELP = """Type a message to get an answer. Commands:
 
 @dataclass
 class Sampling:
-    """How answers are drawn; a temperature of 0 takes the most likely token each time."""
+    """How answers are drawn; at temperature 0 each token is the most likely one."""
 
     max_new_tokens: int = 200
     temperature: float = 0.8
@@ -45,7 +45,11 @@ class Chat:
         file: where it is saved.
         sampling: how answers are drawn.
         learns: whether each message and its answer are read into the memory.
-        report: told what happens during a long command.
+        report: called with the progress of a long command.
+        turns: (message, answer) of the conversation so far.
+        unsaved: whether the memory differs from its file.
+        done: whether the user has left.
+        answered: answers so far, which vary the seed.
     """
 
     session: Any
@@ -59,7 +63,7 @@ class Chat:
     answered: int = 0
 
     def handle(self, line: str) -> str:
-        """What to print for a line typed; errors of a command are text too, and leave everything as it was."""
+        """The answer to a line. An error of a command is an answer too, and leaves everything as it was."""
         if not line.strip():
             return ""
         if not line.startswith("/"):
@@ -82,7 +86,7 @@ class Chat:
             "/quit!": self._leave,
         }
         if name not in commands:
-            return f"Unknown command {name}; /help lists them. To say a line that begins with /, put a space before."
+            return f"Unknown command {name}; /help lists them. To say a line that begins with /, put a space before it."
         return self._safely(lambda: commands[name](arguments))
 
     @staticmethod
@@ -93,9 +97,9 @@ class Chat:
             return f"Error: {error}"
 
     def prompt(self, message: str) -> str | list[dict[str, str]]:
-        """The conversation up to the place where the answer begins: messages where the tokenizer has a chat template.
+        """The conversation up to the start of the answer; a list of messages if the tokenizer has a chat template.
 
-        What is said is text: a control token spelled out in it reaches the model as letters.
+        A control token spelled out in a message reaches the model as letters.
         """
         if getattr(self.session.tokenizer, "chat_template", None):
             said = [
@@ -118,32 +122,22 @@ class Chat:
         return answer or "(the model said nothing)"
 
     def _generate(self, message: str) -> str:
-        """The answer; the oldest turns are dropped as long as the conversation is too long for the model."""
-        sampling = self.sampling
+        """The answer. If the conversation is too long for the model, its oldest turns are dropped."""
+        options = asdict(self.sampling) | {"seed": self.sampling.seed + self.answered, "stop": "\nYou:"}
         while True:
             try:
-                return self._sample(self.prompt(message), sampling)
+                return self.session.generate(self.prompt(message), **options).strip()
             except PromptTooLong:
                 if not self.turns:
                     raise
                 del self.turns[0]
-
-    def _sample(self, prompt: str | list[dict[str, str]], sampling: Sampling) -> str:
-        return self.session.generate(
-            prompt,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed + self.answered,
-            stop="\nYou:",
-        ).strip()
 
     def _read(self, arguments: list[str]) -> str:
         if not arguments:
             return "Name at least one text file: /read FILE..."
         lines = []
         for name in arguments:
-            # Before it is read: what was read before an error or Ctrl-C stays learned.
+            # Set first: what was read before an error or Ctrl-C stays learned.
             self.unsaved = True
             result = self.session.read(
                 Path(name).expanduser(), progress=at_most_every(0.5, lambda report: self.report(str(report)))
@@ -155,12 +149,10 @@ class Chat:
         if arguments not in (["on"], ["off"]):
             return f"The conversation is {'' if self.learns else 'not '}being learned; /learn on or /learn off."
         self.learns = arguments == ["on"]
-        return (
-            "From now on the conversation is learned." if self.learns else "The conversation is not learned any more."
-        )
+        return f"From now on the conversation is {'' if self.learns else 'not '}learned."
 
     def levels(self) -> str:
-        """A table of the levels: of each, the tokens it has read, its change relative to its weights, its bytes."""
+        """A table with, for each level, the tokens it has read, the change relative to its weights, and its bytes."""
         grouped: dict[str, list[Any]] = {}
         for row in self.session.describe():
             grouped.setdefault(row.path if row.level is None else str(row.level), []).append(row)
@@ -169,7 +161,7 @@ class Chat:
         cells = [("level", "networks", "period", "tokens read", "change", "bytes")]
         for name, rows in grouped.items():
             change = sum(row.change for row in rows) / len(rows)
-            # What begins empty has no size to compare its change with.
+            # A state that begins empty has no size to compare its change with.
             shown = f"{change:.4f}" if math.isfinite(change) else "-"
             figures = (f"{max(row.tokens for row in rows):,}", shown, f"{sum(row.bytes for row in rows):,}")
             cells.append((name, str(len(rows)), str(rows[0].period or "-"), *figures))
@@ -191,11 +183,11 @@ class Chat:
             return "Name the copy's file: /fork FILE"
         file = Path(arguments[0]).expanduser()
         if file.exists():
-            return f"{file} exists already; choose another name, or load it with --session {file}."
+            return f"{file} already exists; choose another name, or load it with --session {file}."
         copy = self.session.fork()
         copy.save(file)
         before, self.session, self.file, self.unsaved = self.file, copy, file, False
-        return f"Going on with a copy in {file}; {before} stays as it was saved last."
+        return f"The conversation goes on with a copy in {file}; {before} stays as it was last saved."
 
     def _save(self, arguments: list[str]) -> str:
         if len(arguments) > 1:

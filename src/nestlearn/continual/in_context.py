@@ -1,9 +1,10 @@
-"""In-context learning as a continual learner: nothing is trained, examples of the tasks seen stand in the prompt."""
+"""In-context learning as a continual learner: the prompt holds examples of the tasks seen, and nothing is trained."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,17 +19,17 @@ from nestlearn.data.documents import stable_hash
 class InContextLearner:
     """Classifies texts by a language model whose prompt holds examples of every class seen so far.
 
-    The prompt is ``text\\tlabel\\n`` for up to `shots` examples per class, the newest last, then ``text\\t``; what does
-    not fit `context` tokens is cut off at the front, oldest first: the window is all the memory there is. The answer
-    is the class, of those seen, whose label has the highest log-probability per token.
+    The prompt is ``text\\tlabel\\n`` for up to `shots` examples per class, the newest last, then ``text\\t``. If it
+    exceeds `context` tokens, its oldest tokens are cut off: the window is the only memory. The answer is the class seen
+    whose label has the highest log-probability per token.
 
     Args:
-        model: a causal language model; ids to logits, or to an object with `.logits`.
+        model: a causal language model, from ids to logits or to an object with `.logits`.
         tokenizer: a Hugging Face tokenizer.
         labels: the label text of each class.
         shots: examples per class.
         context: tokens that the model can read.
-        test_limit: test examples per task, the first ones; None takes all. Every class is scored for every one.
+        test_limit: number of test examples per task, the first ones; None: all. Each is scored for every class.
         seed: of the choice of the examples.
 
     Raises:
@@ -60,7 +61,7 @@ class InContextLearner:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def fit(self, stream: TaskStream, texts: Sequence[tuple[Sequence[str], Sequence[str]]]) -> ContinualResult:
-        """Adds each task's examples to the prompt and tests all tasks seen after each.
+        """Add the examples of each task to the prompt, and test all tasks seen after each.
 
         Args:
             stream: for names and classes.
@@ -79,16 +80,9 @@ class InContextLearner:
                     for column, tested in enumerate(stream.tasks)
                 )
             )
-        fits, total = 0, 0
-        for example in reversed(shown):
-            total += len(example)
-            fits += total < self.context
-        config = {
-            "shots": self.shots,
-            "context": self.context,
-            "test_limit": self.test_limit,
-            "examples_in_reach": fits,
-        }
+        fits = sum(total < self.context for total in accumulate(len(example) for example in reversed(shown)))
+        config = {"shots": self.shots, "context": self.context, "test_limit": self.test_limit,
+                  "examples_in_reach": fits}  # fmt: skip
         return ContinualResult(
             stream=stream.name, method="in-context", tasks=tuple(task.name for task in stream.tasks), score="accuracy",
             matrix=tuple(rows), initial=(0.0,) * len(stream), seed=self.seed, steps=0, examples=0,
@@ -96,7 +90,7 @@ class InContextLearner:
         )  # fmt: skip
 
     def _examples(self, targets: Tensor, texts: Sequence[str], place: int) -> list[list[int]]:
-        """The prompt's lines for one task: its classes in turn, so that every class is near the end."""
+        """The lines of one task, its classes in turn, so that every class is near the end of the prompt."""
         generator = torch.Generator().manual_seed(stable_hash("shots", self.seed, place) >> 1)
         order = torch.randperm(len(targets), generator=generator).tolist()
         by_class: dict[int, list[int]] = {}
@@ -114,12 +108,10 @@ class InContextLearner:
 
     @torch.no_grad()
     def _answer(self, shown: list[list[int]], seen: list[int], text: str) -> int:
-        """The class seen whose label is the most likely continuation, per token."""
+        """The class seen whose label is the most likely continuation per token."""
         room = self.context - max(len(self._label_ids[label]) for label in seen)
-        prompt = [token for example in shown for token in example] + self._ids(f"{text}\t")
-        prompt = prompt[-room:]
-        width = room + max(len(self._label_ids[label]) for label in seen)
-        rows = torch.zeros(len(seen), min(width, self.context), dtype=torch.long)
+        prompt = ([token for example in shown for token in example] + self._ids(f"{text}\t"))[-room:]
+        rows = torch.zeros(len(seen), self.context, dtype=torch.long)
         targets = torch.full_like(rows, -100)
         for row, label in enumerate(seen):
             ids = prompt + self._label_ids[label]

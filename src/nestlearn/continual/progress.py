@@ -1,4 +1,4 @@
-"""A learner's checkpoint after each task: one file, complete or absent."""
+"""The checkpoint of a learner after each task, in one file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nestlearn.models.files import whole_file
+from nestlearn.atomic import atomic_write, remove_leftovers
 
 if TYPE_CHECKING:
     from nestlearn.continual.learner import ContinualLearner
 
 _SCHEMA = 1
 
-# Whatever a file of another program, or one with bytes changed, makes `torch.load` and the reading of it raise.
+# The errors of `torch.load`, and of reading its result, for a damaged file or one of another program.
 _UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, AssertionError, pickle.UnpicklingError,
 )  # fmt: skip
@@ -26,8 +26,8 @@ class Progress:
     """Saves and resumes a learner.
 
     Args:
-        path: the file; None saves nothing.
-        config: settings that a checkpoint must share to be continued.
+        path: the file; None: nothing is saved.
+        config: the settings; a checkpoint with others is refused.
     """
 
     def __init__(self, path: Path | None, config: dict[str, Any]) -> None:
@@ -35,12 +35,15 @@ class Progress:
         self.config = json.loads(json.dumps(config))
 
     def resume(self, learner: ContinualLearner) -> list[tuple[float, ...]]:
-        """Puts the learner where the checkpoint was made; the rows of scores so far, none without a checkpoint.
+        """Put the learner where the checkpoint was made; returns the rows of scores so far, none without a checkpoint.
 
         Raises:
             ValueError: the file is no checkpoint of a learner with these settings.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return []
+        remove_leftovers(self.path.parent)
+        if not self.path.exists():
             return []
         try:
             # weights_only: tensors and plain values, nothing that runs code.
@@ -52,7 +55,7 @@ class Progress:
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read: {error}. Check its rights, or give another file.") from error
         except _UNREADABLE as error:
-            # torch's own text advises to unpickle without limits, which would run what a stranger wrote.
+            # torch's own message advises to unpickle without limits, which would run foreign code.
             foreign = isinstance(error, pickle.UnpicklingError)
             cause = "it does not hold tensors and plain values alone" if foreign else repr(error)
             raise ValueError(
@@ -75,7 +78,7 @@ class Progress:
         return rows
 
     def save(self, learner: ContinualLearner, rows: list[tuple[float, ...]]) -> None:
-        """Writes the checkpoint under a temporary name in the same folder, then renames it.
+        """Write the checkpoint; the file is complete or absent.
 
         Raises:
             OSError: it cannot be written; what was at the path is untouched.
@@ -89,5 +92,5 @@ class Progress:
             "learner": learner.state_dict(),
         }
         advice = "check free space and rights, and call fit again: it goes on after the last task in the file"
-        with whole_file(self.path, "the checkpoint", advice) as temporary:
+        with atomic_write(self.path, "the checkpoint", advice) as temporary:
             torch.save(content, temporary)

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nestlearn.atomic import write_text
 from nestlearn.data import document_ids, load_corpus
 from nestlearn.evals.compare import Curve, Row, compare, eval_curve
 from nestlearn.evals.language import bits_per_byte, loss_by_position, state_bytes_by_context
@@ -20,7 +21,6 @@ from nestlearn.evals.report.demo import DemoResults, RunSummary, write_report
 from nestlearn.evals.result import EvalResult
 from nestlearn.models import flops, generate_texts
 from nestlearn.train import TrainConfig, TrainingInterrupted, load_model, load_tokenizer, read_log, saved_config, train
-from nestlearn.train.checkpoint import write_text
 from nestlearn.train.folder import is_exported
 
 PROMPT = "The for statement is used to"

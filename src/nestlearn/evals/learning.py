@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestlearn.atomic import write_text
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.methods import EWC, ExperienceReplay, FineTuning, Method
 from nestlearn.continual.readers import windows
@@ -21,7 +22,6 @@ from nestlearn.continual.session import MemorySession, at_most_every
 from nestlearn.data.documents import Document
 from nestlearn.data.synthetic import IGNORE
 from nestlearn.fields import unknown_name
-from nestlearn.train.checkpoint import write_text
 
 METHODS = ("cms", "finetune", "ewc", "replay", "lora")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nestlearn.atomic import write_text
+
 SCHEMA_VERSION = 1
 
 
@@ -43,12 +45,8 @@ class EvalResult:
     details: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON, under a temporary name first."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".writing-{target.name}")
-        temporary.write_text(self.to_json(indent=1), encoding="utf-8")
-        temporary.replace(target)
+        """Write the record as JSON; the file is complete or absent."""
+        write_text(Path(path), self.to_json(indent=1))
 
     def to_json(self, indent: int | None = None) -> str:
         """The record as JSON text, on one line without ``indent``; NaN and infinity are null."""

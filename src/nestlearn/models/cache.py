@@ -1,4 +1,4 @@
-"""All fast state of a model: what it holds in mind after the tokens read so far."""
+"""The cache of a Hope model: the fast state of all its layers after the tokens read so far."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _differences(theirs: Any, ours: Any, name: str = "") -> list[tuple[str, Any,
 
 @record("block")
 class LayerState(NamedTuple):
-    """The state of one block: of its mixer and of its continuum memory (each None before the first token)."""
+    """The state of one block: that of its mixer and that of its continuum memory (None before the first token)."""
 
     mixer: Tree = None
     cms: Tree = None
@@ -83,7 +83,7 @@ class HopeCache:
         self.segments: list[Segment] = []
         self.seen = 0
         self.signature: dict[str, Any] | None = None
-        # Rows to forget before their next real token; None where there are none.
+        # Rows to reset before their next real token; None if there are none.
         self.pending_reset: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -101,18 +101,18 @@ class HopeCache:
         return self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: fast weights cannot be returned to an earlier token. Use `fork` before reading instead."""
+        """Refused: fast weights cannot return to an earlier token. Use `fork` before reading instead."""
         raise ValueError(
-            f"a HopeCache cannot drop its last {tokens_to_remove} tokens: what was learned from them is mixed into the "
-            "fast weights. Fork the cache before reading what may have to be taken back."
+            f"a HopeCache cannot drop its last {tokens_to_remove} tokens: they have changed the fast weights. Fork the "
+            "cache before you read tokens that may be dropped later."
         )
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
-        """Forget everything, or what the given rows read (their next real token starts a new document).
+        """Forget everything, or start a new document in the given rows with their next real token.
 
-        A new document leaves levels with ``reset=False`` as they are; forgetting everything does not.
+        A new document keeps what levels with ``reset=False`` have learned; forgetting everything does not.
 
         Args:
             rows: Bool[batch] mask or a list of row numbers; None for all.
@@ -176,13 +176,13 @@ class HopeCache:
         return self._map(lambda tree: map_tensors(lambda x: x.to(device), tree))
 
     def detach(self) -> HopeCache:
-        """The cache cut from the autograd graph (truncated backpropagation through time)."""
+        """The cache without its autograd graph (truncated backpropagation through time)."""
         return self._map(detach)
 
     def forget(self, levels: Iterable[int]) -> HopeCache:
         """The cache with some levels of every continuum memory (by number, 0 the fastest) at their initial weights.
 
-        A segment that is not complete goes on without what they had learned, too. Tensors are shared.
+        An unfinished segment goes on without what these levels had learned. The caches share tensors.
 
         Example:
             >>> from nestlearn import HopeConfig, HopeForCausalLM
@@ -223,25 +223,24 @@ class HopeCache:
     def update(
         self, layers: list[LayerState], time: int, signature: dict[str, Any], segments: list[Segment] | None = None
     ) -> None:
-        """Take over the states after ``time`` more columns."""
+        """Replace the states by those after ``time`` more columns."""
         self.layers, self.seen, self.signature = layers, self.seen + time, signature
         self.segments = segments or []
 
     # -- files --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; the state's structure and a checksum of everything go into its JSON header.
-
-        The file is complete or absent: it is written under a temporary name and renamed.
+        """Write one safetensors file, complete or absent; its JSON header holds the structure and a checksum.
 
         Raises:
             OSError: the file cannot be written; what was at ``path`` before is untouched.
+            ValueError: ``path`` holds a file of another kind, which stays.
         """
         tensors, header = self.to_tree()
         CACHE_FILE.write(Path(path), tensors, header)
 
     def to_tree(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Named tensors on the CPU and a header that JSON can hold, for a file of one's own; see `from_tree`.
+        """Named tensors on the CPU and a header for JSON, to be stored in another file; see `from_tree`.
 
         Example:
             >>> tensors, header = HopeCache().to_tree()
@@ -260,7 +259,7 @@ class HopeCache:
         """The cache of `to_tree`.
 
         Raises:
-            ValueError: the header is not one of a HopeCache, or names a tensor that is not there.
+            ValueError: the header is not that of a HopeCache, or a tensor is missing.
         """
         try:
             tree = rebuild(tensors, header["spec"])
@@ -275,13 +274,13 @@ class HopeCache:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None, device: torch.device | str = "cpu") -> HopeCache:
-        """Read a file written by `save`; nothing is ever unpickled.
+        """Read a file of `save`. Nothing is unpickled.
 
         Args:
             path: the file.
-            model: the model (or its config) that will go on with it; checked against the file if given, otherwise at
-                the first forward.
-            device: where to put the tensors.
+            model: the model (or its config) that will use the cache. It is checked against the file now; without it,
+                at the first forward pass.
+            device: of the tensors.
 
         Raises:
             FileNotFoundError: there is no such file.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,41 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-
-@contextmanager
-def whole_file(path: Path, what: str, advice: str = "check free space and rights") -> Iterator[Path]:
-    """A temporary file beside ``path`` to be written by the block; it replaces ``path`` when the block ends well.
-
-    Args:
-        path: where the file belongs; its folder is made.
-        what: is written, for the error.
-        advice: how to go on, for the error.
-
-    Raises:
-        OSError: it cannot be written; what was at ``path`` is untouched.
-
-    Example:
-        >>> with whole_file(Path("notes.txt"), "the notes") as temporary:
-        ...     _ = temporary.write_text("complete")
-        >>> Path("notes.txt").read_text()
-        'complete'
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"could not write {what} to {path}: {error}. Nothing there was changed; {advice}.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
+from nestlearn.atomic import atomic_write, remove_leftovers
 
 # Pickles that transformers.Trainer writes beside the weights of a model.
 _OF_A_TRAINER = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
@@ -165,7 +129,7 @@ class TensorFile(NamedTuple):
     def write(
         self, path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], advice: str = "free some space"
     ) -> None:
-        """Write a file; at any time ``path`` holds what it held before, or all of the new content.
+        """Write a file; see `nestlearn.atomic.atomic_write`.
 
         Raises:
             OSError: it cannot be written; what was at ``path`` is untouched.
@@ -176,7 +140,7 @@ class TensorFile(NamedTuple):
         held = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
         header = {"format": self.format, "version": self.version, **header}
         text = json.dumps({**header, "checksum": checksum(held, header)})
-        with whole_file(path, f"the {self.noun}", advice) as temporary:
+        with atomic_write(path, f"the {self.noun}", advice) as temporary:
             save_file(held, str(temporary), {"nestlearn": text})
 
     def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -186,6 +150,7 @@ class TensorFile(NamedTuple):
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, corrupted, of another kind or of another version.
         """
+        remove_leftovers(path.parent)
         if not path.is_file():
             raise FileNotFoundError(f"there is no {self.noun} file {path}.")
         try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nestlearn.models.files import whole_file
+from nestlearn.atomic import write_text
 
 MODULE = "nestlearn_model"
 HOPE = {"AutoConfig": "HopeConfig", "AutoModel": "HopeModel", "AutoModelForCausalLM": "HopeForCausalLM"}
@@ -41,9 +41,8 @@ def write_loader(
     Raises:
         OSError: it cannot be written.
     """
-    with whole_file(Path(folder) / f"{MODULE}.py", "the file that loads the model") as temporary:
-        text = f'"""Loads this folder with the installed package (pip install nestlearn)."""\n\n{code}'
-        temporary.write_text(text, encoding="utf-8")
+    text = f'"""Loads this folder with the installed package (pip install nestlearn)."""\n\n{code}'
+    write_text(Path(folder) / f"{MODULE}.py", text)
 
 
 class NotCopied:

@@ -10,20 +10,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from nestlearn.atomic import WRITE_ERRORS
 from nestlearn.train.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-# A full disk raises the error of the operating system, of torch.save or of safetensors.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -107,18 +103,12 @@ def _problem(path: Path, expected: dict[str, str | int]) -> str | None:
     return None
 
 
-def staging_path(final: Path) -> Path:
-    """Where the content of ``final`` is written first: next to it, because a rename needs the same file system."""
-    return final.parent / f".writing-{final.name}"
-
-
 @contextmanager
-def clean_on_failure(staging: Path, final: Path) -> Iterator[None]:
-    """Turn a failed write into a CheckpointError, with the staging folder removed and older checkpoints untouched."""
+def explain_failure(final: Path) -> Iterator[None]:
+    """Turn a failed write into a CheckpointError that names the last checkpoint."""
     try:
         yield
     except WRITE_ERRORS as error:
-        shutil.rmtree(staging, ignore_errors=True)
         kept = last_checkpoint(final.parent)
         state = f"The earlier checkpoint {kept} is intact." if kept else "No earlier checkpoint exists."
         raise CheckpointError(
@@ -126,35 +116,16 @@ def clean_on_failure(staging: Path, final: Path) -> Iterator[None]:
         ) from error
 
 
-def publish(staging: Path, final: Path) -> None:
-    """Give a finished staging folder its manifest and its name.
-
-    If a folder with this name exists (the same step, saved twice), it is removed after the rename.
-    """
-    write_manifest(staging)
-    replaced = final.parent / f".replaced-{final.name}"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(staging, final)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def publish_files(staging: Path, folder: Path) -> None:
-    """Move every file of a staging folder to the same name in ``folder``, each by one atomic rename."""
+    """Move every file of a staging folder to the same name in `folder`, each by one atomic rename.
+
+    Weights come last: a folder with weights is a whole model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(staging.iterdir()):
+    for path in sorted(staging.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
         target = folder / path.name
         if path.is_dir():
             publish_files(path, target)
         else:
             os.replace(path, target)
     staging.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that readers never see half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".writing-{path.name}"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, default_data_collator
 
+from nestlearn import atomic
 from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_corpus, pack
 from nestlearn.models import flops
 from nestlearn.nn import ContinuumMemory, SelfModifyingTitans
@@ -340,24 +342,25 @@ def _optimizer_maker(config: TrainConfig) -> Callable[[nn.Module], Optimizer] | 
 
 
 def export(trainer: HopeTrainer, out: Path) -> None:
-    """Save model and tokenizer in the run folder itself, each file renamed when it is complete."""
-    staging = out / ".writing-model"
-    with checkpoint.clean_on_failure(staging, out / "model.safetensors"):
-        trainer.save_model(str(staging))
+    """Save model and tokenizer in the run folder itself, each file renamed into place when whole."""
+    final = out / "model"
+    first = trainer.args.should_save
+    staging = atomic.staging(final) if first else nullcontext(atomic.staging_folder(final))
+    with checkpoint.explain_failure(out / "model.safetensors"), staging as folder:
+        trainer.save_model(str(folder / final.name))
         trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save and staging.is_dir():
-            checkpoint.publish_files(staging, out)
+        if first and (folder / final.name).is_dir():
+            checkpoint.publish_files(folder / final.name, out)
 
 
 def export_checkpoint(last: Path, out: Path) -> None:
     """Copy the model of a checkpoint into the run folder, for a run that ended before its own export."""
-    staging = out / ".writing-model"
-    with checkpoint.clean_on_failure(staging, out / "model.safetensors"):
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+    with checkpoint.explain_failure(out / "model.safetensors"), atomic.staging(out / "model") as folder:
+        content = folder / "model"
+        content.mkdir()
         for path in [*last.glob("model*"), *last.glob("*config.json")]:
-            shutil.copyfile(path, staging / path.name)
-        checkpoint.publish_files(staging, out)
+            shutil.copyfile(path, content / path.name)
+        checkpoint.publish_files(content, out)
 
 
 def _interrupted(trainer: HopeTrainer, number: int, out: Path) -> TrainingInterrupted:

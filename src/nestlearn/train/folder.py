@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
+from nestlearn.atomic import locked, remove_leftovers, write_text
 from nestlearn.train import checkpoint
 from nestlearn.train.config import CONFIG_FILE, TrainConfig, check_resume
 from nestlearn.train.errors import CheckpointError
@@ -30,65 +30,27 @@ def claim_folder(out: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")) != 0:
         yield
         return
-    try:
-        missing = [path for path in (out, *out.parents) if not path.exists()]
-        lock = _locked(out)
-    except OSError as error:
-        raise ValueError(
-            f"Cannot use {out} for a run: {error}. Choose another --out, or check the rights of the folder."
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            (out / LOCK_FILE).unlink()
-        lock.close()
-        with suppress(OSError):  # a folder that is not empty stays
-            for path in missing:
-                path.rmdir()
-
-
-def _locked(out: Path) -> IO[str]:
-    """The open lock file of a folder, locked."""
-    path = out / LOCK_FILE
-    while True:
-        out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
         try:
-            file = path.open("a+")
-        except FileNotFoundError:  # the previous owner has just removed the empty folder
-            continue
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError) as error:
-            file.close()
+            missing = [path for path in (out, *out.parents) if not path.exists()]
+            stack.callback(_remove_empty, missing)
+            stack.enter_context(locked(out / LOCK_FILE, wait=False))
+        except BlockingIOError as error:
             raise ValueError(
                 f"Another process is training into {out}. Wait until it ends, or choose another --out."
             ) from error
-        except OSError:
-            file.close()
-            raise
-        # The previous owner may have removed the file after it was opened here; then the lock is on nothing.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                return file
-        file.close()
+        except OSError as error:
+            raise ValueError(
+                f"Cannot use {out} for a run: {error}. Choose another --out, or check the rights of the folder."
+            ) from error
+        remove_leftovers(out)
+        yield
 
 
-def _lock(file: IO[str]) -> None:
-    """Take the operating system's lock on an open file, without waiting.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        file.seek(0)
-        getattr(msvcrt, "locking")(file.fileno(), getattr(msvcrt, "LK_NBLCK"), 1)  # noqa: B009
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # not empty: the run is there to be kept
+        for folder in folders:
+            folder.rmdir()
 
 
 def starting_point(config: TrainConfig, resume: bool) -> Path | None:
@@ -138,7 +100,7 @@ def _is_exported_from(last: Path, out: Path) -> bool:
 def save_settings(config: TrainConfig, digest: str | None) -> None:
     """Write the settings of a run and the digest of its corpus into its folder."""
     content = config.to_dict() | {_DIGEST: digest}
-    checkpoint.write_text(Path(config.out) / CONFIG_FILE, json.dumps(content, indent=1))
+    write_text(Path(config.out) / CONFIG_FILE, json.dumps(content, indent=1))
 
 
 def saved_config(out: str | Path) -> TrainConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nestlearn.train.checkpoint import write_text
+from nestlearn.atomic import write_text
 
 LOG_FILE = "train.jsonl"
 PROGRESS_FILE = "progress.json"

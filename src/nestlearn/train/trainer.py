@@ -7,8 +7,8 @@ checkpoints that are complete or absent. Schedule, accumulation, mixed precision
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from nestlearn import atomic
 from nestlearn.models.files import first_non_finite_parameter
 from nestlearn.train import checkpoint, meter
 from nestlearn.train.errors import NonFiniteError
@@ -164,29 +165,31 @@ class HopeTrainer(Trainer):
         return NonFiniteError(what, self.state.global_step, component, checkpoint.last_checkpoint(self.out))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write checkpoint-STEP under a temporary name, then rename it. A failure does not change older checkpoints."""
+        """Write checkpoint-STEP, complete or absent; a failure leaves older ones as they were."""
         if first_non_finite_parameter(model) is not None:
             raise self._not_finite("The update made a weight NaN or infinite")
         final = self.out / f"checkpoint-{self.state.global_step}"
-        self._staging = checkpoint.staging_path(final)
-        content = self._staging / final.name
+        first = self.args.should_save
+        staging = atomic.staging(final) if first else nullcontext(atomic.staging_folder(final))
         try:
-            with checkpoint.clean_on_failure(self._staging, final):
+            with checkpoint.explain_failure(final), staging as self._staging:
+                content = self._staging / final.name
+                self.accelerator.wait_for_everyone()  # the first process has made the folder
                 super()._save_checkpoint(model, trial)
-                if self.args.should_save:
+                if first:
                     self.meter.save(content)
                     if isinstance(self.train_dataset, RecordedStream):
                         self.train_dataset.save(
                             content, self.state.global_step * self.get_total_train_batch_size(self.args)
                         )
                 self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    checkpoint.publish(content, final)
-                    os.rmdir(self._staging)
+                if first:
+                    checkpoint.write_manifest(content)
+                    atomic.publish(content, final)
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if first:
             rotate_checkpoints(str(self.out), self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a session has learned, level by level: how far weights have moved, and what they hold."""
+"""What a session has learned, level by level: the change of the weights, and the bytes of the state."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from nestlearn.nn.state import Tree, state_bytes, tensors_of
 
 @dataclass(frozen=True)
 class LevelRow:
-    """One level of one MLP or continuum memory, or (``level`` None) what the mixer of a Hope model's layer holds.
+    """One level of one MLP or continuum memory, or the mixer of one layer of a Hope model (``level`` None).
 
-    ``change`` is ``|W - W_other| / |W_0|`` (Frobenius norms over all maps), ``tokens`` what it has learned from in
-    whole segments, ``bytes`` what it holds.
+    ``change`` is ``|W - W_other| / |W_0|`` (Frobenius norms over all maps). ``tokens`` counts the tokens that it has
+    learned from, in whole segments. ``bytes`` is the size of its state.
     """
 
     path: str
@@ -38,7 +38,7 @@ class LevelRow:
 
 @torch.no_grad()
 def compare_states(model: Any, state: LevelState, other: LevelState) -> list[LevelRow]:
-    """How far two states are from each other, for every stacked MLP and learning level in order."""
+    """The distance of two states, for every stacked MLP and learning level in order."""
     stacked = stacked_model(model)
     plan, rows = stacked.stack_plan, []
     for path, module in stacked.stacked_mlps().items():
@@ -55,10 +55,10 @@ def compare_states(model: Any, state: LevelState, other: LevelState) -> list[Lev
 
 @torch.no_grad()
 def compare_layers(model: Any, cache: HopeCache, other: HopeCache, began: Mapping[int, int]) -> list[LevelRow]:
-    """How far the caches of a Hope model are from each other: of each layer the mixer, then its levels.
+    """The distance of two caches of a Hope model: for each layer the mixer, then its levels.
 
-    The change of a mixer is relative to what ``other`` holds of it: infinite where that is nothing, NaN where the two
-    hold tensors of different shapes. ``began`` says at which token a level has started to learn, 0 if not named.
+    The change of a mixer is relative to its state in ``other``. It is infinite if that is empty, and NaN if the two
+    have tensors of different shapes. ``began`` gives the token at which a level started to learn (0 by default).
     """
     rows: list[LevelRow] = []
     read = cache.seen - sum(segment.ids.shape[1] for segment in cache.segments)
@@ -95,7 +95,7 @@ def _level_change(network: LevelWeights, state: Tree, other: Tree) -> float:
 
 
 def _dense(network: LevelWeights, state: Tree) -> Weights:
-    """Weights of a level with all that was written; None: at their start."""
+    """Dense weights of a level with all of its writes; its initial weights for a state of None."""
     held = network.initial(torch.float64) if state is None else _params(state)
     held = {name: w.double() for name, w in held.items()}
     if network.fixed is None:

@@ -48,11 +48,6 @@ class ReadReport:
     total_bytes: int | None = None
     seconds: float = 0.0
 
-    def add(self, segment: SegmentScore, seconds: float) -> None:
-        """Add a segment; ``seconds`` is the wall time so far."""
-        self.segments.append(segment)
-        self.seconds = seconds
-
     @property
     def tokens(self) -> int:
         return sum(segment.tokens for segment in self.segments)

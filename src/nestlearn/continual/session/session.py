@@ -144,7 +144,8 @@ class MemorySession:
                     self._cursor = reader.take(self._cursor, piece)
                     while count := reader.next_segment(self._cursor, ending=piece is None):
                         self._cursor, score = reader.read(self._cursor, count)
-                        report.add(score, time.monotonic() - began)
+                        report.segments.append(score)
+                        report.seconds = time.monotonic() - began
                         if progress is not None:
                             progress(report)
                     if piece is None:

@@ -6,11 +6,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from nestlearn.atomic import write_text
 from nestlearn.evals.bench.cells import Cell
 from nestlearn.evals.bench.suites import Suite
 from nestlearn.evals.result import EvalResult
 from nestlearn.evals.tasks import Published, Task
-from nestlearn.train.checkpoint import write_text
 
 UNCONVERGED, DIVERGED = "*", "†"
 

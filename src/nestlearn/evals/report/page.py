@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from nestlearn.train.checkpoint import write_text
+from nestlearn.atomic import write_text
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #5b6470; --page: #ffffff; --card: #f4f6f8; --line: #dde2e7;
