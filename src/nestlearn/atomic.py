@@ -21,7 +21,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """Errors of a full disk: the operating system's, torch.save's and that of safetensors."""
 
 _LOCK, _REPLACED = ".lock", ".replaced"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -173,25 +173,21 @@ def _open_locked(path: Path, wait: bool) -> tuple[IO[str], bool]:
 
 
 def _lock(file: IO[str], wait: bool) -> bool:
-    if os.name != "posix":
-        return _lock_windows(file, wait)
-    import fcntl
-
+    """Lock an open file; False if the file system has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            import msvcrt
+
+            file.seek(0)
+            getattr(msvcrt, "locking")(file.fileno(), getattr(msvcrt, "LK_LOCK" if wait else "LK_NBLCK"), 1)  # noqa: B009
+    except PermissionError as error:  # the name of BlockingIOError on Windows
+        raise BlockingIOError(*error.args) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         return False
-    return True
-
-
-def _lock_windows(file: IO[str], wait: bool) -> bool:
-    import msvcrt
-
-    file.seek(0)
-    try:
-        getattr(msvcrt, "locking")(file.fileno(), getattr(msvcrt, "LK_LOCK" if wait else "LK_NBLCK"), 1)  # noqa: B009
-    except PermissionError as error:
-        raise BlockingIOError(*error.args) from error
     return True

@@ -123,20 +123,16 @@ class HopeCache:
         if rows is None:
             self.layers, self.segments, self.seen, self.pending_reset = [], [], 0, None
             return
-        size = self.batch_size
-        mask = torch.zeros(size, dtype=torch.bool)
-        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
-            if rows.shape != (size,):
-                raise ValueError(f"rows has shape {tuple(rows.shape)}, but the cache holds {size} rows.")
-            mask = rows
-        else:
-            index = torch.as_tensor(rows, dtype=torch.long, device="cpu").reshape(-1)
-            if any(not 0 <= row < size for row in index.tolist()):
+        size, index = self.batch_size, torch.as_tensor(rows, device="cpu")
+        if index.dtype != torch.bool:
+            if any(not 0 <= row < size for row in index.flatten().tolist()):
                 raise ValueError(f"rows={index.tolist()} names a row the cache lacks; it holds 0..{size - 1}.")
-            mask[index] = True
+            index = torch.zeros(size, dtype=torch.bool).index_fill(0, index.long().flatten(), True)
+        elif index.shape != (size,):
+            raise ValueError(f"rows has shape {tuple(index.shape)}, but the cache holds {size} rows.")
         if not tensors_of(self.layers):
             return
-        mask = mask.to(tensors_of(self.layers)[0].device)
+        mask = index.to(tensors_of(self.layers)[0].device)
         self.pending_reset = mask if self.pending_reset is None else self.pending_reset | mask
 
     def _map_rows(self, index: Tensor) -> None:

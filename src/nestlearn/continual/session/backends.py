@@ -21,30 +21,6 @@ from nestlearn.nn.state import Tree
 from .levels import LevelRow, compare_layers, compare_states
 
 
-class Memory(Protocol):
-    """Everything that reading changes: what was learned, and the context. Immutable: reading gives a new one."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what was learned."""
-        ...
-
-    def end_document(self) -> Any:
-        """The memory after the end of a document: what was learned stays, the context of a stacked model does not."""
-        ...
-
-    def forget(self, levels: Iterable[int]) -> Any:
-        """The memory with some levels at their initial weights."""
-        ...
-
-    def ignoring(self, levels: tuple[int, ...] | None, now: Any, before: Any) -> Any:
-        """This memory as if levels (None: anything) had written nothing since ``before``; ``now`` has all the writes.
-
-        It is read with ``writes=False``.
-        """
-        ...
-
-
 class Read(NamedTuple):
     """The result of reading up to one segment.
 
@@ -58,8 +34,9 @@ class Read(NamedTuple):
 class Backend(Protocol):
     """What a session needs from a kind of model.
 
-    ``segment`` is the number of tokens that are read at once, ``levels`` are the numbers of the levels that learn,
-    ``start_tokens`` come before a prompt, and ``positions`` limits prompt and answer together (None: no limit).
+    A memory is everything that reading changes. It is immutable: reading gives a new one. ``segment`` is the number of
+    tokens that are read at once, ``levels`` are the numbers of the levels that learn, ``start_tokens`` come before a
+    prompt, and ``positions`` limits prompt and answer together (None: no limit).
     """
 
     segment: int
@@ -70,7 +47,6 @@ class Backend(Protocol):
 
     def fresh(self) -> Any:
         """The memory of a session that has read nothing."""
-        ...
 
     def read(self, memory: Any, ids: list[int], writes: bool, *, start: bool) -> Read:
         """Read up to one segment; ``start`` where a document starts."""
@@ -90,11 +66,9 @@ class Backend(Protocol):
 
     def to_tree(self, memory: Any) -> Tree:
         """A state tree (see `nestlearn.nn.state`) with all of the memory, for a file."""
-        ...
 
     def from_tree(self, tree: Tree) -> Any:
         """Inverse of `to_tree`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,15 +85,22 @@ class StackedMemory:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of what was learned."""
         return self.levels.nbytes
 
     def end_document(self) -> StackedMemory:
+        """The memory after the end of a document: without its context."""
         return StackedMemory(self.levels)
 
     def forget(self, levels: Iterable[int]) -> StackedMemory:
+        """The memory with some levels at their initial weights."""
         return replace(self, levels=self.levels.forget(levels))
 
     def ignoring(self, levels: tuple[int, ...] | None, now: StackedMemory, before: StackedMemory) -> StackedMemory:
+        """This memory as if levels (None: any) had written nothing since ``before``; ``now`` has all their writes.
+
+        It is read with ``writes=False``.
+        """
         return replace(self, levels=before.levels if levels is None else now.levels.with_levels(levels, before.levels))
 
 

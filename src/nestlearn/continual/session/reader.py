@@ -11,7 +11,7 @@ from nestlearn.data.control_tokens import LiteralText
 from nestlearn.data.text_files import find_files, read_text
 from nestlearn.data.tokenizers import bytes_per_token
 
-from .backends import Backend, Memory
+from .backends import Backend
 from .report import SegmentScore
 
 BLOCK = 1_024
@@ -57,7 +57,7 @@ class DocumentReader:
         self,
         backend: Backend,
         tokens_of: BlockTokenizer,
-        memory: Memory,
+        memory: Any,
         *,
         writes: bool = True,
         compare: str = "none",
@@ -99,7 +99,7 @@ class DocumentReader:
         )
         return after, score
 
-    def _compare(self, memory: Memory, ids: list[int], start: bool) -> dict[str, Any]:
+    def _compare(self, memory: Any, ids: list[int], start: bool) -> dict[str, Any]:
         """The nats of the segment had writes been ignored: all of them (``off``), or those of one level."""
         found: dict[int | None, float] = {}
         for level, view in self._views.items():
