@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nestlearn.atomic import WRITE_ERRORS
+from nestlearn.atomic import WRITE_ERRORS, publish
 from nestlearn.train.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -127,5 +126,5 @@ def publish_files(staging: Path, folder: Path) -> None:
         if path.is_dir():
             publish_files(path, target)
         else:
-            os.replace(path, target)
+            publish(path, target)
     staging.rmdir()
