@@ -171,7 +171,7 @@ class TestChat:
         options = ("--max-new-tokens", 8, "--temperature", 0)
         code, out, error = run(capsys, "chat", stacked, "--session", file, *options)
         assert code == 0, error
-        assert "a new memory" in out and "bits per byte" in out and "Going on with a copy" in out
+        assert "a new memory" in out and "bits per byte" in out and "goes on with a copy" in out
         assert "Forgotten: level 0." in out and f"Saved {tmp_path / 'copy'}" in out
         assert not file.exists()
         shutil.copy(tmp_path / "copy", file)
