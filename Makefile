@@ -37,15 +37,16 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Changed files since the branch left BASE, as the tests beside them: src/nestlearn/nn/conv.py -> tests/nn.
+# Changed files since the branch left BASE, and their tests: src/nestlearn/nn/conv.py -> tests/nn, tests/contracts/test_layers.py.
 CHANGED = { git diff --name-only $$(git merge-base HEAD $(BASE)); git ls-files --others --exclude-standard; }
-BESIDE = sed -nE 's,^(src/nestlearn|tests)/([a-z_]+)/.*,tests/\2,p; s,^tests/test_[a-z_]+\.py$$,&,p; \
-  s,^src/nestlearn/cli/.*,tests/test_cli*.py,p'
+TESTS_OF = sed -nE 'h; s,^(src/nestlearn|tests)/([a-z_]+)/.*,tests/\2,p; g; s,^tests/test_[a-z_]+\.py$$,&,p; \
+  s,^src/nestlearn/nn/.*,tests/contracts/test_layers.py,p; s,^src/nestlearn/optim/.*,tests/contracts/test_optimizers.py,p; \
+  s,^src/nestlearn/cli/.*,tests/test_cli*.py,p; s,^src/nestlearn/[a-z_]+\.py$$,tests/test_startup.py,p'
 
 quick: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) -x -m 'not slow' $$(ls -d tests/test_layering.py $$($(CHANGED) | $(BESIDE) | sort -u) 2>/dev/null | sort -u)
+	$(PYTEST) -x -m 'not slow' $$(ls -d tests/test_layering.py $$($(CHANGED) | $(TESTS_OF) | sort -u) 2>/dev/null | sort -u)
 
 test: check
 	$(PYTEST) -m 'not slow'

@@ -385,3 +385,30 @@ def test_levels_that_move_by_the_meta_gradient_go_on_from_a_file_and_train(build
         gradients.append([p.grad for p in model.parameters()])
         assert all(g is not None and g.isfinite().all() for g in gradients[-1])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def recall(batch):
+    """Pairs of a key and a value, then the same pairs again."""
+    keys = torch.stack([torch.randperm(4) for _ in range(batch)])
+    pairs = torch.stack([keys, 4 + torch.randint(0, 4, (batch, 4))], -1).flatten(1)
+    return torch.cat([pairs, pairs], 1)
+
+
+@pytest.mark.parametrize("name", ["moneta", "yaad", "memora"])
+def test_a_few_steps_of_training_lower_the_loss(name):
+    torch.manual_seed(0)
+    model = HopeForCausalLM(
+        HopeConfig(
+            vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=name, memory_chunk_size=4
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(25):
+        ids = recall(16)
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert sum(losses[-5:]) / 5 < 0.85 * losses[0]

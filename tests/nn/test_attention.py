@@ -70,22 +70,6 @@ def test_any_split_equals_the_loop(window, padded, documents, persistent):
             assert state.keys.shape[2] <= window - 1
 
 
-def test_the_state_of_a_window_does_not_grow():
-    attention, state = layer(window=4), None
-    for _ in range(10):
-        _, state = attention(torch.randn(2, 1, D, dtype=torch.float64), state)
-    assert state.keys.shape == (2, HEADS, 3, D // HEADS)
-
-
-def test_no_state_when_none_is_asked_for():
-    assert layer()(torch.randn(1, 3, D, dtype=torch.float64), return_state=False)[1] is None
-
-
-def test_bfloat16_runs():
-    y, _ = layer().bfloat16()(torch.randn(1, 3, D, dtype=torch.bfloat16))
-    assert y.dtype == torch.bfloat16
-
-
 def test_flops_are_those_of_a_transformer_layer():
     # 8 d^2 for the projections; a token sees (T + 1) / 2 tokens on average, at 4 d each.
     assert layer().flops_per_token(99) == 8 * D * D + 4 * D * 50

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.memory import (
@@ -31,7 +30,6 @@ from nestlearn.memory import (
     catalog,
     scan,
 )
-from nestlearn.models import HopeConfig, HopeForCausalLM
 from nestlearn.nn import MemoryMixer, MemoryMixerConfig
 from nestlearn.nn.common import unit
 from nestlearn.nn.state import flatten_state, unflatten_state
@@ -73,15 +71,6 @@ def test_is_the_reference_engine_between_its_projections(name: str, monkeypatch:
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-def test_any_split_equals_one_call(name: str):
-    layer = make(name)
-    x = torch.randn(2, 13, 8, dtype=torch.float64)
-    whole, _ = run(layer, x)
-    for sizes in ([3, 1, 6, 3], [1] * 13):
-        torch.testing.assert_close(run(layer, *x.split(sizes, 1))[0], whole, **TOLERANCE)
-
-
-@pytest.mark.parametrize("name", MEMORIES)
 def test_a_state_survives_a_file_in_the_middle_of_a_chunk(name: str):
     layer = make(name)
     x = torch.randn(2, 13, 8, dtype=torch.float64)
@@ -103,13 +92,6 @@ def test_a_state_saved_before_a_field_existed_can_be_read():
     spec["names"][0] = "other"
     with pytest.raises(ValueError, match="Load it with the version that saved it"):
         unflatten_state(tensors, spec)
-
-
-@pytest.mark.parametrize("name", MEMORIES)
-def test_every_parameter_gets_an_outer_gradient(name: str):
-    layer = make(name, learn_initial=True)
-    layer(torch.randn(2, 9, 8, dtype=torch.float64))[0].square().sum().backward()
-    assert not {n for n, p in layer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
 
 
 @pytest.mark.parametrize("name", ["moneta", "yaad", "memora"])
@@ -137,56 +119,17 @@ def test_gates_of_a_layer_with_thresholds_and_channels():
     assert layer._gates(torch.randn(2, 5, 8).double(), {}, True).retain.shape == (2, 2, 5, 4)
 
 
-@pytest.mark.parametrize("name", MEMORIES)
-@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
-def test_finite_at_saturated_gates(name: str, kind: str):
-    for mode, scale in (("open", 1.0), ("mixed", 1e4)):
-        assert_finite(saturated(MemoryMixerConfig(MEMORIES[name]).build(8, 1), mode), inputs(kind, 1024, scale))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MEMORIES)
-@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
-def test_finite_at_saturated_gates_over_a_long_sequence(name: str, kind: str):
-    for mode, scale in (("open", 1.0), ("mixed", 1e2)):
-        assert_finite(saturated(MemoryMixerConfig(MEMORIES[name]).build(8, 1), mode), inputs(kind, 32768, scale))
+@pytest.mark.parametrize("tokens", [512, pytest.param(32768, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name not in catalog])  # those: test_mixer.py
+def test_finite_at_saturated_gates(name: str, tokens: int):
+    for mode in ("open", "mixed"):
+        assert_finite(saturated(MemoryMixerConfig(MEMORIES[name]).build(8, 1), mode), inputs(tokens, 1.0, 1e2, 1e4))
 
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_finite_in_small_chunks(name: str):
     layer = saturated(MemoryMixerConfig(MEMORIES[name], chunk_size=4).build(8, 1), "open")
-    assert_finite(layer, inputs("alternating", 256, 1.0))
-
-
-def recall(batch: int) -> tuple[Tensor, Tensor]:
-    """Pairs of a key and a value, then the keys again: what follows each is to be said."""
-    keys = torch.stack([torch.randperm(4) for _ in range(batch)])
-    values = 4 + torch.randint(0, 4, (batch, 4))
-    pairs = torch.stack([keys, values], -1).flatten(1)
-    return torch.cat([pairs, pairs], 1), pairs
-
-
-@pytest.mark.parametrize("name", ["moneta", "yaad", "memora"])
-def test_a_model_learns(name: str):
-    """A few steps of training lower the loss of a small language model with this mixer."""
-    torch.manual_seed(0)
-    config = HopeConfig(
-        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        mixer={"type": "memory", "memory": name, "chunk_size": 4},
-    )  # fmt: skip
-    model = HopeForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(25):
-        ids, _ = recall(16)
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    assert sum(losses[-5:]) / 5 < 0.85 * losses[0]
-    out = model.generate(recall(2)[0][:, :5], max_new_tokens=4, do_sample=False)
-    assert out.shape == (2, 9)
+    assert_finite(layer, inputs(256, 1.0))
 
 
 @pytest.mark.parametrize("name", MEMORIES)

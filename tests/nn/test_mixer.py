@@ -1,4 +1,4 @@
-"""MemoryMixer: equal to a per-token computation, streaming in any split, and finite whatever its gates emit."""
+"""MemoryMixer: equal to a per-token computation, and finite whatever its gates emit; see also tests/contracts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.memory.oracle import Rule, scan_row
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Matrix, Momentum, catalog, scan
@@ -16,7 +16,7 @@ from nestlearn.nn import GateRule, MemoryMixer, MemoryMixerConfig, MixerState
 from nestlearn.nn import mixer as mixer_module
 from nestlearn.nn.bounds import outgrown
 from nestlearn.nn.common import unit
-from nestlearn.nn.state import index_rows, map_tensors, reset_rows
+from nestlearn.nn.state import tensors_of
 
 NAMES = sorted(catalog)
 # Memories that `tests.memory.oracle` knows; tests/nn/test_miras_mixer.py has the others.
@@ -146,14 +146,6 @@ def test_equals_the_token_loop_with_all_outer_gradients(name):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_gets_an_outer_gradient(name):
-    layer = make(name, output_gate=True, learn_initial=True)
-    layer(torch.randn(2, 9, 8, dtype=torch.float64))[0].square().sum().backward()
-    still = {n for n, p in layer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
-    assert not still
-
-
 @pytest.mark.parametrize("name", DEEP)
 def test_gradient_of_each_initial_state_matches_finite_differences(name):
     layer = make(name, heads=1)
@@ -173,46 +165,7 @@ def test_gradient_of_each_initial_state_matches_finite_differences(name):
         torch.testing.assert_close(slope, (losses[0] - losses[1]) / 2e-5, rtol=1e-6, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------------------- streams of rows
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_any_split_equals_one_call(name):
-    layer = make(name)
-    x = torch.randn(2, 13, 8, dtype=torch.float64)
-    whole, end = run(layer, x)
-    for sizes in ([4, 4, 5], [3, 1, 6, 3], [1] * 13):
-        y, state = run(layer, *x.split(sizes, 1))
-        torch.testing.assert_close(y, whole, **TOLERANCE)
-        for map_name, weight in end.memory.params.items():
-            torch.testing.assert_close(state.memory.params[map_name], weight, **TOLERANCE)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_padding_phases_and_resets_equal_separate_runs(name):
-    layer = make(name)
-    x = torch.randn(3, 11, 8, dtype=torch.float64)
-    lengths = (11, 6, 8)
-    padded = torch.full_like(x, float("nan"))
-    mask = torch.zeros(3, 11, dtype=torch.bool)
-    reset = torch.zeros(3, 11, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        padded[row, 11 - length :] = x[row, :length]
-        mask[row, 11 - length :] = True
-    reset[2, 3 + 5] = True  # the third row starts anew at its sixth token
-    y, state = layer(padded, mask=mask, reset=reset)
-    assert (y[~mask] == 0).all()
-    for row, length in enumerate(lengths):
-        pieces = [x[row : row + 1, :length]] if row < 2 else [x[2:, :5], x[2:, 5:8]]
-        alone = torch.cat([layer(piece)[0] for piece in pieces], 1)
-        torch.testing.assert_close(y[row : row + 1, 11 - length :], alone, **TOLERANCE)
-    # Rows now stand at different phases: going on equals each row alone.
-    more = torch.randn(3, 5, 8, dtype=torch.float64)
-    y, _ = layer(more, state)
-    for row, length in enumerate(lengths):
-        history = x[row : row + 1, :length] if row < 2 else x[2:, 5:8]
-        alone, _ = layer(torch.cat([history, more[row : row + 1]], 1))
-        torch.testing.assert_close(y[row : row + 1], alone[:, -5:], **TOLERANCE)
+# ------------------------------------------------------------- streams of rows; tests/contracts/test_layers.py has more
 
 
 def test_gradients_do_not_come_from_padding():
@@ -230,22 +183,6 @@ def test_gradients_do_not_come_from_padding():
     assert (results[0][0][~mask] == 0).all()
 
 
-def test_state_is_rows_first_and_can_be_reordered_and_reset():
-    layer = make("titans")
-    x, more = torch.randn(3, 6, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
-    _, state = layer(x)
-    shapes: list[torch.Size] = []
-    map_tensors(lambda t: shapes.append(t.shape) or t, state)
-    assert shapes and all(shape[0] == 3 for shape in shapes)
-    order = torch.tensor([2, 0, 0])
-    y, _ = layer(more, index_rows(state, order))
-    torch.testing.assert_close(y, run(layer, x[order], more)[0][:, 6:], **TOLERANCE)
-    _, fresh = layer(x, writes=False, mask=torch.zeros(3, 6, dtype=torch.bool))
-    y, _ = layer(more, reset_rows(state, fresh, torch.tensor([False, True, False])))
-    torch.testing.assert_close(y[1:2], layer(more[1:2])[0], **TOLERANCE)
-    torch.testing.assert_close(y[:1], run(layer, x, more)[0][:1, 6:], **TOLERANCE)
-
-
 def test_the_state_holds_no_initial_weights_and_no_past_tokens():
     layer = make("hope")
     _, state = layer(torch.randn(1, 40, 8, dtype=torch.float64))
@@ -255,44 +192,7 @@ def test_the_state_holds_no_initial_weights_and_no_past_tokens():
     assert state.memory.pending is None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_future_tokens_and_other_rows_change_no_bit(name):
-    layer = make(name).float()
-    x = torch.randn(3, 11, 8)
-    before, _ = layer(x)
-    for value in (3.0, 1e30, float("nan"), float("inf")):
-        changed = x.clone()
-        changed[:, 7:] = value
-        assert torch.equal(layer(changed)[0][:, :7], before[:, :7])
-        changed = x.clone()
-        changed[1] = value
-        assert torch.equal(layer(changed)[0][::2], before[::2])
-
-
-def test_a_reset_cures_a_poisoned_row():
-    layer = make("gated_deltanet").float()
-    x = torch.randn(1, 12, 8)
-    poisoned = x.clone()
-    poisoned[:, 3] = float("nan")
-    reset = torch.zeros(1, 12, dtype=torch.bool)
-    reset[:, 6] = True
-    y, _ = layer(poisoned, reset=reset)
-    assert y[:, 3:6].isnan().all()
-    torch.testing.assert_close(y[:, 6:], layer(x[:, 6:])[0])
-
-
 # ------------------------------------------------------------------------------------------------- modes and types
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_inference_mode_equals_training(name):
-    layer = make(name)
-    x = torch.randn(2, 9, 8, dtype=torch.float64)
-    expected, _ = layer(x)
-    with torch.inference_mode():
-        y, state = run(layer.eval(), x[:, :5], x[:, 5:])
-    torch.testing.assert_close(y, expected, **TOLERANCE)
-    assert state.memory.position.flatten().unique().tolist() == [1]
 
 
 @pytest.mark.parametrize("name", [name for name in DEEP if name != "dla"])
@@ -304,14 +204,6 @@ def test_writes_off_reads_the_initial_memory(name):
     for map_name, weight in layer.initial.items():
         torch.testing.assert_close(state.memory.params[map_name], weight.expand(2, -1, -1, -1), **TOLERANCE)
     assert not torch.allclose(y, layer(x)[0])
-
-
-def test_no_state_is_returned_when_none_is_asked_for():
-    layer = make("titans")
-    x = torch.randn(2, 9, 8, dtype=torch.float64)
-    y, state = layer(x, return_state=False)
-    assert state is None
-    assert torch.equal(y, layer(x)[0])
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -385,38 +277,29 @@ def saturated(layer: MemoryMixer, mode: str) -> MemoryMixer:
     return layer
 
 
-def inputs(kind: str, tokens: int, scale: float) -> Tensor:
-    x = torch.randn(1, tokens, 8)
-    if kind != "random":
-        x = x[:, :1].expand(1, tokens, 8)
-    if kind == "alternating":
-        x = x * torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0)[None, :, None]
-    return (scale * x).to(torch.bfloat16).float()
+def inputs(tokens: int, *scales: float, d: int = 8) -> Tensor:
+    """A random text, a constant one and one that alternates in sign at every scale, as rows."""
+    x = torch.randn(tokens, d)
+    constant = x[:1].expand(tokens, d)
+    texts = torch.stack([x, constant, constant * torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0)[:, None]])
+    return torch.cat([scale * texts for scale in scales]).to(torch.bfloat16).float()
 
 
-def assert_finite(layer: MemoryMixer, x: Tensor) -> None:
+def assert_finite(layer: nn.Module, x: Tensor) -> None:
     x = x.requires_grad_()
     y, state = layer(x)
-    y.square().mean().backward()
+    y.square().mean((1, 2)).sum().backward()
     assert y.isfinite().all()
-    assert all(w.isfinite().all() for w in state.memory.params.values())
+    assert all(w.isfinite().all() for w in tensors_of(state) if w.is_floating_point())
     assert x.grad is not None and x.grad.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
+@pytest.mark.parametrize("tokens", [1024, pytest.param(32768, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("name", NAMES)
-def test_finite_at_saturated_gates(name, kind):
-    for mode, scale in (("open", 1.0), ("mixed", 1e2), ("mixed", 1e4)):
-        assert_finite(saturated(MemoryMixerConfig(name).build(8, 1), mode), inputs(kind, 2048, scale))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["random", "constant", "alternating"])
-@pytest.mark.parametrize("name", NAMES)
-def test_finite_at_saturated_gates_over_a_long_sequence(name, kind):
-    for mode, scale in (("open", 1.0), ("open", 1e2), ("mixed", 1e2), ("mixed", 1e4)):
-        assert_finite(saturated(MemoryMixerConfig(name).build(8, 1), mode), inputs(kind, 32768, scale))
+def test_finite_at_saturated_gates(name, tokens):
+    for mode in ("open", "mixed"):
+        assert_finite(saturated(MemoryMixerConfig(name).build(8, 1), mode), inputs(tokens, 1.0, 1e2, 1e4))
 
 
 OWN = {
@@ -435,8 +318,8 @@ OWN = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_finite_for_memories_outside_the_catalog(name):
-    for mode, kind in (("open", "constant"), ("open", "alternating"), ("mixed", "random")):
-        assert_finite(saturated(MemoryMixerConfig(OWN[name]).build(8, 1), mode), inputs(kind, 512, 1.0))
+    for mode in ("open", "mixed"):
+        assert_finite(saturated(MemoryMixerConfig(OWN[name]).build(8, 1), mode), inputs(512, 1.0))
 
 
 @pytest.mark.parametrize("name", ["ttt_mlp", "titans"])
@@ -448,8 +331,7 @@ def test_finite_when_the_initial_weights_have_grown(name):
         with torch.no_grad():
             for weight in layer.initial.values():
                 weight.copy_(growing(weight))
-        for kind in ("random", "constant", "alternating"):
-            assert_finite(layer, inputs(kind, 512, 1.0))
+        assert_finite(layer, inputs(512, 1.0))
 
 
 def test_growth_is_one_at_the_start_and_bounds_the_spectral_norm():
@@ -470,7 +352,7 @@ def test_a_deep_hebbian_memory_never_outgrows_its_start():
     start = max(torch.linalg.matrix_norm(w.detach(), 2).max() for w in layer.initial.values())
     for _ in range(8):
         with torch.no_grad():
-            _, state = layer(inputs("constant", 512, 1.0))
+            _, state = layer(inputs(512, 1.0))
         assert max(torch.linalg.matrix_norm(w, 2).max() for w in state.memory.params.values()) <= start * 1.0001
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.fields import Count, Positive, Size
+from nestlearn.nn.common import check_tokens
 from nestlearn.nn.config import MixerConfig, register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.state import record
@@ -22,11 +23,15 @@ from nestlearn.nn.state import record
 
 @record("attention")
 class AttentionState(NamedTuple):
-    """The keys and values read so far.
+    """The keys and values that later tokens can see.
 
-    ``keys`` are stored already rotated. ``visible`` is False for stored padding and for tokens of earlier documents.
-    ``place`` is the position in its document (padding not counted) of a stored token, ``position`` that of the next
-    token. ``conv`` holds the last inputs of the local convolution (None without one).
+    Attributes:
+        keys: keys after their rotation.
+        values: values.
+        visible: False for padding and for tokens of earlier documents.
+        place: position of each stored token in its document; padding does not count.
+        position: position of the next token.
+        conv: last inputs of the convolution; None without one.
     """
 
     keys: Float[Tensor, "b h s d"]
@@ -56,23 +61,23 @@ def document_positions(
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
     """Position of each token in its document, and the number of document starts up to it.
 
-    Padding is not counted: a padding token has the position of the last real token before it. ``start`` is the position
-    of the first token if it continues the document of the state.
+    Padding does not count: a padding token has the position of the last real token before it. ``start`` is the position
+    of the first token, if that token continues the document of the state.
     """
     index = mask.long().cumsum(1) - 1
     if reset is None:
         return index + start[:, None], torch.zeros_like(index)
-    # Document starts have increasing index, so a running maximum carries the start of the current document along.
+    # The index of document starts increases, so the running maximum is the start of the current document.
     origin = torch.where(reset, index, -start[:, None]).cummax(1).values
     return index - origin, reset.long().cumsum(1)
 
 
 SHORTEST_BLOCK = 64
-"""Fewest queries of a block of windowed attention: smaller blocks would be many small matrix products."""
+"""Smallest block of queries in windowed attention. Smaller blocks would mean many small matrix products."""
 
 
 class _Queries(NamedTuple):
-    """What asks: queries before and after their rotation, and the place and document of their tokens."""
+    """Queries before and after their rotation, with the position and the document of each token."""
 
     plain: Float[Tensor, "b h t d"]
     turned: Float[Tensor, "b h t d"]
@@ -83,8 +88,8 @@ class _Queries(NamedTuple):
 def _cut(x: Tensor, before: int, block: int, overlap: int, dim: int) -> Tensor:
     """Overlapping blocks along ``dim``, as rows of the batch: ``[b, ..., s, ...]`` to ``[b n, ..., o + B, ...]``.
 
-    Block i holds positions ``[i B - o, (i + 1) B)`` of a sequence that begins ``before`` positions after the start of
-    ``x``. Zeros stand where there is nothing; a start further back than ``o`` is cut off.
+    The sequence begins ``before`` positions after the start of ``x``. Block i holds its positions
+    ``[i B - o, (i + 1) B)``. Positions outside of ``x`` are zeros; positions further back than ``o`` are dropped.
     """
     length = x.shape[dim] - before
     after = -length % block
@@ -102,22 +107,22 @@ class PersistentTokens(nn.Module):
         self.reset_parameters()
 
     def vector_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose rows are vectors and no linear map: no matrix rule of an optimizer suits them."""
+        """Parameters whose rows are vectors, not linear maps: an optimizer applies no matrix rule to them."""
         return [self.tokens]
 
     def reset_parameters(self) -> None:
-        """Standard normal: the scale of the normalized inputs they stand beside."""
+        """Draw from the standard normal distribution, the scale of normalized inputs."""
         nn.init.normal_(self.tokens)
 
     def forward(self, dtype: torch.dtype) -> Float[Tensor, "n d"]:
-        """The tokens in a dtype. Layers call the module, so that hooks run (those of offloaded weights)."""
+        """The tokens in a dtype. Layers call this module, so that its hooks run (those of offloaded weights)."""
         return self.tokens.to(dtype)
 
 
 def persistent_heads(
     persistent: PersistentTokens, qkv: nn.Module, heads: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "1 h n d"], Float[Tensor, "1 h n d"]]:
-    """Keys and values of persistent tokens by the projection of an attention layer, which runs in ``dtype``."""
+    """Keys and values of persistent tokens, by the projection ``qkv`` of an attention layer that runs in ``dtype``."""
     _, k, v = qkv(persistent(dtype)).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
     return k.unsqueeze(0), v.unsqueeze(0)
 
@@ -173,12 +178,15 @@ class CausalAttention(nn.Module):
         j <= i, j real, document(j) = document(i), place(i) - place(j) < window
 
     In NL's terms attention is a memory without parameters and of infinite frequency: it keeps every token.
-    Persistent tokens p (Titans Eq. 19) are learned inputs before the text that every token of every document sees,
-    outside the window. They have no position: their scores take the query before its rotation, so that a text of any
-    length sees them alike.
 
-    With a window the queries are cut into blocks of ``B = max(window, 64)`` tokens. A block meets only its own keys and
-    the ``window - 1`` before it, so a call of T tokens takes memory of order ``T (B + window)``, not ``T^2``.
+    Persistent tokens p (Titans Eq. 19) are learned inputs before the text. Every token of every document sees them,
+    whatever the window. They have no position: their scores use the query before its rotation, so the scores do not
+    depend on the length of the text.
+
+    With a window, queries are cut into blocks of ``B = max(window, 64)`` tokens. A block reads only its own keys and
+    the ``window - 1`` keys before it. So a call of T tokens needs memory of order ``T (B + window)``, not ``T^2``.
+
+    A token that is not finite makes every output of its row NaN, the earlier outputs of the same call included.
 
     Args:
         d_model: width of the input and the output.
@@ -199,7 +207,7 @@ class CausalAttention(nn.Module):
     def __init__(self, d_model: int, num_heads: int, config: AttentionConfig) -> None:
         super().__init__()
         config.check_sizes(d_model, num_heads)
-        self.num_heads = num_heads
+        self.d_model, self.num_heads = d_model, num_heads
         self.window = config.window
         self.rope_theta = config.rope_theta
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
@@ -219,14 +227,19 @@ class CausalAttention(nn.Module):
     ) -> tuple[Float[Tensor, "b t m"], AttentionState | None]:
         """Attend from the new tokens to the stored and the new ones.
 
-        ``mask`` False marks padding: it is never attended to, moves no position and gives 0. ``reset`` True starts a
-        new document at that token. ``writes`` is ignored: there is nothing to learn.
+        ``mask`` False marks padding. No token attends to padding, it has no position, and its output is 0. ``reset``
+        True starts a new document at that token. ``writes`` has no effect: there is nothing to learn.
+
+        Raises:
+            ValueError: the shape of ``x`` is not ``[batch, tokens >= 1, d_model]``.
+            TypeError: ``x`` holds token ids, not embeddings.
         """
         del writes
+        check_tokens(x, self.d_model)
         order = None
         if mask is not None:
             if self._in_blocks(x.shape[1]):
-                # Blocks count columns: with the real tokens first, in order, no padding lies inside a window.
+                # A block is cut by columns. Real tokens come first, in order, so no window contains padding.
                 order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
                 x, mask = x.take_along_dim(order[..., None], 1), mask.gather(1, order)
                 reset = reset if reset is None else reset.gather(1, order)
@@ -242,7 +255,7 @@ class CausalAttention(nn.Module):
     def _attend(
         self, x: Tensor, state: AttentionState | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Float[Tensor, "b t m"], AttentionState]:
-        """The output at every column, and all tokens that were stored or read."""
+        """Outputs at every column, and the state with all stored and new tokens."""
         q, k, v, conv = self._heads(x, None if state is None else state.conv, mask, reset)
         batch, time = x.shape[:2]
         real = torch.ones(batch, time, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -270,13 +283,13 @@ class CausalAttention(nn.Module):
         return q, k, v, tail
 
     def _in_blocks(self, time: int) -> bool:
-        """Whether so many new tokens are read block by block."""
+        """Whether a call with this number of tokens runs block by block."""
         return self.window is not None and time > max(self.window, SHORTEST_BLOCK)
 
     def _read(
         self, queries: _Queries, stored: AttentionState, stored_document: Int[Tensor, "b s"]
     ) -> Float[Tensor, "b h t d"]:
-        """Attention to the stored tokens and the persistent ones, whose scores take the plain queries."""
+        """Attention to the stored tokens and to the persistent ones, whose scores use the plain queries."""
         allowed = self._allowed(stored, queries.place, queries.document, stored_document)
         q, keys, values = queries.turned, stored.keys, stored.values
         if self.persistent is None:
@@ -286,7 +299,7 @@ class CausalAttention(nn.Module):
         hidden = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
         bias = torch.cat((scores, hidden.expand(*scores.shape[:3], -1)), -1)
         batch = (q.shape[0], -1, -1, -1)
-        # Their scores are all in the bias: as keys they are zeros.
+        # The bias already holds the scores of persistent tokens, so their keys are zeros here.
         keys = torch.cat((torch.zeros_like(first_keys).expand(batch), keys), 2)
         values = torch.cat((first_values.expand(batch), values), 2)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
@@ -294,7 +307,7 @@ class CausalAttention(nn.Module):
     def _read_blocks(
         self, queries: _Queries, stored: AttentionState, stored_document: Int[Tensor, "b s"]
     ) -> Float[Tensor, "b h t d"]:
-        """The same as `_read` where real tokens are neighbours: every block with the keys its windows reach."""
+        """`_read`, block by block: each block with the keys that its windows reach. Needs real tokens first."""
         window = self.window or 1
         block, overlap, time = max(window, SHORTEST_BLOCK), window - 1, queries.place.shape[1]
         before = stored.place.shape[1] - time
@@ -319,7 +332,7 @@ class CausalAttention(nn.Module):
         document: Tensor,
         conv: Tensor | None,
     ) -> tuple[AttentionState, Tensor]:
-        """The stored tokens followed by the new ones, and the document of each (stored ones continue document 0)."""
+        """Stored tokens followed by new ones, and the document of each: the stored tokens belong to document 0."""
         position = place[:, -1] + 1
         if state is None:
             return AttentionState(k, v, real, place, position, conv), document
@@ -336,7 +349,7 @@ class CausalAttention(nn.Module):
     def _allowed(
         self, stored: AttentionState, place: Tensor, document: Tensor, stored_document: Tensor
     ) -> Bool[Tensor, "b 1 t s"]:
-        """Which stored token each new token may see."""
+        """Which stored tokens each new token may see."""
         time, total = place.shape[1], stored.place.shape[1]
         column = torch.arange(total, device=place.device)
         own = torch.arange(total - time, total, device=place.device)[:, None]
@@ -344,13 +357,13 @@ class CausalAttention(nn.Module):
         allowed = allowed & (document[:, :, None] == stored_document[:, None, :])
         if self.window is not None:
             allowed = allowed & (place[:, :, None] - stored.place[:, None, :] < self.window)
-        # Padding may see itself (its key and value are 0): a query that sees nothing would give NaN.
+        # A query that sees nothing would give NaN, so padding sees itself; its key and value are 0.
         return (allowed | (column == own))[:, None]
 
     def _trim(self, stored: AttentionState, padded: bool) -> AttentionState:
-        """Forget the tokens no later token can see: all but the last ``window - 1`` visible ones of a row.
+        """Drop the tokens that no later token can see: all but the last ``window - 1`` visible ones of a row.
 
-        What is kept is copied where it is a view, so that the rest can be freed.
+        The kept tokens are copied where they are a view, so that the memory of the others is freed.
         """
         if self.window is None:
             return stored._replace(values=stored.values.contiguous())
@@ -359,7 +372,7 @@ class CausalAttention(nn.Module):
             # A window of 1 sees only itself.
             pick = stored.place.new_zeros(stored.place.shape[0], 0)
         elif padded:
-            # Rows hold different numbers of real tokens: bring those of each row to the end, in order.
+            # Rows hold different numbers of real tokens: move those of each row to the end, in order.
             pick = stored.visible.to(torch.uint8).argsort(dim=1, stable=True)[:, -keep:]
         else:
             first = stored.place.shape[1] - keep
@@ -380,8 +393,9 @@ class CausalAttention(nn.Module):
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token, averaged over a context of that many tokens; a multiply-add counts 2.
 
-        A weight costs 2; scores and reads cost ``4 d_model`` per visible token, of which a causal token sees
-        ``(context + 1) / 2`` on average: ``8 d_model^2 + 2 d_model (context + 1)`` without window and convolution.
+        Each weight costs 2. Scores and reads cost ``4 d_model`` per visible token, and a causal token sees
+        ``(context + 1) / 2`` tokens on average. Without window and convolution:
+        ``8 d_model^2 + 2 d_model (context + 1)``.
         """
         total, window = context_length, min(context_length, self.window or context_length)
         visible = window * (window + 1) // 2 + (total - window) * window

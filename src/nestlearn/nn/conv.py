@@ -1,4 +1,4 @@
-"""Depthwise causal convolution over the tokens of a document, with streaming state."""
+"""Depthwise causal convolution over the tokens of a document, with a streaming state."""
 
 from __future__ import annotations
 
@@ -16,32 +16,39 @@ from nestlearn.memory.clock import compaction
 class ShortConv(nn.Module):
     """``y_t = sum_j w_j * x_{t-j}`` per channel over the last ``width`` tokens (Titans section 4.4: width 4).
 
-    Only real tokens count: a masked token is skipped as if it were not there, and after a reset the tokens before it
-    are not seen. The state is the tail, the last ``width - 1`` real tokens ``[B, width - 1, channels]``.
+    A masked token is left out, as if the text did not contain it. A token after a reset does not see the tokens before
+    the reset. The state is the tail: the last ``width - 1`` real tokens ``[B, width - 1, channels]``.
 
     Args:
         channels: number of channels.
-        width: tokens seen, the current one included.
+        width: number of tokens in the sum, the current one included.
         silu: apply SiLU to the outputs.
 
     Raises:
-        ValueError: if ``width`` or ``channels`` is not positive.
+        ValueError: ``width`` or ``channels`` is not positive.
+
+    Example:
+        >>> conv = ShortConv(3, width=2)
+        >>> y, tail = conv(torch.ones(1, 5, 3))
+        >>> next_y, tail = conv(torch.ones(1, 1, 3), tail)
+        >>> tuple(tail.shape), torch.equal(next_y, y[:, -1:])
+        ((1, 1, 3), True)
     """
 
     def __init__(self, channels: int, width: int = 4, silu: bool = False):
         super().__init__()
         if width < 1 or channels < 1:
-            raise ValueError(f"ShortConv needs positive channels and width, got channels={channels}, width={width}")
+            raise ValueError(f"{channels=} and {width=} must be at least 1; leave the layer out for no convolution.")
         self.channels, self.width, self.silu = channels, width, silu
         self.weight = nn.Parameter(torch.empty(width, channels))
         self.reset_parameters()
 
     def vector_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose rows are vectors and no linear map: no matrix rule of an optimizer suits them."""
+        """Parameters whose rows are vectors, not linear maps: an optimizer applies no matrix rule to them."""
         return [self.weight]
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(width), as torch's Conv1d."""
+        """Uniform in ``±1 / sqrt(width)``, as in torch's Conv1d."""
         bound = self.width**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -52,7 +59,7 @@ class ShortConv(nn.Module):
         mask: Bool[Tensor, "b t"] | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b t ch"], Float[Tensor, "b w ch"]]:
-        """Outputs (0 at masked tokens) and the new tail."""
+        """Outputs, 0 at masked tokens, and the new tail."""
         past = self.width - 1
         if tail is None:
             tail = x.new_zeros(x.shape[0], past, self.channels)
@@ -60,7 +67,7 @@ class ShortConv(nn.Module):
         if mask is None and reset is None:
             tail = tail.to(x.dtype)
             y = CausalTaps.apply(x, tail, weight, self.silu)
-            # Copies: as a view the tail would keep all tokens of this call alive.
+            # A copy: a view would keep the memory of all tokens of this call.
             end = torch.cat([tail, x], 1)[:, x.shape[1] :] if x.shape[1] < past else x[:, x.shape[1] - past :]
             return y, end.clone()  # type: ignore[return-value]
         return self._placed(x, tail.to(x.dtype), weight, mask, reset)
@@ -68,6 +75,7 @@ class ShortConv(nn.Module):
     def _placed(
         self, x: Tensor, tail: Tensor, weight: Tensor, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """The same with a mask or resets: real tokens are moved to the front, and taps stay inside a document."""
         rows, tokens, _ = x.shape
         past = self.width - 1
         row = torch.arange(rows, device=x.device)[:, None]
@@ -75,7 +83,7 @@ class ShortConv(nn.Module):
         if mask is not None:
             order, count = compaction(mask)
             x = x[row, order]
-            # Slots after the last real token repeat token 0; they are never read back.
+            # Slots after the last real token repeat token 0; nothing reads them.
             reset = (
                 None
                 if reset is None
@@ -113,14 +121,14 @@ class ShortConv(nn.Module):
 
 
 BLOCK = 32
-"""Tokens worked on at once: a few hundred kilobytes stay in a core's cache, a whole batch does not."""
+"""Tokens per block: a few hundred kilobytes fit in the cache of a core, a whole batch does not."""
 
 
 class CausalTaps(torch.autograd.Function):
-    """``y_t = sum_j w_j * p_{t+j}`` over ``p``, the tail followed by x; then SiLU if asked.
+    """``y_t = sum_j w_j * p_{t+j}``, where ``p`` is the tail followed by x; then SiLU if ``silu``.
 
-    Channels last throughout: no transposes, which is where a grouped ``conv1d`` spends its time on a CPU. Work goes
-    block by block, so that SiLU finds what it reads still in a core's cache.
+    Channels are the last dimension everywhere. A grouped ``conv1d`` needs transposes, which take most of its time on a
+    CPU. Tokens are computed block by block, so that SiLU reads from the cache of a core.
     """
 
     @staticmethod
@@ -158,7 +166,7 @@ class CausalTaps(torch.autograd.Function):
 
 
 def _regions(x: Tensor, tail: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
-    """Inputs and cuts of a and b: for the first tokens, which see the tail, and (True) the rest, which see x alone."""
+    """Inputs with the parts of a and b: first the tokens that see the tail, then those that see x only (True)."""
     past = tail.shape[1]
     if past == 0:
         return [(x, a, b, True)]
@@ -169,14 +177,14 @@ def _regions(x: Tensor, tail: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor
 def _write_gradient(
     padded: Tensor, weight: Tensor, grad: Tensor, before: Tensor | None, grad_padded: Tensor, grad_weight: Tensor
 ) -> None:
-    """Write the gradient of one region to ``grad_padded``, which may hold anything, and add to ``grad_weight``."""
+    """Write the gradient of one region to ``grad_padded`` (its old values do not matter); add to ``grad_weight``."""
     last, taps, sums = weight.shape[0] - 1, weight.unbind(0), grad_weight.unbind(0)
     grad_padded[:, :last] = 0
     for first in range(0, grad.shape[1], _block(padded)):
         here = grad[:, first : first + _block(padded)]
         if before is not None:
             here = torch.ops.aten.silu_backward(here, before[:, first : first + _block(padded)])
-        # Backwards: what the last tap reaches, nothing was written before.
+        # From the last tap to the first: the last one writes to new places, the others add.
         for j in range(last, -1, -1):
             cut = slice(first + j, first + j + here.shape[1])
             if j == last:
@@ -187,12 +195,12 @@ def _write_gradient(
 
 
 def _block(padded: Tensor) -> int:
-    # On an accelerator one large kernel beats many small ones.
+    # On an accelerator one large kernel is faster than many small ones.
     return BLOCK if padded.device.type == "cpu" else padded.shape[1]
 
 
 def _taps(padded: Tensor, taps: Sequence[Tensor], out: Tensor) -> None:
-    """Write ``sum_j w_j * padded_{t+j}`` for the first tokens into ``out``."""
+    """Write ``sum_j w_j * padded_{t+j}`` to ``out``, for as many tokens as it has."""
     tokens = out.shape[1]
     _scale(padded[:, :tokens], taps[0], out)
     for j in range(1, len(taps)):
@@ -201,7 +209,7 @@ def _taps(padded: Tensor, taps: Sequence[Tensor], out: Tensor) -> None:
 
 def _silu(x: Tensor, out: Tensor) -> None:
     """``out = silu(x)``, in place."""
-    if torch.compiler.is_compiling():  # which cannot write into a view
+    if torch.compiler.is_compiling():  # a compiled graph cannot write to a view
         out.copy_(F.silu(x))
     else:
         torch.ops.aten.silu(x, out=out)
@@ -209,14 +217,14 @@ def _silu(x: Tensor, out: Tensor) -> None:
 
 def _scale(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out = x * weight``, in place."""
-    if torch.compiler.is_compiling():  # which cannot write into a view
+    if torch.compiler.is_compiling():  # a compiled graph cannot write to a view
         out.copy_(x * weight)
     else:
         torch.mul(x, weight, out=out)
 
 
 def _differentiable_gradient(padded: Tensor, weight: Tensor, grad: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """The same gradient out of place, for a second derivative."""
+    """The same gradient without writes in place, for a second derivative."""
     width, tokens = weight.shape[0], grad.shape[1]
     if silu:
         before = torch.stack([padded[:, j : j + tokens] * weight[j] for j in range(width)]).sum(0)

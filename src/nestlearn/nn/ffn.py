@@ -1,4 +1,4 @@
-"""The feed-forward network of a block whose weights do not change while it reads (frequency 0 in NL's terms)."""
+"""Feed-forward network. Its weights do not change while a model reads (frequency 0 in NL's terms)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Activation = Literal["swiglu", "gelu"]
 
 
 def hidden_size(d_model: int, expansion: float, activation: Activation = "swiglu") -> int:
-    """Hidden units of an FFN whose parameter count is about ``2 expansion d_model^2``.
+    """Hidden units of a network with about ``2 expansion d_model^2`` parameters.
 
-    SwiGLU has three matrices where GELU has two, so its hidden layer is 2/3 as wide. Widths above 64 are rounded to
-    multiples of 8, which matrix units of GPUs need to run at full speed.
+    SwiGLU has three matrices and GELU two, so the hidden layer of SwiGLU is 2/3 as wide. Widths above 64 are rounded to
+    multiples of 8: matrix units of GPUs need them for full speed.
 
     Raises:
-        ValueError: the activation is unknown, or the result would be below 1.
+        ValueError: the activation is unknown, or the result is below 1.
     """
     if activation not in ("swiglu", "gelu"):
         raise ValueError(f"unknown ffn activation {activation!r}; use 'swiglu' or 'gelu'.")
@@ -36,10 +36,10 @@ def feed_forward(
     """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate.
 
     Args:
-        linear: ``linear(name, u)`` applies the map ``"gate"``, ``"up"`` or ``"down"``, whatever its weights are.
+        linear: ``linear(name, u)`` applies the map ``"gate"``, ``"up"`` or ``"down"``.
         act: the activation.
         x: the input.
-        gated: whether there is a gate.
+        gated: use a gate.
 
     Example:
         >>> import torch
@@ -56,9 +56,9 @@ class FeedForward(nn.Module):
 
     Args:
         d_model: width of the input and the output.
-        expansion: hidden width over ``d_model``, as of a GELU network with as many parameters.
+        expansion: hidden width over ``d_model`` of a GELU network with the same number of parameters.
         activation: ``"swiglu"`` or ``"gelu"`` (exact).
-        hidden: hidden units, in place of ``expansion``.
+        hidden: number of hidden units; replaces ``expansion``.
 
     Example:
         >>> y, state = FeedForward(8)(torch.zeros(1, 2, 8))
@@ -86,13 +86,13 @@ class FeedForward(nn.Module):
         writes: bool = True,
         return_state: bool = True,
     ) -> tuple[Float[Tensor, "b t d"], None]:
-        """The protocol of `nestlearn.nn`; a frozen network has no state and needs no mask."""
+        """The protocol of `nestlearn.nn`. There is no state, and masked tokens give whatever they hold."""
         del state, mask, reset, writes, return_state
         gated = self.gate is not None
         return feed_forward(lambda name, u: getattr(self, name)(u), F.silu if gated else F.gelu, x, gated), None
 
     def flops_per_token(self, context_length: int = 1) -> int:
-        """Forward FLOPs per token; a multiply-add counts 2. Independent of the context."""
+        """Forward FLOPs per token, whatever the context; a multiply-add counts 2."""
         del context_length
         return 2 * sum(w.numel() for w in self.parameters())
 
