@@ -304,3 +304,8 @@ def poisoned_from(
         return last_bad >= 0
     restart = reset if mask is None else reset & mask
     return (last_bad >= 0) & (last_bad >= torch.where(restart, slots, -1).cummax(-1).values)
+
+
+def before_reset(mask: Bool[Tensor, "*b t"] | None, reset: Bool[Tensor, "*b t"]) -> Bool[Tensor, "*b t"]:
+    """Tokens before the first reset of their row. A reset at a masked token has no effect."""
+    return (reset if mask is None else reset & mask).cumsum(-1) == 0

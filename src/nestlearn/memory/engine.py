@@ -12,7 +12,7 @@ from . import chunked, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
 from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_tensors, check_threshold
-from .clock import Span, choose, compaction, known_empty, poisoned_from
+from .clock import Span, before_reset, choose, compaction, known_empty, poisoned_from
 from .retention import Delta
 from .spans import explain_span, longest_span
 from .types import Factor, Gates, State, Tokens, Weights
@@ -258,7 +258,7 @@ def _admit(tokens: Tokens, dtype: torch.dtype, broken: Tensor | None) -> tuple[T
     """Tokens in the dtype of the weights, those that matrix products cannot hold as zeros, and which they poison.
 
     In a product over tokens a future NaN meets a zero coefficient and gives NaN in the past, which a loop would not.
-    Values whose products over a span would overflow count as well. Rows that are ``broken`` count from the first token.
+    Values whose products over a span would overflow count as well. ``broken`` rows are poisoned up to their first reset.
     """
     q, k, v, gates, mask, reset = tokens
     k, v, gates = k.to(dtype), v.to(dtype), gates.map(lambda g: g.to(dtype))
@@ -270,11 +270,12 @@ def _admit(tokens: Tokens, dtype: torch.dtype, broken: Tensor | None) -> tuple[T
             here = gate.abs() <= largest
             bad = bad | ~(here if here.dim() == bad.dim() else here.all(-1))
     bad = bad if mask is None else bad & mask
-    if broken is not None:
-        bad = torch.cat([bad[..., :1] | broken.unsqueeze(-1), bad[..., 1:]], -1)
     gates = gates.map(lambda g: torch.where(bad if g.dim() == bad.dim() else bad.unsqueeze(-1), 0, g))
     k, v = (torch.where(bad[..., None], 0, x) for x in (k, v))
-    return Tokens(q.to(dtype), k, v, gates, mask, reset), poisoned_from(bad, mask, reset)
+    poisoned = poisoned_from(bad, mask, reset)
+    if broken is not None and reset is not None:
+        poisoned = poisoned | (broken.unsqueeze(-1) & before_reset(mask, reset))
+    return Tokens(q.to(dtype), k, v, gates, mask, reset), poisoned
 
 
 def _spread(y: Tensor, end: State, poisoned: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:

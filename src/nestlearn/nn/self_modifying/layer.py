@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import L2, Delta, Gates, State
-from nestlearn.memory.clock import choose, poisoned_from
+from nestlearn.memory.clock import before_reset, choose, poisoned_from
 from nestlearn.nn.bounds import MAX_MOMENTUM, check_self_modifying_step
 from nestlearn.nn.common import HeadNorm, admit, check_tokens, full_precision, poison, wide_dtype
 from nestlearn.nn.conv import ShortConv
@@ -153,7 +153,9 @@ class SelfModifyingTitans(nn.Module, ABC):
         with full_precision(x):
             y, new, broken = self._read(streams, beta, state, mask, reset, writes, return_state)
         y = self._merge(y, x)
-        poisoned = poisoned_from(bad if broken is None else bad | broken, mask, reset)
+        poisoned = poisoned_from(bad, mask, reset)
+        if broken is not None and reset is not None:
+            poisoned = poisoned | (broken[:, :1] & before_reset(mask, reset))
         y = poison(y, poisoned if mask is None else poisoned & mask)
         if mask is not None:
             y = torch.where(mask.unsqueeze(-1), y, 0)
