@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from nestlearn.memory import catalog
 from nestlearn.nn import mixer_types
 
@@ -19,9 +21,20 @@ SMALL: dict[str, dict[str, Any]] = {
     "tnt": {"type": "tnt", "expansion": 2, "chunk_size": 8, "local_windows": [4, 8], "local_chunk_sizes": [2, 4]},
     **{name: {"type": "memory", "memory": name} | _MEMORY for name in catalog},
 }
+# One of each kind, of the memories a matrix, deep ones and one with a learned threshold. Quick tests of models run these
+# and `make test-all` every mixer; tests/contracts/test_layers.py runs the layers with every memory.
+KINDS = {*SMALL} - {*catalog} | {"deltanet", "titans", "hope", "yaad"}
 ATTENTION = ("attention", "sliding_attention")
 
 assert {mixer["type"] for mixer in SMALL.values()} == set(mixer_types())
+
+
+def slow_unless(quick: bool, *values: object) -> object:
+    """A parameter of a test, slow if it is not quick."""
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+
+
+MIXERS = [slow_unless(name in KINDS, name) for name in SMALL]
 
 
 def small_mixer(name: str, **fields: Any) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def test_quick_selects_the_tests_of_a_changed_file(changed: str, tests: set[str]
     command = ["make", "--dry-run", "quick", f"CHANGED=echo {changed}"]
     plan = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     (select,) = re.findall(r"(\$\(ls .*\))$", plan)
-    words = subprocess.run(["sh", "-c", f"echo {select}"], cwd=repository, capture_output=True, text=True).stdout.split()
+    words = subprocess.run(
+        ["sh", "-c", f"echo {select}"], cwd=repository, capture_output=True, text=True
+    ).stdout.split()
     assert tests | {"tests/test_layering.py"} <= set(words)
     assert tests or words == ["tests/test_layering.py"]

@@ -45,16 +45,20 @@ def test_help_and_version_come_at_once(words: list[str]) -> None:
     assert float(seconds) < 1.0  # 0.4 on an idle machine, 6.7 with torch and transformers
 
 
-def test_layers_optimizers_and_their_tests_start_without_transformers(repository: Path) -> None:
-    """It takes twice as long to import as torch, so the tests of these folders would wait longer than they run."""
-    code = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import tests.conftest, nestlearn.memory, nestlearn.nn, nestlearn.optim
-print(*({"transformers", "datasets", "matplotlib"} & set(sys.modules)))
-"""
-    done = python(code, str(repository))
-    assert done.returncode == 0 and not done.stdout.split(), done
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        # transformers takes twice as long to import as torch: tests of these folders would wait longer than they run.
+        ("tests.conftest, nestlearn.memory, nestlearn.nn, nestlearn.optim", {"transformers", "datasets", "matplotlib"}),
+        ("nestlearn.data, nestlearn.models, nestlearn.continual", {"datasets", "pandas", "peft", "matplotlib"}),
+    ],
+)
+def test_a_package_imports_no_library_that_it_may_never_use(modules: str, absent: set[str], repository: Path) -> None:
+    done = python(
+        f"import sys; sys.path.insert(0, sys.argv[1]); import {modules}; print(*sys.modules)", str(repository)
+    )
+    assert done.returncode == 0, done.stderr
+    assert not absent & set(done.stdout.split())
 
 
 def test_version_is_the_one_of_the_package() -> None:

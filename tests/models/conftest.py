@@ -4,7 +4,7 @@ from dataclasses import fields as fields_of
 
 import pytest
 import torch
-from tests.mixers import SMALL
+from tests.mixers import MIXERS, SMALL
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.nn import mixer_types
@@ -63,6 +63,6 @@ def ids():
     return torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(params=[*SMALL, "levels"])
+@pytest.fixture(params=[*MIXERS, "levels"])
 def mixer(request):
     return request.param

@@ -137,18 +137,17 @@ def test_a_changed_byte_anywhere_is_refused_or_changes_nothing(read, tmp_path):
     header = 8 + int.from_bytes(data[:8], "little")
     refused = 0
     for place in (*range(header), *range(header, len(data), 89)):
-        for bit in (1, 16):
-            changed = bytearray(data)
-            changed[place] ^= bit
-            (tmp_path / "b").write_bytes(changed)
-            try:
-                again = HopeCache.load(tmp_path / "b", model)
-            except ValueError as error:
-                refused += 1
-                assert str(tmp_path / "b") in str(error)
-                continue
-            assert again.seen == cache.seen and torch.equal(logits(model, rest, again), expected)
-    assert refused > header
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / "b").write_bytes(changed)
+        try:
+            again = HopeCache.load(tmp_path / "b", model)
+        except ValueError as error:
+            refused += 1
+            assert str(tmp_path / "b") in str(error)
+            continue
+        assert again.seen == cache.seen and torch.equal(logits(model, rest, again), expected)
+    assert refused > header / 2
 
 
 def test_foreign_files(read, tmp_path):

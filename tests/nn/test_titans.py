@@ -275,5 +275,3 @@ def test_bad_settings_are_refused(kind: str, options: dict[str, Any], message: s
 def test_impossible_sizes_are_refused(kind: str, width: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KINDS[kind][0]().build(width, 2)
-
-

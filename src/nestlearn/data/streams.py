@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from nestlearn.data.documents import Document, Split, stable_hash
 from nestlearn.data.hub import hub_unreachable
+
+if TYPE_CHECKING:
+    import datasets
 
 _TEXT_COLUMNS = ("text", "content", "document", "sentence")
 _VALIDATION_SPLITS = ("validation", "valid", "dev", "test")
@@ -99,6 +100,8 @@ def stream_corpus(spec: str, split: Split, seed: int = 0) -> StreamingCorpus:
     unreachable = hub_unreachable(name)
     if unreachable:
         raise ValueError(f"hf:{spec} cannot be opened: the Hugging Face Hub cannot be reached ({unreachable}). {_FIX}")
+    import datasets
+
     try:
         splits = datasets.load_dataset(name, config or None, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:

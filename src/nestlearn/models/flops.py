@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from nestlearn.models.cache import HopeCache
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.modeling import HopeForCausalLM
+from nestlearn.nn import MixerConfig
 from nestlearn.nn.state import state_bytes
 
 
@@ -16,6 +18,13 @@ def meta_model(config: HopeConfig) -> HopeForCausalLM:
     """The model without memory for its weights (on the meta device): for counting."""
     with torch.device("meta"):
         return HopeForCausalLM(config)
+
+
+def _by_mixer(config: HopeConfig) -> Iterator[tuple[MixerConfig, int, HopeForCausalLM]]:
+    """Each different mixer, the number of its layers, and a model of one such layer on the meta device."""
+    fields = {name: getattr(config, name) for name in config.field_names()}
+    for mixer, count in config.mixer_counts:
+        yield mixer, count, meta_model(HopeConfig(**fields | {"mixer": mixer, "num_hidden_layers": 1})).eval()
 
 
 def flops(config: HopeConfig, context_length: int = 2048) -> int:
@@ -34,10 +43,10 @@ def flops(config: HopeConfig, context_length: int = 2048) -> int:
     """
     if context_length < 1:
         raise ValueError(f"{context_length=} must be at least 1 token.")
-    model = meta_model(config)
-    blocks = sum(block.flops_per_token(context_length) for block in model.model.layers)  # pyright: ignore[reportCallIssue]
-    total = blocks + 2 * config.hidden_size * config.vocab_size
-    segment = model.model.segment_length
+    total, segment = 2 * config.hidden_size * config.vocab_size, None
+    for _, count, model in _by_mixer(config):
+        total += count * model.model.layers[0].flops_per_token(context_length)  # pyright: ignore[reportCallIssue]
+        segment = model.model.segment_length
     if segment is None:
         return total
     taught = (context_length - 1) // segment * segment
@@ -66,9 +75,7 @@ def row_bytes(config: HopeConfig) -> RowBytes:
         RowBytes(levels=0, mixers=2074, per_token=1033)
     """
     total = RowBytes(0, 0, 0)
-    fields = {name: getattr(config, name) for name in config.field_names()}
-    for mixer, count in config.mixer_counts:
-        model = meta_model(HopeConfig(**fields | {"mixer": mixer, "num_hidden_layers": 1})).eval()
+    for mixer, count, model in _by_mixer(config):
         sizes = []
         for tokens in (2, 3):
             cache = HopeCache()
