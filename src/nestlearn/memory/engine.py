@@ -258,7 +258,7 @@ def _admit(tokens: Tokens, dtype: torch.dtype, broken: Tensor | None) -> tuple[T
     """Tokens in the dtype of the weights, those that matrix products cannot hold as zeros, and which they poison.
 
     In a product over tokens a future NaN meets a zero coefficient and gives NaN in the past, which a loop would not.
-    Values whose products over a span would overflow count as well. ``broken`` rows are poisoned up to their first reset.
+    Values whose products over a span would overflow count as well. ``broken`` rows are poisoned up to their reset.
     """
     q, k, v, gates, mask, reset = tokens
     k, v, gates = k.to(dtype), v.to(dtype), gates.map(lambda g: g.to(dtype))
