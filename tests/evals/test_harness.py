@@ -223,9 +223,13 @@ def test_data_that_cannot_be_had_are_named(tmp_path: Path):
         evaluate_harness(model, TOKENIZER, ["lambada_local"], include_path=folder)
 
 
+@pytest.mark.slow  # the harness reads its fourteen thousand definitions
 def test_unknown_tasks_are_refused_with_the_closest():
     with pytest.raises(ValueError, match="Unknown task 'lambada_openia'.*Did you mean lambada_openai"):
         harness_tasks(["lambada_openia"])
+
+
+def test_no_task_and_no_folder_are_refused():
     with pytest.raises(ValueError, match="is not a folder"):
         harness_tasks(["piqa"], include_path="/nonexistent")
     with pytest.raises(ValueError, match="No task was named"):
