@@ -21,7 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tnt": {"type": "tnt", "expansion": 2, "chunk_size": 8, "local_windows": [4, 8], "local_chunk_sizes": [2, 4]},
     **{name: {"type": "memory", "memory": name} | _MEMORY for name in catalog},
 }
-# One of each kind, of the memories a matrix, deep ones and one with a learned threshold. Quick tests of models run these
+# One of each kind; of the memories a matrix, deep ones, one with a learned threshold. Quick tests of models run these
 # and `make test-all` every mixer; tests/contracts/test_layers.py runs the layers with every memory.
 KINDS = {*SMALL} - {*catalog} | {"deltanet", "titans", "hope", "yaad"}
 ATTENTION = ("attention", "sliding_attention")

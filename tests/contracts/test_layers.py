@@ -6,7 +6,6 @@ Their formulas and settings are tested in tests/nn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,19 +13,21 @@ import torch
 from tests.nn.test_miras_mixer import MEMORIES
 from torch import Tensor, nn
 
-from nestlearn.memory import MLP, catalog
+from nestlearn.memory import catalog
 from nestlearn.nn import (
-    GATE_RULES,
-    CausalAttention,
+    AttentionConfig,
     ContinuumMemory,
     FeedForward,
-    HierarchicalMemory,
     Level,
-    MemoryAsContext,
-    MemoryAsGate,
-    MemoryAsLayer,
     MemoryMixer,
+    MemoryMixerConfig,
+    MixerConfig,
+    SelfModifyingConfig,
     SelfModifyingTitans,
+    TitansMACConfig,
+    TitansMAGConfig,
+    TitansMALConfig,
+    TNTConfig,
 )
 from nestlearn.nn.cms.local import LocalLevel
 from nestlearn.nn.state import index_rows, map_tensors, reset_rows, tensors_of
@@ -35,59 +36,37 @@ D, HEADS = 8, 2
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 # Layers that run a memory in their own way meet one memory of each kind; the others of the catalog are slow tests.
 KINDS = ("deltanet", "titans", "hope", "yaad")
+SMALL: dict[str, Any] = {"expansion": 2, "chunk_size": 4}
+BARE: dict[str, Any] = {"persistent_tokens": 0, "conv_size": 0}
 
-
-def small(name: str) -> Any:
-    """A memory of the catalog at twice the width, and its gates."""
-    memory = catalog[name]
-    deep = isinstance(memory.architecture, MLP)
-    return {"memory": replace(memory, architecture=MLP(2)) if deep else memory, "gates": GATE_RULES.get(name)}
-
-
-def hierarchy(name: str) -> HierarchicalMemory:
-    return HierarchicalMemory(D, HEADS, name, (4, 6), (2, 3), global_chunk_size=5, gates=GATE_RULES.get(name))
-
-
-def levels(*chain: Level, **options: Any) -> ContinuumMemory:
-    return ContinuumMemory(D, chain, options.pop("activation", "swiglu"), **options)
-
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "attention": lambda: CausalAttention(D, HEADS, conv_size=4),
-    "attention window": lambda: CausalAttention(D, HEADS, 4),
-    "attention persistent": lambda: CausalAttention(D, HEADS, 4, conv_size=4, persistent_tokens=2),
+LAYERS: dict[str, MixerConfig | Callable[[], nn.Module]] = {
+    "attention": AttentionConfig(conv_size=4),
+    "attention window": AttentionConfig(window=4),
+    "attention persistent": AttentionConfig(window=4, conv_size=4, persistent_tokens=2),
     "feed-forward": lambda: FeedForward(D, 2),
-    "self-modifying": lambda: SelfModifyingTitans(D, HEADS, 2, 4, 8),
-    "levels": lambda: levels(Level(2, 1), Level(3, 2), Level(7, 1), Level(None, 1)),
-    "levels delta": lambda: levels(Level(2, 2, rule="delta"), Level(4, 2), activation="gelu"),
+    "self-modifying": SelfModifyingConfig(projection_chunk_size=8, **SMALL),
+    "self-modifying matrix": SelfModifyingConfig("matrix", chunk_size=4),
+    "levels": lambda: ContinuumMemory(D, [Level(2, 1), Level(3, 2), Level(7, 1), Level(None, 1)], "swiglu"),
+    "levels delta": lambda: ContinuumMemory(D, [Level(2, 2, rule="delta"), Level(4, 2)], "gelu"),
+    **{f"mixer {name}": MemoryMixerConfig(name, output_gate=True, learn_initial=True, **SMALL) for name in catalog},
     **{
-        f"mixer {name}": lambda name=name: MemoryMixer(
-            D, HEADS, chunk_size=4, output_gate=True, learn_initial=True, **small(name)
-        )
-        for name in catalog
-    },
-    **{
-        f"mixer {name}": lambda memory=memory: MemoryMixer(D, HEADS, memory, chunk_size=4, learn_initial=True)
+        f"mixer {name}": MemoryMixerConfig(memory, chunk_size=4, learn_initial=True)
         for name, memory in MEMORIES.items()
         if name not in catalog
     },
+    **{f"mac {name}": TitansMACConfig(name, segment_length=5, persistent_tokens=3, **SMALL) for name in catalog},
+    "mac bare": TitansMACConfig(segment_length=5, **SMALL, **BARE),
+    "mag bare": TitansMAGConfig(window=4, **SMALL, **BARE),
+    "mal bare": TitansMALConfig(window=4, **SMALL, **BARE),
     **{
-        f"mac {name}": lambda name=name: MemoryAsContext(
-            D, HEADS, segment_length=5, persistent_tokens=3, chunk_size=4, **small(name)
-        )
-        for name in catalog
-    },
-    "mac bare": lambda: MemoryAsContext(D, HEADS, segment_length=5, persistent_tokens=0, chunk_size=4, conv_size=0),
-    "mag bare": lambda: MemoryAsGate(D, HEADS, window=4, persistent_tokens=0, chunk_size=4, conv_size=0),
-    "mal bare": lambda: MemoryAsLayer(D, HEADS, window=4, persistent_tokens=0, chunk_size=4, conv_size=0),
-    **{
-        f"{kind} {name}": lambda cls=cls, name=name: cls(
-            D, HEADS, window=4, persistent_tokens=3, chunk_size=4, **small(name)
-        )
-        for kind, cls in (("mag", MemoryAsGate), ("mal", MemoryAsLayer))
+        f"{kind} {name}": config(name, window=4, persistent_tokens=3, **SMALL)
+        for kind, config in (("mag", TitansMAGConfig), ("mal", TitansMALConfig))
         for name in ("titans", "deltanet")
     },
-    **{f"hierarchy {name}": lambda name=name: hierarchy(name) for name in catalog},
+    **{
+        f"hierarchy {name}": TNTConfig(name, expansion=2, chunk_size=5, local_windows=(4, 6), local_chunk_sizes=(2, 3))
+        for name in catalog
+    },
 }
 SLOW = {name for name in LAYERS if name.startswith(("mac ", "hierarchy ")) and name.split()[1] not in ("bare", *KINDS)}
 # Memories outside the catalog; tests/memory has the same properties of them without a layer.
@@ -109,7 +88,8 @@ def layers(*without: str) -> pytest.MarkDecorator:
 def make(name: str) -> Any:
     """A small float64 layer whose gates differ from token to token, and whose norms and levels matter."""
     torch.manual_seed(0)
-    layer = LAYERS[name]().double()
+    entry = LAYERS[name]
+    layer = (entry.build(D, HEADS) if isinstance(entry, MixerConfig) else entry()).double()
     for module in layer.modules():
         if isinstance(module, MemoryMixer) and module.gates is not None:
             module.gates.weight.normal_()
