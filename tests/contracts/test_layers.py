@@ -96,7 +96,7 @@ def make(name: str) -> Any:
         elif isinstance(module, LocalLevel):
             module.value.normal_()
             module.gate.weight.normal_()
-            module.keep.fill_(1.0)
+            module.keep.logit.fill_(1.0)
         elif isinstance(module, SelfModifyingTitans):
             module.alpha_bias.fill_(2.0)
             for vector in (module.alpha_vector, module.eta_vector, module.eta_bias):

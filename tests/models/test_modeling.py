@@ -399,7 +399,11 @@ def test_a_few_steps_of_training_lower_the_loss(name):
     torch.manual_seed(0)
     model = HopeForCausalLM(
         HopeConfig(
-            vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mixer=name, memory_chunk_size=4
+            vocab_size=16,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            mixer={"type": "memory", "memory": name, "chunk_size": 4},
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

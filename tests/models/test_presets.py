@@ -130,7 +130,7 @@ def test_only_attention_costs_more_in_a_longer_context(name):
 
 
 def test_flops_are_the_sum_over_the_layers():
-    config = HopeConfig(mixer=["attention", "titans", "attention"], num_hidden_layers=3, cms=[{"period": 8}, {}])
+    config = HopeConfig(mixer=["attention", "titans_mac", "attention"], num_hidden_layers=3, cms=[{"period": 8}, {}])
     layers = meta_model(config).model.layers
     output = 2 * config.hidden_size * config.vocab_size
     assert flops(config, 100) == output + sum(layer.flops_per_token(100) for layer in layers)
