@@ -2,6 +2,7 @@
 
 from nestlearn.nn.attention import AttentionConfig, AttentionState, CausalAttention
 from nestlearn.nn.cms import ContinuumMemory, ContinuumState, Level
+from nestlearn.nn.common import Mixer
 from nestlearn.nn.config import MixerConfig, mixer_types, register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
@@ -36,6 +37,7 @@ __all__ = [
     "MemoryAsLayer",
     "MemoryMixer",
     "MemoryMixerConfig",
+    "Mixer",
     "MixerConfig",
     "MixerState",
     "SelfModifyingConfig",

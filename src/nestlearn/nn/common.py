@@ -48,6 +48,29 @@ def check_tokens(x: Tensor, d_model: int) -> None:
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; pass embeddings, not token ids")
 
 
+class Mixer(nn.Module):
+    """A sequence layer. All have one protocol, ``y, state = layer(x, state, mask, reset)``.
+
+    Args of ``forward``:
+        x: inputs ``[b, t, d]``; masked tokens may hold anything.
+        state: from an earlier call; None starts fresh.
+        mask: ``[b, t]``; False marks padding: it changes nothing and its output is 0.
+        reset: ``[b, t]``; True forgets everything of the row before that token.
+        writes: False computes the same with step size 0.
+        return_state: False skips the work that only the next call needs.
+
+    It returns the outputs ``[b, t, d]`` and the state after the last token (None if not asked for). A text read in any
+    pieces gives the same outputs. A non-finite token makes the outputs of its row NaN from there to the next reset.
+    ``flops_per_token(context_length)`` counts the forward FLOPs, writes included; a multiply-add is 2.
+    """
+
+    def reset_parameters(self) -> None:
+        """The initial values of every part."""
+        for module in self.children():
+            for part in module if isinstance(module, nn.ModuleList) else (module,):
+                part.reset_parameters()  # type: ignore[operator]
+
+
 class RMSNorm(nn.RMSNorm):
     """``x / sqrt(mean(x^2) + eps) * w`` in the dtype of x, which may be narrower or wider than the weights.
 

@@ -23,7 +23,7 @@ class MixerConfig(ABC):
     """Base class of the configurations of sequence layers: frozen dataclasses whose fields JSON can hold.
 
     A subclass declares fields (their annotations are checked, see `nestlearn.fields`), defines `build`, and gets its
-    name from `register_mixer`. The layer that `build` returns follows the protocol of `nestlearn.nn`:
+    name from `register_mixer`. The layer that `build` returns has the protocol of `nestlearn.nn.Mixer`:
     ``forward(x, state, mask, reset, *, writes, return_state) -> (y, state)`` and ``flops_per_token(context_length)``.
 
     Raises:

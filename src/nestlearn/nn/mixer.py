@@ -21,6 +21,7 @@ from .bounds import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, ch
 from .common import (
     GateProjection,
     InitialWeights,
+    Mixer,
     RMSNorm,
     check_tokens,
     full_precision,
@@ -157,7 +158,7 @@ class MixerState(NamedTuple):
     conv: Float[Tensor, "b w ch"] | None
 
 
-class MemoryMixer(nn.Module):
+class MemoryMixer(Mixer):
     r"""A sequence layer around one associative memory per head.
 
         q_t, k_t, v_t = silu(conv(W_qkv x_t)),  q and k of unit norm (v too if the memory is an MLP)
@@ -217,20 +218,7 @@ class MemoryMixer(nn.Module):
         writes: bool = True,
         return_state: bool = True,
     ) -> tuple[Float[Tensor, "b t d"], MixerState | None]:
-        """Read tokens, answer each, and learn from them.
-
-        Args:
-            x: inputs; masked tokens may hold anything.
-            state: from an earlier call; None starts fresh.
-            mask: False marks padding: it changes nothing and its output is 0.
-            reset: True forgets everything of the row before that token.
-            writes: False computes the same with step size 0.
-            return_state: False skips the work only the next call would need.
-
-        Returns:
-            Outputs and the state after the last token (None if not asked for). A non-finite token makes the outputs
-            of its row NaN from there to the next reset.
-        """
+        """Read tokens, answer each, and learn from them; the protocol of `nestlearn.nn.Mixer`."""
         check_tokens(x, self.d_model)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0)
@@ -307,12 +295,6 @@ class MemoryMixer(nn.Module):
         slow += 0 if self.conv is None else self.conv.flops_per_token(context_length)
         slow += 0 if self.gates is None else 2 * self.gates.weight.numel()
         return slow + self.num_heads * scan_flops(self.memory, self.d_head, self.d_head, context_length)
-
-    def reset_parameters(self) -> None:
-        """Initial values: torch's own for linear maps, nearly constant gates, random MLP or zero matrix memories."""
-        for module in (self.qkv, self.conv, self.gates, self.initial, self.norm, self.output_gate, self.out):
-            if module is not None:
-                module.reset_parameters()
 
 
 def _check_rule(memory: AssociativeMemory, rule: GateRule) -> None:

@@ -1,4 +1,4 @@
-"""Titans with attention beside the memory: memory as a gate and memory as a layer (Titans section 4)."""
+"""Titans with attention alongside the memory: memory as a gate and memory as a layer (Titans section 4)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nestlearn.fields import Count, Size
 from nestlearn.nn.attention import AttentionConfig, AttentionState, CausalAttention, RotaryConfig
-from nestlearn.nn.common import RMSNorm, admit, check_tokens, largest_factor, poison
+from nestlearn.nn.common import Mixer, RMSNorm, admit, check_tokens, largest_factor, poison
 from nestlearn.nn.config import register_mixer
 from nestlearn.nn.mixer import FastMemoryConfig, MemoryMixer, MixerState
 from nestlearn.nn.state import record
@@ -20,7 +20,7 @@ from nestlearn.nn.state import record
 
 @record("titans.hybrid")
 class HybridState(NamedTuple):
-    """Streaming state of a memory and of the attention beside it, every tensor ``[B, ...]``."""
+    """Streaming state of a memory and of its attention, every tensor ``[B, ...]``."""
 
     memory: MixerState
     attention: AttentionState
@@ -68,8 +68,8 @@ class TitansMALConfig(WindowedTitansConfig):
         return MemoryAsLayer(d_model, num_heads, self)
 
 
-class _Hybrid(nn.Module):
-    """What the gate and the layer share: one memory, one windowed attention with persistent tokens."""
+class _Hybrid(Mixer):
+    """Common base of the gate and the layer: one memory, one windowed attention with persistent tokens."""
 
     def __init__(self, d_model: int, num_heads: int, config: WindowedTitansConfig) -> None:
         super().__init__()
@@ -96,11 +96,6 @@ class _Hybrid(nn.Module):
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
         inside = self.memory.flops_per_token(context_length) + self.attention.flops_per_token(context_length)
         return inside + 2 * self._linears()
-
-    def reset_parameters(self) -> None:
-        """The initial values of every part."""
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
 
 
 class MemoryAsGate(_Hybrid):
@@ -147,7 +142,7 @@ class MemoryAsGate(_Hybrid):
         writes: bool = True,
         return_state: bool = True,
     ) -> tuple[Float[Tensor, "b t d"], HybridState | None]:
-        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        """Read tokens, answer each, and learn from them; the protocol of `nestlearn.nn.Mixer`."""
         check_tokens(x, self.d_model)
         x, bad = admit(x, mask, largest_factor(x))
         past = (None, None) if state is None else state
@@ -163,8 +158,9 @@ class MemoryAsLayer(_Hybrid):
 
         y = norm(M(x)),    o = SW-Attn*([p] || y)
 
-    Persistent tokens p come before what attention reads: read through the memory (as printed) they would be vectors
-    that depend on no text, so they are learned as such. Attention always sees them. Arguments as of `MemoryAsGate`.
+    Persistent tokens p stand before the inputs of attention. Read through the memory, as printed, they would be vectors
+    that depend on no text; so they are learned directly. Attention always sees them.
+    The arguments are those of `MemoryAsGate`.
 
     Example:
         >>> import torch
@@ -184,7 +180,7 @@ class MemoryAsLayer(_Hybrid):
         writes: bool = True,
         return_state: bool = True,
     ) -> tuple[Float[Tensor, "b t d"], HybridState | None]:
-        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        """Read tokens, answer each, and learn from them; the protocol of `nestlearn.nn.Mixer`."""
         check_tokens(x, self.d_model)
         x, bad = admit(x, mask, largest_factor(x))
         past = (None, None) if state is None else state

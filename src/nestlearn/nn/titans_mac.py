@@ -16,7 +16,17 @@ from nestlearn.memory import Decay, Descent, DotProduct, Gates, State, scan
 from nestlearn.memory.clock import Clock, Span, choose
 from nestlearn.memory.types import Weights
 from nestlearn.nn.attention import PersistentTokens, persistent_heads, rotate
-from nestlearn.nn.common import RMSNorm, admit, check_tokens, full_precision, largest_factor, poison, unit, wide_dtype
+from nestlearn.nn.common import (
+    Mixer,
+    RMSNorm,
+    admit,
+    check_tokens,
+    full_precision,
+    largest_factor,
+    poison,
+    unit,
+    wide_dtype,
+)
 from nestlearn.nn.config import register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.flops import scan_flops
@@ -82,7 +92,7 @@ class TitansMACConfig(TitansConfig):
         return math.lcm(super().work_period, self.segment_length)
 
 
-class MemoryAsContext(nn.Module):
+class MemoryAsContext(Mixer):
     r"""Titans MAC: the sequence in segments, each with the memory's answers as context (Titans Eq. 21-25).
 
         h_t = M_start(W_q x_t)                      the memory as it was when the segment of t began
@@ -147,7 +157,7 @@ class MemoryAsContext(nn.Module):
         writes: bool = True,
         return_state: bool = True,
     ) -> tuple[Float[Tensor, "b t d"], ContextState | None]:
-        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        """Read tokens, answer each, and learn from them; the protocol of `nestlearn.nn.Mixer`."""
         check_tokens(x, self.d_model)
         x, bad = admit(x, mask, largest_factor(x))
         reset = reset if reset is None or mask is None else reset & mask
@@ -291,11 +301,6 @@ class MemoryAsContext(nn.Module):
         attention = 4 * d * (self.persistent_tokens + tokens + 1)
         recall = self.num_heads * scan_flops(self.reader, self.d_head, self.d_head, context_length, writes=False)
         return linear + attention + recall + self.memory.flops_per_token(context_length)
-
-    def reset_parameters(self) -> None:
-        """The initial values of every part."""
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
 
 
 def _store(past: SegmentTokens | None, new: SegmentTokens, span: Span, length: int) -> SegmentTokens:

@@ -47,7 +47,7 @@ class HierarchicalState(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What a layer makes of its tokens: queries, keys, values ``[b, h, t, e]``."""
+    """Queries, keys and values of the tokens of a layer, ``[b, h, t, e]``."""
 
     q: Tensor
     k: Tensor
@@ -68,11 +68,6 @@ class LocalMemory(MemoryMixer):
         del self.qkv, self.out, self.norm, self.conv
         self.window = window
 
-    def reset_parameters(self) -> None:
-        """Nearly constant gates; the initial weights of the architecture."""
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
-
     def read_windows(
         self,
         x: Tensor,
@@ -82,7 +77,7 @@ class LocalMemory(MemoryMixer):
         reset: Tensor | None,
         writes: bool,
     ) -> tuple[Float[Tensor, "b h t e"], LocalState]:
-        """What the memory answers to the projected queries, and the state after the last token."""
+        """Reads of the memory with the projected queries, and the state after the last token."""
         initial = self.initial_weights(heads.q)
         gates = self._gates(x, initial, writes)
         if mask is None and reset is None and (state is None or state.aligned):
@@ -103,7 +98,7 @@ class LocalMemory(MemoryMixer):
         q, k, v = heads
         one = torch.ones_like(gates.lr)
         q, projector = scan(PROJECTOR, start[1], q, k, k, Gates(one, one), mask=mask, reset=reset)
-        # A sum of projectors is none: its scale would grow with the number of keys.
+        # A sum of projectors is no projector: its scale grows with the number of keys.
         y, memory = scan(self.memory, start[0], unit(q), k, v, gates, initial=initial, mask=mask, reset=reset)
         return y, (memory, projector)
 
@@ -194,8 +189,8 @@ class HierarchicalMemory(MemoryMixer):
 
     The global memory V has large chunks of ``chunk_size`` tokens and is read at their start. Local memory i
     learns in chunks of ``local_chunk_sizes[i]`` and goes back to its learned start every ``local_windows[i]`` tokens;
-    it is asked with the query projected on the keys of its window up to t. Windows do not need each other: where all
-    rows stand at the start of one, all windows of a sequence run as rows of one batch. Queries, keys and values are
+    it reads with the query projected on the keys of its window up to t. Windows are independent: where all rows stand
+    at the start of one, all windows of a sequence run as rows of one batch. Queries, keys and values are
     shared, gates and initial weights are each memory's own.
 
     Args:
@@ -235,7 +230,7 @@ class HierarchicalMemory(MemoryMixer):
         writes: bool = True,
         return_state: bool = True,
     ) -> tuple[Float[Tensor, "b t d"], HierarchicalState | None]:
-        """Read tokens, answer each, and learn from them; the protocol of `MemoryMixer.forward`."""
+        """Read tokens, answer each, and learn from them; the protocol of `nestlearn.nn.Mixer`."""
         check_tokens(x, self.d_model)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0)
@@ -269,9 +264,3 @@ class HierarchicalMemory(MemoryMixer):
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
         local = sum(memory.flops_per_token(context_length) for memory in self.locals)  # type: ignore[operator]
         return super().flops_per_token(context_length) + local
-
-    def reset_parameters(self) -> None:
-        """The initial values of the global memory's layer and of every local memory."""
-        super().reset_parameters()
-        for memory in self.locals:
-            memory.reset_parameters()  # type: ignore[operator]
