@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .types import Weights
@@ -150,7 +150,7 @@ def scatter_outputs(y: Tensor, grid: Grid, tokens: int) -> Tensor:
     return out.scatter(1, target.unsqueeze(-1).expand(-1, -1, width), y.flatten(1, 2))[:, :tokens]
 
 
-Rows = bool | Bool[Tensor, "b"]
+Rows = bool | Bool[Tensor, "*b"]
 """A flag of every row: each row's own, or one that is known to hold for all."""
 
 
@@ -174,11 +174,11 @@ class Span(NamedTuple):
         reset: tokens that reset their row (None: none).
     """
 
-    phase: int | Int[Tensor, "b"]
+    phase: int | Int[Tensor, "*b"]
     length: int
     chunk_size: int
-    valid: Bool[Tensor, "b c"] | None = None
-    reset: Bool[Tensor, "b c"] | None = None
+    valid: Bool[Tensor, "*b c"] | None = None
+    reset: Bool[Tensor, "*b c"] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Span:
         """``change`` applied to every tensor."""
@@ -199,7 +199,7 @@ class Span(NamedTuple):
         last = self.valid & ~torch.cat([self.valid[:, 1:], torch.zeros_like(self.valid[:, :1])], 1)
         return (self.closing(self.valid.device) & last).any(-1)
 
-    def after(self, position: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def after(self, position: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
         """The position of every row in its chunk after the span, given that before it."""
         if isinstance(self.phase, int):
             return torch.full_like(position, (self.phase + self.length) % self.chunk_size)
@@ -209,7 +209,7 @@ class Span(NamedTuple):
         last = places.gather(-1, (self.valid.sum(-1, keepdim=True) - 1).clamp(min=0)).squeeze(-1)
         return torch.where(self.valid.any(-1), (last + 1) % self.chunk_size, position)
 
-    def places(self, device: torch.device) -> Int[Tensor, "#b c"]:
+    def places(self, device: torch.device) -> Int[Tensor, "*#b c"]:
         """The place of every token in its chunk, where chunks are counted anew from a reset."""
         slots = torch.arange(self.length, device=device)
         place = (self.phase if isinstance(self.phase, int) else self.phase.unsqueeze(-1)) + slots.unsqueeze(0)
@@ -218,7 +218,7 @@ class Span(NamedTuple):
         last = torch.where(self.reset, slots, -1).cummax(-1).values
         return torch.where(last >= 0, slots - last, place)
 
-    def closing(self, device: torch.device) -> Bool[Tensor, "#b c"]:
+    def closing(self, device: torch.device) -> Bool[Tensor, "*#b c"]:
         """The last token of a chunk. There is one at most: a span is no longer than a chunk, and goes on beyond the
         end of one only where its next token resets the row."""
         last = (self.places(device) + 1) % self.chunk_size == 0
@@ -276,7 +276,7 @@ class Clock:
         spans = tuple(Span(phase, length, chunk_size, valid, flag) for phase, valid, flag in columns)
         return cls(spans, tokens, grid.end, False, grid)
 
-    def cut(self, x: Float[Tensor, "b t ..."], empty: float = 0) -> Sequence[Tensor]:
+    def cut(self, x: Shaped[Tensor, "b t ..."], empty: float = 0) -> Sequence[Tensor]:
         """The part ``[b, c, ...]`` of every span; slots without a token hold ``empty``.
 
         One operation for all spans, not slices: the gradient of a slice is a full-size tensor of zeros.
@@ -287,8 +287,8 @@ class Clock:
         valid = self.grid.valid.view(*self.grid.valid.shape, *[1] * (x.dim() - 2))
         return torch.where(valid, x[row, self.grid.index], empty).unbind(1)
 
-    def join(self, parts: Sequence[Float[Tensor, "b c d"]]) -> Float[Tensor, "b t d"]:
-        """The parts of all spans in the order of their tokens; tokens without a slot (masked) give 0."""
+    def join(self, parts: Sequence[Tensor]) -> Float[Tensor, "b t d"]:
+        """The parts ``[b, c, d]`` of all spans in the order of their tokens; tokens without a slot (masked) give 0."""
         if self.grid is None:
             return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
         return scatter_outputs(torch.stack(list(parts), 1), self.grid, self.tokens)

@@ -91,7 +91,8 @@ class HopeConfig(NotCopied, PreTrainedConfig):
     hidden_size: Size = 128
     num_hidden_layers: Size = 3
     num_attention_heads: Size = 4
-    mixer: dict[str, Any] | list[dict[str, Any]] = field(default_factory=lambda: {"type": "self_modifying"})
+    # Given in any form that `mixer_config` takes; held as JSON values.
+    mixer: Any = field(default_factory=lambda: {"type": "self_modifying"})
     cms: list[dict[str, Any]] = field(default_factory=lambda: [{"period": None, "expansion": 4}])
     cms_variant: Variant = "sequential"
     cms_signal: Signal = "local"

@@ -92,7 +92,9 @@ class MixerConfig(ABC):
         name = values["type"]
         if not isinstance(name, str) or name not in known:
             raise unknown_name("mixer type", name, known)
-        rest = {key: value for key, value in values.items() if key != "type"}
+        # JSON has lists only; fields that hold several values are tuples.
+        items = ((key, tuple(value) if isinstance(value, list) else value) for key, value in values.items())
+        rest = {key: value for key, value in items if key != "type"}
         return from_mapping(known[name], rest, f"field of the mixer {name!r}")
 
 
