@@ -31,9 +31,9 @@ def run(
     from nestlearn.train import load_model, load_tokenizer
 
     tune(verbose)
-    tokenizer = load_tokenizer(model)
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
     (text,) = generate_texts(
-        load_model(model),
+        loaded,
         tokenizer,
         [document_ids(tokenizer, prompt)],
         max_new_tokens=max_new_tokens,
