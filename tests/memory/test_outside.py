@@ -15,7 +15,7 @@ from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Factor, G
 from nestlearn.memory.algorithms import Algorithm
 from nestlearn.memory.contract import check_contract
 from nestlearn.memory.retention import Retention
-from nestlearn.nn import MemoryMixer
+from nestlearn.nn import MemoryMixerConfig
 
 DOUBLE = torch.float64
 
@@ -198,7 +198,7 @@ def test_it_writes(name: str):
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_layer_trains_it(name: str):
     torch.manual_seed(0)
-    layer = MemoryMixer(8, 2, OUTSIDE[name], chunk_size=4, learn_initial=True)
+    layer = MemoryMixerConfig(memory=OUTSIDE[name], chunk_size=4, learn_initial=True).build(8, 2)
     x = torch.randn(2, 10, 8)
     y, state = layer(x)
     first, state = layer(x[:, :7])
@@ -216,7 +216,7 @@ def test_a_layer_trains_it(name: str):
 def test_no_gate_makes_a_layer_expand(name: str):
     """Saturated gates, one key for a thousand tokens."""
     torch.manual_seed(0)
-    layer = MemoryMixer(8, 2, OUTSIDE[name], chunk_size=16, learn_initial=True)
+    layer = MemoryMixerConfig(memory=OUTSIDE[name], chunk_size=16, learn_initial=True).build(8, 2)
     assert layer.gates is not None
     layer.gates.bias.fill_(12.0)
     x = torch.randn(1, 1, 8).expand(1, 1000, 8) + 0.01 * torch.randn(1, 1000, 8)
@@ -229,7 +229,7 @@ def test_no_gate_makes_a_layer_expand(name: str):
 def test_a_layer_refuses_what_does_not_state_its_steepness(axis: str):
     mute = type("Mute", (type(getattr(OUTSIDE[axis], axis)),), {"steepness": None})
     with pytest.raises(ValueError, match=r"does not state its steepness.*Give it a method steepness\("):
-        MemoryMixer(8, 2, dataclasses.replace(OUTSIDE[axis], **{axis: mute()}))
+        MemoryMixerConfig(memory=dataclasses.replace(OUTSIDE[axis], **{axis: mute()})).build(8, 2)
 
 
 def test_explain_says_what_runs_token_by_token():
