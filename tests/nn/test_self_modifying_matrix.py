@@ -189,6 +189,21 @@ def test_a_reset_clears_what_a_nan_destroyed() -> None:
     torch.testing.assert_close(lost[1], clean[1])
 
 
+@pytest.mark.parametrize("architecture", ["mlp", "matrix"])
+def test_a_single_head_that_is_lost_spoils_its_text_until_the_reset(architecture: str) -> None:
+    layer = SelfModifyingConfig(architecture=architecture, chunk_size=4).build(8, 2).double()
+    x, reset = tokens(2, 12), torch.zeros(2, 12, dtype=torch.bool)
+    reset[0, 6] = True
+    _, state = layer(x)
+    clean = layer(x, state, reset=reset)[0]
+    for w in state.memory.params.values():
+        w.data[0, 1] = float("nan")
+    lost = layer(x, state, reset=reset)[0]
+    assert lost[0, :6].isnan().all()
+    torch.testing.assert_close(lost[0, 6:], clean[0, 6:])
+    torch.testing.assert_close(lost[1], clean[1])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_writes(variant: str) -> None:
     """Earlier tokens change later outputs beyond the convolution; without writes they do not, and H stays I."""

@@ -61,8 +61,7 @@ class SelfModifyingMLP(SelfModifyingTitans):
     ) -> tuple[Tensor, SelfModifyingState, Tensor | None]:
         """One span of the projections' chunk after another: project, read and write, then learn to project.
 
-        Returns outputs ``[b, t, heads * d]``, the state after the last token, and the tokens up to a reset of rows
-        that came in broken.
+        Returns outputs ``[b, t, heads * d]``, the state after the last token, and the rows that came in broken.
         """
         (batch, count), dtype, heads = streams.shape[:2], streams.dtype, self.num_heads
         start = {m: w.repeat(batch, 1, 1) for m, w in self.initial["memory"](dtype).items()}
@@ -88,12 +87,12 @@ class SelfModifyingMLP(SelfModifyingTitans):
             y, main = run(
                 self.memory, main, tokens, start, fresh=state is None and i == 0, return_state=keep, prepared=ready
             )
-            outputs.append(y.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2))
+            outputs.append(self._by_text(y, batch))
             if group is not None and keep:
                 group = self._learn(group, tokens, span, ready, fresh=state is None and i == 0), group[1]
         y = clock.join(outputs)
-        bad = None if broken is None else broken.view(batch, heads)[:, :1] & (torch.arange(count, device=y.device) == 0)
-        return y, self._pack(None if group is None else group[0], main, batch), bad
+        lost = None if broken is None else broken.view(batch, heads).any(1)
+        return y, self._pack(None if group is None else group[0], main, batch), lost
 
     def _pack(self, projections: State | None, memory: State, batch: int) -> SelfModifyingState:
         """The states of both groups, by text and head."""

@@ -155,7 +155,7 @@ class SelfModifyingTitans(nn.Module, ABC):
         y = self._merge(y, x)
         poisoned = poisoned_from(bad, mask, reset)
         if broken is not None and reset is not None:
-            poisoned = poisoned | (broken[:, :1] & before_reset(mask, reset))
+            poisoned = poisoned | (broken[:, None] & before_reset(mask, reset))
         y = poison(y, poisoned if mask is None else poisoned & mask)
         if mask is not None:
             y = torch.where(mask.unsqueeze(-1), y, 0)
@@ -204,8 +204,12 @@ class SelfModifyingTitans(nn.Module, ABC):
         writes: bool,
         return_state: bool,
     ) -> tuple[Tensor, SelfModifyingState, Tensor | None]:
-        """Outputs ``[b, t, heads * d]``, the state after the last token (without the convolution's), and the tokens
-        that start a row whose state was not finite (None: none)."""
+        """Outputs ``[b, t, heads * d]``, the state after the last token (without the convolution's), and the rows
+        ``[b]`` of which some head's state was not finite and is reset here (None: none)."""
+
+    def _by_text(self, y: Float[Tensor, "r c d"], batch: int) -> Float[Tensor, "b c hd"]:
+        """Rows ``batch * heads`` as texts."""
+        return y.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2)
 
     def _bounded(self, eta: Tensor, alpha: Tensor) -> Tensor:
         """The step size that keeps the L2 objective, which feeds the error at the anchor back, from expanding."""

@@ -79,7 +79,7 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         return_state: bool,
     ) -> tuple[Tensor, SelfModifyingState, Tensor | None]:
         """One chunk after another: project with H at its start, then read and write."""
-        (batch, count), heads = streams.shape[:2], self.num_heads
+        batch, heads = len(streams), self.num_heads
         eye = torch.eye(self.d_head, dtype=streams.dtype, device=streams.device)
         start = {"W": eye.expand(batch * heads, -1, -1)}
         now = self.memory.begin(start) if state is None else state.memory.flatten(2)
@@ -93,12 +93,8 @@ class SelfModifyingMatrix(SelfModifyingTitans):
             y, now = run(self.memory, now, tokens, start, fresh=state is None, return_state=return_state)
             outputs = self._by_text(y, batch)
         read = torch.einsum("bthd,hed->bthe", outputs.unflatten(-1, (heads, -1)), self.maps["memory"].to(outputs.dtype))
-        first = torch.arange(count, device=eye.device) == 0
-        bad = None if broken is None else broken.view(batch, heads)[:, :1] & first
-        return read.flatten(2), SelfModifyingState(None, now.unflatten((batch, heads)), None), bad
-
-    def _by_text(self, y: Float[Tensor, "r c d"], batch: int) -> Float[Tensor, "b c hd"]:
-        return y.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2)
+        lost = None if broken is None else broken.view(batch, heads).any(1)
+        return read.flatten(2), SelfModifyingState(None, now.unflatten((batch, heads)), None), lost
 
     def _chunks(
         self,
