@@ -148,30 +148,25 @@ def legal(setting: dict[str, Any]) -> bool:
     return not (step == "mixed" and isinstance(arch, Matrix))
 
 
-def product(axes: dict[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool] = legal) -> Iterator[dict]:
-    """Every allowed combination."""
+def product(axes: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every legal combination."""
     for values in itertools.product(*axes.values()):
         setting = dict(zip(axes, values, strict=True))
-        if allowed(setting):
+        if legal(setting):
             yield setting
 
 
-def covering(
-    axes: dict[str, Sequence[Any]], strength: int, allowed: Callable[[dict[str, Any]], bool] = legal
-) -> list[dict[str, Any]]:
-    """Settings such that all allowed values of every ``strength`` axes meet in one of them (greedy, deterministic)."""
-    groups = list(itertools.combinations(axes, strength))
+def covering(axes: dict[str, Sequence[Any]], strength: int) -> list[dict[str, Any]]:
+    """Settings such that all legal values of every ``strength`` axes meet in one of them (greedy, deterministic)."""
+    groups, fits = list(itertools.combinations(axes, strength)), _fitting(axes)
     uncovered: dict[Combination, None] = {}
     for group in groups:
         for indices in itertools.product(*(range(len(axes[name])) for name in group)):
-            chosen = dict(zip(group, indices, strict=True))
-            # A partial setting can be legal and still fit in no full one.
-            if allowed(_values(axes, chosen)) and _complete(chosen, axes, allowed, {}, strength):
-                uncovered[tuple(chosen.items())] = None
+            if fits(dict(zip(group, indices, strict=True))):
+                uncovered[tuple(zip(group, indices, strict=True))] = None
     settings = []
     while uncovered:
-        chosen = _complete(dict(next(iter(uncovered))), axes, allowed, uncovered, strength)
-        assert chosen is not None
+        chosen = _complete(dict(next(iter(uncovered))), axes, fits, uncovered, strength)
         for group in groups:
             uncovered.pop(tuple((name, chosen[name]) for name in group), None)
         settings.append({name: axes[name][chosen[name]] for name in axes})
@@ -181,36 +176,41 @@ def covering(
 Combination = tuple[tuple[str, int], ...]
 
 
-def _values(axes: dict[str, Sequence[Any]], chosen: dict[str, int]) -> dict[str, Any]:
-    return {name: axes[name][i] for name, i in chosen.items()}
+def _fitting(axes: dict[str, Sequence[Any]]) -> Callable[[dict[str, int]], bool]:
+    """Whether a partial setting is part of a legal one: a partial setting can be legal and still fit in none."""
+    bound = [name for name in axes if name in ("architecture", "retention", "step_size", "momentum")]
+    fitting = set()
+    for indices in itertools.product(*(range(len(axes[name])) for name in bound)):
+        if legal({name: axes[name][i] for name, i in zip(bound, indices, strict=True)}):
+            fitting |= set(itertools.product(*((i, None) for i in indices)))
+    return lambda chosen: tuple(map(chosen.get, bound)) in fitting
 
 
 def _complete(
     chosen: dict[str, int],
     axes: dict[str, Sequence[Any]],
-    allowed: Callable[[dict[str, Any]], bool],
+    fits: Callable[[dict[str, int]], bool],
     uncovered: dict[Combination, None],
     strength: int,
-) -> dict[str, int] | None:
-    """Give every other axis the legal value that covers most; None where an axis has no legal value left."""
+) -> dict[str, int]:
+    """Give every other axis the legal value that covers most."""
     order = {name: rank for rank, name in enumerate(axes)}
     for name in axes:
         if name in chosen:
             continue
-        others = itertools.combinations(chosen, strength - 1) if uncovered else ()
-        groups = [sorted((*group, name), key=order.__getitem__) for group in others]
-        best, best_gain = None, -1
+        groups = [
+            sorted((*group, name), key=order.__getitem__) for group in itertools.combinations(chosen, strength - 1)
+        ]
+        best, best_gain = 0, -1
         for i in range(len(axes[name])):
             # Starting elsewhere each time spreads ties over the values.
             i = (i + len(uncovered)) % len(axes[name])
             trial = {**chosen, name: i}
-            if not allowed(_values(axes, trial)):
+            if not fits(trial):
                 continue
             gain = sum(tuple((n, trial[n]) for n in group) in uncovered for group in groups)
             if gain > best_gain:
                 best, best_gain = i, gain
-        if best is None:
-            return None
         chosen = {**chosen, name: best}
     return chosen
 
