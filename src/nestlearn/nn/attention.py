@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.fields import Count, Positive, Size
-from nestlearn.nn.common import check_tokens
+from nestlearn.memory.clock import before_reset, known_empty, poisoned_from
+from nestlearn.nn.common import admit, check_tokens, poison
 from nestlearn.nn.config import MixerConfig, register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.state import record
@@ -31,6 +32,7 @@ class AttentionState(NamedTuple):
         visible: False for padding and for tokens of earlier documents.
         place: position of each stored token in its document; padding does not count.
         position: position of the next token.
+        poisoned: whether the current document holds a token that is not finite.
         conv: last inputs of the convolution; None without one.
     """
 
@@ -39,6 +41,7 @@ class AttentionState(NamedTuple):
     visible: Bool[Tensor, "b s"]
     place: Int[Tensor, "b s"]
     position: Int[Tensor, "b"]
+    poisoned: Bool[Tensor, "b"]
     conv: Float[Tensor, "b w c"] | None = None
 
 
@@ -186,7 +189,7 @@ class CausalAttention(nn.Module):
     With a window, queries are cut into blocks of ``B = max(window, 64)`` tokens. A block reads only its own keys and
     the ``window - 1`` keys before it. So a call of T tokens needs memory of order ``T (B + window)``, not ``T^2``.
 
-    A token that is not finite makes every output of its row NaN, the earlier outputs of the same call included.
+    A token that is not finite makes the outputs of its row NaN from there to the next reset.
 
     Args:
         d_model: width of the input and the output.
@@ -236,6 +239,12 @@ class CausalAttention(nn.Module):
         """
         del writes
         check_tokens(x, self.d_model)
+        given = mask
+        x, bad = admit(x, mask)
+        poisoned = bad if known_empty(bad) else poisoned_from(bad, mask, reset)
+        if state is not None:
+            carried = state.poisoned[:, None]
+            poisoned = poisoned | (carried if reset is None else carried & before_reset(mask, reset))
         order = None
         if mask is not None:
             if self._in_blocks(x.shape[1]):
@@ -243,17 +252,17 @@ class CausalAttention(nn.Module):
                 order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
                 x, mask = x.take_along_dim(order[..., None], 1), mask.gather(1, order)
                 reset = reset if reset is None else reset.gather(1, order)
-            x = torch.where(mask[..., None], x, 0)
             reset = reset if reset is None else reset & mask
-        y, stored = self._attend(x, state, mask, reset)
-        if mask is not None:
-            y = torch.where(mask[..., None], y, 0)
+        y, stored = self._attend(x, state, mask, reset, poisoned[:, -1])
         if order is not None:
             y = y.take_along_dim(order.argsort(1)[..., None], 1)
+        y = poison(y, poisoned)
+        if given is not None:
+            y = torch.where(given[..., None], y, 0)
         return y, self._trim(stored, mask is not None) if return_state else None
 
     def _attend(
-        self, x: Tensor, state: AttentionState | None, mask: Tensor | None, reset: Tensor | None
+        self, x: Tensor, state: AttentionState | None, mask: Tensor | None, reset: Tensor | None, poisoned: Tensor
     ) -> tuple[Float[Tensor, "b t m"], AttentionState]:
         """Outputs at every column, and the state with all stored and new tokens."""
         q, k, v, conv = self._heads(x, None if state is None else state.conv, mask, reset)
@@ -262,12 +271,12 @@ class CausalAttention(nn.Module):
         start = real.new_zeros(batch, dtype=torch.long) if state is None else state.position
         place, document = document_positions(start, real, reset)
         queries, k = _Queries(q, rotate(q, place, self.rope_theta), place, document), rotate(k, place, self.rope_theta)
+        stored = AttentionState(k, v, real, place, place[:, -1] + 1, poisoned, conv)
         fresh = state is None and mask is None and reset is None and (self.window is None or time <= self.window)
         if fresh and self.persistent is None:
             read = F.scaled_dot_product_attention(queries.turned, k, v, is_causal=True)
-            stored = AttentionState(k, v, real, place, place[:, -1] + 1, conv)
         else:
-            stored, stored_document = self._append(state, k, v, real, place, document, conv)
+            stored, stored_document = self._append(state, stored, document)
             read = (self._read_blocks if self._in_blocks(time) else self._read)(queries, stored, stored_document)
             stored = stored._replace(visible=stored.visible & (stored_document == document[:, -1:]))
         return self.out(read.transpose(1, 2).flatten(2)), stored
@@ -323,26 +332,16 @@ class CausalAttention(nn.Module):
         return read.unflatten(0, (batch, -1)).movedim(1, 2).reshape(batch, heads, -1, width)[:, :, :time]
 
     def _append(
-        self,
-        state: AttentionState | None,
-        k: Tensor,
-        v: Tensor,
-        real: Tensor,
-        place: Tensor,
-        document: Tensor,
-        conv: Tensor | None,
-    ) -> tuple[AttentionState, Tensor]:
+        self, state: AttentionState | None, new: AttentionState, document: Int[Tensor, "b t"]
+    ) -> tuple[AttentionState, Int[Tensor, "b s"]]:
         """Stored tokens followed by new ones, and the document of each: the stored tokens belong to document 0."""
-        position = place[:, -1] + 1
         if state is None:
-            return AttentionState(k, v, real, place, position, conv), document
-        joined = AttentionState(
-            torch.cat((state.keys, k), dim=2),
-            torch.cat((state.values, v), dim=2),
-            torch.cat((state.visible, real), dim=1),
-            torch.cat((state.place, place), dim=1),
-            position,
-            conv,
+            return new, document
+        joined = new._replace(
+            keys=torch.cat((state.keys, new.keys), dim=2),
+            values=torch.cat((state.values, new.values), dim=2),
+            visible=torch.cat((state.visible, new.visible), dim=1),
+            place=torch.cat((state.place, new.place), dim=1),
         )
         return joined, torch.cat((torch.zeros_like(state.place), document), dim=1)
 
