@@ -80,11 +80,11 @@ def test_rows_that_do_not_exist(read):
 
 def test_size_and_device(read):
     _, cache, _ = read("sliding_attention", conv_size=0)
-    # 2 layers; keys, values: 3 rows x 2 heads x 3 tokens x 8 x 8 bytes; visible 1, place 8 bytes; position 8 bytes
-    assert cache.nbytes() == 2 * (2 * 3 * 2 * 3 * 8 * 8 + 3 * 3 * (1 + 8) + 3 * 8)
+    # 2 layers; keys, values: 3 rows x 2 heads x 3 tokens x 8 x 8 bytes; visible 1, place 8; position 8, poisoned 1
+    assert cache.nbytes() == 2 * (2 * 3 * 2 * 3 * 8 * 8 + 3 * 3 * (1 + 8) + 3 * (8 + 1))
     _, full, _ = read("attention")
     # The same with all 6 tokens, and 3 more inputs of a convolution of width 4 on 48 channels.
-    assert full.nbytes() == 2 * (2 * 3 * 2 * 6 * 8 * 8 + 3 * 6 * (1 + 8) + 3 * 8 + 3 * 3 * 48 * 8)
+    assert full.nbytes() == 2 * (2 * 3 * 2 * 6 * 8 * 8 + 3 * 6 * (1 + 8) + 3 * (8 + 1) + 3 * 3 * 48 * 8)
     assert "rows=3, seen=6" in repr(cache)
     assert tensors_of(cache.to("meta").layers)[0].is_meta
     assert not tensors_of(cache.layers)[0].is_meta

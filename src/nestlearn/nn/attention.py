@@ -253,7 +253,7 @@ class CausalAttention(nn.Module):
                 x, mask = x.take_along_dim(order[..., None], 1), mask.gather(1, order)
                 reset = reset if reset is None else reset.gather(1, order)
             reset = reset if reset is None else reset & mask
-        y, stored = self._attend(x, state, mask, reset, poisoned[:, -1])
+        y, stored = self._attend(x, state, mask, reset, poisoned[:, -1].clone())
         if order is not None:
             y = y.take_along_dim(order.argsort(1)[..., None], 1)
         y = poison(y, poisoned)
