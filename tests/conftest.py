@@ -20,6 +20,13 @@ import hypothesis
 import pytest
 import torch
 
+# Triton reads both before the first kernel is defined. Without a device it interprets kernels; with one, products of
+# float32 must not be rounded to TF32.
+if torch.cuda.is_available():
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from nestlearn.allocator import tune_allocator
 
 REPOSITORY = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ LAYERS = {
     "__main__": 5,
     "__init__": 3.7,  # the public names; the packages below import each other, never these
 }
-MEMORY_MAY_IMPORT = {"torch", "jaxtyping", "triton", *sys.stdlib_module_names}
+MEMORY_MAY_IMPORT = {"torch", "jaxtyping", "triton", "fla", *sys.stdlib_module_names}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 60
 
 

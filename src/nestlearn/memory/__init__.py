@@ -7,7 +7,7 @@ from .algorithms import Algorithm, Descent, Momentum, OrthogonalizedMomentum
 from .architectures import MLP, Architecture, Matrix
 from .associative import AssociativeMemory
 from .catalog import catalog
-from .engine import Explanation, absorb, explain, scan, surprise
+from .engine import Explanation, absorb, explain, scan, surprise, use_engine
 from .kernels.newton_schulz import newton_schulz
 from .objectives import L2, DotProduct, Huber, Lp, Objective, ThresholdObjective, ValueShiftRobust
 from .retention import KL, Bregman, Decay, Delta, ElasticNet, Lq, LqDual, Retention
@@ -48,4 +48,5 @@ __all__ = [
     "newton_schulz",
     "scan",
     "surprise",
+    "use_engine",
 ]

@@ -13,13 +13,13 @@ from .objectives import ThresholdObjective, needs_threshold
 from .retention import is_per_channel
 from .types import Factor, Gates, State, Weights
 
-Engine = Literal["auto", "reference", "chunked"]
+Engine = Literal["auto", "reference", "chunked", "fla"]
 
 
 def check_engine(engine: str) -> None:
     """A known one."""
     if engine not in get_args(Engine):
-        raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference' or 'chunked'")
+        raise ValueError(f"unknown engine {engine!r}: use 'auto', 'reference', 'chunked' or 'fla'")
 
 
 def check_tensors(**inputs: object) -> None:

@@ -8,7 +8,7 @@ Equal to `reference.scan` in outputs, final state and outer gradients. No inner 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,13 +19,16 @@ from .clock import Clock, Rows, Span, choose, known_empty, span_length
 from .kernels.products import limit_gradient, product, unit_norm
 from .objectives import with_threshold
 from .retention import Retention, is_linear, is_per_channel
-from .spans import Running, Update, has_closed_form, longest_span, open_span
+from .spans import Opened, Running, Update, has_closed_form, longest_span, open_span
 from .spans.base import Prepared
 from .spans.delta import prepare
 from .types import Factor, Gates, State, Tokens, Weights
 
 PREPARED_TOKENS = 1024
 """Tokens prepared at once: enough to fill a machine, few next to the spans' own tensors."""
+
+Solve = Callable[[AssociativeMemory, Running, Update], Opened]
+"""How the tokens of a span are solved: `open_span`, or a kernel."""
 
 LONGEST_WRITE = 64
 """Tokens that `absorb` writes at once: more would spend longer on the triangular systems than they save."""
@@ -115,6 +118,7 @@ def run(
     fresh: bool = False,
     return_state: bool = True,
     prepared: Sequence[Prepared] | None = None,
+    solve: Solve = open_span,
 ) -> tuple[Tensor, State]:
     """Read rows ``[b, t, d]`` of tokens, span by span.
 
@@ -127,14 +131,16 @@ def run(
         fresh: whether the state is known to hold the initial weights.
         return_state: False skips the state after the last token; the returned one is then unspecified.
         prepared: of every span, where a memory of the same gates and keys has it.
+        solve: how the tokens of a span are solved. Any other than `open_span` gets whole chunks as spans.
     """
     q, k, v, gates, mask, reset = tokens
     how = memory.read if read_mode is None else read_mode
     count, chunk = k.shape[1], memory.chunk_size
-    length = longest_span(memory, count, how)
+    own = solve is open_span
+    length = longest_span(memory, count, how) if own else min(chunk, count)
     clock = Clock.start(state.position, state.aligned, count, chunk, length, mask, reset)
     pieces = cut_tokens(clock, q, k, v, gates)
-    ready = prepare_ahead(memory, clock, pieces) if prepared is None else prepared
+    ready = prepared if prepared is not None else prepare_ahead(memory, clock, pieces) if own else [None] * len(pieces)
     now = enter(memory, state, initial, fresh=fresh)
     # Writes from this token on are never read: a chunk read sees only the chunks before it.
     needed = (count - 1) // chunk * chunk if how == "chunk" else (len(pieces) - 1) * length
@@ -142,7 +148,7 @@ def run(
     for i, (span, (q_i, k_i, v_i, gates_i), ahead) in enumerate(zip(clock.spans, pieces, ready, strict=True)):
         now = begin(now, span)
         update = return_state or clock.grid is not None or i * length < needed
-        y, now = run_span(memory, now, span, q_i, k_i, v_i, gates_i, how, update, ahead)
+        y, now = run_span(memory, now, span, q_i, k_i, v_i, gates_i, how, update, ahead, solve)
         outputs.append(y)
     y = clock.join(outputs)
     if not return_state:
@@ -210,6 +216,7 @@ def run_span(
     read_mode: str,
     update: bool,
     prepared: Prepared | None,
+    solve: Solve = open_span,
 ) -> tuple[Tensor, Running]:
     """Outputs of one span and the memory after it; ``update=False`` skips the latter."""
     initial = seen_weights(memory, running.initial) if span.reset is not None else {}
@@ -219,7 +226,7 @@ def run_span(
         return y, running
     factors = find_factors(memory, linear, adjoint, k, v, gates.threshold)
     asked = Update(factors, gates, span.valid, span.reset, find_closing(memory, span, gates), prepared)
-    opened = open_span(memory, running, asked)
+    opened = solve(memory, running, asked)
     if y is None:
         y = memory.architecture(opened.read, q)
     if update:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from . import chunked, reference
+from . import chunked, fla, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
 from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_tensors, check_threshold
@@ -19,6 +22,45 @@ from .types import Factor, Gates, State, Tokens, Weights
 
 LARGEST_KEPT = 1.25
 """Products of 128 larger kept fractions leave the range of float32."""
+
+_engine: ContextVar[Engine] = ContextVar("engine", default="auto")
+
+
+def current_engine() -> Engine:
+    """What ``engine="auto"`` means here."""
+    return _engine.get()
+
+
+@contextmanager
+def use_engine(engine: Engine) -> Iterator[None]:
+    """What ``engine="auto"`` means inside this context, for `scan` and for every layer that calls it.
+
+    ``reference`` is the token loop, ``chunked`` runs everywhere, ``fla`` are the kernels of flash-linear-attention for
+    matrix memories (they need CUDA and the extra ``gpu``; docs/gpu.md). ``auto``, the usual one, takes ``fla`` where it
+    runs and ``chunked`` elsewhere.
+
+    The backward pass of a model with gradient checkpointing computes parts of the forward pass again, so it belongs
+    into the same context.
+
+    Raises:
+        ValueError: for an unknown engine.
+
+    Example:
+        >>> from nestlearn.memory import use_engine
+        >>> from nestlearn.nn import MemoryMixerConfig
+        >>> layer = MemoryMixerConfig("deltanet").build(16, num_heads=2)
+        >>> x = torch.randn(1, 20, 16)
+        >>> with use_engine("reference"):
+        ...     y, _ = layer(x)
+        >>> torch.allclose(y, layer(x)[0], atol=1e-5)
+        True
+    """
+    check_engine(engine)
+    token = _engine.set(engine)
+    try:
+        yield
+    finally:
+        _engine.reset(token)
 
 
 def scan(
@@ -51,7 +93,7 @@ def scan(
             back to. None is zeros for a matrix; an MLP, which starts at random, needs ``init_state(...).params``.
         mask: False marks a token that changes nothing (padding); its output is 0.
         reset: True puts the row back to its initial state before that token.
-        engine: ``reference`` (token loop), ``chunked``, or ``auto``, the fastest.
+        engine: ``reference`` (token loop), ``chunked``, ``fla`` (CUDA kernels) or ``auto``; see `use_engine`.
         read: overrides the memory's own ``token`` or ``chunk`` read.
         return_state: False lets an engine skip the state after the last token; the returned one is then unspecified.
 
@@ -62,7 +104,7 @@ def scan(
         recurrence itself expands beyond the dtype's range are the caller's to avoid.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes or gates that do not fit.
+        ValueError, TypeError: shapes, dtypes or gates that do not fit. RuntimeError: ``fla`` where it cannot run.
 
     Example:
         >>> from nestlearn.memory import Gates, catalog, scan
@@ -74,13 +116,47 @@ def scan(
         True
     """
     how = memory.read if read is None else read
-    check_engine(engine)
     check_tensors(q=q, k=k, v=v)
     fresh = state is None
     state = _start(memory, initial, q, k, v) if state is None else state
     check_scan(memory, state, q, k, v, gates, mask, reset, how)
-    y, end = _scan(memory, state, Tokens(q, k, v, gates, mask, reset), initial, how, engine, fresh, return_state)
+    chosen = _choose(engine, memory, k, state, restarts=reset is not None and initial is not None)
+    y, end = _scan(memory, state, Tokens(q, k, v, gates, mask, reset), initial, how, chosen, fresh, return_state)
     return y.to(q.dtype), end
+
+
+def _choose(engine: Engine, memory: AssociativeMemory, k: Tensor, state: State, *, restarts: bool) -> Engine:
+    """The engine of a call, never ``auto``. ``restarts``: resets bring weights back that may differ from zero."""
+    check_engine(engine)
+    engine = current_engine() if engine == "auto" else engine
+    if engine in ("reference", "chunked"):
+        return engine
+    if engine == "auto" and not k.is_cuda:
+        return "chunked"
+    reason = fla.refusal(memory, k, state, restarts=restarts and memory.retain_to == "zero")
+    if reason is None:
+        return "fla"
+    if engine == "fla":
+        raise RuntimeError(f"engine='fla' cannot run this call: {reason}")
+    return "chunked"
+
+
+def run_rows(
+    memory: AssociativeMemory,
+    state: State,
+    tokens: Tokens,
+    initial: Weights,
+    *,
+    fresh: bool = False,
+    return_state: bool = True,
+) -> tuple[Tensor, State]:
+    """`scan` without its checks, on rows of one dimension: what a layer calls that has made its own.
+
+    The token loop needs the checks, so ``use_engine("reference")`` means ``chunked`` here.
+    """
+    engine = _choose("auto", memory, tokens.k, state, restarts=tokens.reset is not None)
+    run = fla.run if engine == "fla" else chunked.run
+    return run(memory, state, tokens, initial, read_mode=memory.read, fresh=fresh, return_state=return_state)
 
 
 def _scan(
@@ -98,22 +174,34 @@ def _scan(
     whole = memory.full_initial(initial, state.params, needed=reset is not None or memory.retain_to == "initial")
     # A state may come from a variant with larger chunks.
     state, broken = chunked.reset_nonfinite(state._replace(position=state.position % memory.chunk_size), whole, reset)
+    q = tokens.q
     tokens, poisoned = _admit(tokens, next(iter(state.params.values())).dtype, broken)
     if engine == "reference":
         y, end = reference.scan(memory, state, tokens, whole, read_mode)
     else:
-        y, end = _run_rows(memory, state, tokens, whole, read_mode, fresh, keep)
+        run = chunked.run
+        if engine == "fla":
+            # The dtype of q is that of the kernel's products.
+            run, tokens = fla.run, tokens._replace(q=q)
+        y, end = _run_rows(run, memory, state, tokens, whole, read_mode, fresh, keep)
     return (y, end) if known_empty(poisoned) else _spread(y, end, poisoned, mask)
 
 
 def _run_rows(
-    memory: AssociativeMemory, state: State, tokens: Tokens, initial: Weights, read_mode: str, fresh: bool, keep: bool
+    run: Callable[..., tuple[Tensor, State]],
+    memory: AssociativeMemory,
+    state: State,
+    tokens: Tokens,
+    initial: Weights,
+    read_mode: str,
+    fresh: bool,
+    keep: bool,
 ) -> tuple[Tensor, State]:
-    """The chunked engine on any leading dimensions: it sees them as one."""
+    """A fast engine on any leading dimensions: it sees them as one."""
     batch = state.position.shape
     rows, whole = state.flatten(len(batch)), {name: _flat(w, len(batch)) for name, w in initial.items()}
     flat = tokens.map(lambda x: _flat(x, len(batch)))
-    y, end = chunked.run(memory, rows, flat, whole, read_mode=read_mode, fresh=fresh, return_state=keep)
+    y, end = run(memory, rows, flat, whole, read_mode=read_mode, fresh=fresh, return_state=keep)
     return y.reshape((*batch, *y.shape[1:])), end.unflatten(batch)
 
 
@@ -250,6 +338,11 @@ def explain(memory: AssociativeMemory) -> Explanation:
         reasons.append(f"{type(memory.retention).__name__} changes the accumulators when a chunk ends")
     if isinstance(memory.algorithm, Momentum):
         reasons.append("momentum needs one more kernel, the product of both decays")
+    reason = fla.lacks_kernel(memory)
+    if reason is None:
+        reasons.append("on CUDA, with the extra gpu, flash-linear-attention's kernels run it: engine='fla'")
+    else:
+        reasons.append(f"engine='fla' has no kernel for it: {reason}")
     reasons.append("a fresh state runs aligned; masks, resets and a state inside a chunk place tokens on a grid")
     return Explanation("chunked", tuple(reasons))
 

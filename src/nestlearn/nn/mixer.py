@@ -234,7 +234,7 @@ class MemoryMixer(Mixer):
                 k,
                 v,
                 gates,
-                initial=initial,
+                initial=None if self.initial is None else initial,  # None: known to be zero
                 mask=None if mask is None else mask.unsqueeze(1).expand(heads),
                 reset=None if reset is None else reset.unsqueeze(1).expand(heads),
                 return_state=return_state,
