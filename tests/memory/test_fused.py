@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from nestlearn.memory.kernels import fused
+from nestlearn.memory.kernels.delta_span import delta_span
 from nestlearn.memory.kernels.fused import advanced, answered, erased
 
 C, IN, OUT = 4, 3, 5
@@ -109,3 +110,55 @@ def test_a_gradient_is_partial_where_one_argument_depends_on_another() -> None:
 def test_every_fused_product_is_in_the_table() -> None:
     classes = {n for n, x in vars(fused).items() if isinstance(x, type) and issubclass(x, torch.autograd.Function)}
     assert classes == {name.split()[0] for name in CALLS}
+
+
+def span_arguments(count: int, *, fresh: bool = False) -> tuple[Tensor, ...]:
+    """Queries, keys, targets, steps and retentions of a span (one of them 0), and the entering weights."""
+    gates = [torch.rand(2, count, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1)]
+    gates[1][0, count // 2] = 0
+    gates = [gate.requires_grad_() for gate in gates]
+    vectors = (normal(2, count, IN), normal(2, count, IN) / 2, normal(2, count, OUT))
+    return (*vectors, *gates) if fresh else (*vectors, *gates, normal(2, OUT, IN))
+
+
+def delta_loop(gated: bool, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """`delta_span` token by token, as written."""
+    q, k, target, step, retain, *weights = arguments
+    w = weights[0] if weights else q.new_zeros(len(q), OUT, IN)
+    outputs = []
+    for t in range(q.shape[1]):
+        erased_part = torch.einsum("roi,ri,rj->roj", w, k[:, t], k[:, t]) * step[:, t, None, None]
+        kept, gate = retain[:, t, None, None], retain[:, t, None, None] if gated else 1
+        w = kept * w - gate * erased_part + step[:, t, None, None] * torch.einsum("ro,ri->roi", target[:, t], k[:, t])
+        outputs.append(torch.einsum("roi,ri->ro", w, q[:, t]))
+    return torch.stack(outputs, 1), w
+
+
+def span_of(gated: bool, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    weights = arguments[5] if len(arguments) > 5 else None
+    return delta_span(*arguments[:5], weights, gated=gated)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_span_of_the_delta_rule_equals_its_loop(count: int, gated: bool, fresh: bool) -> None:
+    """Outputs, final weights and the gradients of either alone."""
+    values = span_arguments(count, fresh=fresh)
+    mine, oracle = span_of(gated, *values), delta_loop(gated, *values)
+    for one, other in zip(mine, oracle, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    for i in (0, 1):
+        weight = torch.randn(mine[i].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        pair = [
+            torch.autograd.grad((ends[i] * weight).sum(), values, retain_graph=True, materialize_grads=True)
+            for ends in (mine, oracle)
+        ]
+        for got, expected in zip(*pair, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_span_of_the_delta_rule_can_be_differentiated_twice(gated: bool) -> None:
+    for fresh in (False, True):
+        assert gradgradcheck(lambda *x: span_of(gated, *x), span_arguments(3, fresh=fresh))

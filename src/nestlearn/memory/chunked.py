@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .architectures import Linear
+from .algorithms import Descent
+from .architectures import Linear, Matrix
 from .associative import AssociativeMemory
 from .clock import Clock, Rows, Span, choose, known_empty, span_length
+from .kernels.delta_span import delta_span
 from .kernels.products import limit_gradient, product, unit_norm
 from .objectives import with_threshold
-from .retention import Retention, is_linear, is_per_channel
+from .retention import Delta, Retention, is_linear, is_per_channel
 from .spans import Opened, Running, Update, has_closed_form, longest_span, open_span
 from .spans.base import Prepared
-from .spans.delta import prepare
+from .spans.delta import prepare, step_size
 from .types import Factor, Gates, State, Tokens, Weights
 
 PREPARED_TOKENS = 1024
@@ -140,7 +142,10 @@ def run(
     length = longest_span(memory, count, how) if own else min(chunk, count)
     clock = Clock.start(state.position, state.aligned, count, chunk, length, mask, reset)
     pieces = cut_tokens(clock, q, k, v, gates)
-    ready = prepared if prepared is not None else prepare_ahead(memory, clock, pieces) if own else [None] * len(pieces)
+    ready = prepared
+    if ready is None:
+        alone = how == "token" and is_plain_delta(memory)
+        ready = prepare_ahead(memory, clock, pieces) if own and not alone else [None] * len(pieces)
     now = enter(memory, state, initial, fresh=fresh)
     # Writes from this token on are never read: a chunk read sees only the chunks before it.
     needed = (count - 1) // chunk * chunk if how == "chunk" else (len(pieces) - 1) * length
@@ -153,10 +158,10 @@ def run(
     y = clock.join(outputs)
     if not return_state:
         return y, state
-    return y, _keep_untouched(leave(now, clock.position, clock.aligned), state, mask)
+    return y, keep_untouched(leave(now, clock.position, clock.aligned), state, mask)
 
 
-def _keep_untouched(end: State, start: State, mask: Tensor | None) -> State:
+def keep_untouched(end: State, start: State, mask: Tensor | None) -> State:
     """Rows without a token keep their weights to the last bit."""
     if mask is None:
         return end
@@ -225,6 +230,8 @@ def run_span(
     if y is not None and not update:
         return y, running
     factors = find_factors(memory, linear, adjoint, k, v, gates.threshold)
+    if solve is open_span and y is None and span.valid is None and span.reset is None and is_plain_delta(memory):
+        return read_delta(memory, running, span, q, k, factors, gates)
     asked = Update(factors, gates, span.valid, span.reset, find_closing(memory, span, gates), prepared)
     opened = solve(memory, running, asked)
     if y is None:
@@ -232,6 +239,31 @@ def run_span(
     if update:
         running = finish(memory, opened.advance(), span.ends, span.reset)
     return y, running
+
+
+def is_plain_delta(memory: AssociativeMemory) -> bool:
+    """Whether a span is that of one matrix under the delta rule, which has a kernel of its own."""
+    one = isinstance(memory.architecture, Matrix) and isinstance(memory.retention, Delta)
+    return one and type(memory.algorithm) is Descent
+
+
+def read_delta(
+    memory: AssociativeMemory,
+    running: Running,
+    span: Span,
+    q: Tensor,
+    k: Tensor,
+    factors: dict[str, Factor],
+    gates: Gates,
+) -> tuple[Tensor, Running]:
+    """`run_span` of such a span."""
+    ((name, (_, error)),) = factors.items()
+    step = step_size(memory.step_size_of(name), gates.lr, gates.retain, k)
+    gated = isinstance(memory.retention, Delta) and memory.retention.gated
+    y, weights = delta_span(q, k, -error, step, gates.retain, running.weights[name], gated=gated)
+    if running.base is not None:
+        y = y + product(q, running.base[name].mT)
+    return y, finish(memory, running._replace(weights={name: weights}), span.ends, None)
 
 
 def finish(memory: AssociativeMemory, running: Running, ends: Rows, reset: Tensor | None) -> Running:

@@ -42,11 +42,25 @@ def short_span(chunk_size: int, tokens: int, longest: int) -> int:
     return min(divisor if 2 * divisor > longest else longest, tokens)
 
 
+def looking_is_free(x: Tensor) -> bool:
+    """Whether the host can see values without waiting: not on an accelerator, and not while compiling."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
+
+
 def known_empty(flags: Bool[Tensor, "..."]) -> bool:
-    """Whether no flag is set, if looking is free: on an accelerator, or while compiling, the answer is always False."""
-    if flags.device.type != "cpu" or torch.compiler.is_compiling() or type(flags) is not Tensor:
-        return False
-    return not bool(flags.any())
+    """Whether no flag is set, if looking is free; else the answer is always False."""
+    return looking_is_free(flags) and not bool(flags.any())
+
+
+def beyond(x: Float[Tensor, "*b d"], limit: float) -> Bool[Tensor, "*b"]:
+    """Vectors with an entry that is NaN or larger than ``limit``."""
+    x = x.detach()
+    if looking_is_free(x) and x.numel():
+        # Nearly always there is none. NaN compares False.
+        low, high = torch.aminmax(x)
+        if -limit <= low and high <= limit:
+            return torch.zeros(x.shape[:-1], dtype=torch.bool)
+    return ~(x.abs() <= limit).all(-1)
 
 
 class Grid(NamedTuple):
@@ -269,6 +283,8 @@ class Clock:
             spans = tuple(Span(first % chunk_size, min(span, tokens - first), chunk_size) for first in firsts)
             end = tokens % chunk_size
             return cls(spans, tokens, torch.full_like(position, end), end == 0)
+        if tokens == 1 and mask is None and reset is None:
+            return cls((Span(position, 1, chunk_size),), 1, (position + 1) % chunk_size, False)
         grid = place(position, tokens, chunk_size, span, mask, reset)
         flags = [None] * grid.index.shape[1] if grid.reset is None else grid.reset.unbind(1)
         columns = zip(grid.phase.unbind(1), grid.valid.unbind(1), flags, strict=True)

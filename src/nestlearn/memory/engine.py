@@ -15,7 +15,7 @@ from . import chunked, fla, reference
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
 from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_tensors, check_threshold
-from .clock import Span, before_reset, choose, compaction, known_empty, poisoned_from
+from .clock import Span, before_reset, beyond, choose, compaction, known_empty, poisoned_from
 from .retention import Delta
 from .spans import explain_span, longest_span
 from .types import Factor, Gates, State, Tokens, Weights
@@ -356,15 +356,14 @@ def _admit(tokens: Tokens, dtype: torch.dtype, broken: Tensor | None) -> tuple[T
     q, k, v, gates, mask, reset = tokens
     k, v, gates = k.to(dtype), v.to(dtype), gates.map(lambda g: g.to(dtype))
     limit = torch.finfo(dtype).max ** (1 / 3)
-    # NaN compares False.
-    bad = ~(k.abs() <= limit).all(-1) | ~(v.abs() <= limit).all(-1)
+    bad = beyond(k, limit) | beyond(v, limit)
     for gate, largest in zip(gates, (limit, LARGEST_KEPT, LARGEST_KEPT, limit), strict=True):
         if gate is not None:
-            here = gate.abs() <= largest
-            bad = bad | ~(here if here.dim() == bad.dim() else here.all(-1))
+            bad = bad | beyond(gate.unsqueeze(-1) if gate.dim() == bad.dim() else gate, largest)
     bad = bad if mask is None else bad & mask
-    gates = gates.map(lambda g: torch.where(bad if g.dim() == bad.dim() else bad.unsqueeze(-1), 0, g))
-    k, v = (torch.where(bad[..., None], 0, x) for x in (k, v))
+    if not known_empty(bad):
+        gates = gates.map(lambda g: torch.where(bad if g.dim() == bad.dim() else bad.unsqueeze(-1), 0, g))
+        k, v = (torch.where(bad[..., None], 0, x) for x in (k, v))
     poisoned = poisoned_from(bad, mask, reset)
     if broken is not None and reset is not None:
         poisoned = poisoned | (broken.unsqueeze(-1) & before_reset(mask, reset))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory import AssociativeMemory
-from nestlearn.memory.clock import known_empty
+from nestlearn.memory.clock import beyond, known_empty
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
 
@@ -31,13 +31,8 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """L2 normalization, smooth at zero; the norm of the result is below 1.
-
-    The scale is taken out first: the square of a large finite number is not finite.
-    """
-    largest = x.detach().abs().amax(-1, keepdim=True).clamp(min=1)
-    scaled = x / largest
-    return scaled * torch.rsqrt(scaled.square().sum(-1, keepdim=True) + NORM_EPSILON / largest.square())
+    """L2 normalization of vectors of any size, smooth at zero; the norm of the result is below 1."""
+    return unit_norm(x, NORM_EPSILON, any_size=True)
 
 
 def check_tokens(x: Tensor, d_model: int) -> None:
@@ -89,9 +84,7 @@ def admit(
     A later token that is not finite would reach earlier outputs as ``0 * NaN``; so would one whose products overflow,
     which are those of entries beyond ``largest``.
     """
-    entries = x.detach().abs()
-    # NaN compares False.
-    bad = ~(entries <= min(largest, torch.finfo(x.dtype).max)).all(-1)
+    bad = beyond(x, min(largest, torch.finfo(x.dtype).max))
     drop = bad if mask is None else bad | ~mask
     bad = bad if mask is None else bad & mask
     return x if known_empty(drop) else torch.where(drop.unsqueeze(-1), 0, x), bad

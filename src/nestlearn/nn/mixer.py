@@ -198,7 +198,7 @@ class MemoryMixer(Mixer):
         self.max_step = check_step(self.memory, config.max_step)
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.conv = ShortConv(3 * d_model, config.conv_size) if config.conv_size else None
+        self.conv = ShortConv(3 * d_model, config.conv_size, silu=True) if config.conv_size else None
         biases = _gate_biases(self.memory, self.rule, num_heads, self.d_head)
         self.gates = GateProjection(d_model, biases) if biases else None
         self.initial: InitialWeights | None = None
@@ -252,10 +252,11 @@ class MemoryMixer(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values ``[b, h, t, d_head]`` in the dtype of the fast weights, and the new tail."""
         mixed = self.qkv(x)
-        if self.conv is not None:
+        if self.conv is None:
+            mixed = F.silu(mixed)
+        else:
             mixed, tail = self.conv(mixed, tail, mask, reset)
-        mixed = F.silu(mixed).to(wide_dtype(x))
-        q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.d_head)).permute(2, 0, 3, 1, 4)
+        q, k, v = mixed.to(wide_dtype(x)).unflatten(-1, (3, self.num_heads, self.d_head)).permute(2, 0, 3, 1, 4)
         return unit(q), unit(k), unit(v) if bounds_values(self.memory) else v, tail
 
     def _gates(self, x: Tensor, initial: Weights, writes: bool) -> Gates:

@@ -218,15 +218,22 @@ class UnitNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        scale = torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + eps)
-        y = x * scale
+    def forward(ctx: Any, x: Tensor, eps: float, any_size: bool) -> tuple[Tensor, Tensor]:
+        if any_size:
+            # The square of a large finite number is not finite: the scale is taken out first.
+            largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_(min=1)
+            small = x / largest
+            scale = torch.rsqrt(torch.linalg.vecdot(small, small).unsqueeze(-1) + eps / largest.square())
+            y, scale = small.mul_(scale), scale / largest
+        else:
+            scale = torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + eps)
+            y = x * scale
         ctx.save_for_backward(y, scale)
         ctx.set_materialize_grads(False)
         return y, scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         y, scale = ctx.saved_tensors
         total = None
         if grad is not None:
@@ -236,12 +243,12 @@ class UnitNorm(torch.autograd.Function):
         if grad_scale is not None:
             part = -grad_scale * scale.square() * y
             total = part if total is None else total + part
-        return total, None
+        return total, None, None
 
 
-def unit_norm(x: Float[Tensor, "... d"], eps: float = 1e-6) -> Float[Tensor, "... d"]:
-    """``x / sqrt(||x||^2 + eps)``: L2-normalized, smooth at 0."""
-    return UnitNorm.apply(x, eps)[0]  # type: ignore[index]
+def unit_norm(x: Float[Tensor, "... d"], eps: float = 1e-6, *, any_size: bool = False) -> Float[Tensor, "... d"]:
+    """``x / sqrt(||x||^2 + eps)``: L2-normalized, smooth at 0. ``any_size``: also where squares overflow."""
+    return UnitNorm.apply(x, eps, any_size)[0]  # type: ignore[index]
 
 
 class LimitGradient(torch.autograd.Function):

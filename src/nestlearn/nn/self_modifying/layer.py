@@ -86,10 +86,10 @@ class SelfModifyingTitans(nn.Module, ABC):
         self.d_model, self.num_heads, self.d_head = d_model, num_heads, d_model // num_heads
         self.projection_chunk_size = config.projection_chunk
         self.adaptive = tuple(name for name in STREAMS if name in config.adaptive)
-        self.streams_order = (*self.adaptive, *(name for name in STREAMS if name not in config.adaptive))
+        self.streams_order = self._order()
         self.retention, self.self_values = config.retention, config.self_values
-        self.streams = nn.Linear(d_model, len(STREAMS) * d_model, bias=False)
-        self.conv = ShortConv(len(STREAMS) * d_model, config.conv_size, silu=True) if config.conv_size else None
+        self.streams = nn.Linear(d_model, len(self.streams_order) * d_model, bias=False)
+        self.conv = ShortConv(self.streams.out_features, config.conv_size, silu=True) if config.conv_size else None
         self._add_memories(config)
         self.eta_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.eta_bias = nn.Parameter(torch.empty(num_heads))
@@ -175,7 +175,7 @@ class SelfModifyingTitans(nn.Module, ABC):
         else:
             mixed, end = self.conv(mixed, tail, mask, reset)
         wide = wide_dtype(x)
-        split = mixed.to(wide).unflatten(-1, (len(STREAMS), self.num_heads, self.d_head))
+        split = mixed.to(wide).unflatten(-1, (len(self.streams_order), self.num_heads, self.d_head))
         beta = None
         if self.beta_gate is not None:
             beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide))
@@ -184,6 +184,10 @@ class SelfModifyingTitans(nn.Module, ABC):
     def _merge(self, y: Tensor, x: Tensor) -> Tensor:
         """Heads back together, in the dtype of the inputs: ``[b, t, heads * d] -> [b, t, d_model]``."""
         return self.out(self.norm(y.unflatten(-1, (self.num_heads, -1))).flatten(2).to(x.dtype))
+
+    def _order(self) -> tuple[str, ...]:
+        """The names of the streams, the adaptive ones first."""
+        return (*self.adaptive, *(name for name in STREAMS if name not in self.adaptive))
 
     @abstractmethod
     def _add_memories(self, config: SelfModifyingConfig) -> None:
@@ -239,7 +243,7 @@ class SelfModifyingTitans(nn.Module, ABC):
 
     def flops_per_token(self, context_length: int) -> int:
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
-        linear = 2 * self.d_model * (len(STREAMS) + 1) * self.d_model
+        linear = 2 * self.d_model * (len(self.streams_order) + 1) * self.d_model
         return linear + (0 if self.conv is None else self.conv.flops_per_token(context_length))
 
     def extra_repr(self) -> str:

@@ -12,7 +12,6 @@ from nestlearn.memory import DotProduct, Gates, State
 from nestlearn.memory.reference import read_weights, token_step
 from nestlearn.memory.types import Weights
 
-from .config import STREAMS
 from .layer import SelfModifyingState
 
 if TYPE_CHECKING:
@@ -70,6 +69,8 @@ def matrix_token_loop(
     position = 0 if state is None else int(state.memory.position.flatten()[0])
     outputs = []
     for t, stream in enumerate(streams):
+        # The gates read the keys' stream.
+        stream |= {"eta": stream["k"], "alpha": stream["k"]}
         for name in layer.adaptive:
             stream[name] = read_weights(layer.memory, now.anchor, stream[name])
             if name in layer.maps:
@@ -98,7 +99,7 @@ def _streams(
         history = torch.cat([history, (x[:, t] @ layer.streams.weight.mT)[:, None]], 1)
         window = history[:, -len(taps) :]
         history = history[:, 1:]
-        mixed = F.silu((window * taps).sum(1)).view(x.shape[0], len(STREAMS), layer.num_heads, -1)
+        mixed = F.silu((window * taps).sum(1)).view(x.shape[0], len(layer.streams_order), layer.num_heads, -1)
         found.append(dict(zip(layer.streams_order, mixed.unbind(1), strict=True)))
     return found, None if layer.conv is None else history
 

@@ -6,18 +6,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestlearn.memory import L2, State, Tokens
-from nestlearn.memory.chunked import reset_nonfinite, run
-from nestlearn.memory.clock import Clock, choose
+from nestlearn.memory import L2, Gates
+from nestlearn.memory.chunked import (
+    at_anchor,
+    begin,
+    enter,
+    keep_untouched,
+    leave,
+    reset_nonfinite,
+    run_span,
+)
+from nestlearn.memory.clock import Clock, known_empty
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
 from nestlearn.nn.flops import scan_flops
 
-from .config import STREAMS, SelfModifyingConfig
+from .config import SelfModifyingConfig
 from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 
-READ_BY_VECTOR = ("eta", "alpha")
-"""Streams of which a gate reads one number: the vector that reads it stands for the memory's initial matrix."""
+GATES = ("eta", "alpha")
 
 
 class SelfModifyingMatrix(SelfModifyingTitans):
@@ -27,13 +34,14 @@ class SelfModifyingMatrix(SelfModifyingTitans):
     changes by the same multiplication from the right: ``M_{m,t} = M_m H_t``, with one fast matrix H per head and
     ``H_0 = I``. With c the start of the chunk of t (NL Eq. 83-91; docs/equations.md):
 
-        k_t = unit(M_k H_c x^k_t)     v_t = unit(M_v H_c x^v_t)     eta_t from m_eta . (H_c x^eta_t), alpha_t likewise
+        k_t = unit(M_k H_c x^k_t)     v_t = unit(M_v H_c x^v_t)     eta_t from m_eta . (H_c x^k_t), alpha_t likewise
         u_t = unit(H_c v_t)           its own target (v_t itself without self_values)
         H_t = H_{t-1} (alpha_t I - eta'_t k_t k_t^T) + eta'_t u_t k_t^T      dot product (of H - I where retention
                                                                              goes to the initial weights)
         y_t = M_memory H_t q_t        with chunk reads, H_c
 
-    A stream that is not adaptive skips ``M H_c``. One delta rule per head is what a layer of DeltaNet costs as well.
+    A stream that is not adaptive skips ``M H_c``. The gates read the keys' stream: streams of their own would add two
+    thirds to the layer's projections (docs/log.md). One delta rule per head is what a layer of DeltaNet costs as well.
     The matrices ``M_m``, the vectors ``m`` and the projections of streams are trained by the outer loop only.
 
     **Bounds**, as in `SelfModifyingTitans`, but for these: keys have norm 1, so ``raw`` steps are stable up to
@@ -51,10 +59,16 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         True
     """
 
+    def _order(self) -> tuple[str, ...]:
+        """Streams that pass through H come first; the gates read the keys' stream."""
+        self.mapped = tuple(name for name in ("k", "v", "q") if name in self.adaptive)
+        gates_move = any(name in self.adaptive for name in GATES)
+        self.moving = (*self.mapped, "k") if gates_move and "k" not in self.mapped else self.mapped
+        return (*self.moving, *(name for name in ("k", "v", "q") if name not in self.moving))
+
     def _add_memories(self, config: SelfModifyingConfig) -> None:
-        names = [name for name in self.adaptive if name not in READ_BY_VECTOR]
         shape = (self.num_heads, self.d_head, self.d_head)
-        self.maps = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name in (*names, "memory")})
+        self.maps = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name in (*self.mapped, "memory")})
 
     @torch.no_grad()
     def _reset_memories(self) -> None:
@@ -79,84 +93,69 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         return_state: bool,
     ) -> tuple[Tensor, SelfModifyingState, Tensor | None]:
         """One chunk after another: project with H at its start, then read and write."""
-        batch, heads = len(streams), self.num_heads
-        eye = torch.eye(self.d_head, dtype=streams.dtype, device=streams.device)
-        start = {"W": eye.expand(batch * heads, -1, -1)}
+        (batch, count), heads, chunk = streams.shape[:2], self.num_heads, self.memory.chunk_size
+        reset = None if reset is None or known_empty(reset) else reset
+        start = {"W": torch.eye(self.d_head, dtype=streams.dtype, device=streams.device).expand(batch * heads, -1, -1)}
         now = self.memory.begin(start) if state is None else state.memory.flatten(2)
         now, broken = reset_nonfinite(now, start, None if reset is None else per_head(reset, heads))
-        if self.adaptive:
-            outputs, now = self._chunks(streams, beta, now, start, mask, reset, writes, return_state, state is None)
-        else:
-            # Nothing that the memory learns changes what a token is projected to: no chunk waits for another.
-            valid, fresh = (None if flag is None else per_head(flag, heads) for flag in (mask, reset))
-            tokens = self._tokens(streams, beta, None, valid, fresh, writes)
-            y, now = run(self.memory, now, tokens, start, fresh=state is None, return_state=return_state)
-            outputs = self._by_text(y, batch)
-        read = torch.einsum("bthd,hed->bthe", outputs.unflatten(-1, (heads, -1)), self.maps["memory"].to(outputs.dtype))
-        lost = None if broken is None else broken.view(batch, heads).any(1)
-        return read.flatten(2), SelfModifyingState(None, now.unflatten((batch, heads)), None), lost
-
-    def _chunks(
-        self,
-        streams: Tensor,
-        beta: Tensor | None,
-        now: State,
-        start: Weights,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        writes: bool,
-        return_state: bool,
-        fresh: bool,
-    ) -> tuple[Tensor, State]:
-        """The chunks one after another; returns outputs ``[b, t, heads * d]`` and the state after the last."""
-        (batch, count), heads, chunk = streams.shape[:2], self.num_heads, self.memory.chunk_size
-        position = now.position.view(batch, heads)[:, 0]
-        clock = Clock.start(position, now.aligned, count, chunk, min(chunk, count), mask, reset)
-        gates = [None] * len(clock.spans) if beta is None else clock.cut(beta, 1)
-        outputs = []
-        for i, (span, here, kept) in enumerate(zip(clock.spans, clock.cut(streams), gates, strict=True)):
+        clock = Clock.start(now.position[::heads], now.aligned, count, chunk, min(chunk, count), mask, reset)
+        beta_of = [None] * len(clock.spans) if beta is None else clock.cut(beta, 1)
+        weights = self._of_rows(batch, streams.dtype)
+        running, outputs = enter(self.memory, now, start, fresh=state is None), []
+        for span, here, kept in zip(clock.spans, self._pieces(clock, streams), beta_of, strict=True):
             span = span.map(lambda x: per_head(x, heads))
-            now = now._replace(anchor=choose(span.begins, now.params, now.anchor))
-            matrix = None if fresh and i == 0 and span.reset is None else now.anchor["W"]
-            tokens = self._tokens(here, kept, matrix, span.valid, span.reset, writes)
-            keep = return_state or i + 1 < len(clock.spans)
-            y, now = run(self.memory, now, tokens, start, fresh=fresh and i == 0, return_state=keep)
-            outputs.append(self._by_text(y, batch))
-        return clock.join(outputs), now
+            running = begin(running, span)
+            q, k, v, (eta, alpha) = self._project(here, weights, running.anchor, start, span.reset)
+            gates = self._gates(eta, alpha, None if kept is None else kept.mT.flatten(0, 1), writes)
+            if span.valid is not None:
+                # An empty slot writes nothing and keeps everything.
+                neutral = zip(gates, (0, 1, 1, 0), strict=True)
+                gates = Gates(*(None if x is None else torch.where(span.valid, x, empty) for x, empty in neutral))
+            y, running = run_span(self.memory, running, span, q, k, v, gates, self.memory.read, True, None)
+            outputs.append(y)
+        if clock.grid is None:
+            outputs = [torch.cat(outputs, 1)]
+        y = clock.join([self._by_text(torch.bmm(y, weights["memory"].mT), batch) for y in outputs])
+        if return_state:
+            end = leave(running, per_head(clock.position, heads), clock.aligned)
+            now = keep_untouched(end, now, None if mask is None else per_head(mask, heads))
+        lost = None if broken is None else broken.view(batch, heads).any(1)
+        return y, SelfModifyingState(None, now.unflatten((batch, heads)), None), lost
 
-    def _tokens(
+    def _of_rows(self, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The maps and the vectors of gates for every row ``batch * heads``."""
+        named = {**self.maps, "eta": self.eta_vector.unsqueeze(1), "alpha": self.alpha_vector.unsqueeze(1)}
+        return {name: weights.to(dtype).repeat(batch, 1, 1) for name, weights in named.items()}
+
+    def _pieces(self, clock: Clock, streams: Float[Tensor, "b t n h d"]) -> list[dict[str, Float[Tensor, "r c d"]]]:
+        """The streams of every span, as rows."""
+        whole = [streams] if clock.grid is None else clock.cut(streams)
+        rows = [part.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0) for part in whole]
+        if clock.grid is None:
+            # Views of one copy.
+            rows = zip(*(stream.split(clock.spans[0].length, 1) for stream in rows[0]), strict=True)
+        return [dict(zip(self.streams_order, part, strict=True)) for part in rows]
+
+    def _project(
         self,
-        streams: Float[Tensor, "b c n h d"],
-        beta: Tensor | None,
-        matrix: Float[Tensor, "r d d"] | None,
-        valid: Tensor | None,
+        streams: dict[str, Float[Tensor, "r c d"]],
+        weights: dict[str, Tensor],
+        anchor: Weights,
+        initial: Weights,
         reset: Tensor | None,
-        writes: bool,
-    ) -> Tokens:
-        """Queries, keys, values and gates of a chunk; ``matrix``: H at its start (None: I)."""
-        batch, count = streams.shape[:2]
-        rows = streams.permute(2, 0, 3, 1, 4).flatten(1, 2)  # [streams, b * heads, c, d]
-        named = dict(zip(self.streams_order, rows.unbind(0), strict=True))
-        if matrix is not None and self.adaptive:
-            n = len(self.adaptive)
-            stacked = rows[:n].transpose(0, 1).flatten(1, 2)
-            moved = torch.bmm(stacked, matrix.mT)
-            if reset is not None:
-                # After a reset H is I again.
-                after = reset.cummax(-1).values.repeat(1, n).unsqueeze(-1)
-                moved = torch.where(after, stacked, moved)
-            named.update(zip(self.adaptive, moved.unflatten(1, (n, count)).unbind(1), strict=True))
-        for name, weights in self.maps.items():
-            if name != "memory":
-                x = named[name].unflatten(0, (batch, self.num_heads))
-                named[name] = (x @ weights.to(x.dtype).mT).flatten(0, 1)
-        q, k, v, eta, alpha = (named[name] for name in STREAMS)
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Float[Tensor, "b h c"], Float[Tensor, "b h c"]]]:
+        """Queries, keys and values ``[r, c, d]``, and the logits of eta and alpha.
+
+        H is the ``anchor``; ``initial`` after a reset.
+        """
+        times_h, _ = at_anchor(anchor, initial, reset)
+        moved = {name: times_h("W", streams[name]) for name in self.moving}
+        made = {n: torch.bmm(moved[n], weights[n].mT) if n in self.mapped else x for n, x in streams.items()}
+        read_by = {name: moved["k"] if name in self.adaptive else streams["k"] for name in GATES}
         eta, alpha = (
-            (x.unflatten(0, (batch, self.num_heads)) @ vector.to(x.dtype).unsqueeze(-1)).squeeze(-1)
-            for x, vector in ((eta, self.eta_vector), (alpha, self.alpha_vector))
+            torch.bmm(weights[name], x.mT).view(-1, self.num_heads, x.shape[1]) for name, x in read_by.items()
         )
-        gates = self._gates(eta, alpha, None if beta is None else beta.mT.flatten(0, 1), writes)
-        return Tokens(unit_norm(q), unit_norm(k), unit_norm(v), gates, valid, reset)
+        return unit_norm(made["q"]), unit_norm(made["k"]), unit_norm(made["v"]), (eta, alpha)
 
     def loop(
         self, x: Float[Tensor, "b t d"], state: SelfModifyingState | None = None
@@ -169,5 +168,5 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         """Forward FLOPs per token at this context length (multiply-add = 2), writes included."""
         square = 2 * self.d_head**2
         fast = scan_flops(self.memory, self.d_head, self.d_head, context_length)
-        fast += square * (self.self_values + len(self.adaptive) + len(self.maps))
+        fast += square * (self.self_values + len(self.moving) + len(self.maps)) + 2 * len(GATES) * self.d_head
         return super().flops_per_token(context_length) + self.num_heads * fast
