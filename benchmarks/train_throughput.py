@@ -1,7 +1,8 @@
 """Training speed of Hope, Titans, DeltaNet and a Transformer in one run.
 
-    python benchmarks/train_throughput.py                # all models, a few minutes
-    python benchmarks/train_throughput.py --models hope transformer --repetitions 3
+    python benchmarks/train_throughput.py                                # all models, a few minutes
+    python benchmarks/train_throughput.py --length 2048 --batch 1 --models hope deltanet transformer
+    python benchmarks/train_throughput.py --autocast --models hope transformer
 
 Each model lives in a process of its own (so that its peak memory is its own) and takes one training step (forward,
 loss, backward, clipping, AdamW) at a time; the processes take turns, so that a slow phase of the machine hits all of
@@ -37,9 +38,12 @@ SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "
          "tie_word_embeddings": False, "reset_token_id": None, "bos_token_id": None, "eos_token_id": None,
          "pad_token_id": None}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "hope": {"preset": "hope-tiny", "mixer": {"expansion": 2, "projection_chunk_size": 256}, "cms": FROZEN},
-    "hope, preset CMS and expansion": {"preset": "hope-tiny"},
-    "titans": {"preset": "titans-tiny", "mixer": {"expansion": 2}, "cms": FROZEN},
+    "hope": {"preset": "hope-tiny"},
+    "hope, MLP memories": {
+        "preset": "hope-tiny",
+        "mixer": {"type": "self_modifying", "expansion": 2, "projection_chunk_size": 256},
+    },
+    "titans": {"preset": "titans-tiny"},
     "deltanet": {"preset": "titans-tiny", "mixer": {"memory": "deltanet"}, "cms": FROZEN},
     "transformer": {"preset": "transformer-tiny", "cms": FROZEN},
 }
@@ -95,11 +99,13 @@ class Worker:
         keep = torch.rand(options.batch, options.length, generator=generator) < 0.95
         self.data = torch.where(keep, sentence[: options.length].expand(options.batch, -1), noise)
         self.losses: list[float] = []
+        self.autocast: bool = options.autocast
 
     def step(self) -> float:
         """Seconds of one training step."""
         began = time.perf_counter()
-        loss = self.model(self.data, labels=self.data, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            loss = self.model(self.data, labels=self.data, use_cache=False).loss
         self.losses.append(update(self.model, loss, self.optimizer).item())
         return time.perf_counter() - began
 
@@ -209,6 +215,7 @@ def main(words: Sequence[str] | None = None) -> None:
     made.add_argument("--warmup", type=int, default=2)
     made.add_argument("--batch", type=int, default=4)
     made.add_argument("--length", type=int, default=512)
+    made.add_argument("--autocast", action="store_true", help="matrix products in bfloat16")
     made.add_argument("--overrides", default="{}", help="JSON with HopeConfig fields set for every model")
     options = parse(made, words)
     models = rates(measure(options), options.batch * options.length)
@@ -216,7 +223,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "version": 1,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": f"{processor()}, {options.threads} of {os.cpu_count()} threads, torch {torch.__version__}",
-        "setting": f"d 256, 4 layers, 4 heads, T {options.length}, batch {options.batch}, vocabulary 256, float32, "
+        "setting": f"d 256, 4 layers, 4 heads, T {options.length}, batch {options.batch}, vocabulary 256, "
+        f"{'bfloat16 autocast' if options.autocast else 'float32'}, "
         "one step = forward, backward, clipping, AdamW",
         "command": shlex.join(
             ["python", "benchmarks/train_throughput.py", *(sys.argv[1:] if words is None else words)]
@@ -225,7 +233,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "models": models,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    name = "train_throughput_" + "".join(c if c.isalnum() else "-" for c in processor().lower()).strip("-")
+    kind = f"train_throughput_{options.length}{'_bf16' if options.autocast else ''}_"
+    name = kind + "".join(c if c.isalnum() else "-" for c in processor().lower()).strip("-")
     (options.out / f"{name}.json").write_text(json.dumps(report, indent=1))
     (options.out / f"{name}.md").write_text(markdown(report))
     print("\n" + markdown(report))

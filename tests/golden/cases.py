@@ -46,7 +46,7 @@ SMALL: dict[str, Any] = {
 }
 MEMORY: dict[str, Any] = {"expansion": 2, "chunk_size": 4}
 MIXERS: dict[str, dict[str, Any]] = {
-    "self_modifying": MEMORY | {"projection_chunk_size": 8},
+    "self_modifying": MEMORY | {"architecture": "mlp", "projection_chunk_size": 8},
     "memory": MEMORY,
     "attention": {},
     "titans_mac": MEMORY | {"segment_length": 6, "persistent_tokens": 2},
@@ -58,6 +58,7 @@ FAST = [{"period": 6, "expansion": 0.5}, {"expansion": 2}]
 RULES = [{"period": 3, "rank": 2, "rule": "momentum"}, {"period": 6, "expansion": 1, "rule": "delta"}, {"expansion": 1}]
 NESTED = [{"period": 3, "expansion": 0.5}, {"period": 6, "expansion": 1, "rule": "momentum"}]
 FROZEN = [{"period": None, "expansion": 3}]
+MATRIX = {"architecture": "matrix", "expansion": None, "projection_chunk_size": None}
 MIXED = [{"type": "memory", "memory": "deltanet"} | MEMORY, {"type": "attention", "conv_size": 4}]
 
 
@@ -65,6 +66,7 @@ def families() -> dict[str, tuple[str, dict[str, Any]]]:
     """``{name: (preset, what differs from it)}``: every preset family, mixer and kind of level."""
     found: dict[str, tuple[str, dict[str, Any]]] = {
         "hope-tiny": ("hope-tiny", {"cms": FAST}),
+        "hope-matrix": ("hope-tiny", {"cms": FAST, "mixer": MATRIX}),
         "hope-paper": ("hope-paper", {"cms": RULES}),
         "hope-normalized": (
             "hope-tiny",

@@ -12,11 +12,11 @@ from nestlearn.models.flops import meta_model
 from nestlearn.nn.state import state_bytes
 
 PARAMETERS = {
-    "hope-tiny": 1_223_806,
-    "hope-small": 55_977_548,
-    "hope-340m": 352_143_936,
-    "hope-760m": 771_375_036,
-    "hope-1.3b": 1_327_098_268,
+    "hope-tiny": 1_244_968,
+    "hope-small": 53_839_296,
+    "hope-340m": 339_676_416,
+    "hope-760m": 760_213_888,
+    "hope-1.3b": 1_307_924_064,
     "hope-attention-tiny": 1_223_048,
     "hope-attention-small": 54_482_472,
     "hope-attention-340m": 337_163_344,

@@ -35,7 +35,7 @@ def test_values_are_typed_and_routed():
 def test_options_of_the_mixer_change_the_presets_own():
     config = build_config({"preset": "hope-tiny", "mixer.chunk_size": "32"}, model_fields())
     (mixer,) = {str(mixer) for mixer in prepare_model_config(config, prepare_tokenizer(config)).mixers}
-    assert "chunk_size=32" in mixer and "projection_chunk_size=128" in mixer
+    assert "chunk_size=32" in mixer and "architecture='matrix'" in mixer
     with pytest.raises(ValueError, match="write it into the list"):
         build_config({"mixer": '["attention"]', "mixer.window": "4"}, model_fields())
 
@@ -95,7 +95,7 @@ def test_fields_are_checked_by_their_declarations(changes: dict, message: str):
     [
         ("hope-tyny", {}, "(?i)unknown preset 'hope-tyny'.*hope-tiny"),
         ("hope-tiny", {"mixer": "selfmodifying"}, "(?i)unknown mixer"),
-        ("hope-tiny", {"hidden_size": 30}, "not divisible"),
+        ("hope-tiny", {"hidden_size": 31}, "not divisible"),
         ("hope-tiny", {"mixer": {"chunk_size": 0}}, "chunk_size=0"),
         ("hope-tiny", {"mixer": {"chunk_sise": 4}}, "Did you mean 'chunk_size'"),
     ],

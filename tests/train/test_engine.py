@@ -130,7 +130,7 @@ def test_engine_settings_pass_through_and_unknown_ones_are_refused(
 def test_memories_that_cannot_learn_to_learn_are_named(tiny: Make):
     heard = Console(record=True, quiet=False, file=io.StringIO(), width=200)
     fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "mixer": {"chunk_size": 8, "projection_chunk_size": 32},
+              "mixer": {"architecture": "mlp", "chunk_size": 8, "projection_chunk_size": 32},
               "cms": [{"period": 64, "expansion": 1}, {"expansion": 1}]}  # fmt: skip
     train(tiny(preset="hope-tiny", steps=1, model=fields), console=heard)
     warning = heard.export_text()

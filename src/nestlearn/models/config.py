@@ -92,7 +92,7 @@ class HopeConfig(NotCopied, PreTrainedConfig):
     num_hidden_layers: Size = 3
     num_attention_heads: Size = 4
     # Given in any form that `mixer_config` takes; held as JSON values.
-    mixer: Any = field(default_factory=lambda: {"type": "self_modifying"})
+    mixer: Any = field(default_factory=lambda: {"type": "self_modifying", "architecture": "matrix"})
     cms: list[dict[str, Any]] = field(default_factory=lambda: [{"period": None, "expansion": 4}])
     cms_variant: Variant = "sequential"
     cms_signal: Signal = "local"

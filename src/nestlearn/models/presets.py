@@ -30,7 +30,6 @@ def _fast(period: int, expansion: float) -> dict[str, Any]:
 
 # Every batch row has its own copy of a fast level, so fast levels are narrow: a level of expansion e holds 4 e d^2
 # numbers per row and layer. Periods stay below the usual training lengths, 256 for tiny and 2,048 for the others.
-_TINY_LEVELS = [_fast(64, 0.5), _frozen(3)]
 _LEVELS = [_fast(256, 0.125), _fast(1024, 0.125), _frozen(4)]
 
 
@@ -42,15 +41,14 @@ def _shape(hidden_size: int, layers: int, heads: int, cms: list[dict[str, Any]])
 # The tiny presets have equal numbers of parameters: layers with a larger mixer are fewer.
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "hope": (
-        {"mixer": {"type": "self_modifying"}},
+        # No writing level: at equal FLOPs none brought anything (docs/results/language_ablations.md).
+        {"mixer": {"type": "self_modifying", "architecture": "matrix"}},
         {
-            # Projection chunks shorter than its usual 256 tokens: the projections write, and so learn to, in training.
-            "tiny": _shape(128, 3, 4, _TINY_LEVELS)
-            | {"mixer": {"type": "self_modifying", "projection_chunk_size": 128}},
-            "small": _shape(512, 7, 8, _LEVELS),
-            "340m": _shape(1024, 16, 16, _LEVELS),
-            "760m": _shape(1536, 15, 16, _LEVELS),
-            "1.3b": _shape(2048, 15, 16, _LEVELS),
+            "tiny": _shape(160, 4, 5, [_frozen(3.5)]),
+            "small": _shape(512, 12, 8, [_frozen(3.75)]),
+            "340m": _shape(1024, 24, 16, [_frozen(4)]),
+            "760m": _shape(1536, 23, 16, [_frozen(4)]),
+            "1.3b": _shape(2048, 23, 16, [_frozen(4)]),
         },
     ),
     "hope-attention": (
@@ -120,9 +118,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     for family, (base, shapes) in _FAMILIES.items()
     for size, shape in shapes.items()
 }
-# As printed: L2 objective, reads at the start of a chunk, retention toward zero, momentum, an adaptive query, four
-# levels at the long-context periods and GELU networks. Full levels for every sequence: the state of one row is as large
-# as the weights.
+# What the paper prints: networks as memories, the L2 objective, reads at the start of a chunk, retention toward zero,
+# momentum, an adaptive query, four levels at the long-context periods and GELU networks. Bounded steps and normalized
+# targets are ours (docs/presets.md). Full levels for every sequence: the state of one row is as large as the weights.
 _PRESETS["hope-paper"] = _PRESETS["hope-340m"] | {
     "num_hidden_layers": 14,
     "mixer": {
