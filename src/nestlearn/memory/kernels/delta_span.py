@@ -44,7 +44,7 @@ class DeltaSpan(torch.autograd.Function):
         change = torch.bmm(inverse, rest * step.unsqueeze(-1))
         y = torch.bmm(scores * decay, change)
         end = torch.bmm((change * decay[:, -1].unsqueeze(-1)).mT, k)
-        if weights is not None:
+        if weights is not None and asked is not None:
             y.addcmul_(entry.unsqueeze(-1), asked)
             end.addcmul_(entry[:, -1, None, None], weights)
         ctx.gated = gated
@@ -90,7 +90,7 @@ class DeltaSpan(torch.autograd.Function):
             rest = torch.addcmul(target, before, held, value=-1)
         grad_step = torch.linalg.vecdot(solved, rest)
         grad_target = solved.mul_(step.unsqueeze(-1))
-        if weights is not None:
+        if weights is not None and before is not None:
             grad_held, grad_asked = grad_target * -before, grad * entry.unsqueeze(-1)
             grad_k.baddbmm_(grad_held, weights)
             grad_q.baddbmm_(grad_asked, weights)

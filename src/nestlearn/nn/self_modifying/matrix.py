@@ -110,7 +110,8 @@ class SelfModifyingMatrix(SelfModifyingTitans):
             if span.valid is not None:
                 # An empty slot writes nothing and keeps everything.
                 neutral = zip(gates, (0, 1, 1, 0), strict=True)
-                gates = Gates(*(None if x is None else torch.where(span.valid, x, empty) for x, empty in neutral))
+                kept = [None if x is None else torch.where(span.valid, x, empty) for x, empty in neutral]
+                gates = Gates(*kept)  # type: ignore[arg-type]
             y, running = run_span(self.memory, running, span, q, k, v, gates, self.memory.read, True, None)
             outputs.append(y)
         if clock.grid is None:
