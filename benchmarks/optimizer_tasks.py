@@ -1,4 +1,4 @@
-"""What the optimizers are compared on: a vision Transformer, a language model, ten permuted-digit tasks in sequence."""
+"""What the optimizers are compared on: a vision Transformer, two language models, ten tasks in sequence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -141,10 +141,10 @@ def source_text() -> tuple[Tensor, Tensor]:
     return stream, torch.tensor(pieces[:: max(1, len(pieces) // 32)][:32])
 
 
-def language_model() -> nn.Module:
-    """A Transformer of 3.1 million parameters."""
+def language_model(depth: int = 6, width: int = 224) -> nn.Module:
+    """A Transformer; with these numbers of 3.1 million parameters."""
     mixer = {"type": "attention", "conv_size": 4}
-    layers = {"mixer": mixer, "num_hidden_layers": 6, "hidden_size": 224, "num_attention_heads": 7}
+    layers = {"mixer": mixer, "num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": width // 32}
     ends = {"vocab_size": VOCABULARY, "bos_token_id": 1021, "eos_token_id": 1022, "pad_token_id": 1023}
     cms = [{"period": None, "expansion": 8 / 3}]
     return HopeForCausalLM(HopeConfig(**layers, **ends, cms=cms, reset_token_id=1021, tie_word_embeddings=True))
@@ -200,6 +200,14 @@ EXPERIMENTS = {
     "vit": Task("vit", 20 * math.ceil(1347 / 32), "held-out loss", seeded(ViT), vit_losses, vit_score),
     "language": Task(
         "language", 300, "held-out bits per token", seeded(language_model), language_losses, language_score
+    ),
+    "small-language": Task(
+        "small-language",
+        300,
+        "held-out bits per token",
+        seeded(partial(language_model, depth=4, width=128)),
+        language_losses,
+        language_score,
     ),
     "permuted": Task(
         "permuted", TASKS * PER_TASK, "errors in all tasks, %", seeded(residual_net), permuted_losses, permuted_score

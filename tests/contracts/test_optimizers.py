@@ -85,6 +85,19 @@ def transfer(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
     return NestedTransfer(M3(params, slow_period=3, **settings), rate=0.5, period=4)
 
 
+def outer_nesterov(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
+    return NestedTransfer(M3(params, alpha=0.0, **settings), rate=0.7, period=4, momentum=0.5)
+
+
+def inverse(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
+    return DGD(params, model, **{"precondition": "inverse", "refresh": 3, **settings})
+
+
+def timescales_of_inverse(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
+    base = inverse(model, params, **{"refresh": 2, **settings})
+    return MultiTimescale(base, [2] * len(base.param_groups))
+
+
 def projection(model: nn.Module, params: Any, **settings: Any) -> Optimizer:
     return InputProjection(M3(params, slow_period=3, **settings), model, alpha=100.0, period=4)
 
@@ -98,6 +111,7 @@ OPTIMIZERS: dict[str, Entry] = {
     # It forgets no gradient, so it swings around a minimum and hardly comes to rest.
     "m3-paper": Entry(of(M3, alpha=0.5, slow_period=3, accumulate="paper"), lr=0.1, remains=0.6),
     "m3-polar-express": Entry(of(M3, slow_period=4, ns_coefficients="polar_express", adjust_lr="original"), lr=0.3),
+    "m3-mixed-before": Entry(of(M3, alpha=1.0, mix="before", timescales=(4.0, 16.0), slow_from=3)),
     "m3-as-muon": Entry(of(M3, alpha=0.0, second_moment=False)),
     "momentum": Entry(of(AssociativeMomentum), lr=0.3, rosenbrock_lr=1e-3),
     "delta-momentum": Entry(of(DeltaMomentum), lr=2.0, rosenbrock_lr=2e-3),
@@ -113,12 +127,15 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
     "multi-timescale": Entry(timescales, copyable=False),
     "nested-transfer": Entry(transfer, copyable=False),
+    "outer-nesterov": Entry(outer_nesterov, copyable=False),
     "input-projection": Entry(projection, copyable=False),
     # Half as many steps.
     "multi-timescale-dgd": Entry(
         timescales_of_dgd, copyable=False, ties=False, by_hand=False, lr=2.0, rosenbrock_lr=2e-3
     ),
     "dgd": Entry(dgd("batch"), copyable=False, ties=False, by_hand=False, rosenbrock_lr=2e-3),
+    "dgd-inverse": Entry(inverse, copyable=False, ties=False, by_hand=False, lr=0.3),
+    "multi-timescale-dgd-inverse": Entry(timescales_of_inverse, copyable=False, ties=False, by_hand=False, lr=0.3),
     "dgd-sample": Entry(dgd("sample"), copyable=False, ties=False, by_hand=False, unscale=False, rosenbrock_lr=2e-3),
 }
 

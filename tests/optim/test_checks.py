@@ -13,6 +13,7 @@ from torch import nn
 
 from nestlearn.continual import EWC, ContinualLearner, ExperienceReplay, FineTuningReader, InContextReader
 from nestlearn.optim import (
+    DGD,
     M3,
     DeepMemory,
     DeltaRule,
@@ -39,6 +40,9 @@ NUMBERS: dict[str, Callable[[Any], object]] = {
     "alpha  ": lambda x: M3(LAYER.parameters(), alpha=x),
     "step": lambda x: DeepMemory(step=x),
     "gain": lambda x: DeepMemory(gain=x),
+    "momentum": lambda x: NestedTransfer(sgd(), period=1, momentum=x),
+    "momentum ": lambda x: DGD(LAYER.parameters(), LAYER, momentum=x),
+    "damping ": lambda x: DGD(LAYER.parameters(), LAYER, damping=x),
     "rate": lambda x: NestedTransfer(sgd(), rate=x, period=1),
     "strength": lambda x: EWC(x),
     "max_grad_norm": lambda x: ContinualLearner(LAYER, sgd(), max_grad_norm=x),
@@ -46,6 +50,8 @@ NUMBERS: dict[str, Callable[[Any], object]] = {
 COUNTS: dict[str, Callable[[Any], object]] = {
     "expansion": lambda x: DeepMemory(expansion=x),
     "period": lambda x: Whitening(period=x),
+    "refresh": lambda x: DGD(LAYER.parameters(), LAYER, refresh=x),
+    "slow_from": lambda x: M3(LAYER.parameters(), slow_from=x),
     "period ": lambda x: NestedTransfer(sgd(), period=x),
     "the period of group 0": lambda x: MultiTimescale(sgd(), [x]),
     "samples": lambda x: EWC(1.0, samples=x),

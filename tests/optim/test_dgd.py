@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nestlearn.memory import AssociativeMemory, Delta, Factor, Gates, Matrix, absorb
 from nestlearn.optim import DGD, InputProjection, MultiTimescale, NestedTransfer, param_groups
-from nestlearn.optim.dgd import PERIOD_SUMS, batch_step
+from nestlearn.optim.dgd import PERIOD_SUMS
+from nestlearn.optim.minimizers import batch_step
 
 FORMS = ("batch", "sample")
 

@@ -86,6 +86,7 @@ def groups(model: Mixed, **more: Any) -> list[dict[str, Any]]:
 
 OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
     "m3": lambda model: M3(groups(model), lr=0.02, slow_period=4),
+    "m3-mixed-before": lambda model: M3(groups(model), lr=0.02, mix="before", timescales=(4.0, 9.0), slow_from=3),
     "m3-paper": lambda model: M3(groups(model), lr=0.02, slow_period=4, accumulate="paper"),
     "m3-as-muon": lambda model: M3(groups(model), lr=0.02, alpha=0.0, second_moment=False),
     "delta-momentum": lambda model: AssociativeMomentum(
@@ -102,6 +103,10 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
     "multi-timescale-dgd": lambda model: MultiTimescale(
         DGD(groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.1), periods=[3, 4, 4]
     ),
+    "dgd-inverse": lambda model: DGD(groups(model), model, lr=0.02, adamw_lr=0.02, precondition="inverse", refresh=4),
+    "multi-timescale-dgd-inverse": lambda model: MultiTimescale(
+        DGD(groups(model), model, lr=0.02, adamw_lr=0.02, precondition="inverse", refresh=2), periods=[3, 4, 4]
+    ),
     "input-projection": lambda model: InputProjection(
         M3(groups(model), lr=0.02, slow_period=4), model, alpha=10.0, period=4, dtype=torch.float64
     ),
@@ -115,6 +120,7 @@ OPTIMIZERS: dict[str, Callable[[Mixed], Optimizer]] = {
         unit="steps",
     ),
     "nested-transfer": lambda model: NestedTransfer(M3(groups(model), lr=0.02, slow_period=4), period=4),
+    "outer-nesterov": lambda model: NestedTransfer(M3(groups(model), lr=0.02, alpha=0.0), period=4, momentum=0.5),
     "multi-timescale": lambda model: MultiTimescale(M3(groups(model), lr=0.02, slow_period=2), periods=[3, 4]),
 }
 

@@ -24,6 +24,9 @@ OPTIMIZERS: dict[str, Make] = {
     "multi-timescale-dgd": lambda model: MultiTimescale(
         DGD(param_groups(model), model, lr=0.1, adamw_lr=0.02, erase=0.0), [3, 1, 2]
     ),
+    "dgd-inverse": lambda model: DGD(
+        param_groups(model), model, lr=0.02, adamw_lr=0.02, precondition="inverse", refresh=3
+    ),
     "input-projection": lambda model: InputProjection(M3(param_groups(model), lr=0.02), model, period=3),
     "nested-transfer": lambda model: NestedTransfer(M3(param_groups(model), lr=0.02), period=3),
 }

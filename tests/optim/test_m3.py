@@ -215,6 +215,15 @@ def test_the_step_has_the_size_that_adjust_lr_says():
         ({"ns_coefficients": [(1.0, 2.0)]}, "triples"),
         ({"ns_coefficients": (3.4, -4.8, 2.0)}, "triples"),
         ({"accumulate": "sum"}, "ema, paper"),
+        ({"mix": "between"}, "mix is 'between'; it must be one of after, before"),
+        ({"mix": "before", "accumulate": "paper"}, "mix is \"before\" and accumulate is 'paper'"),
+        ({"timescales": ()}, r"timescales is \(\); it must be a tuple of numbers of at least 1"),
+        ({"timescales": 100.0}, "timescales is 100.0"),
+        ({"timescales": (100.0, 0.5)}, "timescales is"),
+        ({"timescales": ("100",)}, "timescales is"),
+        ({"timescales": (float("nan"),)}, "timescales is"),
+        ({"slow_from": 0}, "slow_from is 0; it must be a whole number of at least 1"),
+        ({"slow_from": 2.5}, "slow_from is 2.5"),
         ({"adjust_lr": "spectral"}, "match_rms_adamw"),
         ({"eps": -1.0}, "eps is -1.0"),
         ({"damping": -0.1}, "damping is -0.1"),
@@ -245,6 +254,99 @@ def test_factors_of_the_learning_rate():
     assert orthogonal.lr_factor("original", (100, 25)) == 2.0
     assert orthogonal.lr_factor("original", (25, 100)) == 1.0
     assert orthogonal.lr_factor(None, (100, 25)) == 1.0
+
+
+MIXED = {"mix": "before", "timescales": (3.0, 7.5), "alpha": 0.6, "slow_from": 4}
+
+
+def mixed_before(weight: Tensor, gradients: list[Tensor], nesterov: bool, second_moment: bool) -> Tensor:
+    """``NS(M1 + α mean_k A_k)`` step by step; each average is a sum over all gradients so far."""
+    b1, b2, _ = BETAS
+    for t in range(1, len(gradients) + 1):
+        past = gradients[:t]
+
+        def average(keep: float, past: list[Tensor] = past) -> Tensor:
+            return torch.stack([(1 - keep) * keep**age * g for age, g in enumerate(reversed(past))]).sum(0)
+
+        momentum = b1 * average(b1) + (1 - b1) * past[-1] if nesterov else average(b1)
+        if t >= MIXED["slow_from"]:
+            slow = [average(1 - 1 / timescale) for timescale in MIXED["timescales"]]
+            momentum = momentum + MIXED["alpha"] * (slow[0] + slow[1]) / 2
+        update = quintic(momentum)
+        if second_moment:
+            moment = torch.stack([(1 - b2) * b2**age * g * g for age, g in enumerate(reversed(past))]).sum(0)
+            corrected = moment / (1 - b2**t)
+            divided = update / (corrected.sqrt() + DAMPING * corrected.mean().sqrt() + EPS)
+            update = divided * update.norm() / divided.norm()
+        weight = weight * (1 - LR * DECAY) - LR * 0.2 * max(weight.shape) ** 0.5 * update
+    return weight
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("second_moment", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_averages_mixed_before_newton_schulz_equal_their_sums(nesterov, second_moment, shape):
+    start = torch.randn(shape, dtype=torch.float64)
+    gradients = [torch.randn(shape, dtype=torch.float64) for _ in range(9)]
+    weight = nn.Parameter(start.clone())
+    form = {"nesterov": nesterov, "second_moment": second_moment, **MIXED}
+    optimizer = M3([weight], lr=LR, betas=BETAS, weight_decay=DECAY, eps=EPS, damping=DAMPING, **form)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    flat = [x if len(shape) == 3 else x.reshape(1, shape[0], -1) for x in (weight.detach(), start, *gradients)]
+    for result, first, *of_place in zip(*flat, strict=True):
+        expected = mixed_before(first, of_place, nesterov, second_moment)
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_before_its_first_step_the_slow_part_learns_and_does_not_act():
+    for mix in ("before", "after"):
+        weights = [nn.Parameter(torch.ones(4, 6)) for _ in range(3)]
+        settings = {"mix": mix, "slow_period": 2, "timescales": (5.0,)}
+        late, never, always = (
+            M3([weight], alpha=alpha, slow_from=first, **settings)
+            for weight, alpha, first in zip(weights, (0.5, 0.0, 0.5), (8, 1, 1), strict=True)
+        )
+        for weight, optimizer in zip(weights, (late, never, always), strict=True):
+            steps_of(weight, optimizer, range(7))
+        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+        name = "slow_average_0" if mix == "before" else "slow_momentum"
+        assert torch.equal(late.state[weights[0]][name], always.state[weights[2]][name])
+        for weight, optimizer in zip(weights[:2], (late, never), strict=True):
+            steps_of(weight, optimizer, range(7, 8))
+        assert not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_mixed_averages_resume_to_the_bit_around_the_first_step_of_the_slow_part(stop, tmp_path):
+    weight, other = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    optimizer, resumed = M3([weight], **MIXED), M3([other], **MIXED)
+    steps_of(weight, optimizer, range(stop))
+    torch.save([weight, optimizer.state_dict()], tmp_path / "state.pt")
+    saved, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other.data.copy_(saved)
+    resumed.load_state_dict(state)
+    for w, o in ((weight, optimizer), (other, resumed)):
+        steps_of(w, o, range(stop, 9))
+    assert torch.equal(weight, other)
+
+
+def test_settings_of_the_slow_part_may_change_between_steps():
+    """Averages begin empty where they are first asked for; a state with unused ones is loaded."""
+    weight, other = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    optimizer = M3([weight], **MIXED)
+    steps_of(weight, optimizer, range(3))
+    for changes in ({"timescales": (3.0, 7.5, 50.0)}, {"timescales": (4.0,)}, {"mix": "after"}, {"alpha": 0.0}):
+        optimizer.param_groups[0] |= changes
+        steps_of(weight, optimizer, range(3, 6))
+        resumed = M3([other])
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.data.copy_(weight)
+        for w, o in ((weight, optimizer), (other, resumed)):
+            steps_of(w, o, range(6, 8))
+        assert torch.equal(weight, other)
+    assert {"slow_average_2", "slow_direction"} <= set(resumed.state[other])
 
 
 def steps_of(weight: nn.Parameter, optimizer: M3, steps: range) -> None:

@@ -244,6 +244,13 @@ def test_bad_settings_name_the_cause():
         MultiTimescale(adam(model.parameters())).load_state_dict(state)
     with pytest.raises(ValueError, match=r"rate is 1\.5"):
         NestedTransfer(adam(model.parameters()), rate=1.5, period=2)
+    with pytest.raises(ValueError, match=r"momentum is 1\.0; it must be in \[0, 1\)"):
+        NestedTransfer(adam(model.parameters()), period=2, momentum=1.0)
+    outer = NestedTransfer(adam(model.parameters()), period=2, momentum=0.5)
+    with pytest.raises(ValueError, match=r"saved with no momentum, and momentum is 0\.5"):
+        outer.load_state_dict(NestedTransfer(adam(model.parameters()), period=2).state_dict())
+    with pytest.raises(ValueError, match=r"saved with a momentum, and momentum is 0\.0"):
+        NestedTransfer(adam(model.parameters()), period=2).load_state_dict(outer.state_dict())
 
 
 def test_weights_loaded_after_the_wrapper_was_made_are_where_it_starts():
@@ -256,10 +263,13 @@ def test_weights_loaded_after_the_wrapper_was_made_are_where_it_starts():
     assert float(weight.detach()) == 11.0
 
 
-def test_transfer_equals_its_formula():
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_transfer_equals_its_formula(momentum):
     model, twin = three_layers(), three_layers()
-    optimizer = NestedTransfer(torch.optim.SGD(model.parameters(), lr=0.1), rate=0.3, period=3)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = NestedTransfer(base, rate=0.3, period=3, momentum=momentum)
     slow = [p.detach().clone() for p in twin.parameters()]
+    velocity = [torch.zeros_like(p) for p in slow]
     for step in range(1, 10):
         optimizer.zero_grad()
         loss_at(model, step).backward()
@@ -269,7 +279,56 @@ def test_transfer_equals_its_formula():
             for place, (p, gradient) in enumerate(zip(twin.parameters(), gradients, strict=True)):
                 p -= 0.1 * gradient
                 if step % 3 == 0:
-                    slow[place] = slow[place] + 0.3 * (p - slow[place])
+                    change = p - slow[place]
+                    velocity[place] = momentum * velocity[place] + change
+                    slow[place] = slow[place] + 0.3 * (change + momentum * velocity[place])
                     p.copy_(slow[place])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_the_outer_step_is_torchs_nesterov_on_the_changes_of_whole_periods():
+    """`torch.optim.SGD` with momentum and Nesterov on the negative change, as DiLoCo's outer optimizer."""
+    model, twin = three_layers(), three_layers()
+    wrapped = NestedTransfer(torch.optim.SGD(model.parameters(), lr=0.1), rate=0.7, period=2, momentum=0.9)
+    slow = [torch.nn.Parameter(p.detach().clone()) for p in twin.parameters()]
+    inner, outer = (
+        torch.optim.SGD(twin.parameters(), lr=0.1),
+        torch.optim.SGD(slow, lr=0.7, momentum=0.9, nesterov=True),
+    )
+    for step in range(1, 9):
+        for net, optimizer in ((model, wrapped), (twin, inner)):
+            optimizer.zero_grad()
+            loss_at(net, step).backward()
+            optimizer.step()
+        if step % 2 == 0:
+            for p, start in zip(twin.parameters(), slow, strict=True):
+                start.grad = (start - p).detach()
+            outer.step()
+            for p, start in zip(twin.parameters(), slow, strict=True):
+                p.data.copy_(start.detach())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stop", range(1, 7))
+def test_an_outer_step_resumes_bit_exactly_in_the_middle_of_a_period(stop, tmp_path):
+    def make(model):
+        return NestedTransfer(torch.optim.Adam(model.parameters(), lr=0.01), rate=0.7, period=3, momentum=0.5)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            loss_at(model, step).backward()
+            optimizer.step()
+
+    model, again = three_layers(), three_layers()
+    optimizer, resumed = make(model), make(again)
+    train(model, optimizer, range(stop))
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    for net, its in ((model, optimizer), (again, resumed)):
+        train(net, its, range(stop, 10))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))

@@ -22,7 +22,7 @@ from nestlearn.train.optimizers import (
     register_optimizer,
 )
 
-NAMED = ["m3", "muon", "dgd", "delta-momentum", "deep-momentum"]
+NAMED = ["m3", "muon", "dgd", "dgd-inverse", "delta-momentum", "deep-momentum"]
 
 
 @pytest.mark.parametrize("preset", ["transformer-tiny", "hope-tiny"])

@@ -15,7 +15,8 @@ HELP = """Train a model and save it, its tokenizer and its log in a folder.
 Every field of the training run and of the model is an option too: --sequence-length 512, --batch-size 8,
 --learning-rate 3e-3, --hidden-size 64, --mixer attention, ... ; --dry-run prints them all, resolved. --mixer.NAME sets
 an option of the mixer, as in --mixer.chunk-size 32.
---optimizer is adamw, m3, muon, dgd, delta-momentum or deep-momentum; --optimizer.NAME sets an option of it.
+--optimizer is adamw, m3, muon, dgd, dgd-inverse, delta-momentum or deep-momentum; --optimizer.NAME sets an option of
+it.
 
 [bold]Examples[/bold]
 

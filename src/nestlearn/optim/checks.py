@@ -33,11 +33,24 @@ def share(name: str, value: float, meaning: str) -> None:
         raise ValueError(f"{name} is {value!r}; it must be in (0, 1]: {meaning}.")
 
 
+def kept(name: str, value: float, meaning: str) -> None:
+    """Raises ValueError unless the value is a number in [0, 1)."""
+    if not isinstance(value, Real) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} is {value!r}; it must be in [0, 1): {meaning}.")
+
+
 def fractions(name: str, values: Sequence[float], count: int) -> None:
     """Raises ValueError unless these are `count` numbers in [0, 1)."""
     numbers = isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
     if not numbers or len(values) != count or not all(0.0 <= value < 1.0 for value in values):
         raise ValueError(f"{name} is {values!r}; it must be {count} numbers in [0, 1), each the part kept at a step.")
+
+
+def numbers(name: str, values: Sequence[float], least: float, meaning: str) -> None:
+    """Raises ValueError unless this is one number or more, each of at least `least`."""
+    given = isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
+    if not given or not values or not all(least <= value < float("inf") for value in values):
+        raise ValueError(f"{name} is {values!r}; it must be a tuple of numbers of at least {least:g}: {meaning}.")
 
 
 def whole_number(name: str, value: object, meaning: str) -> int:

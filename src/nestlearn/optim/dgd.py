@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestlearn.optim.checks import not_negative, one_of, refuse_copy
+from nestlearn.optim.checks import kept, not_negative, one_of, positive, refuse_copy, whole_number
+from nestlearn.optim.input_inverse import orthogonal_step, refresh
 from nestlearn.optim.linear_layers import Form, LinearLayer, linear_layers, observe
 from nestlearn.optim.matrices import Matrices, Stack, stack_count, together
-from nestlearn.optim.matrix_optimizer import MatrixOptimizer
+from nestlearn.optim.matrix_optimizer import MatrixOptimizer, zeros
+from nestlearn.optim.minimizers import batch_step, sample_step
 from nestlearn.optim.sharding import local, own_part, pooled
 from nestlearn.optim.wrapper import not_compiled
+
+Precondition = Literal["implicit", "inverse"]
 
 PERIOD_SUMS = ("rows", "moment", "writes")
 """States of a weight whose group steps once in a period; writes in the sample form only (`LinearLayer`)."""
@@ -47,6 +51,15 @@ class DGD(MatrixOptimizer):
     nothing. R is exact if every other row has a gradient; otherwise it is too large by the ratio of the two numbers of
     rows.
 
+    ``precondition="inverse"`` is another rule on the same R, for training networks: it divides the gradient by R before
+    the momentum and the Newton-Schulz iteration NS of Muon, and erases nothing. With δ = `damping` times the mean
+    eigenvalue of R, every `refresh` steps ``P = (R + δ I)⁻¹``, from the inputs of that step alone, and at every step
+
+        M ← β M + (1 - β) G P        W ← W - η 0.2 √max(in, out) NS(β M + (1 - β) G P)
+
+    Steps are of AdamW's size, so η is AdamW's rate, and AdamW trains the biases. Inputs are read on one step in
+    `refresh`. State: 4 bytes per parameter for M and d² numbers per map for P.
+
     The rule trains weights of `nn.Linear` (and transformers' Conv1D) in groups of rule ``"auto"`` or ``"matrix"``.
     Their biases are weights for an input of 1: they are updated with the weight, by the settings of its group except
     weight decay; AdamW trains the bias of a frozen weight. Groups with other parameters are divided, and AdamW trains
@@ -67,6 +80,11 @@ class DGD(MatrixOptimizer):
         adamw_lr: of groups with rule ``"adamw"`` without an lr, and of parameters in other groups that are no maps.
         form: ``"batch"`` or ``"sample"``.
         erase: λ, in [0, 1].
+        precondition: ``"implicit"``, the minimizers above, or ``"inverse"``, for which `form` must be ``"batch"`` and
+            `erase` has no effect.
+        refresh: steps between two P; this and the next two are for ``precondition="inverse"`` only.
+        momentum: β.
+        damping: of the mean eigenvalue of R.
         skip_rows_without_gradient: leave rows out of R whose gradient is exactly 0. For batches with padding.
         weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
         process_group: the processes over which DistributedDataParallel averages gradients; the default group where
@@ -99,6 +117,10 @@ class DGD(MatrixOptimizer):
         adamw_lr: float | Tensor = 1e-3,
         form: Form = "batch",
         erase: float = 1.0,
+        precondition: Precondition = "implicit",
+        refresh: int = 64,
+        momentum: float = 0.95,
+        damping: float = 0.1,
         skip_rows_without_gradient: bool = False,
         weight_decay: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
@@ -108,7 +130,11 @@ class DGD(MatrixOptimizer):
         self._adamw_lr, self._process_group = adamw_lr, process_group
         self._skip_rows = skip_rows_without_gradient
         self._handles: list[Any] = []
-        super().__init__(params, {"lr": lr, "form": form, "erase": erase, "weight_decay": weight_decay}, adamw)
+        defaults = {
+            "lr": lr, "form": form, "erase": erase, "precondition": precondition, "refresh": refresh,
+            "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
+        }  # fmt: skip
+        super().__init__(params, defaults, adamw)
         if not self._handles:
             kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
             raise ValueError(
@@ -138,7 +164,8 @@ class DGD(MatrixOptimizer):
         places = {p: place for place, group in enumerate(self.param_groups) for p in group["params"]}
         for layer in self._layers.values():
             bias: Tensor | None = getattr(layer.module, "bias", None)
-            layer.own_bias = bias if bias in places and layer.group is not None else None
+            joined = layer.group is not None and self.param_groups[layer.group]["precondition"] == "implicit"
+            layer.own_bias = bias if bias in places and joined else None
             layer.bias_group = None if layer.own_bias is None else places[layer.own_bias]
 
     def _divided(self, group: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -167,6 +194,8 @@ class DGD(MatrixOptimizer):
     def _receive(self, layer: LinearLayer, x: Tensor, gradient: Tensor) -> None:
         """Adds the rows of one backward pass to a layer's sums."""
         group = self.param_groups[layer.group or 0]
+        if group["precondition"] == "inverse" and not self._is_due(group, layer.weight):
+            return
         layer.add(x, gradient, group["lr"] if group["form"] == "sample" else None, self._skip_rows)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
@@ -174,6 +203,19 @@ class DGD(MatrixOptimizer):
         not_negative("erase", group["erase"], "the part of the old answers that a step erases")
         if group["erase"] > 1:
             raise ValueError(f"erase is {group['erase']}; it must be at most 1, which erases the whole old answer.")
+        one_of("precondition", group["precondition"], Precondition)
+        whole_number("refresh", group["refresh"], "steps between two inverses of the second moment")
+        kept("momentum", group["momentum"], "the part of the average gradient kept at a step")
+        positive("damping", group["damping"], "directions without inputs are divided by it")
+        if group["precondition"] == "inverse" and group["form"] != "batch":
+            raise ValueError(
+                f'precondition is "inverse" and form is {group["form"]!r}: one inverse serves a whole batch. Use '
+                'form="batch", or precondition="implicit".'
+            )
+
+    def _is_due(self, group: Mapping[str, Any], weight: Tensor) -> bool:
+        """Whether the next step of a weight makes a new inverse."""
+        return int(self.state.get(weight, {}).get("step", 0)) % group["refresh"] == 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients and the sums collected with them."""
@@ -215,7 +257,7 @@ class DGD(MatrixOptimizer):
                 group = self.param_groups[layer.group]
                 self._check_periods(group, layer)
                 if not self.state[weight]:
-                    self.state[weight]["step"] = torch.tensor(0.0)
+                    self.state[weight] = {"step": torch.tensor(0.0), **self.new_state(group, weight)}
                 kept = self._of_period(group, layer) or layer.no_sums(group["form"])
                 seen = [x[0] for x in self._sums(group, [layer])]
                 self._keep(layer, torch._foreach_add(kept, seen))
@@ -243,10 +285,16 @@ class DGD(MatrixOptimizer):
         return kept
 
     def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-        if group.get("update_period", 1) == 1 or like not in self._layers:
+        if like not in self._layers:
             return {}
+        state: dict[str, Tensor] = {}
+        if group["precondition"] == "inverse":
+            _, moment = self._layers[like].no_sums("batch")
+            state |= {"momentum_buffer": zeros(like), "inverse": moment.fill_diagonal_(1.0)}
+        if group.get("update_period", 1) == 1:
+            return state
         # Also before anything is held back: a distributed checkpoint is loaded into the entries of a new optimizer.
-        return dict(zip(PERIOD_SUMS, self._layers[like].no_sums(group["form"]), strict=False))
+        return state | dict(zip(PERIOD_SUMS, self._layers[like].no_sums(group["form"]), strict=False))
 
     def _step_rest(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
         weights = ((layer.bias, layer.weight) for layer in self._layers.values())
@@ -260,13 +308,16 @@ class DGD(MatrixOptimizer):
             given = {name: x for name, x in saved.items() if not (empty and name in PERIOD_SUMS)}
             super()._check_shapes(group, parameter, given)
 
-    def _optional_shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    def _optional_shapes(self, parameter: Tensor, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         # A state has them only if the group had a period when the weight was last held back, in its form at that time.
         layer = self._layers.get(parameter)
         shapes = [] if layer is None or layer.group is None else layer.shapes("sample")
         return {name: tuple(shape) for name, shape in zip(PERIOD_SUMS, shapes, strict=False)}
 
     def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+        if group["precondition"] == "inverse":
+            self._update_inverse(group, matrices)
+            return
         alike: dict[tuple[bool, bool], list[_Map]] = {}
         for parameter, weight, gradient in zip(matrices.parameters, matrices.weights, matrices.gradients, strict=True):
             layer = self._observed(group, parameter, gradient)
@@ -281,6 +332,21 @@ class DGD(MatrixOptimizer):
             count = stack_count(weight.shape[-1] * max(weight.shape[-2:]), weight.device)
             for first in range(0, len(maps), count):
                 self._update_alike(group, maps[first : first + count])
+
+    def _update_inverse(self, group: Mapping[str, Any], matrices: Matrices) -> None:
+        """One step behind the inverse second moment, which is made anew where it is due."""
+        due = (matrices.step - 1) % group["refresh"] == 0
+        given = zip(matrices.parameters, matrices.gradients, strict=True)
+        layers = [self._observed(group, parameter, gradient, due) for parameter, gradient in given]
+        if any(layer.bias is not None for layer in layers):
+            raise ValueError(
+                'precondition became "inverse" after the optimizer was made, which left the biases to the other rule; '
+                "give it when the DGD is made."
+            )
+        if due:
+            rows, moments = self._with_period(group, layers, self._sums(group, layers))
+            refresh(matrices.state("inverse"), rows, moments, group["damping"])
+        orthogonal_step(group, matrices, [layer.transposed for layer in layers])
 
     def _update_alike(self, group: Mapping[str, Any], maps: list[_Map]) -> None:
         """One step of maps of one shape, all with a bias or all without."""
@@ -310,7 +376,7 @@ class DGD(MatrixOptimizer):
         if not any(kept):
             return sums
         for layer in layers:
-            self._keep(layer, self.new_state(group, layer.weight).values())
+            self._keep(layer, layer.no_sums(group["form"]) if group.get("update_period", 1) > 1 else ())
         each = zip(*(k or layer.no_sums(group["form"]) for k, layer in zip(kept, layers, strict=True)), strict=True)
         return [torch.stack(earlier) + seen for earlier, seen in zip(each, sums, strict=True)]
 
@@ -333,8 +399,8 @@ class DGD(MatrixOptimizer):
         total, processes = writes[0]
         return [rows, moments, total / (processes if scale is None else processes * scale)]
 
-    def _observed(self, group: Mapping[str, Any], weight: Tensor, gradient: Tensor) -> LinearLayer:
-        """The layer of a weight, if its sums can be used."""
+    def _observed(self, group: Mapping[str, Any], weight: Tensor, gradient: Tensor, used: bool = True) -> LinearLayer:
+        """The layer of a weight, if its sums can be used, or if this step does not use them."""
         if weight not in self._layers:
             raise ValueError(
                 f"A weight of shape {tuple(weight.shape)} was put into the optimizer in the place of another one, as "
@@ -343,7 +409,7 @@ class DGD(MatrixOptimizer):
         layer = self._layers[weight]
         self._check_periods(group, layer)
         seen = layer.rows is not None or any(bool(x) for x in self._of_period(group, layer)[:1])
-        if not seen and float(group["lr"]) > 0 and bool(gradient.any()):
+        if used and not seen and float(group["lr"]) > 0 and bool(gradient.any()):
             raise ValueError(
                 f"{layer.name} ({tuple(layer.weight.shape)}) has a gradient, but no backward pass went through the "
                 "module. Its weight is used without calling it, as nn.MultiheadAttention does with out_proj, or the "
@@ -401,59 +467,3 @@ def _own_writes(layer: LinearLayer, writes: Float[Tensor, "out d"]) -> Stack:
 def _joined(matrix: Stack, column: Tensor | None) -> Stack:
     """``[W b]``; the same memory without a bias."""
     return matrix if column is None else torch.cat([matrix, local(column).to(matrix)[None, :, None]], -1)
-
-
-def batch_step(
-    weights: Float[Tensor, "b out d"],
-    gradients: Float[Tensor, "b out d"],
-    moments: Float[Tensor, "b d d"],
-    lr: float | Tensor,
-    erase: float,
-    rows: float | Float[Tensor, "b 1 1"] = 1.0,
-    out: Float[Tensor, "b out d"] | None = None,
-) -> Float[Tensor, "b out d"]:
-    """``(λ W - η G) (I + η R)⁻¹ + (1 - λ) W``, the minimizer over a whole batch.
-
-    Args:
-        weights: W.
-        gradients: G.
-        moments: ``Σ x xᵀ``, or R itself.
-        lr: η.
-        erase: λ.
-        rows: the number of rows that the moments are sums of.
-        out: where to write the result, which may be W.
-
-    Example:
-        >>> w, x, e = torch.tensor([[[2.0]]]), 3.0, 1.0
-        >>> batch_step(w, torch.tensor([[[e * x]]]), torch.tensor([[[x * x]]]), lr=1e9, erase=1.0)  # answers -e to x
-        tensor([[[-0.3333]]])
-    """
-    system = moments * (lr / rows)
-    system.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    # Positive definite up to rounding. In the type of the moments, whose own rounding is the larger error
-    # (docs/decisions.md). In place: LAPACK wants column-major order, which is the transpose, the same system.
-    factor, failed = system.mT, torch.empty(len(system), dtype=torch.int32, device=system.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, failed))
-    # Where rounding has made the system indefinite the result is NaN; no device is synchronized for an error.
-    factor.diagonal(dim1=-2, dim2=-1).masked_fill_(failed[:, None] != 0, torch.nan)
-    target = gradients if erase == 0 else (gradients * -lr).add_(weights, alpha=erase)
-    # From the right: cholesky_solve takes columns, which takes 1.7 times as long on a CPU. The first solve moves rows
-    # to LAPACK's layout, in which the second one works in place; both in place, on rows, are 1.6 times slower.
-    solved = torch.linalg.solve_triangular(factor.mT, target, upper=True, left=False)
-    torch.linalg.solve_triangular(factor, solved, upper=False, left=False, out=solved)
-    out = solved if out is None else out
-    if erase > 0:
-        return torch.add(solved, weights, alpha=1 - erase, out=out)
-    if isinstance(lr, Tensor):  # a number costs no pass of its own
-        return torch.sub(weights, solved.mul_(lr), out=out)
-    return torch.sub(weights, solved, alpha=lr, out=out)
-
-
-def sample_step(
-    weights: Float[Tensor, "b out d"],
-    moments: Float[Tensor, "b d d"],
-    writes: Float[Tensor, "b out d"],
-    erase: float,
-) -> Float[Tensor, "b out d"]:
-    """``W - λ W E[η' x xᵀ] - E[η' e xᵀ]``, the mean of the minimizers for single samples."""
-    return weights - writes - (erase * weights @ moments if erase > 0 else 0)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nestlearn.memory.kernels.newton_schulz import Coefficients
-from nestlearn.optim.checks import fractions, not_negative, one_of, whole_number
+from nestlearn.optim.checks import fractions, not_negative, numbers, one_of, whole_number
 from nestlearn.optim.matrices import Matrices, Stack, take_step
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, zeros
-from nestlearn.optim.orthogonal import AdjustLr, Named, check_orthogonal, coefficients, lr_factor, orthogonalize
+from nestlearn.optim.orthogonal import (
+    AdjustLr,
+    Named,
+    average,
+    check_orthogonal,
+    coefficients,
+    lr_factor,
+    orthogonalize,
+)
 
 Accumulate = Literal["ema", "paper"]
+Mix = Literal["after", "before"]
 
 
 class M3(MatrixOptimizer):
@@ -38,15 +46,26 @@ class M3(MatrixOptimizer):
     nearly all of that norm. Algorithm 1 to the letter is ``accumulate="paper", nesterov=False, adjust_lr=None,
     weight_decay=0.0``.
 
-    Cost per matrix and step: one Newton-Schulz, and another one every f steps. State in bytes per parameter (float32):
-    4 for M1, 4 for V, and with α > 0 4 for M2 and 4 for O2.
+    ``mix="before"`` is not in the paper. It mixes averages of the gradients themselves, and orthogonalizes once:
+
+        A_k ← A_k + (g - A_k) / τ_k          for each timescale τ_k
+        W  -= lr NS(M1 + α mean_k A_k) / (√V + ε)
+
+    The mean over k starts at zero and has its full size after about τ_k steps; `slow_from` can delay it further.
+
+    Cost per matrix and step: one Newton-Schulz, and with ``mix="after"`` another one every f steps. State in bytes per
+    parameter (float32): 4 for M1, 4 for V, and with α > 0 4 for M2 and 4 for O2, or 4 for each A_k.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups (`MatrixOptimizer`).
         lr: learning rate, also AdamW's of parameters that are no matrices.
         betas: (β1, β2, β3).
-        alpha: α, the weight of the slow direction.
-        slow_period: f, in steps.
+        alpha: α, the weight of the slow direction, or of the slow averages.
+        slow_period: f, in steps; only for ``mix="after"``, as β3.
+        mix: ``"after"`` adds two orthogonalized directions, as printed. ``"before"`` adds averages and orthogonalizes
+            their sum; it needs ``accumulate="ema"``.
+        timescales: τ_k, in steps, at least 1 each; only for ``mix="before"``.
+        slow_from: the first step on which the slow part acts. It learns from step 1 on.
         second_moment: divide by √V.
         accumulate: ``"ema"``, or ``"paper"`` for the sums as printed.
         nesterov: orthogonalize ``β1 M1 + (1 - β1) g`` (EMA form), ``M1 + β1 g`` (paper form) in place of M1.
@@ -74,7 +93,7 @@ class M3(MatrixOptimizer):
         True
     """
 
-    optional_states = MappingProxyType({"slow_momentum": "alpha", "slow_direction": "alpha"})
+    optional_prefix = "slow_"
 
     def __init__(
         self,
@@ -84,6 +103,9 @@ class M3(MatrixOptimizer):
         betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
         alpha: float = 0.1,
         slow_period: int = 10,
+        mix: Mix = "after",
+        timescales: Sequence[float] = (100.0,),
+        slow_from: int = 1,
         second_moment: bool = True,
         accumulate: Accumulate = "ema",
         nesterov: bool = True,
@@ -96,9 +118,10 @@ class M3(MatrixOptimizer):
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "betas": betas, "alpha": alpha, "slow_period": slow_period, "second_moment": second_moment,
-            "accumulate": accumulate, "nesterov": nesterov, "ns_steps": ns_steps, "ns_coefficients": ns_coefficients,
-            "adjust_lr": adjust_lr, "eps": eps, "damping": damping, "weight_decay": weight_decay,
+            "lr": lr, "betas": betas, "alpha": alpha, "slow_period": slow_period, "mix": mix, "timescales": timescales,
+            "slow_from": slow_from, "second_moment": second_moment, "accumulate": accumulate, "nesterov": nesterov,
+            "ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "adjust_lr": adjust_lr, "eps": eps,
+            "damping": damping, "weight_decay": weight_decay,
         }  # fmt: skip
         super().__init__(params, defaults, adamw)
 
@@ -109,34 +132,63 @@ class M3(MatrixOptimizer):
         not_negative("eps", group["eps"], "added to the root of the second moment")
         not_negative("damping", group["damping"], "added to the root of the second moment, relative to its size")
         whole_number("slow_period", group["slow_period"], "steps between two slow directions")
+        one_of("mix", group["mix"], Mix)
+        numbers("timescales", group["timescales"], 1.0, "steps over which each slow average goes")
+        whole_number("slow_from", group["slow_from"], "the first step on which the slow part acts")
+        if group["mix"] == "before" and group["accumulate"] != "ema":
+            raise ValueError(
+                f'mix is "before" and accumulate is {group["accumulate"]!r}: sums that never decay do not '
+                'differ between timescales. Use accumulate="ema", or mix="after".'
+            )
         check_orthogonal(group)
 
     def new_state(self, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
         names = ["fast_momentum", *(["second_moment"] if group["second_moment"] else [])]
         return {name: zeros(like) for name in names}
 
+    def needed_states(self, group: Mapping[str, Any]) -> Iterable[str]:
+        if group["alpha"] == 0:
+            return ()
+        return _averages(group) if group["mix"] == "before" else ("slow_momentum", "slow_direction")
+
     def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
-        triples = coefficients(group["ns_coefficients"])
-        directions = _fast_directions(group, matrices, triples)
-        if group["alpha"] > 0:
-            torch._foreach_add_(directions, _slow_directions(group, matrices, triples), alpha=group["alpha"])
+        triples, slow, after = coefficients(group["ns_coefficients"]), group["alpha"] > 0, group["mix"] == "after"
+        momenta = _fast_momenta(group, matrices)
+        if slow and not after:
+            momenta = _mixed(group, matrices, momenta)
+        directions = orthogonalize(matrices, momenta, group["ns_steps"], triples)
+        directions = [direction.to(weight) for direction, weight in zip(directions, matrices.weights, strict=True)]
+        if slow and after:
+            slow_directions = _slow_directions(group, matrices, triples)
+            if matrices.step >= group["slow_from"]:
+                torch._foreach_add_(directions, slow_directions, alpha=group["alpha"])
         scales = _divide(group, matrices, directions) if group["second_moment"] else None
         take_step(matrices.weights, directions, group, lr_factor(group["adjust_lr"], matrices.shape), scales)
 
 
-def _fast_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequence[Coefficients]) -> list[Stack]:
-    """``O1``, after the gradients were added to M1."""
+def _fast_momenta(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
+    """M1 or Nesterov's step from it, after the gradients were added to M1; do not change it."""
     beta, momenta = group["betas"][0], matrices.state("fast_momentum")
     if group["accumulate"] == "ema":
-        torch._foreach_lerp_(momenta, matrices.gradients, 1 - beta)
-        if group["nesterov"]:
-            momenta = torch._foreach_lerp(matrices.gradients, momenta, beta)
-    else:
-        torch._foreach_add_(momenta, matrices.gradients, alpha=beta)
-        if group["nesterov"]:
-            momenta = torch._foreach_add(momenta, matrices.gradients, alpha=beta)
-    directions = orthogonalize(matrices, momenta, group["ns_steps"], triples)
-    return [direction.to(weight) for direction, weight in zip(directions, matrices.weights, strict=True)]
+        return average(momenta, matrices.gradients, beta, group["nesterov"])
+    torch._foreach_add_(momenta, matrices.gradients, alpha=beta)
+    return list(torch._foreach_add(momenta, matrices.gradients, alpha=beta)) if group["nesterov"] else momenta
+
+
+def _averages(group: Mapping[str, Any]) -> list[str]:
+    """The names of the states A_k."""
+    return [f"slow_average_{k}" for k in range(len(group["timescales"]))]
+
+
+def _mixed(group: Mapping[str, Any], matrices: Matrices, momenta: list[Stack]) -> list[Stack]:
+    """``M1 + α mean_k A_k``, after the gradients were added to every A_k; M1 alone before the step `slow_from`."""
+    acts, weight = matrices.step >= group["slow_from"], group["alpha"] / len(group["timescales"])
+    for name, timescale in zip(_averages(group), group["timescales"], strict=True):
+        averages = matrices.state(name)
+        torch._foreach_lerp_(averages, matrices.gradients, 1 / timescale)
+        if acts:
+            momenta = list(torch._foreach_add(momenta, averages, alpha=weight))
+    return momenta
 
 
 def _slow_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequence[Coefficients]) -> list[Stack]:
@@ -144,7 +196,7 @@ def _slow_directions(group: Mapping[str, Any], matrices: Matrices, triples: Sequ
     beta, period = group["betas"][2], group["slow_period"]
     momenta, directions = matrices.state("slow_momentum"), matrices.state("slow_direction")
     begins = (matrices.step - 1) % period == 0
-    if begins and matrices.step > 1:
+    if begins and matrices.step > 1 and matrices.step + period > group["slow_from"]:
         # Kept for a period, so Newton-Schulz of the slow momentum runs once in f steps.
         torch._foreach_copy_(directions, orthogonalize(matrices, momenta, group["ns_steps"], triples))
     # M2 takes each gradient at once: at the end of a period it equals M2 with their sum added then.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,9 +33,8 @@ class MatrixOptimizer(Optimizer):
     are unscaled here, and a step with non-finite ones is skipped. Without a scaler a non-finite gradient spoils its own
     parameter only, as in torch. With FSDP2, states are distributed as their parameters are.
 
-    A subclass defines `new_state` and `update`, and may define `check_group`, which checks its settings, and
-    `optional_states`: states of a parameter's shape that start at zero when a setting of its group is above 0 for the
-    first time.
+    A subclass defines `new_state` and `update`. It may define `check_group`, which checks its settings, and
+    `needed_states` with `optional_prefix`, for states that only some settings need.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups.
@@ -50,8 +48,8 @@ class MatrixOptimizer(Optimizer):
     # torch.amp.GradScaler then leaves unscaling to `step`, and sets `grad_scale` and `found_inf` for it.
     _step_supports_amp_scaling = True
 
-    optional_states: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """By the name of a state, the setting that needs it."""
+    optional_prefix: ClassVar[str | None] = None
+    """How the names of all states begin that a parameter may lack; None: it may lack none."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
         unknown = set(adamw or {}) - set(ADAMW)
@@ -77,6 +75,10 @@ class MatrixOptimizer(Optimizer):
             group: the settings of their group.
             matrices: weights, gradients and states; `nestlearn.optim.matrices.take_step` applies the step.
         """
+
+    def needed_states(self, group: Mapping[str, Any]) -> Iterable[str]:
+        """Optional states that the group's settings need now, of a parameter's shape; they begin at zero."""
+        return ()
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for a setting of the rule that is out of range."""
@@ -163,8 +165,8 @@ class MatrixOptimizer(Optimizer):
             state = self.state[parameter]
             if not state:
                 state |= {"step": torch.tensor(0.0), **self.new_state(group, parameter)}
-            for name, setting in self.optional_states.items():
-                if group[setting] > 0 and name not in state:
+            for name in self.needed_states(group):
+                if name not in state:
                     state[name] = zeros(parameter)
         steps = [int(self.state[parameter]["step"]) for parameter in parameters]
         self._update_all(group, (self._matrices(group, members) for members in batches(parameters, steps)))
@@ -262,7 +264,7 @@ class MatrixOptimizer(Optimizer):
         shapes = {name: tuple(value.shape) for name, value in expected.items() if name != "step"}
         received = {name: tuple(value.shape) for name, value in saved.items() if name != "step"}
         # Settings may have changed since the last step: new states begin at the next one, unused ones stay.
-        optional = self._optional_shapes(parameter)
+        optional = self._optional_shapes(parameter, received)
         allowed = shapes | optional
         required = {name: shape for name, shape in shapes.items() if name not in optional}
         if not required.items() <= received.items() <= allowed.items():
@@ -271,9 +273,11 @@ class MatrixOptimizer(Optimizer):
                 f"{allowed}. Give the optimizer the same parameters in the same order as when it was saved."
             )
 
-    def _optional_shapes(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
-        """The shapes of states that a parameter may lack."""
-        return dict.fromkeys(self.optional_states, tuple(parameter.shape))
+    def _optional_shapes(self, parameter: Tensor, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of those of these states that a parameter may lack."""
+        prefix = self.optional_prefix
+        optional = () if prefix is None else [name for name in names if name.startswith(prefix)]
+        return dict.fromkeys(optional, tuple(parameter.shape))
 
 
 def is_matrix(group: Mapping[str, Any], parameter: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -147,7 +146,7 @@ class AssociativeMomentum(MatrixOptimizer):
         True
     """
 
-    optional_states = MappingProxyType({"momentum_buffer": "momentum"})
+    optional_prefix = "momentum_buffer"
 
     def __init__(
         self,
@@ -208,6 +207,9 @@ class AssociativeMomentum(MatrixOptimizer):
         if memory is not None and like is first_alike(group, like):
             state |= memory.new_state(like, stack_shape(like.shape, kernels)[2])
         return state
+
+    def needed_states(self, group: Mapping[str, Any]) -> Iterable[str]:
+        return ("momentum_buffer",) if group["momentum"] > 0 else ()
 
     def update(self, group: Mapping[str, Any], matrices: Matrices) -> None:
         self._take(group, matrices, momentum_of(group, matrices))

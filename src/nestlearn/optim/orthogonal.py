@@ -69,6 +69,12 @@ def orthogonalize(
     return results if matrices.undivided else matrices.own_parts(results)
 
 
+def average(momenta: list[Stack], gradients: list[Stack], beta: float, nesterov: bool) -> list[Stack]:
+    """``M ← β M + (1 - β) g`` in place. Returns M, or with Nesterov's step ``β M + (1 - β) g``; do not change it."""
+    torch._foreach_lerp_(momenta, gradients, 1 - beta)
+    return list(torch._foreach_lerp(gradients, momenta, beta)) if nesterov else momenta
+
+
 def lr_factor(adjust_lr: AdjustLr | None, shape: Sequence[int]) -> float:
     """The factor of the learning rate for an orthogonal update of this shape (as in `torch.optim.Muon`).
 

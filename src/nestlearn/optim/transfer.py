@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestlearn.optim.checks import share, whole_number
+from nestlearn.optim.checks import kept, share, whole_number
 from nestlearn.optim.matrices import wide
+from nestlearn.optim.matrix_optimizer import zeros
 from nestlearn.optim.wrapper import OptimizerWrapper
 
 
@@ -20,13 +22,21 @@ class NestedTransfer(OptimizerWrapper):
     then move by the part ρ toward them: θ₀ is an average over periods. (Reptile, and Lookahead for one task, are this
     rule.) θ₀ starts as the weights at the first step.
 
+    With a momentum μ the slow weights take Nesterov's step along the changes of all periods, as the outer optimizer of
+    DiLoCo does (arXiv 2311.08105). For one process, every ``period`` steps:
+
+        v ← μ v + (θ - θ₀)        θ₀ ← θ₀ + ρ (θ - θ₀ + μ v)        θ ← θ₀
+
+    State in bytes per parameter (float32): 4 for θ₀, and with μ > 0 4 for v.
+
     Args:
         base: any torch optimizer, this package's wrappers included.
-        rate: ρ, in (0, 1]; 1 changes nothing.
+        rate: ρ, in (0, 1]; without momentum 1 changes nothing.
         period: in steps.
+        momentum: μ, in [0, 1).
 
     Raises:
-        ValueError: a rate outside (0, 1], or a period that is no positive integer.
+        ValueError: a rate outside (0, 1], a momentum outside [0, 1), or a period that is no positive integer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -38,13 +48,15 @@ class NestedTransfer(OptimizerWrapper):
         tensor([1.])
     """
 
-    def __init__(self, base: Optimizer, *, rate: float = 0.5, period: int) -> None:
+    def __init__(self, base: Optimizer, *, rate: float = 0.5, period: int, momentum: float = 0.0) -> None:
         super().__init__(base)
         share("rate", rate, "the part of a period's change that is kept")
-        self.rate = rate
+        kept("momentum", momentum, "the part of the changes of earlier periods that is added again")
+        self.rate, self.momentum = rate, momentum
         self.period = whole_number("period", period, "steps between two transfers")
         self._steps = 0
         self._slow: dict[Tensor, Tensor] = {}
+        self._velocity: dict[Tensor, Tensor] = {}
 
     def update(self) -> None:
         for parameter in self.parameters():
@@ -56,20 +68,47 @@ class NestedTransfer(OptimizerWrapper):
         if self._steps % self.period == 0:
             for parameter in self.parameters():
                 slow = self._slow[parameter]
-                parameter.copy_(slow.lerp_(parameter.to(slow.dtype), self.rate))
+                parameter.copy_(slow.lerp_(self._target(parameter, slow), self.rate))
+
+    def _target(self, parameter: Tensor, slow: Tensor) -> Tensor:
+        """``θ + μ v``, toward which the slow weights move, after v has learned the period's change."""
+        learned = parameter.to(slow.dtype)
+        if self.momentum == 0:
+            return learned
+        if parameter not in self._velocity:
+            self._velocity[parameter] = torch.zeros_like(slow)
+        velocity = self._velocity[parameter]
+        velocity.mul_(self.momentum).add_(learned - slow)
+        return learned.add(velocity, alpha=self.momentum)
 
     def settings(self) -> dict[str, Any]:
-        """ρ and the period."""
-        return {"rate": self.rate, "period": self.period}
+        """ρ, the period and μ."""
+        return {"rate": self.rate, "period": self.period, "momentum": self.momentum}
 
     def own_state(self) -> dict[str, Any]:
-        """Steps taken and the slow weights θ₀ by the parameter's index; before the first step the weights."""
-        places = enumerate(self.parameters())
-        slow = {str(place): self._slow.get(p, p).detach().to(wide(p.dtype), copy=True) for place, p in places}
-        return {"steps": self._steps, "slow": slow}
+        """Steps taken; θ₀ (before the first step the weights) and with μ > 0 v, by the parameter's index."""
+        places = [(str(place), parameter) for place, parameter in enumerate(self.parameters())]
+        slow = {place: self._slow.get(p, p).detach().to(wide(p.dtype), copy=True) for place, p in places}
+        velocity = {place: self._velocity[p].clone() if p in self._velocity else zeros(p) for place, p in places}
+        return {"steps": self._steps, "slow": slow, "velocity": velocity if self.momentum > 0 else {}}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        parameters = self.parameters()
+        """Restores what `own_state` returned.
+
+        Raises:
+            ValueError: one of the two has a momentum, the other has none.
+        """
+        if bool(state["velocity"]) != (self.momentum > 0):
+            has = "a momentum" if state["velocity"] else "no momentum"
+            raise ValueError(
+                f"This state was saved with {has}, and momentum is {self.momentum}; make the NestedTransfer with the "
+                "momentum that it had."
+            )
         self._steps = state["steps"]
-        slow = ((parameters[int(i)], value) for i, value in state["slow"].items() if self._steps > 0)
-        self._slow = {p: value.to(p.device, wide(p.dtype), copy=True) for p, value in slow}
+        self._slow, self._velocity = self._read(state["slow"]), self._read(state["velocity"])
+
+    def _read(self, saved: dict[str, Tensor]) -> dict[Tensor, Tensor]:
+        """Tensors of a state by their parameters; none from before the first step."""
+        parameters = self.parameters() if self._steps > 0 else []
+        pairs = ((p, saved[str(place)]) for place, p in enumerate(parameters) if str(place) in saved)
+        return {p: value.to(p.device, wide(p.dtype), copy=True) for p, value in pairs}

@@ -44,7 +44,7 @@ class TrainConfig:
         corpus: what to read: python-docs, python-source, text:PATH, hf:NAME[:CONFIG].
         tokenizer: "byte", or "bpe:N" for a vocabulary of N learned from the corpus.
         optimizer: "adamw", or one of `nestlearn.optim` for the matrices of the model, with AdamW for the rest: "m3",
-            "muon", "dgd", "delta-momentum", "deep-momentum"; or a name given to `register_optimizer`.
+            "muon", "dgd", "dgd-inverse", "delta-momentum", "deep-momentum"; or a name given to `register_optimizer`.
         learning_rate: peak rate; None takes the preset's own, or the optimizer's if its steps have another size.
         warmup: steps of linear warm-up; None takes 5 % of ``steps``.
         schedule: "cosine" (to 0), "linear" (to 0) or "constant", after the warm-up.

@@ -60,11 +60,17 @@ _REGISTERED: dict[str, NamedOptimizer] = {
     "muon": NamedOptimizer(
         M3,
         fixed={"alpha": 0.0, "second_moment": False, "accumulate": "ema"},
-        unused=("slow_period", "eps"),
+        unused=("slow_period", "mix", "timescales", "slow_from", "damping", "eps"),
         own_rate=False,
     ),
     # With the printed erase=1 the step also pulls every answer to zero, and a network stops learning (decision 44).
-    "dgd": NamedOptimizer(DGD, defaults={"erase": 0.0}),
+    "dgd": NamedOptimizer(
+        DGD,
+        fixed={"precondition": "implicit"},
+        defaults={"erase": 0.0},
+        unused=("refresh", "momentum", "damping"),
+    ),
+    "dgd-inverse": NamedOptimizer(DGD, fixed={"precondition": "inverse"}, unused=("form", "erase"), own_rate=False),
     "delta-momentum": NamedOptimizer(DeltaMomentum),
     "deep-momentum": NamedOptimizer(DeepMomentum),
 }
