@@ -205,7 +205,7 @@ EXPERIMENTS = {
         "small-language",
         300,
         "held-out bits per token",
-        seeded(partial(language_model, depth=4, width=128)),
+        seeded(partial(language_model, depth=4, width=96)),
         language_losses,
         language_score,
     ),

@@ -120,7 +120,7 @@ class DGD(MatrixOptimizer):
         precondition: Precondition = "implicit",
         refresh: int = 64,
         momentum: float = 0.95,
-        damping: float = 0.1,
+        damping: float = 0.01,
         skip_rows_without_gradient: bool = False,
         weight_decay: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
