@@ -90,7 +90,8 @@ class NestedTransfer(OptimizerWrapper):
         places = [(str(place), parameter) for place, parameter in enumerate(self.parameters())]
         slow = {place: self._slow.get(p, p).detach().to(wide(p.dtype), copy=True) for place, p in places}
         velocity = {place: self._velocity[p].clone() if p in self._velocity else zeros(p) for place, p in places}
-        return {"steps": self._steps, "slow": slow, "velocity": velocity if self.momentum > 0 else {}}
+        # No empty entry: a distributed checkpoint would lose it.
+        return {"steps": self._steps, "slow": slow, **({"velocity": velocity} if self.momentum > 0 else {})}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restores what `own_state` returned.
@@ -98,14 +99,14 @@ class NestedTransfer(OptimizerWrapper):
         Raises:
             ValueError: one of the two has a momentum, the other has none.
         """
-        if bool(state["velocity"]) != (self.momentum > 0):
-            has = "a momentum" if state["velocity"] else "no momentum"
+        if ("velocity" in state) != (self.momentum > 0):
+            has = "a momentum" if "velocity" in state else "no momentum"
             raise ValueError(
                 f"This state was saved with {has}, and momentum is {self.momentum}; make the NestedTransfer with the "
                 "momentum that it had."
             )
         self._steps = state["steps"]
-        self._slow, self._velocity = self._read(state["slow"]), self._read(state["velocity"])
+        self._slow, self._velocity = self._read(state["slow"]), self._read(state.get("velocity", {}))
 
     def _read(self, saved: dict[str, Tensor]) -> dict[Tensor, Tensor]:
         """Tensors of a state by their parameters; none from before the first step."""
