@@ -81,7 +81,7 @@ MIRAS_AXES: dict[str, tuple[Any, ...]] = {
         ElasticNet(0.05, smooth=True),
         Bregman(),
     ),
-    "step_size": ("raw",),
+    "step_size": ("raw", "proximal"),
     "momentum": (False, True, "orthogonalized"),
     "retain_to": ("zero", "initial"),
     "chunk_size": (1, 4, 16, 37, 64, 192),
@@ -141,9 +141,11 @@ def label(part: Any) -> str:
 def legal(setting: dict[str, Any]) -> bool:
     """Whether a (possibly partial) setting can be part of a memory."""
     step, retention, arch = (setting.get(axis) for axis in ("step_size", "retention", "architecture"))
-    if step not in (None, "raw") and isinstance(retention, Decay):
+    if step in ("normalized", "mixed") and not isinstance(retention, Delta | None):
         return False
-    if setting.get("momentum") == "orthogonalized" and retention not in (None, Decay()):
+    if step == "proximal" and retention == Decay(per_channel=True):
+        return False
+    if setting.get("momentum") == "orthogonalized" and (retention not in (None, Decay()) or step == "proximal"):
         return False
     return not (step == "mixed" and isinstance(arch, Matrix))
 

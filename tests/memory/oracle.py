@@ -67,9 +67,12 @@ def step(rule: Rule, row: Row, initial: Weights, k: Tensor, v: Tensor, lr: Tenso
     """One write (the anchor and the clock are the caller's)."""
     prediction, inputs = forward(rule, row.anchor, k)
     names = list(row.anchor)
-    gradients = torch.autograd.grad(
-        objective(rule, prediction, v), [row.anchor[n] for n in names], create_graph=True, materialize_grads=True
-    )
+    if rule.retention == "decay" and "proximal" in rule.step.values():
+        gradients = model_gradients(rule, row, initial, k, v, retain, beta, inputs)
+    else:
+        gradients = torch.autograd.grad(
+            objective(rule, prediction, v), [row.anchor[n] for n in names], create_graph=True, materialize_grads=True
+        )
     weights, momentum = {}, {}
     for name, gradient in zip(names, gradients, strict=True):
         x, w = inputs[name], row.weights[name]
@@ -88,6 +91,38 @@ def step(rule: Rule, row: Row, initial: Weights, k: Tensor, v: Tensor, lr: Tenso
             keep = retain * (eye - eta * torch.outer(x, x))
         weights[name] = goal + (w - goal) @ keep + written
     return Row(weights, row.anchor, momentum, row.position)
+
+
+def model_gradients(
+    rule: Rule, row: Row, initial: Weights, k: Tensor, v: Tensor, retain: Tensor, beta, inputs: Weights
+) -> list[Tensor]:
+    """Gradients of the quadratic models of the maps, whose errors are backpropagated to their outputs."""
+    outputs: Weights = {}
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        # A leaf of its own: the error of the map's output, not of what made it.
+        outputs[name] = row.anchor[name] @ x + torch.zeros(len(row.anchor[name]), dtype=x.dtype, requires_grad=True)
+        return outputs[name]
+
+    if not rule.deep:
+        read = linear("W", k)
+    else:
+        read = k + linear("out", {"gelu": F.gelu, "silu": F.silu}[rule.activation](linear("in", k)))
+    errors = torch.autograd.grad(
+        objective(rule, read, v), [read, *(outputs[n] for n in row.anchor)], create_graph=True, materialize_grads=True
+    )
+    parts = 2 if rule.deep and rule.objective == "l2" else 1
+    whole, gradients = errors[0] / parts, []
+    for name, error in zip(row.anchor, errors[1:], strict=True):
+        error = error / parts
+        along = torch.dot(error, error) / (torch.dot(whole, whole) + 1e-6)
+        goal = initial[name] if rule.to_initial else torch.zeros_like(row.weights[name])
+        place = goal + retain * (row.weights[name] - goal)
+        if rule.momentum:
+            place = place + 2 * beta * row.momentum[name]
+        moved = (place - row.anchor[name]) @ inputs[name]
+        gradients.append(torch.outer(error / torch.clamp(along, min=1) + moved, inputs[name]))
+    return gradients
 
 
 def fresh(initial: Weights) -> Row:

@@ -54,7 +54,7 @@ from nestlearn.nn.cms.network import Network
             lambda: AssociativeMemory(retention=Decay(True), algorithm=OrthogonalizedMomentum()),
             r"needs retention=Decay",
         ),
-        (lambda: AssociativeMemory(retention=KL(), step_size="proximal"), "needs retention=Delta"),
+        (lambda: AssociativeMemory(retention=KL(), step_size="normalized"), "needs retention=Delta"),
         (lambda: AssociativeMemory(Network(12, "swiglu"), retention=Decay(True)).init_state((), 4, 4), "map 'gate'"),
     ],
 )

@@ -103,7 +103,7 @@ class Memory:
             activation="gelu",
             objective="l2",
             retention="decay",
-            step={"in": "raw", "out": "raw"},
+            step={"in": "proximal", "out": "proximal"},
             momentum=True,
             to_initial=False,
             chunk_size=memory.chunk_size,
@@ -261,7 +261,7 @@ def test_flops_count_weights_attention_and_memory(kind: str) -> None:
         ("mag", {"persistent_tokens": -1}, "persistent_tokens"),
         ("mag", {"window": 0}, "window"),
         ("mal", {"memory": "deltanets"}, "Did you mean 'deltanet'"),
-        ("mac", {"memory": "titans", "max_step": 1.5}, "at most 1"),
+        ("mac", {"memory": "deltanet", "max_step": 2.5}, "at most 2"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from .algorithms import Algorithm, Descent, OrthogonalizedMomentum
 from .architectures import Architecture, Matrix
 from .objectives import DotProduct, Objective
-from .retention import Decay, Delta, Retention, is_per_channel
+from .retention import Decay, Delta, Retention, SteepRetention, is_per_channel
 from .types import State, Weights
 
 StepSize = Literal["raw", "proximal", "normalized"]
@@ -35,10 +35,11 @@ class AssociativeMemory:
         retention: how weights are kept: `Decay(per_channel=False)`, `Delta(gated=False)`, a mirror map (`Lq`, `LqDual`,
             `KL`, `ElasticNet`, `Bregman`) or any `Retention`.
         algorithm: `Descent()`, `Momentum()`, `OrthogonalizedMomentum()` or any `Algorithm`.
-        step_size: how the gate ``eta`` becomes the step ``eta'`` of a map with input x (one for all maps, or a mapping
-            from map name; only with delta retention, which needs the bound):
+        step_size: how the gate ``eta`` becomes the step ``eta'`` of a map with input x:
             ``raw`` ``eta``; ``proximal`` ``eta / (1 + eta ||x||^2)`` (the exact DGD step, NL Eq. 57);
             ``normalized`` ``min(eta, 1 + alpha) / (||x||^2 + 1e-6)`` (eigenvalues down to -1: state tracking).
+            Delta retention takes any, also a mapping from map name. Other retentions take ``raw``, or ``proximal``
+            for all maps: then errors follow the weights within a chunk (`nestlearn.memory.proximal`).
         retain_to: what retention pulls toward, ``zero`` or the ``initial`` weights.
         chunk_size: tokens between two refreshes of the anchor at which errors are taken. Part of the function, not
             only of its speed.
@@ -110,13 +111,36 @@ class AssociativeMemory:
             # A tuple keeps the dataclass hashable.
             object.__setattr__(self, "step_size", tuple((name, per_map[name]) for name in names))
         for name in names:
-            kind = self.step_size_of(name)
-            _require("step_size", kind, get_args(StepSize))
-            if kind != "raw" and not isinstance(self.retention, Delta):
-                raise ValueError(
-                    f"step_size={kind!r} is the step of a delta rule and needs retention=Delta(); "
-                    f"got {self.retention!r}. Use step_size='raw', or Delta()."
-                )
+            _require("step_size", self.step_size_of(name), get_args(StepSize))
+        if not isinstance(self.retention, Delta):
+            self._check_step()
+
+    def _check_step(self) -> None:
+        """Raise for step sizes that only delta retention has, or that need more than this retention states."""
+        kinds = {self.step_size_of(name) for name in self.architecture.shapes(1, 1)}
+        if kinds == {"raw"}:
+            return
+        if kinds != {"proximal"}:
+            raise ValueError(
+                f"step_size={self.step_size!r} needs retention=Delta(); got {self.retention!r}. "
+                "Use step_size='raw', 'proximal' for all maps, or Delta()."
+            )
+        if is_per_channel(self.retention) or not isinstance(self.retention, SteepRetention):
+            raise ValueError(
+                "step_size='proximal' needs Delta(), Decay() with one gate a token, or a retention that states its "
+                f"steepness(start); got {self.retention!r}. Use step_size='raw'."
+            )
+        if self.algorithm.writes_at_close:
+            raise ValueError(
+                f"{self.algorithm!r} writes when a chunk ends, so that no error can follow its writes within the "
+                "chunk. Use step_size='raw', or Momentum()."
+            )
+
+    @property
+    def follows_weights(self) -> bool:
+        """Whether errors follow the weights within a chunk: proximal steps without delta retention."""
+        name = self.architecture.query_map
+        return not isinstance(self.retention, Delta) and self.step_size_of(name) == "proximal"
 
     @property
     def has_momentum(self) -> bool:

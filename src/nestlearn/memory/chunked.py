@@ -20,10 +20,12 @@ from .clock import Clock, Rows, Span, choose, known_empty, span_length
 from .kernels.delta_span import delta_span
 from .kernels.products import limit_gradient, product, unit_norm
 from .objectives import with_threshold
+from .proximal import model_factors
 from .retention import Delta, Retention, is_linear, is_per_channel
 from .spans import Opened, Running, Update, has_closed_form, longest_span, open_span
+from .spans.ahead import prepare
 from .spans.base import Prepared
-from .spans.delta import prepare, step_size
+from .spans.delta import step_size
 from .types import Factor, Gates, State, Tokens, Weights
 
 PREPARED_TOKENS = 1024
@@ -61,7 +63,10 @@ def find_factors(
 ) -> dict[str, Factor]:
     """Input and error of every map at the anchor."""
     target = unit_norm(memory.architecture(linear, v)) if memory.values == "own" else v
-    return memory.architecture.factors(linear, adjoint, k, target, with_threshold(memory.objective, threshold))
+    objective = with_threshold(memory.objective, threshold)
+    if memory.follows_weights:
+        return model_factors(memory.architecture, linear, adjoint, k, target, objective)
+    return memory.architecture.factors(linear, adjoint, k, target, objective)
 
 
 def reset_nonfinite(state: State, initial: Weights, reset: Tensor | None) -> tuple[State, Tensor | None]:

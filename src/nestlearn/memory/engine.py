@@ -225,7 +225,8 @@ def surprise(
     """The local surprise signal of every map: its input and the error ``d loss / d (W x)`` at weights ``params``.
 
     ``params[name]: [*b, out, in]`` (accumulators, where the retention is a mirror map); the gradient of a map for
-    token t is ``error_t input_t^T`` (NL Eq. 29-31). ``threshold`` as in `Gates`, for objectives that need it.
+    token t is ``error_t input_t^T`` (NL Eq. 29-31). ``threshold`` as in `Gates`, for objectives that need it. Proximal
+    steps without delta retention divide errors by the curvature of their model (`nestlearn.memory.proximal`).
 
     Example:
         >>> import torch
@@ -328,12 +329,16 @@ def explain(memory: AssociativeMemory) -> Explanation:
     reasons = [
         "errors have a closed form, taken at the weights at the start of each chunk",
         f"{chunk} tokens a chunk: the recurrence inside runs as matrix products"
-        + (" and one triangular solve per map" if isinstance(memory.retention, Delta) else ""),
+        + (
+            " and one triangular solve per map" if memory.follows_weights or isinstance(memory.retention, Delta) else ""
+        ),
     ]
     span = longest_span(memory, chunk, memory.read)
     if span < chunk:
         reasons.append(f"a chunk is computed in {-(-chunk // span)} spans of {span} tokens that share its anchor")
     reasons.extend(explain_span(memory))
+    if memory.follows_weights:
+        reasons.append("proximal steps: errors follow the weights within a chunk, by one more product per map")
     if chunked.changes_at_close(memory.retention):
         reasons.append(f"{type(memory.retention).__name__} changes the accumulators when a chunk ends")
     if isinstance(memory.algorithm, Momentum):

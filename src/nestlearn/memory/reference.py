@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algorithms import GRADIENT_LIMIT, Algorithm, OrthogonalizedMomentum
+from .algorithms import GRADIENT_LIMIT, Algorithm, Momentum, OrthogonalizedMomentum
 from .associative import AssociativeMemory
-from .objectives import with_threshold
+from .objectives import DotProduct, Objective, with_threshold
+from .proximal import slope_at
 from .retention import Delta
 from .types import Gates, State, Tokens, Weights
 
@@ -30,6 +31,52 @@ def map_inputs(memory: AssociativeMemory, weights: Weights, k: Tensor) -> Weight
 
     memory.architecture(tapped, k)
     return inputs
+
+
+def model_gradients(
+    memory: AssociativeMemory,
+    anchor: Weights,
+    state: State,
+    initial: Weights,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    objective: Objective,
+    inputs: Weights,
+) -> Weights:
+    """Gradients of the quadratic model of the loss (docs/decisions.md, "proximal steps without a delta rule")."""
+
+    def shifted(shift: Weights) -> Tensor:
+        def moved(name: str, u: Tensor) -> Tensor:
+            return (anchor[name] @ u.unsqueeze(-1)).squeeze(-1) + shift[name]
+
+        return memory.architecture(moved, k)
+
+    still = {name: torch.zeros_like(w[..., 0]) for name, w in anchor.items()}
+    read = shifted(still)
+    output = torch.func.grad(lambda y: objective.loss(y, v).sum())(read)
+    errors = torch.func.grad(lambda shift: objective.loss(shifted(shift), v).sum())(still)
+    common = torch.ones_like(output[..., :1])
+    if not isinstance(objective, DotProduct):
+        common = common * len(anchor)
+        along = (output * (read - v)).sum(-1, keepdim=True)
+        steeper = output.square().sum(-1, keepdim=True) / (torch.where(along > 0, along, 0) + 1e-6)
+        common = common * torch.where(steeper > 1, steeper, 1)
+    size = (output / common).square().sum(-1, keepdim=True)
+    gradients = {}
+    for name, error in errors.items():
+        error = error / common
+        along = error.square().sum(-1, keepdim=True) / (size + 1e-6)
+        slope = slope_at(memory.retention, state.anchor[name])
+        slope = slope.squeeze(-1) if isinstance(slope, Tensor) else slope
+        target = initial[name] if memory.retain_to == "initial" else 0
+        place = target + gates.retain[..., None, None] * (state.params[name] - target)
+        if gates.momentum is not None and state.momentum and isinstance(memory.algorithm, Momentum):
+            place = place + 2 * gates.momentum[..., None, None] * state.momentum[name]
+        moved = ((place - state.anchor[name]) @ inputs[name].unsqueeze(-1)).squeeze(-1)
+        error = error / (torch.where(along > 1, along, 1) * slope) + moved
+        gradients[name] = error.unsqueeze(-1) * inputs[name].unsqueeze(-2)
+    return gradients
 
 
 def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
@@ -83,8 +130,11 @@ def token_step(
         v = v / (v.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     objective, algorithm = with_threshold(memory.objective, gates.threshold), memory.algorithm
     inputs = map_inputs(memory, anchor, k)
-    # d loss(M(k), v) / d W of every map and row, by autograd; differentiable again.
-    gradients = torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(anchor)
+    if memory.follows_weights:
+        gradients = model_gradients(memory, anchor, state, initial, k, v, gates, objective, inputs)
+    else:
+        # d loss(M(k), v) / d W of every map and row, by autograd; differentiable again.
+        gradients = torch.func.grad(lambda w: objective.loss(read_weights(memory, w, k), v).sum())(anchor)
     lr, retain, beta, _ = gates
     beta = None if beta is None else beta[..., None, None]
     pending = state.pending

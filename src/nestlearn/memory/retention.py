@@ -239,6 +239,10 @@ class KL(Retention):
     def steepness(self, start: Tensor) -> float:
         return max(1.0, self.c / 2)
 
+    def slope(self, accumulator: Float[Tensor, "*b out in"]) -> Float[Tensor, "*b 1 1"]:
+        """The largest slope of the weights at this accumulator is below their largest entry."""
+        return self.weights(accumulator, accumulator).amax((-2, -1), keepdim=True)
+
 
 @dataclass(frozen=True)
 class ElasticNet(Retention):

@@ -2,25 +2,36 @@
 
 A memory is a recurrence whose matrix depends on its gates, and gates depend on data. A layer whose gates could make
 that recurrence expand at one token will meet a sequence where it does so at every token. So layers emit only gates
-for which no sequence of tokens expands; ``sigma`` below is a sigmoid of the input, ``C`` the chunk size, ``b`` the
+for which no sequence of tokens expands. Below, ``sigma`` is a sigmoid of the input, ``C`` the chunk size, ``b`` the
 largest momentum (0 without momentum), and keys have norm at most 1.
 
 ==============================  ==========================================================  ====================
-objective and retention         emitted step size                                           largest ``max_step``
+memory as the layer runs it     emitted step size                                           largest ``max_step``
 ==============================  ==========================================================  ====================
-dot product, delta              ``max_step sigma``                                          2; proximal: any
+proximal steps                  ``max_step sigma``                                          any
+dot product, delta              ``max_step sigma``                                          2
 dot product, decay, matrix      ``max_step sigma``                                          any
 dot product, decay, MLP         ``max_step sigma (1 - retain) (1 - b)^2 / 2``               1
 any other, matrix               ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / s``        1
 any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / 2gs``      1
 ==============================  ==========================================================  ====================
 
+- *Proximal steps* are what a layer gives to every memory of the package that feeds errors back (`with_safe_steps`): L2,
+  Lp, Huber and their like, and every MLP, under `Decay` or a mirror map. Within a chunk errors follow the weights, so
+  that no chunk corrects an error twice, whatever the step size (`nestlearn.memory.proximal`). The momentum is at most
+  ``retain / 2``. For L2 on a matrix that is a proof: no sequence of keys and gates expands. For an MLP each map has it,
+  and both together were tested (docs/decisions.md). An MLP also gets a limit on the outer gradient
+  (``gradient_limit``), since initial weights that training has enlarged can make it chaotic.
 - *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
   the map they change, so writes add up at most linearly. Three forms on an MLP are refused: raw steps, since its hidden
   activations have no bounded norm; momentum, which pushes on after the target is reached, each map through the other
   (gradients overflow within 1,024 tokens of chunks of 8); and normalized steps with retention to zero, which divide by
   activations that vanish.
 - *Dot product with decay on a matrix* has no feedback at all: a sum of bounded writes.
+
+The last three rows hold for raw steps with feedback. They bind objects from outside the package, `Decay` per channel
+and `OrthogonalizedMomentum`, which have no proximal steps in a layer. A write is then small: about ``1 / C``.
+
 - *Dot product with decay on an MLP*: each map's error grows with the other map. With ``r`` the larger of the two
   norms, and ``|act'| <= 1.13``, a chunk gives ``r <- A r + 1.13 r sum_s A_s eta_s``, where A are products of retain.
   As ``sum_s A_s (1 - retain_s) = 1 - A``, a step below ``(1 - retain) / 1.13`` cannot make ``r`` grow.
@@ -31,22 +42,38 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
   ball, ``eta <= (1 - b)^2 / 4``. In an MLP the hidden activations and the second map multiply the curvature: the half
   was found by experiment for initial weights at their random start (docs/decisions.md), and ``g >= 1`` is how far
   training has let the initial weights outgrow that start (`outgrown`). Where an error or a mirror map is steeper than
-  that of L2 and decay, the step is divided by how much (s, `curvature`): ``p (p - 1) 2^(p-2)`` for `Lp` with p of at
-  least 2, the root of the width for Yaad's switch, the slope at 0 for `LqDual` (its eps sets it: with the default the
-  step is 10,000 times smaller; take 1e-3 to learn), the scale of the initial weights over their accumulators for `Lq`.
-- *Objects from outside the package* take the last two rows, whatever their objective. Each axis states its own
-  ``steepness``, and s is their product; a layer refuses an object that does not state it.
+  that of L2 and decay, the step is divided by how much (s, `curvature`). Each axis states its own ``steepness``, and s
+  is their product; a layer refuses an object that does not state it.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nestlearn.memory import L2, MLP, AssociativeMemory, Delta, DotProduct, Matrix
+from nestlearn.memory import (
+    KL,
+    L2,
+    MLP,
+    AssociativeMemory,
+    Bregman,
+    Decay,
+    Delta,
+    Descent,
+    DotProduct,
+    ElasticNet,
+    Huber,
+    Lp,
+    Lq,
+    LqDual,
+    Matrix,
+    Momentum,
+    ValueShiftRobust,
+)
 from nestlearn.memory.algorithms import SteepAlgorithm
 from nestlearn.memory.architectures import SteepArchitecture
 from nestlearn.memory.objectives import SteepObjective
@@ -55,6 +82,12 @@ from nestlearn.memory.spans import has_closed_form
 from nestlearn.memory.types import Weights
 
 MAX_MOMENTUM = 0.9
+MAX_FOLLOWED_MOMENTUM = 0.5
+"""Times retain, the largest momentum of proximal steps: momentum at most doubles a write."""
+DEFAULT_PROXIMAL_STEP = 4.0
+"""The largest step of proximal memories: one write moves the read of a unit key by up to 4/5 of the model's step."""
+GRADIENT_LIMIT = 1e6
+"""Largest norm of the outer gradient that passes through the weights of an MLP from span to span."""
 MAX_THRESHOLD = 2.0
 """Twice the norm of the values, which are normalized where an objective has a threshold."""
 
@@ -133,8 +166,39 @@ def _require_steepness(memory: AssociativeMemory) -> None:
         raise ValueError(f"{objective!r} states a steepness of {steep!r}; it must be positive and finite.")
 
 
+def with_safe_steps(memory: AssociativeMemory) -> AssociativeMemory:
+    """The memory as a layer runs it: with proximal steps where raw ones would feed errors back.
+
+    Raw steps are kept where there is no feedback (a matrix with the dot-product objective), where the steps are those
+    of a delta rule, and for what has no proximal step here: objects from outside the package, `Decay` per channel and
+    `OrthogonalizedMomentum`.
+    """
+    known = (
+        type(memory.architecture) in (Matrix, MLP)
+        and type(memory.objective) in (DotProduct, L2, Lp, Huber, ValueShiftRobust)
+        and (memory.retention == Decay() or type(memory.retention) in (Lq, LqDual, KL, ElasticNet, Bregman))
+        and type(memory.algorithm) in (Descent, Momentum)
+    )
+    free = isinstance(memory.objective, DotProduct) and not is_deep(memory)
+    if not known or free:
+        return memory
+    limit = GRADIENT_LIMIT if memory.gradient_limit is None and is_deep(memory) else memory.gradient_limit
+    return replace(memory, step_size="proximal", gradient_limit=limit)
+
+
+def bounded_momentum(
+    memory: AssociativeMemory,
+    sigma: Float[Tensor, "b h t"],
+    retain: Float[Tensor, "b h t"] | Float[Tensor, "b h t d"],
+) -> Float[Tensor, "b h t"]:
+    """The momentum that a layer emits for ``sigma`` in [0, 1]; see the module documentation."""
+    return sigma * retain * MAX_FOLLOWED_MOMENTUM if memory.follows_weights else sigma * MAX_MOMENTUM
+
+
 def largest_step(memory: AssociativeMemory) -> float:
     """The largest ``max_step`` that is stable for this memory; see the module documentation."""
+    if memory.follows_weights:
+        return math.inf
     if not (isinstance(memory.objective, DotProduct) and is_known(memory)):
         return 1.0
     if isinstance(memory.retention, Delta):
@@ -144,7 +208,7 @@ def largest_step(memory: AssociativeMemory) -> float:
 
 
 def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
-    """``max_step`` if it is stable for this memory; None means 1, which always is.
+    """``max_step`` if it is stable for this memory; None means 4 for proximal steps and else 1, which always are.
 
     Raises:
         ValueError: the value is not stable for this memory, or none is.
@@ -154,7 +218,8 @@ def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
     if is_deep(memory) and isinstance(memory.retention, Delta):
         _refuse_unstable(memory)
     if max_step is None:
-        return 1.0
+        kinds = {memory.step_size_of(name) for name in memory.architecture.shapes(1, 1)}
+        return DEFAULT_PROXIMAL_STEP if kinds == {"proximal"} else 1.0
     if not 0 < max_step <= largest:
         raise ValueError(
             f"max_step={max_step!r} must be above 0 and at most {largest:g} for this memory; a larger step lets some "
@@ -220,6 +285,8 @@ def bounded_step(
 
     ``initial: {map: [h, out, in]}`` are the weights that each head starts from.
     """
+    if memory.follows_weights:
+        return sigma * max_step
     damping = 1 - (MAX_MOMENTUM if memory.has_momentum else 0.0)
     if is_per_channel(memory.retention):
         retain = retain.amax(-1)

@@ -11,7 +11,8 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
     """Forward FLOPs per token of `nestlearn.memory.scan` for one row, a multiply-add counting 2.
 
     Counted as the chunked engine computes: matrix products over whole spans (both triangles), one triangular solve
-    per map under delta retention. Pointwise work is left out. ``writes=False`` counts reads at fixed weights only.
+    per map under delta retention and for proximal steps. Pointwise work is left out. ``writes=False`` counts reads at
+    fixed weights only.
     """
     shapes = memory.architecture.shapes(d_key, d_value)
     dense = {name: 2 * out * width for name, (out, width) in shapes.items()}
@@ -19,7 +20,8 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
         return sum(dense.values())
     span = longest_span(memory, context_length, memory.read)
     dense_reads = memory.read == "token" and not (is_linear(memory.retention) or isinstance(memory.retention, Lq))
-    delta, momentum = isinstance(memory.retention, Delta), memory.has_momentum
+    follows, momentum = memory.follows_weights, memory.has_momentum
+    delta = isinstance(memory.retention, Delta) or follows
     total = 0
     last = list(shapes)[-1]
     for name, (out, width) in shapes.items():
@@ -37,8 +39,11 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
             total += (1 + span) * dense[name]
         if delta:
             total += dense[name] + 2 * span * width + span * out
+        if follows:
+            total += dense[name]  # What the anchor reads.
         if momentum:
-            total += 2 * dense[name] + 2 * span * out * (2 if delta else 1) + 2 * span * span
+            twice = delta and not follows
+            total += 2 * dense[name] + 2 * span * out * (2 if twice else 1) + 2 * span * span
     return total
 
 

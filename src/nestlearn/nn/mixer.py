@@ -17,7 +17,16 @@ from nestlearn.memory.objectives import needs_threshold
 from nestlearn.memory.retention import is_per_channel
 from nestlearn.memory.types import Weights
 
-from .bounds import MAX_MOMENTUM, MAX_THRESHOLD, bounded_step, bounds_values, check_step, is_deep, is_known
+from .bounds import (
+    MAX_THRESHOLD,
+    bounded_momentum,
+    bounded_step,
+    bounds_values,
+    check_step,
+    is_deep,
+    is_known,
+    with_safe_steps,
+)
 from .common import (
     GateProjection,
     InitialWeights,
@@ -75,7 +84,8 @@ class FastMemoryConfig(MixerConfig):
             name: ``catalog["mine"] = memory``).
         expansion: replaces the hidden width of an MLP memory over its head width.
         chunk_size: replaces the memory's own chunk size: errors are taken at the chunk's first weights.
-        max_step: scale of the step size; at most 1, for delta retention 2, for proximal steps any. None is 1.
+        max_step: scale of the step size: any for proximal steps, which most memories take in a layer
+            (`nestlearn.nn.bounds`), at most 2 for other delta rules, else 1. None is 4 for proximal steps, else 1.
         gates: which gates are learned. By default as in the paper of a catalog name, else all.
         conv_size: width of the depthwise causal convolution on q, k and v; 0 for none.
         norm_eps: epsilon of the norms.
@@ -100,7 +110,7 @@ class FastMemoryConfig(MixerConfig):
         check_step(memory, self.max_step)
 
     def resolved(self) -> tuple[AssociativeMemory, GateRule]:
-        """The memory at the configured sizes, and its gates."""
+        """The memory at the configured sizes and with steps that are safe in a layer, and its gates."""
         memory, rule = self.memory, GateRule()
         if isinstance(memory, str):
             if memory not in catalog:
@@ -110,6 +120,7 @@ class FastMemoryConfig(MixerConfig):
             memory = replace(memory, architecture=replace(memory.architecture, expansion=self.expansion))
         if self.chunk_size is not None:
             memory = replace(memory, chunk_size=self.chunk_size)
+        memory = with_safe_steps(memory)
         rule = rule if self.gates is None else self.gates
         _check_rule(memory, rule)
         return memory, rule
@@ -168,9 +179,9 @@ class MemoryMixer(Mixer):
     normalized for an MLP memory because its maps multiply each other: unbounded targets overflow within one sequence;
     also where objective or retention is not linear, which a scale of the values would change.
 
-    **Bounds** (no gate the layer can emit makes the recurrence expand): retain in [0, 1], momentum in [0, 0.9],
-    thresholds in [0, 2], and a step size bounded jointly with them, by a rule that depends on the memory: see
-    `nestlearn.nn.bounds`.
+    **Bounds** (no gate the layer can emit makes the recurrence expand): retain in [0, 1], thresholds in [0, 2], a step
+    size and a momentum bounded jointly with them. A memory of the package that feeds errors back takes proximal steps
+    (``layer.memory`` is the memory as it runs), others a small enough step: see `nestlearn.nn.bounds`.
 
     Args:
         d_model: width of input and output.
@@ -277,7 +288,9 @@ class MemoryMixer(Mixer):
         lr = ones
         if self.rule.lr == "learned":
             lr = bounded_step(self.memory, self.max_step, torch.sigmoid(logits["lr"]), retain, initial)
-        momentum = MAX_MOMENTUM * torch.sigmoid(logits["momentum"]) if "momentum" in logits else None
+        momentum = None
+        if "momentum" in logits:
+            momentum = bounded_momentum(self.memory, torch.sigmoid(logits["momentum"]), retain)
         threshold = MAX_THRESHOLD * torch.sigmoid(logits["threshold"]) if "threshold" in logits else None
         return Gates(lr if writes else torch.zeros_like(lr), retain, momentum, threshold)
 
@@ -316,7 +329,7 @@ def _check_rule(memory: AssociativeMemory, rule: GateRule) -> None:
 def _tied(memory: AssociativeMemory) -> bool:
     """Whether only decay bounds the memory, so that its step must stay below it; see `nestlearn.nn.bounds`."""
     tied = is_deep(memory) and isinstance(memory.objective, DotProduct) and not isinstance(memory.retention, Delta)
-    return tied and is_known(memory)
+    return tied and is_known(memory) and not memory.follows_weights
 
 
 def _gate_biases(memory: AssociativeMemory, rule: GateRule, heads: int, width: int) -> dict[str, tuple[float, ...]]:

@@ -12,6 +12,7 @@ from .delta import open_delta
 from .dense import open_dense
 from .mirror import open_mirror
 from .orthogonal import open_orthogonal
+from .proximal import open_proximal
 
 LONGEST_DENSE_SPAN = 16
 """Tokens of a span whose weights are computed one by one, or whose kernels have a channel dimension."""
@@ -48,8 +49,8 @@ def open_span(memory: AssociativeMemory, run: Running, update: Update) -> Opened
     if isinstance(retention, Decay):
         if retention.per_channel:
             return open_channels(memory.architecture.query_map, run, update)
-        return open_decay(run, update)
-    return open_mirror(retention, run, update)
+        return open_proximal(memory, run, update) if memory.follows_weights else open_decay(run, update)
+    return open_mirror(memory, run, update)
 
 
 def explain_span(memory: AssociativeMemory) -> list[str]:

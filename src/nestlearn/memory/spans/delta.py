@@ -7,8 +7,6 @@ With the kernels of `base` and sh() a shift down by one row (a token erases from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +21,6 @@ from .base import (
     Erasure,
     Kernels,
     Opened,
-    Prepared,
     Running,
     Update,
     Writes,
@@ -89,31 +86,6 @@ def erase(kernels: Kernels, x: Tensor, kind: str, lr: Tensor, retain: Tensor) ->
     assert kernels.decay_before is not None
     eta = step_size(kind, lr, retain, x)
     return Erasure(solved_erasure(x, kernels.decay_before, eta), -eta)
-
-
-def prepare(memory: AssociativeMemory, keys: Sequence[Tensor], gates: Sequence[Gates]) -> list[Prepared]:
-    """Kernels and erasures of several spans without masks or resets, computed together where lengths agree.
-
-    ``keys[i]: [b, c, d]``, ``gates[i]``: each ``[b, c]``. One large operation costs less than many small ones.
-    """
-    if len({k.shape[1] for k in keys}) > 1:
-        return prepare(memory, keys[:-1], gates[:-1]) + prepare(memory, keys[-1:], gates[-1:])
-    together = Gates(*(None if g[0] is None else torch.stack(g, 1) for g in zip(*gates, strict=True)))  # type: ignore[arg-type]
-    retention, erasures = memory.retention, {}
-    if isinstance(retention, Delta):
-        kernels, name = delta_kernels(retention, together, None, None), memory.architecture.query_map
-        kind = memory.step_size_of(name)
-        erasures[name] = erase(kernels, torch.stack(list(keys), 1), kind, together.lr, together.retain)
-    else:
-        kernels = make_kernels(together.retain, together.momentum, None, None)
-    # One unbind a tensor: the gradient of a slice would be a full-size tensor of zeros.
-    per_span = [Kernels(*x) for x in zip(*(_spans(x, len(keys)) for x in kernels), strict=True)]
-    solved = {n: [Erasure(*x) for x in zip(*(y.unbind(1) for y in e), strict=True)] for n, e in erasures.items()}
-    return [Prepared(here, {n: e[i] for n, e in solved.items()}) for i, here in enumerate(per_span)]
-
-
-def _spans(x: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if x is None else x.unbind(1)
 
 
 def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: Entering) -> Writes:

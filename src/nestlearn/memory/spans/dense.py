@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..algorithms import Momentum
 from ..associative import AssociativeMemory
+from ..proximal import LOOK_AHEAD, slope_at
 from ..retention import is_per_channel
 from ..types import Weights
 from .base import Opened, Running, Update
@@ -67,9 +69,21 @@ def _step(memory: AssociativeMemory, run: Running, update: Update, t: int) -> Ru
             w = torch.where(fresh, 0 if run.base is not None else run.initial[name], w)
             carried = tuple(torch.where(fresh, 0, s) for s in carried)
         eta = step_size(memory.step_size_of(name), gates.lr[:, t], gates.retain[:, t], x)[:, None, None]
+        keep = gate_of_map(memory, name, gates.retain[:, t])
+        if memory.follows_weights:
+            anchor = run.anchor[name]
+            if update.reset is not None:
+                anchor = torch.where(update.reset[:, : t + 1].any(-1)[:, None, None], run.initial[name], anchor)
+            place = memory.retention.keep(w, keep, eta, x)
+            if isinstance(algorithm, Momentum) and beta is not None:
+                place = place + LOOK_AHEAD * beta * carried[0]
+            moved = place - (anchor if run.base is None else anchor - run.base[name])
+            slope = slope_at(memory.retention, anchor)
+            slope = slope.squeeze(-1) if isinstance(slope, Tensor) else slope
+            error = error / slope + (moved @ x.unsqueeze(-1)).squeeze(-1)
         gradient = error.unsqueeze(-1) * x.unsqueeze(-2)
         change, carried = algorithm.step(carried, gradient, eta, beta)
-        w = memory.retention.keep(w, gate_of_map(memory, name, gates.retain[:, t]), eta, x) + change
+        w = memory.retention.keep(w, keep, eta, x) + change
         if algorithm.writes_at_close and update.closing is not None and pending is not None:
             closes = update.closing[:, t, None, None]
             w = w + torch.where(closes, algorithm.close(carried, pending[:, None, None]), 0)

@@ -11,17 +11,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..associative import AssociativeMemory
 from ..retention import Lq, Retention
 from .base import Entering, Kernels, Opened, Running, Update, Writes, decay_kernels, open_span, read_map, write_kept
+from .proximal import following
 
 DENSE_ENTRIES = 2**21
 """Entries of weights that are held for one block of tokens."""
 
 
-def open_mirror(retention: Retention, run: Running, update: Update) -> Opened:
+def open_mirror(memory: AssociativeMemory, run: Running, update: Update) -> Opened:
     """A span whose accumulators follow scalar kernels."""
-    kernels = decay_kernels(run, update)
-    writes = {name: write_kept(kernels, *factor, update.gates.lr) for name, factor in update.factors.items()}
+    retention = memory.retention
+    if memory.follows_weights:
+        kernels, written = following(memory, run, update)
+        writes = {name: written(name, run.entering(name, update.reset)) for name in update.factors}
+    else:
+        kernels = decay_kernels(run, update)
+        writes = {name: write_kept(kernels, *factor, update.gates.lr) for name, factor in update.factors.items()}
     after = None if update.reset is None else update.reset.cummax(-1).values
 
     def read(name: str, x: Tensor) -> Tensor:
