@@ -26,7 +26,7 @@ from nestlearn.evals.language import loss_by_position
 
 ROWS = ("titans", "yaad", "moneta", "dla", "ttt_mlp", "ttt_linear", "memora", "deltanet", "attention", "transformer")
 SETTINGS: dict[str, Any] = {
-    "batch_size": 8, "layers": 2, "width": 64, "heads": 1, "chunk": 64, "expansion": 2, "ffn": 2.0,
+    "batch_size": 8, "layers": 2, "width": 32, "heads": 1, "chunk": 64, "expansion": 2, "ffn": 2.0,
     "learning_rate": 4e-3, "corpus": "python-docs", "documents": 32,
 }  # fmt: skip
 

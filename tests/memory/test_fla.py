@@ -226,3 +226,5 @@ def test_without_the_package_or_a_device_the_error_says_what_to_do(monkeypatch: 
 def test_explain_names_it():
     assert "engine='fla'" in str(explain(catalog["retnet"])) and "no kernel" not in str(explain(catalog["retnet"]))
     assert f"its architecture is {MLP(4)!r}" in str(explain(catalog["hope"]))
+    proximal = replace(catalog["ttt_linear"], step_size="proximal")
+    assert "its proximal steps let errors follow the weights" in str(explain(proximal))

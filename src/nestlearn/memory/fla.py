@@ -54,6 +54,8 @@ def lacks_kernel(memory: AssociativeMemory) -> str | None:
         return f"its algorithm is {memory.algorithm!r}, and the kernels know Descent()"
     if not is_linear(memory.retention) or is_per_channel(memory.retention):
         return f"its retention is {memory.retention!r}, and the kernels know Decay() and Delta()"
+    if memory.follows_weights:
+        return "its proximal steps let errors follow the weights within a chunk"
     return None
 
 
