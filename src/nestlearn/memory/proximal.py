@@ -42,7 +42,6 @@ from torch import Tensor
 
 from .architectures import Architecture, Linear
 from .objectives import L2, Objective
-from .retention import KL, Retention, SteepRetention
 from .types import Factor
 
 LOOK_AHEAD = 2.0
@@ -102,11 +101,3 @@ def model_factors(
         n: f if f.error is output else Factor(f.input, f.error / steeper(square(f.error), whole))
         for n, f in factors.items()
     }
-
-
-def slope_at(retention: Retention, anchor: Tensor) -> float | Tensor:
-    """How many times faster than the accumulator the weights change near ``anchor: [*b, out, in]``."""
-    if isinstance(retention, KL):
-        return retention.slope(anchor)
-    assert isinstance(retention, SteepRetention)
-    return retention.steepness(anchor)

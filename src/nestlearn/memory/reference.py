@@ -11,8 +11,7 @@ from torch import Tensor
 from .algorithms import GRADIENT_LIMIT, Algorithm, Momentum, OrthogonalizedMomentum
 from .associative import AssociativeMemory
 from .objectives import DotProduct, Objective, with_threshold
-from .proximal import slope_at
-from .retention import Delta
+from .retention import Delta, slope_at
 from .types import Gates, State, Tokens, Weights
 
 

@@ -337,3 +337,11 @@ def is_mirror(retention: Retention) -> bool:
 def is_per_channel(retention: Retention) -> bool:
     """Whether ``Gates.retain`` holds one gate per channel of the keys."""
     return isinstance(retention, Decay) and retention.per_channel
+
+
+def slope_at(retention: Retention, anchor: Float[Tensor, "*b out in"]) -> float | Tensor:
+    """How many times faster than the accumulator the weights change near this one."""
+    if isinstance(retention, KL):
+        return retention.slope(anchor)
+    assert isinstance(retention, SteepRetention)
+    return retention.steepness(anchor)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..algorithms import Momentum
 from ..associative import AssociativeMemory
-from ..proximal import LOOK_AHEAD, slope_at
-from ..retention import is_per_channel
+from ..proximal import LOOK_AHEAD
+from ..retention import is_per_channel, slope_at
 from ..types import Weights
 from .base import Opened, Running, Update
 from .delta import step_size

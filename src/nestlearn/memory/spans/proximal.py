@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..associative import AssociativeMemory
 from ..kernels.products import product, segment_products
-from ..proximal import slope_at
+from ..retention import slope_at
 from ..types import Gates
 from .base import Entering, Kernels, Opened, Running, Update, Writes, make_kernels, open_span, sources
 from .delta import erase
