@@ -309,8 +309,7 @@ def _store(past: SegmentTokens | None, new: SegmentTokens, span: Span, length: i
         # The next segment starts empty.
         kept = 0 if span.ends is True else span.length
         return SegmentTokens(*(F.pad(x[:, :, :kept], (0, 0, 0, length - kept)) for x in new))
-    assert span.valid is not None
-    keep = span.valid
+    keep = torch.ones_like(span.places(new[0].device), dtype=torch.bool) if span.valid is None else span.valid
     if span.reset is not None:
         document = span.reset.long().cumsum(1)
         keep = keep & (document == document[:, -1:])
