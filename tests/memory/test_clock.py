@@ -149,3 +149,19 @@ def test_a_clock_knows_where_chunks_begin_and_end(arguments: dict, aligned: bool
         assert found == flags and int(clock.position[row]) == place
     kept = torch.ones_like(x, dtype=torch.bool) if arguments["mask"] is None else arguments["mask"]
     assert torch.equal(clock.join([part.unsqueeze(-1) for part in parts]).squeeze(-1), torch.where(kept, x, 0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_spans_may_be_cut_at_resets(masked: bool) -> None:
+    """Every reset then begins a span, and each real token stands in one span, in order."""
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(4, 23, generator=generator) > 0.3 if masked else None
+    reset = torch.rand(4, 23, generator=generator) > 0.6
+    clock = Clock.start(torch.tensor([0, 3, 5, 4]), False, 23, 6, 6, mask, reset, cut_resets=True)
+    assert clock.grid is not None and clock.grid.reset is not None
+    assert not clock.grid.reset[..., 1:].any()
+    for row in range(4):
+        real = range(23) if mask is None else mask[row].nonzero().flatten().tolist()
+        places = clock.grid.index[row][clock.grid.valid[row]].tolist()
+        assert places == list(real)
+        assert int(clock.grid.reset[row].sum()) == sum(bool(reset[row, t]) for t in real)

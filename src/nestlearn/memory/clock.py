@@ -97,13 +97,15 @@ def place(
     span: int,
     mask: Bool[Tensor, "b t"] | None,
     reset: Bool[Tensor, "b t"] | None,
+    cut_resets: bool = False,
 ) -> Grid:
     """Assign the tokens of every row to spans that end where a chunk ends or after ``span`` tokens.
 
     Every chunk begins a span, so that the last span of a chunk is shorter where ``span`` does not divide it.
 
     A reset inside a span needs no new span: after it the anchor is the initial weights, known beforehand. So a row
-    needs at most ``t // span + t // chunk_size + 2`` spans, however many resets it has.
+    needs at most ``t // span + t // chunk_size + 2`` spans, however many resets it has. With ``cut_resets`` each reset
+    begins a span.
     """
     rows, device = position.shape[0], position.device
     slots = torch.arange(tokens, device=device)
@@ -118,12 +120,13 @@ def place(
         last = torch.where(restart, slots, -1).cummax(1).values
         phase = torch.where(last >= 0, slots - last, position[:, None] + slots) % chunk_size
     ends = phase % chunk_size == 0
-    ends = ends if restart is None else ends & ~restart
+    ends = ends if restart is None or cut_resets else ends & ~restart
     following = torch.where(ends, slots, tokens).flip(1).cummin(1).values.flip(1)
     following = torch.cat([following[:, 1:], following.new_full((rows, 1), tokens)], 1)
 
     ragged = chunk_size % span != 0 and span < tokens
-    firsts, lasts = _spans(following, count, tokens, chunk_size, span, several=restart is not None or ragged)
+    bound = tokens // span + 2 + (tokens // chunk_size if restart is not None or ragged else 0)
+    firsts, lasts = _spans(following, count, tokens, span, tokens if cut_resets and restart is not None else bound)
     slot = firsts[..., None] + torch.arange(span, device=device)
     valid = slot < lasts[..., None]
     slot = slot.clamp(max=tokens - 1)
@@ -137,14 +140,11 @@ def place(
     return Grid(in_slots(order), valid, None if restart is None else in_slots(restart) & valid, first_phase, end)
 
 
-def _spans(
-    following: Tensor, count: Tensor, tokens: int, chunk_size: int, span: int, several: bool
-) -> tuple[Tensor, Tensor]:
-    """First and one-past-last slot of every span, ``[b, n]``."""
-    bound = tokens // span + 2 + (tokens // chunk_size if several else 0)
+def _spans(following: Tensor, count: Tensor, tokens: int, span: int, bound: int) -> tuple[Tensor, Tensor]:
+    """First and one-past-last slot of every span, ``[b, n]``, at most ``bound`` of them."""
     first, firsts, lasts = torch.zeros_like(count), [], []
     for _ in range(min(bound, tokens)):
-        # On a CPU looking at the values costs nothing, and most grids need far fewer spans than the bound.
+        # On a CPU reading the values costs nothing, and most grids need far fewer spans than the bound.
         if firsts and known_empty(first < count):
             break
         boundary = following.gather(1, first.clamp(max=tokens - 1)[:, None]).squeeze(1)
@@ -267,6 +267,7 @@ class Clock:
         span: int,
         mask: Bool[Tensor, "b t"] | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
+        cut_resets: bool = False,
     ) -> Clock:
         """The clock of ``tokens`` more tokens, in spans of at most ``span``.
 
@@ -276,6 +277,7 @@ class Clock:
             chunk_size: tokens of a chunk.
             mask: False marks tokens that take no part.
             reset: True starts a chunk with that token.
+            cut_resets: whether that token also begins a span.
         """
         whole = chunk_size % span == 0 or span >= tokens
         if aligned and whole and mask is None and reset is None:
@@ -285,7 +287,7 @@ class Clock:
             return cls(spans, tokens, torch.full_like(position, end), end == 0)
         if tokens == 1 and mask is None and reset is None:
             return cls((Span(position, 1, chunk_size),), 1, (position + 1) % chunk_size, False)
-        grid = place(position, tokens, chunk_size, span, mask, reset)
+        grid = place(position, tokens, chunk_size, span, mask, reset, cut_resets)
         flags = [None] * grid.index.shape[1] if grid.reset is None else grid.reset.unbind(1)
         columns = zip(grid.phase.unbind(1), grid.valid.unbind(1), flags, strict=True)
         length = grid.index.shape[2]

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Gates, State, scan
-from nestlearn.memory.clock import Rows, choose, compaction, known_empty
+from nestlearn.memory.clock import Clock, Rows, choose, known_empty
 from nestlearn.memory.kernels.products import segment_products
 from nestlearn.memory.types import Weights
 from nestlearn.nn.state import record
@@ -152,16 +152,48 @@ def scan_nested(
     mask: Bool[Tensor, "b t"] | None,
     reset: Bool[Tensor, "b t"] | None,
 ) -> tuple[Float[Tensor, "b t d"], NestedState]:
-    """`nestlearn.memory.scan` with keys and queries x, and initial weights that move after every window of tokens."""
-    new = Window(x, value, gates)
+    """`nestlearn.memory.scan` with keys and queries x, and initial weights that move after every window of tokens.
+
+    A window ends after ``nest.period`` tokens, or before a reset.
+    """
     if state is None:
         start = memory.init_state((x.shape[0],), x.shape[-1], x.shape[-1], nest.initial, dtype=x.dtype, device=x.device)
         state = NestedState(start, start.params, torch.zeros_like(start.position), True)
         if nest.by == "gradient":
-            state = state._replace(window=_empty(new, nest.period))
-    if state.aligned and mask is None and reset is None:
-        return _scan_aligned(memory, nest, state, new)
-    return _scan_windows(memory, nest, state, new, mask, reset)
+            state = state._replace(window=_empty(Window(x, value, gates), nest.period))
+    tokens, period = x.shape[1], nest.period
+    clock = Clock.start(
+        state.position, state.aligned, tokens, period, min(period, tokens), mask, reset, cut_resets=True
+    )
+    now, initial, position, held, outputs = state.fast, state.initial, state.position, state.window, []
+    if clock.grid is not None:
+        now = now._replace(aligned=False)
+    for span, here in zip(clock.spans, _cut(clock, Window(x, value, gates)), strict=True):
+        if span.reset is not None:
+            fresh = span.reset.any(1)
+            full = {n: w.expand_as(initial[n]) for n, w in nest.initial.items()}
+            now, initial = restart(now, full, fresh), choose(fresh, full, initial)
+            position = torch.where(fresh, 0, position)
+        y, now = scan(memory, now, here.x, here.x, here.value, here.gates, initial=initial, mask=span.valid)
+        outputs.append(y)
+        ends = span.ends
+        valid = torch.ones_like(here.gates.lr, dtype=torch.bool) if span.valid is None else span.valid
+        # A window that one span holds needs no copy.
+        held = here if ends is True and held is not None else _record(held, here, position, valid)
+        position = span.after(position)
+        now, initial = _move(memory, nest, now, initial, held, ends)
+    window = state.window if clock.aligned else held
+    return clock.join(outputs), NestedState(now, initial, clock.position, clock.aligned, window)
+
+
+def _cut(clock: Clock, new: Window) -> list[Window]:
+    """The tokens of every span; slots without a token hold zeros, and gates that change nothing."""
+    gates = [
+        [None] * len(clock.spans) if gate is None else clock.cut(gate, neutral)
+        for gate, neutral in zip(new.gates, (0.0, 1.0, 0.0, 1.0), strict=True)
+    ]
+    columns = zip(clock.cut(new.x), clock.cut(new.value), *gates, strict=True)
+    return [Window(x, value, Gates(*rest)) for x, value, *rest in columns]
 
 
 def _empty(like: Window, slots: int) -> Window:
@@ -171,11 +203,6 @@ def _empty(like: Window, slots: int) -> Window:
         return x.new_zeros(x.shape[0], slots, *x.shape[2:])
 
     return Window(zeros(like.x), zeros(like.value), like.gates.map(zeros))
-
-
-def _pick(new: Window, rows: Tensor | slice, tokens: Tensor | slice) -> Window:
-    """The given tokens of the given rows."""
-    return Window(new.x[rows, tokens], new.value[rows, tokens], new.gates.map(lambda gate: gate[rows, tokens]))
 
 
 def _record(held: Window | None, new: Window, position: Int[Tensor, "b"], valid: Bool[Tensor, "b t"]) -> Window | None:
@@ -206,85 +233,3 @@ def _move(
     slopes = meta_gradient(memory, state, initial, window)
     moved = {n: w - nest.rho * slopes[n] for n, w in initial.items()}
     return restart(state, moved, rows), choose(rows, moved, initial)
-
-
-def _scan_aligned(memory: AssociativeMemory, nest: Nest, state: NestedState, new: Window) -> tuple[Tensor, NestedState]:
-    """All rows at the start of a window, every token real."""
-    now, initial, outputs, tokens, window = state.fast, state.initial, [], new.x.shape[1], state.window
-    for first in range(0, tokens, nest.period):
-        here = _pick(new, slice(None), slice(first, first + nest.period))
-        y, now = scan(memory, now, here.x, here.x, here.value, here.gates, initial=initial)
-        outputs.append(y)
-        if y.shape[1] == nest.period:
-            now, initial = _move(memory, nest, now, initial, here, True)
-        else:
-            everyone = torch.ones_like(here.gates.lr, dtype=torch.bool)
-            window = _record(window, here, state.position, everyone)
-    position = torch.full_like(state.position, tokens % nest.period)
-    return torch.cat(outputs, 1), NestedState(now, initial, position, tokens % nest.period == 0, window)
-
-
-class Windows(NamedTuple):
-    """The real tokens of every row, moved to the front: the ``window`` and the ``place`` in it of each token,
-    ``present`` False beyond the last, ``restart`` True where it resets the row, ``order`` its index in the input."""
-
-    order: Int[Tensor, "b t"]
-    present: Bool[Tensor, "b t"]
-    restart: Bool[Tensor, "b t"]
-    window: Int[Tensor, "b t"]
-    place: Int[Tensor, "b t"]
-
-
-def find_windows(
-    position: Int[Tensor, "b"], tokens: int, outer: int, mask: Tensor | None, reset: Tensor | None
-) -> Windows:
-    """The windows of every row. A window ends after ``outer`` tokens, or before a reset."""
-    slots = torch.arange(tokens, device=position.device)
-    order, present = slots.expand(len(position), tokens), slots < torch.full_like(position, tokens)[:, None]
-    if mask is not None:
-        order, count = compaction(mask)
-        present = slots < count[:, None]
-    restart = torch.zeros_like(present) if reset is None else reset.gather(1, order) & present
-    last = torch.where(restart, slots, -1).cummax(1).values
-    phase = torch.where(last >= 0, slots - last, position[:, None] + slots) % outer
-    begins = present & ((phase == 0) | restart | (slots == 0))
-    first = torch.where(begins, slots, 0).cummax(1).values
-    return Windows(order, present, restart, begins.long().cumsum(1) - 1, slots - first)
-
-
-def _scan_windows(
-    memory: AssociativeMemory,
-    nest: Nest,
-    state: NestedState,
-    new: Window,
-    mask: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, NestedState]:
-    """Rows of any phase, window by window: the tokens of a window are gathered into its slots."""
-    rows, tokens, width = new.x.shape
-    windows = find_windows(state.position, tokens, nest.period, mask, reset)
-    now, initial, position, held = state.fast._replace(aligned=False), state.initial, state.position, state.window
-    size, y = min(nest.period, tokens), new.x.new_zeros(rows, tokens + 1, width)
-    row = torch.arange(rows, device=y.device)[:, None]
-    full = {n: w.expand_as(initial[n]) for n, w in nest.initial.items()}
-    bound = tokens if reset is not None else min(tokens, tokens // nest.period + 2)
-    for w in range(bound):
-        here = windows.present & (windows.window == w)
-        if w and known_empty(here):
-            break
-        slot = torch.where(here, windows.place, size)
-        index = torch.zeros(rows, size + 1, dtype=torch.long, device=y.device)
-        index = index.scatter(1, slot, windows.order)[:, :size]
-        valid = torch.zeros(rows, size + 1, dtype=torch.bool, device=y.device).scatter(1, slot, here)[:, :size]
-        fresh = (windows.restart & here).any(1)
-        now, initial = restart(now, full, fresh), choose(fresh, full, initial)
-        position = torch.where(fresh, 0, position)
-        k, v, g = _pick(new, row, index)
-        k, v = (torch.where(valid[..., None], z, 0) for z in (k, v))
-        read, now = scan(memory, now, k, k, v, g, initial=initial, mask=valid)
-        target = torch.where(valid, index, tokens).unsqueeze(-1).expand(-1, -1, width)
-        y = y.scatter(1, target, read.to(y.dtype))
-        held = _record(held, Window(k, v, g), position, valid)
-        position = (position + valid.sum(1)) % nest.period
-        now, initial = _move(memory, nest, now, initial, held, (position == 0) & valid.any(1))
-    return y[:, :tokens], NestedState(now, initial, position, False, held)
