@@ -19,6 +19,7 @@ LAYERS = {
     "atomic": -1,
     "fields": -1,
     "registration": 2.5,
+    "plugins": -1,
     "memory": 0,
     "optim": 1,
     "nn": 1,

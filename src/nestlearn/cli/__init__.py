@@ -17,6 +17,7 @@ import typer
 from nestlearn import __version__
 from nestlearn.cli import bench, chat, demo, evaluate, generate, info, learn, stack, train
 from nestlearn.cli.common import ANY_FIELD, print_error
+from nestlearn.plugins import load_plugins
 
 app = typer.Typer(
     name="nestlearn",
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore")
         logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
+        if not {"--help", "--version"} & set(words):
+            load_plugins()
         app(words, standalone_mode=True)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # A run that a signal stopped has not failed. Its error carries the exit status that a shell expects.

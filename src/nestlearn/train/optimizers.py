@@ -114,7 +114,8 @@ def find_optimizer(name: str) -> NamedOptimizer:
     if name not in _REGISTERED:
         raise ValueError(
             f"Unknown optimizer {name!r}. Choose one of: {', '.join(optimizer_names())}. One of another package is "
-            "known once that package has called nestlearn.train.register_optimizer."
+            "known once that package has called nestlearn.train.register_optimizer; the command line imports the "
+            "packages that have an entry point in the group nestlearn.plugins."
         )
     return _REGISTERED[name]
 

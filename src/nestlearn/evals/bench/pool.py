@@ -18,6 +18,7 @@ import torch
 from nestlearn.evals.bench.cells import Cell
 from nestlearn.evals.bench.training import Progress, run_cell
 from nestlearn.evals.result import EvalResult
+from nestlearn.plugins import load_plugins
 
 ERRORS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, LookupError, MemoryError)
 
@@ -170,6 +171,7 @@ def _interrupts_ignored() -> Iterator[None]:
 def _work(connection: Connection, settings: Settings) -> None:
     """The body of a worker: receives jobs, sends progress, results and texts of errors, and ends with its parent."""
     warnings.filterwarnings("ignore")
+    load_plugins()
     torch.set_num_threads(settings.threads)
     last = 0.0
 
