@@ -13,8 +13,9 @@ BASE ?= main
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Compiled test modules are kept: rewriting their assertions at every start takes each worker about 7 s.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Compiled test modules are kept: rewriting their assertions at every start takes each worker about 7 s. A worker takes
+# neighbouring tests, which share what they set up (worksteal).
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: setup check quick test test-all demo docs clean
 

@@ -7,7 +7,7 @@ they would answer a wrong argument before the package's own error does, and brea
 import torch
 import transformers
 from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from jaxtyping import TypeCheckError, install_import_hook
 
 # An int may stand where a float is annotated, as type checkers hold.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -73,10 +73,21 @@ def check_data() -> None:
         data.pack(corpus, tokenizer, 8)[0]
 
 
+def check_that_checks_are_on() -> None:
+    """A wrong argument is noticed, and its function named."""
+    try:
+        nestlearn.data.pack(3, None, 8)  # type: ignore[arg-type]
+    except TypeCheckError as error:
+        assert "nestlearn.data.packing.pack" in str(error)
+    else:
+        raise AssertionError("a number was taken for a corpus")
+
+
 if __name__ == "__main__":
     with install_import_hook(PACKAGES, "__main__.checked"):
         import nestlearn.data
 
+    check_that_checks_are_on()
     check_memories()
     check_models()
     check_stacking()

@@ -181,7 +181,17 @@ PAGE = (Path(__file__).parents[1] / "docs" / "long_context.md").read_text()
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("nestlearn eval ")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# Commands of tasks by name alone: the harness reads its fourteen thousand definitions. tests/evals has lighter twins.
+SLOW = ("niah_single_1 --metadata", "piqa")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if any(words in command for words in SLOW) else [])
+        for command in COMMANDS
+    ],
+)
 def test_documented_commands_run(
     capsys: pytest.CaptureFixture[str],
     saved: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,30 @@ finally:
 """
 
 
+FORKED = """
+import os, sys
+import torch, sympy
+for place, code in enumerate(sys.argv[1:]):
+    child = os.fork()
+    if not child:
+        print(f"<{place}>", flush=True)
+        exec(code, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"failed: {code}")
+"""
+
+
+def fresh(*codes: str) -> list[list[str]]:
+    """The words that each code prints in an interpreter of its own, which has imported nothing but torch."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, *codes], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [part.split() for part in re.split(r"<\d+>\n", done.stdout)[1:]]
+
+
 def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that runs this code."""
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
@@ -45,45 +70,41 @@ def test_help_and_version_come_at_once(words: list[str]) -> None:
     assert float(seconds) < 1.0  # 0.4 on an idle machine, 6.7 with torch and transformers
 
 
-@pytest.mark.parametrize(
-    ("modules", "absent"),
-    [
-        # transformers takes twice as long to import as torch: tests of these folders would wait longer than they run.
-        ("tests.conftest, nestlearn.memory, nestlearn.nn, nestlearn.optim", {"transformers", "datasets", "matplotlib"}),
-        ("nestlearn.data, nestlearn.models, nestlearn.continual", {"datasets", "pandas", "peft", "matplotlib"}),
-    ],
-)
-def test_a_package_imports_no_library_that_it_may_never_use(modules: str, absent: set[str], repository: Path) -> None:
-    done = python(
-        f"import sys; sys.path.insert(0, sys.argv[1]); import {modules}; print(*sys.modules)", str(repository)
-    )
-    assert done.returncode == 0, done.stderr
-    assert not absent & set(done.stdout.split())
+ABSENT = {
+    # transformers takes twice as long to import as torch: tests of these folders would wait longer than they run.
+    "tests.conftest, nestlearn.memory, nestlearn.nn, nestlearn.optim": {"transformers", "datasets", "matplotlib"},
+    "nestlearn.data, nestlearn.models, nestlearn.continual": {"datasets", "pandas", "peft", "matplotlib"},
+    "nestlearn.train, nestlearn.evals, nestlearn.cli": {"datasets", "lm_eval", "peft", "matplotlib"},
+}
+
+
+def test_a_package_imports_no_library_that_it_may_never_use(repository: Path) -> None:
+    codes = [
+        f"import sys; sys.path.insert(0, {str(repository)!r}); import {names}; print(*sys.modules)" for names in ABSENT
+    ]
+    for modules, absent in zip(fresh(*codes), ABSENT.values(), strict=True):
+        assert not absent & set(modules)
 
 
 def test_version_is_the_one_of_the_package() -> None:
     assert python(MEASURED, "--version").stdout == f"nestlearn {nestlearn.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
+def test_models_are_registered_whatever_is_imported_first() -> None:
+    imports = [
         # Asking where a package is does not import it, and many libraries ask.
         "import importlib.util, nestlearn; importlib.util.find_spec('transformers'); import transformers",
         "import transformers.models.auto, nestlearn",
         "import nestlearn; from transformers.models.auto.modeling_auto import AutoModel",
         "from nestlearn.data import pack",
-    ],
-)
-def test_models_are_registered_whatever_is_imported_first(imports: str) -> None:
+    ]
     code = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 config = AutoConfig.for_model("hope", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
 print(type(config).__name__)
 print(type(AutoModelForCausalLM.from_config(config)).__name__, type(AutoModel.from_config(config)).__name__)
 """
-    done = python(imports + code)
-    assert done.stdout.split() == ["HopeConfig", "HopeForCausalLM", "HopeModel"], done.stderr
+    assert fresh(*(first + code for first in imports)) == [["HopeConfig", "HopeForCausalLM", "HopeModel"]] * 4
 
 
 def test_public_names_are_those_a_type_checker_reads() -> None:
@@ -102,5 +123,4 @@ print(nestlearn.optim.M3.__name__, hasattr(nestlearn, "Hope"))
 from nestlearn import *
 print(HopeConfig.__name__, flops.__name__, MemorySession.__name__)
 """
-    done = python(code)
-    assert done.stdout.split() == ["M3", "False", "HopeConfig", "flops", "MemorySession"], done.stderr
+    assert fresh(code) == [["M3", "False", "HopeConfig", "flops", "MemorySession"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -134,21 +135,22 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 class TestMethods:
+    # Made when it is needed: LoRA imports peft.
     @pytest.mark.parametrize(
-        "method",
+        "make",
         [
-            FineTuning(),
-            CMS(projection=Projection(alpha=1.0, unit="steps", period=None)),
-            CMS(projection=Projection(alpha=1.0, unit="steps", period=3), transfer=Transfer(period=2)),
-            EWC(10.0),
-            ExperienceReplay(4),
-            LoRA(2),
+            FineTuning,
+            lambda: CMS(projection=Projection(alpha=1.0, unit="steps", period=None)),
+            lambda: CMS(projection=Projection(alpha=1.0, unit="steps", period=3), transfer=Transfer(period=2)),
+            lambda: EWC(10.0),
+            lambda: ExperienceReplay(4),
+            lambda: LoRA(2),
         ],
-        ids=lambda method: method.name,
+        ids=["fine-tuning", "projection", "projection and transfer", "ewc", "replay", "lora"],
     )
-    def test_a_copy_learns_as_the_reader_does(self, model: HopeForCausalLM, method: Method) -> None:
+    def test_a_copy_learns_as_the_reader_does(self, model: HopeForCausalLM, make: Callable[[], Method]) -> None:
         adamw = partial(torch.optim.AdamW, lr=1e-3)  # it has moments to copy
-        reader = FineTuningReader(model, TOKENIZER, adamw, context_length=8, method=method)
+        reader = FineTuningReader(model, TOKENIZER, adamw, context_length=8, method=make())
         reader.read("some text of several windows")
         fork = reader.fork()
         expected = reader.read("more of it, in other words")
@@ -156,10 +158,12 @@ class TestMethods:
         fork.read("something else")
         assert reader.read("the end") != fork.read("the end")
 
-    @pytest.mark.parametrize("method", [FineTuning(), LoRA(2), LoRA(2, after_task=0)], ids=["all", "lora", "later"])
-    def test_reading_leaves_the_model_in_its_mode(self, model: HopeForCausalLM, method: Method) -> None:
+    @pytest.mark.parametrize(
+        "make", [FineTuning, lambda: LoRA(2), lambda: LoRA(2, after_task=0)], ids=["all", "lora", "later"]
+    )
+    def test_reading_leaves_the_model_in_its_mode(self, model: HopeForCausalLM, make: Callable[[], Method]) -> None:
         for training in (False, True):
-            reader = FineTuningReader(model.train(training), TOKENIZER, SGD, context_length=8, method=method)
+            reader = FineTuningReader(model.train(training), TOKENIZER, SGD, context_length=8, method=make())
             reader.read("some text")
             assert {module.training for module in reader.model.modules()} == {training}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import AddedToken, DynamicCache, LlamaConfig, LlamaForCausalLM
 from nestlearn import HopeConfig, HopeForCausalLM, Level, MemorySession, stack_levels
 from nestlearn.continual import ReadInterrupted, ReadReport, SegmentScore
 from nestlearn.continual.chat import Chat, Sampling
-from nestlearn.continual.session.reader import BLOCK, BlockTokenizer, cut_blocks
+from nestlearn.continual.session.reader import READ_BLOCK, BlockTokenizer, cut_read_blocks
 from nestlearn.data import byte_tokenizer, train_bpe
 from nestlearn.data.documents import Document
 from nestlearn.data.tokenizers import encode
@@ -175,11 +176,11 @@ def test_documents_do_not_share_a_context(model, tmp_path):
 
 def test_blocks_depend_on_the_text_alone():
     text = ("word  and\n\nother " * 500) + "x" * 5000 + " end"
-    blocks, rest = cut_blocks(text)
-    assert "".join(blocks) + rest == text and max(map(len, blocks)) <= 2 * BLOCK
+    blocks, rest = cut_read_blocks(text)
+    assert "".join(blocks) + rest == text and max(map(len, blocks)) <= 2 * READ_BLOCK
     found, held = [], ""
     for i in range(0, len(text), 13):
-        more, held = cut_blocks(held + text[i : i + 13])
+        more, held = cut_read_blocks(held + text[i : i + 13])
         found += more
     assert found == blocks and held == rest
 
@@ -581,10 +582,10 @@ session.save(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("then", ["load", "save"])
-def test_a_kill_during_save_leaves_the_old_file(model, tmp_path, then):
+def test_a_kill_during_save_leaves_the_old_file(model, tmp_path):
     """... and nothing else: the next load or save removes what the killed process has left."""
-    path, folder = tmp_path / "s", str(Path(__file__).parent)
+    (tmp_path / "load").mkdir()
+    path, folder = tmp_path / "load" / "s", str(Path(__file__).parent)
     expected = MemorySession(model, TOKENIZER, compare="none")
     expected.read(TEXT[:100])
     expected.save(path)
@@ -593,11 +594,13 @@ def test_a_kill_during_save_leaves_the_old_file(model, tmp_path, then):
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    assert len(os.listdir(tmp_path)) == 2
-    if then == "save":
-        expected.save(path)
-    assert states_equal(MemorySession.load(path, model, TOKENIZER), expected)
-    assert os.listdir(tmp_path) == ["s"]
+    shutil.copytree(tmp_path / "load", tmp_path / "save")
+    for then in ("load", "save"):
+        assert len(os.listdir(tmp_path / then)) == 2
+        if then == "save":
+            expected.save(tmp_path / then / "s")
+        assert states_equal(MemorySession.load(tmp_path / then / "s", model, TOKENIZER), expected)
+        assert os.listdir(tmp_path / then) == ["s"]
 
 
 # ----------------------------------------------------------------------------------------------------- bad sources

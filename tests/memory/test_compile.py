@@ -17,11 +17,11 @@ MIRAS = Case(MLP(2), Huber("norm"), Lq(4), "raw", momentum=False, chunk_size=4, 
 LARGE = replace(DEEP, momentum=True, chunk_size=4, tokens=11)
 LINEAR = Case(Matrix(), step_size="raw", momentum=False, read="chunk", flags="mask", tokens=5)
 CASES = [
-    pytest.param(replace(DEEP, momentum=True, chunk_size=4), "eager", id="aligned"),
+    pytest.param(replace(DEEP, momentum=True, chunk_size=4), "eager", id="aligned", marks=pytest.mark.slow),
     pytest.param(DEEP, "aot_eager", id="aligned-aot"),
     pytest.param(replace(DEEP, flags="both"), "eager", id="grid"),
     pytest.param(LINEAR, "aot_eager", id="grid-aot"),
-    pytest.param(MIRAS, "eager", id="lq"),
+    pytest.param(MIRAS, "eager", id="lq", marks=pytest.mark.slow),
     pytest.param(replace(MIRAS, retention=KL(), flags="both"), "eager", id="kl-grid"),
     pytest.param(LARGE, "aot_eager", id="aligned-large", marks=pytest.mark.slow),
     pytest.param(replace(LARGE, flags="both"), "aot_eager", id="grid-large", marks=pytest.mark.slow),

@@ -53,7 +53,7 @@ def test_engines_agree_on_the_full_product_of_parts(group):
 def test_every_split_equals_one_scan(case: Case, engine: str):
     inputs = make_inputs(case)
     whole = run(case, inputs, engine)
-    for split in range(1, 13):
+    for split in (1, 4, 6, 11):  # within a chunk, and at its end
         assert_equal_runs(run(case, inputs, engine, (split,)), whole, split)
 
 

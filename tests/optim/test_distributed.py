@@ -58,7 +58,7 @@ pytestmark = [
 REPLICAS = {"whole": None, "low rank": 8, "low rank, exceeded": 2, "models of their own": None}
 """The rank of the memory of inputs."""
 
-PROCESSES, STEPS, STOP = 2, 20, 14  # it stops within a slow period, and within a period of every level
+PROCESSES, STEPS, STOP = 2, 15, 10  # it stops within a slow period, and within a period of every level
 
 
 class Mixed(nn.Module):
