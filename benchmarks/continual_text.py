@@ -37,7 +37,7 @@ from intent_language_model import PooledOutputs, pretrained
 from nestlearn import HopeForCausalLM
 from nestlearn.continual import CMS, EWC, ExperienceReplay, InContextLearner, JointTraining, LoRA, Projection, Transfer
 from nestlearn.data import IntentTexts, TaskStream, load_banking77, load_clinc150
-from nestlearn.data.continual_text import Encoder, ngram_features, token_ids
+from nestlearn.data.continual_text import Encoder, ngram_features, token_encoder
 from nestlearn.evals.bench.store import ResultStore
 
 TASKS = {"clinc150": 10, "banking77": 7}
@@ -178,7 +178,7 @@ def encoder(options: argparse.Namespace, texts: IntentTexts) -> tuple[Encoder, P
     if options.encoder == "features":
         return ngram_features(texts.train, dimensions=DIMENSIONS), None
     base, tokenizer = language_model(options)
-    tokens = token_ids(tokenizer, LENGTH[options.stream])
+    tokens = token_encoder(tokenizer, LENGTH[options.stream])
     body = PooledOutputs(base.eval(), tokens(texts.train))
     body.thaw(options.thawed)
     if options.thawed != "none":
@@ -196,7 +196,7 @@ def in_context(options: argparse.Namespace, texts: IntentTexts) -> None:
     for seed in options.seeds:
         if continual_key("in-context", seed, settings) in store.finished():
             continue
-        stream = texts.stream(token_ids(tokenizer, 8), tasks=TASKS[options.stream], order_seed=seed)
+        stream = texts.stream(token_encoder(tokenizer, 8), tasks=TASKS[options.stream], order_seed=seed)
         learner = InContextLearner(base, tokenizer, labels=labels, context=128, test_limit=SHOWN, seed=seed)
         result = learner.fit(stream, texts.texts_by_task(stream))
         command = f"python benchmarks/continual_text.py --data FOLDER --stream {options.stream} --group in-context"

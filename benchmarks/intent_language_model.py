@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from common import update, windows
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import load_corpus, train_bpe
-from nestlearn.data.continual_text import token_ids
+from nestlearn.data.continual_text import token_encoder
 from nestlearn.data.documents import Document
 from nestlearn.data.synthetic import IGNORE
 
@@ -55,7 +55,7 @@ def _config(tokenizer: Any) -> HopeConfig:
 def _train(model: HopeForCausalLM, tokenizer: Any, books: list[str], texts: list[str], steps: int) -> None:
     """Next-token prediction, by turns on 16 windows of 48 tokens of the books and on 48 texts."""
     ids = torch.tensor([token for book in books for token in tokenizer(book)["input_ids"]])
-    rows = token_ids(tokenizer, 32)(texts)
+    rows = token_encoder(tokenizer, 32)(texts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     padding = tokenizer.pad_token_id

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nestlearn.continual.chat import HELP, Chat, Sampling
+from nestlearn.continual.chat import COMMANDS_HELP, Chat, Sampling
 
 
 @dataclass
@@ -145,7 +145,7 @@ def test_levels_are_listed_and_forgotten(chat: Chat) -> None:
 
 
 def test_other_lines(chat: Chat) -> None:
-    assert chat.handle("/help") == HELP
+    assert chat.handle("/help") == COMMANDS_HELP
     assert chat.handle("  ") == ""
     assert "Unknown command /what" in chat.handle("/what")
     assert chat.session.asked == []

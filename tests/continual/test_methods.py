@@ -22,7 +22,7 @@ from nestlearn.continual import (
 )
 from nestlearn.continual.methods import fisher_information
 from nestlearn.continual.scoring import score_examples
-from nestlearn.data import Examples, Task, TaskStream
+from nestlearn.data import Examples, StreamTask, TaskStream
 from nestlearn.optim import InputProjection, MultiTimescale, NestedTransfer
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -34,7 +34,7 @@ def examples(seed: int, n: int = 12) -> Examples:
 
 
 def stream(tasks: int = 3, n: int = 12) -> TaskStream:
-    made = tuple(Task(f"{place}", examples(place, n), examples(100 + place, n)) for place in range(tasks))
+    made = tuple(StreamTask(f"{place}", examples(place, n), examples(100 + place, n)) for place in range(tasks))
     return TaskStream("random", made, 4)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from nestlearn.continual import InContextLearner
 from nestlearn.data import IntentTexts, byte_tokenizer, load_banking77, load_clinc150
-from nestlearn.data.continual_text import ngram_features, token_ids
+from nestlearn.data.continual_text import ngram_features, token_encoder
 
 TEXTS = {
     "greet": ["hello there", "good day", "hi friend"],
@@ -29,7 +29,7 @@ def intents() -> IntentTexts:
 
 def test_each_task_brings_new_classes_and_every_text_comes_once():
     data = intents()
-    stream = data.stream(token_ids(byte_tokenizer(), 16), tasks=2, order_seed=3)
+    stream = data.stream(token_encoder(byte_tokenizer(), 16), tasks=2, order_seed=3)
     assert sorted(label for task in stream.tasks for label in task.classes) == [0, 1, 2, 3]
     assert sum(len(task.train) for task in stream.tasks) == 8
     for task, (train, test) in zip(stream.tasks, data.texts_by_task(stream), strict=True):
@@ -39,8 +39,8 @@ def test_each_task_brings_new_classes_and_every_text_comes_once():
                 assert bytes(ids[ids < 256].tolist()).decode() == text[:16]
                 assert text in TEXTS[data.classes[int(label)]]
     with pytest.raises(ValueError, match="4 classes cannot be divided evenly over 3 tasks"):
-        data.stream(token_ids(byte_tokenizer(), 16), tasks=3)
-    other = data.stream(token_ids(byte_tokenizer(), 16), tasks=2, order_seed=4)
+        data.stream(token_encoder(byte_tokenizer(), 16), tasks=3)
+    other = data.stream(token_encoder(byte_tokenizer(), 16), tasks=2, order_seed=4)
     orders = {tuple(task.classes for task in s.tasks) for s in (stream, other)}
     assert len(orders) == 2 or stream.tasks[0].classes == other.tasks[0].classes
 
@@ -108,7 +108,7 @@ class CopyModel(nn.Module):
 def test_in_context_answers_from_the_prompt_and_forgets_what_leaves_it():
     train = [(texts[0], label) for label, texts in TEXTS.items()]
     data = IntentTexts.from_pairs("intents", train, train)
-    stream = data.stream(token_ids(byte_tokenizer(), 16), tasks=2)
+    stream = data.stream(token_encoder(byte_tokenizer(), 16), tasks=2)
     texts = data.texts_by_task(stream)
     settings = {"labels": data.classes, "shots": 1}
     whole = InContextLearner(CopyModel(), byte_tokenizer(), context=256, **settings).fit(stream, texts)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM, Level, stack_levels
 from nestlearn.continual.pretrained import load_pretrained
-from nestlearn.continual.progress import Progress
+from nestlearn.continual.progress import StreamProgress
 from nestlearn.data import byte_tokenizer
 from nestlearn.models.stacking import load_stacked
 from nestlearn.train.errors import CheckpointError
@@ -98,7 +98,7 @@ def test_a_foreign_checkpoint_of_a_learner_gives_no_advice_to_unpickle_it(tmp_pa
     file = tmp_path / "progress.pt"
     torch.save({"x": Trap(tmp_path / "sprung")}, file)
     with pytest.raises(ValueError, match="no checkpoint of a continual learner") as caught:
-        Progress(file, {}).resume(None)  # pyright: ignore[reportArgumentType]
+        StreamProgress(file, {}).resume(None)  # pyright: ignore[reportArgumentType]
     assert "weights_only" not in str(caught.value)
     assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
     assert not (tmp_path / "sprung").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from nestlearn.train import TrainConfig, build_config, read_config_file
 from nestlearn.train.config import PRESET_LEARNING_RATES, check_resume, check_tokenizer_spec, parse_scalar
-from nestlearn.train.load import describe, model_fields, prepare_model_config, prepare_tokenizer
+from nestlearn.train.load import describe_settings, model_fields, prepare_model_config, prepare_tokenizer
 
 
 def test_values_are_typed_and_routed():
@@ -132,7 +132,7 @@ def test_tokenizer_specs():
 
 def test_the_resolved_settings_are_complete_and_json():
     config = TrainConfig(preset="hope-tiny")
-    content = describe(config, prepare_model_config(config, prepare_tokenizer(config)))
+    content = describe_settings(config, prepare_model_config(config, prepare_tokenizer(config)))
     assert json.loads(json.dumps(content)) == content
     assert content["train"]["learning_rate"] == PRESET_LEARNING_RATES["hope-tiny"]
     assert content["train"]["warmup"] == 50

@@ -20,8 +20,9 @@ from nestlearn.data import PackedDataset, PackedStream, StreamingCorpus, bytes_p
 from nestlearn.train import TrainConfig, load_model, load_tokenizer, read_log, saved_config, train
 from nestlearn.train import engine as engine_module
 from nestlearn.train.load import prepare_model, prepare_model_config, prepare_tokenizer
-from nestlearn.train.meter import Meter, append_line, bits_per_byte, count_targets, cut_log
+from nestlearn.train.meter import Meter, append_line, count_targets, cut_log, nats_to_bits_per_byte
 from nestlearn.train.stream import RecordedStream
+from nestlearn.train.trainer import HopeTrainer
 
 Make = Callable[..., TrainConfig]
 
@@ -168,8 +169,8 @@ def test_targets_and_bytes_are_counted_from_labels():
     token_bytes = torch.tensor([1, 2, 3, 0])
     labels = torch.tensor([[0, 1, -100, 2], [3, 3, 0, 0]])
     assert count_targets(labels, token_bytes) == (5, 2 + 3 + 0 + 1 + 1)
-    assert bits_per_byte(math.log(2) * 8, 4) == 2
-    assert math.isnan(bits_per_byte(1.0, 0))
+    assert nats_to_bits_per_byte(math.log(2) * 8, 4) == 2
+    assert math.isnan(nats_to_bits_per_byte(1.0, 0))
 
 
 def test_the_log_is_cut_where_a_run_is_resumed(tmp_path: Path):
@@ -217,7 +218,7 @@ def test_training_on_a_stream_resumes_bit_exactly(tiny: Make, tmp_path: Path, mo
     class Stop(Exception):
         pass
 
-    step = engine_module.HopeTrainer.training_step
+    step = HopeTrainer.training_step
 
     def stop_at_five(self, *args, **kwargs):
         if self.state.global_step == 5:
@@ -225,7 +226,7 @@ def test_training_on_a_stream_resumes_bit_exactly(tiny: Make, tmp_path: Path, mo
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module.HopeTrainer, "training_step", stop_at_five)
+        patch.setattr(HopeTrainer, "training_step", stop_at_five)
         with pytest.raises(Stop):
             train(half)
     train(half, resume=True)

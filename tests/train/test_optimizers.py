@@ -12,7 +12,7 @@ from nestlearn.models import HopeConfig, HopeForCausalLM
 from nestlearn.optim import M3
 from nestlearn.train import TrainConfig, build_config, optimizers, read_log, train
 from nestlearn.train import engine as engine_module
-from nestlearn.train.load import describe, model_fields
+from nestlearn.train.load import describe_settings, model_fields
 from nestlearn.train.optimizers import (
     NamedOptimizer,
     build_optimizer,
@@ -136,7 +136,7 @@ def test_the_command_lines_values_are_typed_and_shown():
     config = build_config({**values, "optimizer.ns_coefficients": "polar_express"}, model_fields())
     options = {"slow_period": 20, "betas": [0.9, 0.9, 0.8], "ns_coefficients": "polar_express"}
     assert config.optimizer_options == options
-    shown = describe(config, HopeConfig.from_preset("hope-tiny"))["optimizer"]
+    shown = describe_settings(config, HopeConfig.from_preset("hope-tiny"))["optimizer"]
     assert options.items() <= shown.items() and shown["alpha"] == optimizer_options("m3")["alpha"]
 
 

@@ -52,7 +52,7 @@ def run(
     hide_progress_bars()
     from nestlearn.evals.learning import StreamRecord
     from nestlearn.evals.learning_setup import DEFAULT_RATES, known_text, make_method, stream_documents
-    from nestlearn.evals.report.learning import write_report
+    from nestlearn.evals.report.learning import write_learning_report
 
     options: dict[str, Any] = {
         "session": session, "known": known, "passes": passes, "context_length": context_length,
@@ -70,7 +70,7 @@ def run(
     about = StreamRecord(model, method, shown, known, learner.score(probe), (), command)
     console = Console(soft_wrap=True, highlight=False)
     result, saved = _read_stream(learner, documents, probe, about, out, console)
-    report = write_report(result, out / "report.html")
+    report = write_learning_report(result, out / "report.html")
     console.print(f"Learned: {saved}\nReport: {report}")
     if method == "cms":
         console.print(f"Talk to it: {command_line('chat', model, session=saved)}")

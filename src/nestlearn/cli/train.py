@@ -48,7 +48,7 @@ def run(
 ) -> None:
     """Resolve the settings, train, and print what the run reached."""
     from nestlearn.train import build_config, read_config_file, saved_config, train
-    from nestlearn.train.load import describe, model_fields, prepare_model_config, prepare_tokenizer
+    from nestlearn.train.load import describe_settings, model_fields, prepare_model_config, prepare_tokenizer
 
     named = {"preset": preset, "corpus": corpus, "out": out}
     given = {key: value for key, value in named.items() if value is not None} | read_fields(context.args)
@@ -56,7 +56,7 @@ def run(
     base = saved_config(values.get("out", "runs/train")) if resume else None
     settings = build_config(values, model_fields(), base)
     if dry_run:
-        print_json(describe(settings, prepare_model_config(settings, prepare_tokenizer(settings))))
+        print_json(describe_settings(settings, prepare_model_config(settings, prepare_tokenizer(settings))))
         return
     tune(verbose)
     result = train(settings, resume=resume)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nestlearn.data.continual import Examples, Task, TaskStream
+from nestlearn.data.continual import Examples, StreamTask, TaskStream
 from nestlearn.optim import InputProjection
 
 
@@ -48,7 +48,7 @@ def from_avalanche(benchmark: Any, name: str = "avalanche") -> TaskStream:
     for place, (learned, held) in enumerate(zip(*pairs, strict=True)):
         train, test = _examples(learned.dataset), _examples(held.dataset)
         classes = tuple(sorted({int(label) for label in train.targets}))
-        tasks.append(Task(f"experience {place}", train, test, classes))
+        tasks.append(StreamTask(f"experience {place}", train, test, classes))
     count = 1 + max(max(task.classes) for task in tasks)
     return TaskStream(name, tuple(tasks), count, {"experiences": len(tasks)})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from nestlearn.continual.session import PromptTooLong, at_most_every
 
-HELP = """Type a message to get an answer. Commands:
+COMMANDS_HELP = """Type a message to get an answer. Commands:
   /read FILE...        learn from text files; prints bits per byte with and without the writes
   /learn on|off        whether the model also learns from this conversation (off at first)
   /levels              the levels of the memory, and what each has read
@@ -81,7 +81,7 @@ class Chat:
             "/fork": self._fork,
             "/save": self._save,
             "/new": self._new,
-            "/help": lambda _: HELP,
+            "/help": lambda _: COMMANDS_HELP,
             "/quit": self._quit,
             "/quit!": self._leave,
         }

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestlearn.continual.methods import Boundaries, FineTuning, Method, OptimizerFactory
-from nestlearn.continual.progress import Progress
+from nestlearn.continual.progress import StreamProgress
 from nestlearn.continual.result import ContinualResult
-from nestlearn.continual.scoring import Score, device_of, loss_of, score_examples
+from nestlearn.continual.scoring import ScoreKind, device_of, loss_of, score_examples
 from nestlearn.data.continual import Examples, TaskStream
 from nestlearn.data.documents import stable_hash
 from nestlearn.optim import OptimizerWrapper
@@ -74,13 +74,13 @@ class ContinualLearner:
         epochs: int = 1,
         batch_size: int = 32,
         boundaries: Boundaries = "known",
-        score: Score = "accuracy",
+        score: ScoreKind = "accuracy",
         max_grad_norm: float | None = None,
         seed: int = 0,
         shuffle: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        one_of("score", score, Score)
+        one_of("score", score, ScoreKind)
         self.epochs = whole_number("epochs", epochs, "passes over each task's examples")
         self.batch_size = whole_number("batch_size", batch_size, "examples per step")
         if max_grad_norm is not None:
@@ -90,7 +90,7 @@ class ContinualLearner:
         self._unused_method = copy.deepcopy(self.method)  # for copies of the learner
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.boundaries: Boundaries = boundaries
-        self.score: Score = score
+        self.score: ScoreKind = score
         self.shuffle = shuffle
         self.steps = self.examples = 0
         self.seconds = 0.0
@@ -254,7 +254,7 @@ class ContinualLearner:
             ValueError: the checkpoint is of another stream, method or seed, or no checkpoint; or a loss is not finite.
         """
         config = self.config(stream)
-        progress = Progress(None if checkpoint is None else Path(checkpoint), config)
+        progress = StreamProgress(None if checkpoint is None else Path(checkpoint), config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             rows = progress.resume(self)

@@ -22,7 +22,7 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-class Progress:
+class StreamProgress:
     """Saves and resumes a learner.
 
     Args:

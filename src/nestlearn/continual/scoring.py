@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nestlearn.data.continual import Examples
 from nestlearn.data.synthetic import IGNORE
 
-Score = Literal["accuracy", "bits"]
+ScoreKind = Literal["accuracy", "bits"]
 _EVAL_BATCH = 256
 
 
@@ -34,7 +34,7 @@ def loss_of(model: nn.Module, examples: Examples) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def score_examples(model: nn.Module, examples: Examples, score: Score) -> float:
+def score_examples(model: nn.Module, examples: Examples, score: ScoreKind) -> float:
     """The share of targets that the model predicts, or minus the mean bits per target; in evaluation mode.
 
     Raises:

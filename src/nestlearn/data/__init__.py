@@ -8,7 +8,7 @@ Example:
 
 from nestlearn.data.continual import (
     Examples,
-    Task,
+    StreamTask,
     TaskStream,
     class_incremental,
     document_stream,
@@ -17,7 +17,7 @@ from nestlearn.data.continual import (
 )
 from nestlearn.data.continual_text import IntentTexts, load_banking77, load_clinc150
 from nestlearn.data.corpora import CORPUS_SPECS, load_corpus
-from nestlearn.data.documents import Corpus, Document, LocalCorpus, Split
+from nestlearn.data.documents import Corpus, Document, LocalCorpus, SplitName
 from nestlearn.data.packing import PackedDataset, PackedStream, pack
 from nestlearn.data.streams import StreamingCorpus
 from nestlearn.data.tokenizers import byte_tokenizer, bytes_per_token, document_ids, train_bpe
@@ -31,9 +31,9 @@ __all__ = [
     "LocalCorpus",
     "PackedDataset",
     "PackedStream",
-    "Split",
+    "SplitName",
+    "StreamTask",
     "StreamingCorpus",
-    "Task",
     "TaskStream",
     "byte_tokenizer",
     "bytes_per_token",

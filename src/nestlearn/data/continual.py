@@ -53,7 +53,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Task:
+class StreamTask:
     """A part of a stream: training and test examples.
 
     Attributes:
@@ -85,7 +85,7 @@ class TaskStream:
     """
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[StreamTask, ...]
     num_classes: int
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -133,7 +133,7 @@ def permuted_digits(tasks: int = 10, seed: int = 0, train: int = 1347) -> TaskSt
         generator = torch.Generator().manual_seed(stable_hash("permutation", seed, place) >> 1)
         pixels = torch.randperm(64, generator=generator) if place else torch.arange(64)
         learned, held = Examples(x_train[:, pixels], y_train), Examples(x_test[:, pixels], y_test)
-        made.append(Task(f"permutation {place}", learned, held, classes=tuple(range(10))))
+        made.append(StreamTask(f"permutation {place}", learned, held, classes=tuple(range(10))))
     return TaskStream("permuted-digits", tuple(made), 10, {"tasks": tasks, "seed": seed, "train": train})
 
 
@@ -190,7 +190,7 @@ def class_incremental(
         wanted = torch.tensor(classes)
         learned, held = (part[torch.isin(part.targets, wanted).nonzero()[:, 0]] for part in (train, test))
         title = f"{names[classes[0]]} ..." if names else f"classes {', '.join(map(str, classes[:3]))} ..."
-        made.append(Task(title, learned, held, classes=classes))
+        made.append(StreamTask(title, learned, held, classes=classes))
     return TaskStream(name, tuple(made), count, {"tasks": tasks, "order_seed": order_seed} | (config or {}))
 
 
@@ -228,7 +228,7 @@ def document_stream(
         inputs, targets = padded[:-1].clamp_min(0).view(windows, length), padded[1:].view(windows, length)
         tested = _spread(windows, held_out)
         learned, held = (Examples(inputs[chosen], targets[chosen]) for chosen in (~tested, tested))
-        made.append(Task(document.name, learned, held))
+        made.append(StreamTask(document.name, learned, held))
     return TaskStream(name, tuple(made), len(tokenizer), {"length": length, "held_out": held_out})
 
 

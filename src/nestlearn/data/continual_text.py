@@ -162,7 +162,7 @@ def ngram_features(texts: Sequence[str], *, dimensions: int = 300, words: int = 
     return encode
 
 
-def token_ids(tokenizer: Any, length: int) -> Encoder:
+def token_encoder(tokenizer: Any, length: int) -> Encoder:
     """An encoder from texts to token ids, Long[n, length], cut or padded on the right with the tokenizer's padding.
 
     Args:

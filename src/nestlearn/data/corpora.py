@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import get_args
 
-from nestlearn.data.documents import LocalCorpus, Split, split_documents
+from nestlearn.data.documents import LocalCorpus, SplitName, split_documents
 from nestlearn.data.python_docs import python_docs, python_source
 from nestlearn.data.streams import StreamingCorpus, stream_corpus
 from nestlearn.data.text_files import text_corpus
@@ -15,7 +15,7 @@ CORPUS_SPECS = (*_INSTALLED, "text:PATH", "hf:NAME[:CONFIG]")
 """The forms of a spec, for help texts."""
 
 
-def load_corpus(spec: str, split: Split = "train", seed: int = 0) -> LocalCorpus | StreamingCorpus:
+def load_corpus(spec: str, split: SplitName = "train", seed: int = 0) -> LocalCorpus | StreamingCorpus:
     """The corpus that a spec names.
 
     Args:
@@ -38,8 +38,8 @@ def load_corpus(spec: str, split: Split = "train", seed: int = 0) -> LocalCorpus
         >>> corpus[0].name
         'topic/...'
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(map(repr, get_args(Split)))}.")
+    if split not in get_args(SplitName):
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(map(repr, get_args(SplitName)))}.")
     if spec in _INSTALLED:
         return LocalCorpus(spec, split, split_documents(_INSTALLED[spec](), split, seed))
     kind, colon, rest = spec.partition(":")

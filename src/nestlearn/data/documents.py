@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, overload, runtime_checkable
 
-Split = Literal["train", "validation"]
+SplitName = Literal["train", "validation"]
 """Part of a corpus."""
 
 VALIDATION_SHARE = 0.1
@@ -39,7 +39,7 @@ class Corpus(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def split(self) -> Split: ...
+    def split(self) -> SplitName: ...
     def __iter__(self) -> Iterator[Document]: ...
 
 
@@ -59,7 +59,7 @@ class LocalCorpus(Sequence[Document]):
     """
 
     name: str
-    split: Split
+    split: SplitName
     documents: tuple[Document, ...]
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ def shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
 
 
 def split_documents(
-    documents: Sequence[Document], split: Split, seed: int = 0, share: float = VALIDATION_SHARE
+    documents: Sequence[Document], split: SplitName, seed: int = 0, share: float = VALIDATION_SHARE
 ) -> tuple[Document, ...]:
     """The part of `documents` that belongs to `split`.
 

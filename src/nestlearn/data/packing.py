@@ -23,7 +23,7 @@ from nestlearn.data.streams import StreamingCorpus
 from nestlearn.data.synthetic import IGNORE
 from nestlearn.data.tokenizers import encode
 
-Window = dict[str, Tensor]
+PackedWindow = dict[str, Tensor]
 T = TypeVar("T")
 
 
@@ -36,7 +36,7 @@ def pack(
     return PackedDataset(corpus, tokenizer, sequence_length, seed)
 
 
-class PackedDataset(Dataset[Window]):
+class PackedDataset(Dataset[PackedWindow]):
     """Windows of a corpus held in memory.
 
     Args:
@@ -95,7 +95,7 @@ class PackedDataset(Dataset[Window]):
         """SHA-256 of all tokens, in hexadecimal: equal for equal texts, tokenizer and seed."""
         return hashlib.sha256(self._tokens.tobytes()).hexdigest()
 
-    def __getitem__(self, index: int) -> Window:
+    def __getitem__(self, index: int) -> PackedWindow:
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = (index % len(self)) * self.sequence_length
@@ -104,7 +104,7 @@ class PackedDataset(Dataset[Window]):
         )
 
 
-class PackedStream(IterableDataset[Window]):
+class PackedStream(IterableDataset[PackedWindow]):
     """Windows of a streaming corpus; iteration can be resumed without reading again.
 
     Documents are shuffled within blocks of `shuffle_documents`. A place is the stream's state at the beginning of the
@@ -140,7 +140,7 @@ class PackedStream(IterableDataset[Window]):
         self._start: Mapping[str, Any] | None = None
         self._place: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[PackedWindow]:
         start, self._start = self._start, None
         for tokens in self._windows(start):
             yield _window(tokens, self.sequence_length, self._bos, self._eos)
@@ -215,7 +215,7 @@ def _framed(ids: np.ndarray, bos: int | None, eos: int) -> np.ndarray:
     return np.concatenate([[] if bos is None else [bos], ids, [eos]]).astype(np.int32)
 
 
-def _window(tokens: np.ndarray, length: int, bos: int | None, padding: int) -> Window:
+def _window(tokens: np.ndarray, length: int, bos: int | None, padding: int) -> PackedWindow:
     input_ids = torch.full((length,), padding, dtype=torch.int64)
     input_ids[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
     labels = input_ids.clone() if bos is None else input_ids.masked_fill(input_ids == bos, IGNORE)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nestlearn.data.documents import Document, Split, stable_hash
+from nestlearn.data.documents import Document, SplitName, stable_hash
 from nestlearn.data.hub import hub_unreachable
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class StreamingCorpus:
     """
 
     name: str
-    split: Split
+    split: SplitName
     dataset: datasets.IterableDataset
     column: str
     held_out: int | None = None
@@ -85,7 +85,7 @@ class StreamReader(Iterator[Document]):
         return copy.deepcopy(self._state)
 
 
-def stream_corpus(spec: str, split: Split, seed: int = 0) -> StreamingCorpus:
+def stream_corpus(spec: str, split: SplitName, seed: int = 0) -> StreamingCorpus:
     """The corpus `hf:NAME[:CONFIG]` (`spec` without the `hf:`).
 
     The validation split is the data set's `validation` or `test`, or one training document in a hundred.

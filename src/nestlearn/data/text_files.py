@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from nestlearn.data.documents import Document, LocalCorpus, Split, split_documents, stable_hash
+from nestlearn.data.documents import Document, LocalCorpus, SplitName, split_documents, stable_hash
 
 _BLOCK = 65_536  # characters: long enough for a document, short compared with a book
 _BLOCKS = 20  # one block in twenty is held out
 _FIX = "Give a file, a folder or a quoted glob pattern of UTF-8 text, e.g. 'text:notes/**/*.md'."
 
 
-def text_corpus(path: str, split: Split, seed: int = 0) -> LocalCorpus:
+def text_corpus(path: str, split: SplitName, seed: int = 0) -> LocalCorpus:
     """The corpus `text:PATH`.
 
     If there are several files, each is a document. The hash of its path below the folder or pattern decides its split.
@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def split_blocks(text: str, name: str, split: Split, seed: int = 0) -> tuple[Document, ...]:
+def split_blocks(text: str, name: str, split: SplitName, seed: int = 0) -> tuple[Document, ...]:
     """The part of one text that belongs to `split`: blocks for validation, the runs between them for training."""
     blocks = cut_blocks(text, min(_BLOCK, max(1, len(text) // _BLOCKS)))
     if len(blocks) < 2:

@@ -17,7 +17,7 @@ from nestlearn.atomic import write_text
 from nestlearn.data import document_ids, load_corpus
 from nestlearn.evals.compare import Curve, Row, compare, eval_curve
 from nestlearn.evals.language import bits_per_byte, loss_by_position, state_bytes_by_context
-from nestlearn.evals.report.demo import DemoResults, RunSummary, write_report
+from nestlearn.evals.report.demo import DemoResults, RunSummary, write_demo_report
 from nestlearn.evals.result import EvalResult
 from nestlearn.models import flops, generate_texts
 from nestlearn.train import TrainConfig, TrainingInterrupted, load_model, load_tokenizer, read_log, saved_config, train
@@ -101,7 +101,7 @@ def run_demo(out: Path, corpus: str, plan: DemoPlan, console: Console, note: str
         machine=describe_machine(note),
         commands=commands(out, corpus, runs),
     )
-    path = write_report(results, out / "report.html")
+    path = write_demo_report(results, out / "report.html")
     write_text(out / "results.json", json.dumps(_summary(results, plan), indent=1))
     _print(results, plan, path, console)
     return path

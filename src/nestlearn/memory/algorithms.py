@@ -19,7 +19,7 @@ from .kernels.products import limit_gradient
 GRADIENT_LIMIT = 1e6
 """Largest norm of the outer gradient that passes through one orthogonalization of `OrthogonalizedMomentum`."""
 
-Matrix = Float[Tensor, "*b out in"]
+_Matrix = Float[Tensor, "*b out in"]
 Scalar = Float[Tensor, "*b 1 1"]
 
 
@@ -36,8 +36,8 @@ class Algorithm(Protocol):
     writes_at_close: bool = False
 
     def step(
-        self, carried: tuple[Matrix, ...], gradient: Matrix, eta: Scalar, beta: Scalar | None
-    ) -> tuple[Matrix, tuple[Matrix, ...]]:
+        self, carried: tuple[_Matrix, ...], gradient: _Matrix, eta: Scalar, beta: Scalar | None
+    ) -> tuple[_Matrix, tuple[_Matrix, ...]]:
         """The change of the weights at one token, and what is carried on.
 
         Args:
@@ -48,7 +48,7 @@ class Algorithm(Protocol):
         """
         ...
 
-    def close(self, carried: tuple[Matrix, ...], pending: Scalar) -> Matrix:
+    def close(self, carried: tuple[_Matrix, ...], pending: Scalar) -> _Matrix:
         """What is written when a chunk ends. ``pending`` are the chunk's step sizes, decayed and summed up."""
         raise TypeError(f"{type(self).__name__} has writes_at_close=True but does not define close()")
 
@@ -70,8 +70,8 @@ class Descent(Algorithm):
     """``S_t = -eta'_t e_t x_t^T``: gradient descent, one step a token."""
 
     def step(
-        self, carried: tuple[Matrix, ...], gradient: Matrix, eta: Scalar, beta: Scalar | None
-    ) -> tuple[Matrix, tuple[Matrix, ...]]:
+        self, carried: tuple[_Matrix, ...], gradient: _Matrix, eta: Scalar, beta: Scalar | None
+    ) -> tuple[_Matrix, tuple[_Matrix, ...]]:
         return -eta * gradient, ()
 
     def steepness(self, beta: float) -> float:
@@ -86,8 +86,8 @@ class Momentum(Algorithm):
     carries = 1
 
     def step(
-        self, carried: tuple[Matrix, ...], gradient: Matrix, eta: Scalar, beta: Scalar | None
-    ) -> tuple[Matrix, tuple[Matrix, ...]]:
+        self, carried: tuple[_Matrix, ...], gradient: _Matrix, eta: Scalar, beta: Scalar | None
+    ) -> tuple[_Matrix, tuple[_Matrix, ...]]:
         assert beta is not None
         change = beta * carried[0] - eta * gradient
         return change, (change,)
@@ -126,16 +126,16 @@ class OrthogonalizedMomentum(Algorithm):
             raise ValueError(f"OrthogonalizedMomentum needs at least one Newton-Schulz step, got {self.steps!r}")
 
     def step(
-        self, carried: tuple[Matrix, ...], gradient: Matrix, eta: Scalar, beta: Scalar | None
-    ) -> tuple[Matrix, tuple[Matrix, ...]]:
+        self, carried: tuple[_Matrix, ...], gradient: _Matrix, eta: Scalar, beta: Scalar | None
+    ) -> tuple[_Matrix, tuple[_Matrix, ...]]:
         assert beta is not None
         return torch.zeros_like(gradient), (beta * carried[0] - gradient,)
 
-    def orthogonalize(self, momentum: Matrix) -> Matrix:
+    def orthogonalize(self, momentum: _Matrix) -> _Matrix:
         """``NS(S)``, with a bounded outer gradient."""
         return newton_schulz(limit_gradient(momentum, GRADIENT_LIMIT), self.steps)
 
-    def close(self, carried: tuple[Matrix, ...], pending: Scalar) -> Matrix:
+    def close(self, carried: tuple[_Matrix, ...], pending: Scalar) -> _Matrix:
         return pending * self.orthogonalize(carried[0])
 
     def steepness(self, beta: float) -> float:

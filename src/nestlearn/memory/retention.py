@@ -295,7 +295,7 @@ class Bregman(Retention):
 
     With ``u = (W / c + 1) / 2`` in (0, 1) and ``F(u) = u log u + (1 - u) log(1 - u)``, summed over all entries, the
     minimizer of ``eta <W, G> + 2c D_F(u, u_prev)`` is ``logit(u) = logit(u_prev) - eta G``, that is
-    ``u = sigmoid(A)`` with ``A = A_prev - eta G`` (Miras section 5 has u itself, which knows no negative weights).
+    ``u = sigmoid(A)`` with ``A = A_prev - eta G`` (Miras section 5 has u itself, which has no negative weights).
 
     Args:
         c: bound of every weight.

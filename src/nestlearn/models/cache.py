@@ -294,7 +294,7 @@ class HopeCache:
 
 
 def _forget(layer: LayerState, levels: set[int]) -> LayerState:
-    """The layer's state with some levels at their initial weights, which None is."""
+    """The layer's state with some levels at their initial weights (None)."""
     if layer.cms is None:
         return layer
     kept = (None if i in levels else level for i, level in enumerate(layer.cms.levels))

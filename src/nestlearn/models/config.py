@@ -17,7 +17,7 @@ from nestlearn.nn.cms import Meta, Signal, Variant
 from nestlearn.nn.cms.level import Level
 from nestlearn.nn.cms.nested import TransferBy
 from nestlearn.nn.config import MixerConfig, mixer_config
-from nestlearn.nn.ffn import Activation
+from nestlearn.nn.ffn import FFNActivation
 
 TokenId = Annotated[int, Between(0, LARGEST)]
 
@@ -58,10 +58,10 @@ class HopeConfig(NotCopied, PreTrainedConfig):
             all layers, or a list with one per layer. The field holds mappings with every option filled in.
         cms: levels of the feed-forward network, fastest first, as mappings of the fields of `nestlearn.nn.Level`;
             ``{"period": None, "expansion": 4}`` alone is an ordinary frozen FFN. Without ``lr`` a level takes steps of
-            1, and of 0.01 if a loss teaches it.
+            1, or of 0.01 if it learns from the loss.
         cms_variant: how levels are connected: ``"sequential"``, ``"nested"`` or ``"independent"``.
-        cms_signal: what teaches levels: ``"local"``, an objective of their own, or ``"loss"``, the next-token loss of
-            the tokens just read, in segments of the smallest period.
+        cms_signal: what levels learn from: ``"local"``, their own objective; ``"loss"``, the next-token loss of the
+            tokens just read, in segments of the smallest period.
         cms_meta: ``"first"`` order outer gradients take what a loss writes as a constant, ``"second"`` order ones go
             through it.
         cms_transfer: rho of the nested variant: the part of what a level learned that its initial weights keep.
@@ -99,7 +99,7 @@ class HopeConfig(NotCopied, PreTrainedConfig):
     cms_meta: Meta = "first"
     cms_transfer: Annotated[float, Between(0, 1, open="low")] = 0.5
     cms_transfer_by: TransferBy = "difference"
-    ffn_activation: Activation = "swiglu"
+    ffn_activation: FFNActivation = "swiglu"
     rms_norm_eps: Positive = 1e-6
     initializer_range: Annotated[float, Between(0, 100)] = 0.02
     tie_word_embeddings: bool = False
@@ -226,13 +226,11 @@ class HopeConfig(NotCopied, PreTrainedConfig):
 
     def state_signature(self) -> dict[str, Any]:
         """The fields that determine the shape and the meaning of a `HopeCache` of this model, as JSON values."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cms", "ffn_activation")
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cms", "ffn_activation", "cms_variant",
+                 "cms_signal", "cms_transfer_by")  # fmt: skip
         found = {name: getattr(self, name) for name in names}
         mixers = [mixer.to_dict() for mixer in self.mixers]
         found["mixer"] = mixers if any(mixer != mixers[0] for mixer in mixers) else mixers[0]
-        # Left out at their first values, so that caches saved before there were others still fit.
-        later = {"cms_variant": "sequential", "cms_signal": "local", "cms_transfer_by": "difference"}
-        found |= {name: getattr(self, name) for name, value in later.items() if getattr(self, name) != value}
         if self.cms_variant == "nested":
             found["cms_transfer"] = self.cms_transfer
         return json.loads(json.dumps(found))

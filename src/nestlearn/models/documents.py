@@ -1,6 +1,6 @@
 """Documents packed in one batch, taken apart into rows of their own.
 
-Documents of a packed batch do not see each other, so each may as well be a row. Every row then starts fresh, and the
+Documents of a packed batch do not see each other, so each can be a row of its own. Every row then starts fresh, and the
 layers take the path without resets, which is several times faster for memories: no row is in another phase.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nestlearn.atomic import atomic_write, remove_leftovers
 
-# Pickles that transformers.Trainer writes beside the weights of a model.
+# Pickles that transformers.Trainer writes next to the weights of a model.
 _OF_A_TRAINER = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -31,7 +31,7 @@ def flops(config: HopeConfig, context_length: int = 2048) -> int:
     """Forward FLOPs per token at a context of that many tokens; training costs about three times as much.
 
     Sums what each layer's mixer and continuum memory count for themselves, and the output layer; a multiply-add is 2.
-    Norms, activations and the embedding look-up are left out. Where a loss teaches levels, a forward pass contains a
+    Norms, activations and the embedding look-up are left out. If levels learn from the loss, a forward pass contains a
     backward pass of every segment.
 
     Raises:
@@ -49,9 +49,9 @@ def flops(config: HopeConfig, context_length: int = 2048) -> int:
         segment = model.model.segment_length
     if segment is None:
         return total
-    taught = (context_length - 1) // segment * segment
+    learning = (context_length - 1) // segment * segment
     # The backward pass of a segment goes to the inputs of layers and not to slow weights: once the forward pass.
-    return total + total * taught // context_length
+    return total + total * learning // context_length
 
 
 class RowBytes(NamedTuple):

@@ -1,4 +1,4 @@
-"""Generated text: the arguments of `generate`, and which columns of the batch that it fills are padding."""
+"""Text generation: prompts to texts, sampling, stop words, and the padding of rows that have ended."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def generate_texts(
         max_new_tokens: the most tokens of a continuation.
         temperature: 0 takes the most likely token each time; above 0, tokens are drawn.
         top_p: draw from the smallest set of tokens with this much probability.
-        seed: of the drawing, which then leaves the random state of the process alone.
+        seed: of the samples. With it, the random state of the process does not change.
         stop: a word, or several.
         options: further arguments of ``model.generate`` (``streamer``, ``repetition_penalty``, ...).
 
@@ -143,7 +143,7 @@ class EndedRows(StoppingCriteriaList):
     mask. A memory would learn from them; `hide` returns the mask without them.
 
     Args:
-        criteria: the criteria of `generate`. The library pads rows only where one of them knows an end token.
+        criteria: the criteria of `generate`. The library pads rows only if one of them has an end token.
 
     Example:
         >>> from transformers.generation import EosTokenCriteria

@@ -10,7 +10,7 @@ from nestlearn.models.cache import HopeCache
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether a value may decide in Python: on the CPU, outside compiled code (elsewhere it would stall the device)."""
+    """Whether Python may read values: on the CPU, outside compiled code. Elsewhere the device would have to wait."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -27,12 +27,12 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"input_ids contains {low if low < 0 else high}, but the vocabulary has the ids 0..{vocab_size - 1}. "
-                "The tokenizer does not belong to this model; use the one saved beside it."
+                "The tokenizer does not belong to this model; use the one saved with it."
             )
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> int | None:
-    """Number of labels that are not -100; None where they may not be looked at.
+    """Number of labels that are not -100; None where values may not be read.
 
     Raises:
         ValueError: labels that are not integers, or outside the vocabulary.
@@ -47,7 +47,7 @@ def check_labels(labels: Tensor, vocab_size: int) -> int | None:
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"labels contains {low if low < 0 else high}, but the vocabulary has the ids 0..{vocab_size - 1}. Mark "
-                "tokens to be ignored with -100; other labels come from the tokenizer saved beside the model."
+                "tokens to be ignored with -100; other labels come from the tokenizer saved with the model."
             )
     return used.numel()
 
@@ -105,8 +105,8 @@ def merge_resets(
 ) -> tuple[Bool[Tensor, "b t"] | None, Tensor | None]:
     """True at real tokens that start a new document; None where there are known to be none.
 
-    Joins the four ways to say so: an explicit ``reset``, the reset token, position ids that begin at 0, and rows that
-    the cache was told to forget. Also returns the rows still to be forgotten (all of whose new tokens are padding).
+    A document starts where any of these says so: an explicit ``reset``, the reset token, a position id of 0, or a row
+    that the cache was told to forget. Also returns the rows still to be forgotten, whose new tokens are all padding.
 
     Raises:
         ValueError: ``reset`` is not Bool[b, t].

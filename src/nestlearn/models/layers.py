@@ -1,4 +1,4 @@
-"""From a configuration to the modules of a block."""
+"""The blocks of a Hope model, built from its configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nestlearn.models.cache import LayerState
 from nestlearn.models.config import HopeConfig
-from nestlearn.nn.cms import ContinuumMemory, Writes
+from nestlearn.nn.cms import ContinuumMemory, WriteLevels
 from nestlearn.nn.cms.level import Level
 from nestlearn.nn.cms.tape import Tape
 
@@ -61,13 +61,13 @@ class HopeBlock(GradientCheckpointingLayer):
         state: LayerState | None = None,
         mask: Bool[Tensor, "b t"] | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
-        writes: Writes = True,
+        writes: WriteLevels = True,
         return_state: bool = True,
         tape: Tape | None = None,
         key: int = 0,
     ) -> tuple[Float[Tensor, "b t d"], LayerState | None]:
         """The protocol of `nestlearn.nn`; ``tape`` and ``key`` are for levels that learn from the loss."""
-        # One kernel of attention can be differentiated twice.
+        # Of the attention kernels only this one can be differentiated twice.
         twice = tape is not None and tape.second_order
         with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
             return self._forward(
@@ -80,7 +80,7 @@ class HopeBlock(GradientCheckpointingLayer):
         before: LayerState,
         mask: Tensor | None,
         reset: Tensor | None,
-        writes: Writes,
+        writes: WriteLevels,
         return_state: bool,
         tape: Tape | None,
         key: int,
@@ -101,24 +101,28 @@ class HopeBlock(GradientCheckpointingLayer):
         return mixer.flops_per_token(context_length) + cms.flops_per_token(context_length)
 
 
-def check_checkpointing(model: nn.Module, carries: bool, taught: bool) -> None:
+def check_checkpointing(model: nn.Module, carries: bool, learns: bool) -> None:
     """Raise ValueError where reentrant gradient checkpointing would lose gradients.
 
-    It keeps the graph of tensors that are arguments or results of a block themselves, not of those in a state.
+    It keeps the graph of tensors that a block takes or returns directly, but not of tensors inside a state.
 
     Args:
         model: with ``gradient_checkpointing``, as the library sets it.
         carries: whether a call returns a state.
-        taught: whether levels learn from the loss inside the call, which takes gradients of recorded maps.
+        learns: whether levels learn from the loss inside the call, which takes gradients of recorded maps.
     """
     if not (model.training and getattr(model, "gradient_checkpointing", False) and torch.is_grad_enabled()):
         return
     function = cast(Any, model)._gradient_checkpointing_func
-    if getattr(function, "keywords", {}).get("use_reentrant") is False or not (carries or taught):
+    if getattr(function, "keywords", {}).get("use_reentrant") is False or not (carries or learns):
         return
-    reason = "loses the gradients through a carried cache" if carries else "records nothing for levels to learn from"
+    reason = (
+        "loses the gradients through a carried cache"
+        if carries
+        else "records no inputs and errors for levels to learn from"
+    )
     raise ValueError(
         f"reentrant gradient checkpointing {reason}. Use the other form, "
         "model.activation_checkpointing_enable({'use_reentrant': False}), the library's default"
-        + (", or pass use_cache=False and no cache." if carries and not taught else ".")
+        + (", or pass use_cache=False and no cache." if carries and not learns else ".")
     )

@@ -22,12 +22,12 @@ from nestlearn.models.inputs import check_embeds, check_ids, check_labels, may_l
 from nestlearn.models.layers import HopeBlock, check_checkpointing
 from nestlearn.models.remote import NotCopied
 from nestlearn.models.segments import SegmentReader
-from nestlearn.nn.cms import Writes
+from nestlearn.nn.cms import WriteLevels
 from nestlearn.nn.cms.tape import Tape
 
 
 class HopePreTrainedModel(NotCopied, PreTrainedModel):
-    """What the models share: how weights start, and what the library may do with them."""
+    """Base class of the models: initial values of weights, and what the library is told about them."""
 
     config: HopeConfig
     config_class = HopeConfig
@@ -56,7 +56,7 @@ class HopePreTrainedModel(NotCopied, PreTrainedModel):
         """Initial values of one module; children come before their parents, and loaded weights are kept.
 
         Linear layers and embeddings start normal, norms at 1; a module with parameters of its own (the initial
-        weights of a memory, gate biases, convolutions) knows its own initial values.
+        weights of a memory, gate biases, convolutions) sets them itself.
         """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             _fill(module.weight, lambda w: w.normal_(0, self.config.initializer_range))
@@ -113,7 +113,7 @@ class HopeModel(HopePreTrainedModel):
         past_key_values: HopeCache | None = None,
         use_cache: bool | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
-        writes: Writes = True,
+        writes: WriteLevels = True,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_layer: nn.Module | None = None,
@@ -181,7 +181,7 @@ class HopeModel(HopePreTrainedModel):
         return SegmentReader(self, output_layer, self.segment_length)
 
     def _document(
-        self, reader: SegmentReader | None, x: Tensor, ids: Tensor | None, tokens: Tensor, writes: Writes
+        self, reader: SegmentReader | None, x: Tensor, ids: Tensor | None, tokens: Tensor, writes: WriteLevels
     ) -> Tensor:
         """The output for documents that have a row each."""
         if reader is None or ids is None:
@@ -194,7 +194,7 @@ class HopeModel(HopePreTrainedModel):
         before: list[LayerState],
         mask: Tensor | None,
         reset: Tensor | None,
-        writes: Writes,
+        writes: WriteLevels,
         keep: bool,
         visited: list[Tensor] | None = None,
         tape: Tape | None = None,
@@ -265,7 +265,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         reset: Bool[Tensor, "b t"] | None = None,
-        writes: Writes = True,
+        writes: WriteLevels = True,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -281,8 +281,8 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions to compute logits for (or their indices); 0 for all.
             reset: True at a token that starts a new document; joined with ``input_ids == config.reset_token_id`` and
                 with ``position_ids == 0`` where position ids are given.
-            writes: False lets every memory be read but learn nothing (inner step 0); numbers name the levels of the
-                continuum memories that learn, 0 the fastest, beside the mixers.
+            writes: False: every memory is read and learns nothing (inner step 0). Numbers: of the continuum memories
+                only these levels learn (0 is the fastest); the mixers learn as well.
             kwargs: ``num_items_in_batch`` (divides the summed loss), ``output_hidden_states``, ``position_ids``.
 
         Raises:
@@ -353,7 +353,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The library's inputs of one step.
 
-        The state knows the mask of the prompt. Later, only the tokens after the end of a row are padding.
+        The state has already used the mask of the prompt. Later, only the tokens after the end of a row are padding.
         """
         if next_sequence_length is not None and next_sequence_length < 1:
             given = input_ids if inputs_embeds is None else inputs_embeds
@@ -384,11 +384,11 @@ def next_token_loss(
     """Mean of ``-ln p(label_{t+1} | tokens up to t)`` in nats, in fp32 or wider.
 
     Labels of -100 are left out. With ``num_items`` the sum is divided by it instead (gradient accumulation over unequal
-    batches). Where no label is left the loss is 0 with gradient 0, the sum over nothing, and a warning says so: a NaN
-    would spoil the weights of a whole run. With ``num_items`` such a part of a batch is usual, so nothing warns.
+    batches). If no label is left, the loss and its gradients are 0, and there is a warning: the mean would be NaN, and
+    destroy the weights of a run. With ``num_items`` such a part of a batch is usual, so there is no warning.
 
-    Values are looked at where that is free: labels on the CPU, outside compiled code. On other devices a label out of
-    range fails inside the device's own kernel.
+    Values of labels are checked on the CPU, outside compiled code. On other devices a label out of range fails inside
+    the device's own kernel.
 
     Raises:
         ValueError: labels of another shape or dtype, outside the vocabulary, or with logits of only a part of the
@@ -402,7 +402,7 @@ def next_token_loss(
     target = labels[:, 1:]
     if check_labels(target, logits.shape[-1]) == 0 and num_items is None:
         warnings.warn(
-            "every label that could be predicted is -100, so the loss is 0 and teaches nothing; check what masks the "
+            "every label that could be predicted is -100, so the loss and its gradients are 0; check what masks the "
             "labels (a prompt as long as the text, a text of one token).",
             stacklevel=2,
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.models.cache import LayerState, Segment
-from nestlearn.nn.cms import ContinuumMemory, Writes
+from nestlearn.nn.cms import ContinuumMemory, WriteLevels
 from nestlearn.nn.cms.tape import Factors, Tape, gradients, segment_factors, usable
 from nestlearn.nn.state import detach, index_rows, put_rows
 
@@ -78,7 +78,7 @@ def learn_segment(
     return output, nats, absorb(state, segment_factors(nats.sum(), tape, keep_graph=keep_graph))
 
 
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """Columns that are read in one call. Inside of them no row completes a segment, starts a document, or changes
     between text and padding. ``real`` are the rows with text, ``starts`` the rows that start a document."""
 
@@ -109,7 +109,7 @@ class SegmentReader:
         segments: list[Segment],
         mask: Bool[Tensor, "b t"] | None,
         reset: Bool[Tensor, "b t"] | None,
-        writes: Writes,
+        writes: WriteLevels,
         keep: bool,
         visit: bool = False,
     ) -> tuple[Float[Tensor, "b t d"], Layers, list[Segment], list[Tensor] | None]:
@@ -150,7 +150,7 @@ class SegmentReader:
             found[1:] |= (self.mask[:, 1:] != self.mask[:, :-1]).any(0).cpu()
         return [*found.nonzero().flatten().tolist(), time]
 
-    def _begin(self, first: int, changes: list[int]) -> Piece:
+    def _begin(self, first: int, changes: list[int]) -> Part:
         """The next piece. Rows that begin a segment there get a new `Segment`."""
         batch = range(self.x.shape[0])
         real = list(batch) if self.mask is None else self.mask[:, first].nonzero().flatten().tolist()
@@ -173,7 +173,7 @@ class SegmentReader:
         free = [self.length - s.ids.shape[1] for s in self.segments if s.rows.tolist()[0] in real]
         # Where every row is padding there is no segment, and only the next change ends the piece.
         last = min([next(c for c in changes if c > first), *(first + n for n in free)])
-        return Piece(first, last, real, starts)
+        return Part(first, last, real, starts)
 
     def _divide(self, real: set[int], new: set[int]) -> None:
         """Split segments whose rows differ here: padding (stays), text (goes on), or a new document (is dropped)."""
@@ -189,7 +189,7 @@ class SegmentReader:
                     divided.append(index_rows(segment, torch.tensor(part, device=segment.rows.device)))
         self.segments = divided
 
-    def _is_whole(self, piece: Piece) -> bool:
+    def _is_whole(self, piece: Part) -> bool:
         """Whether all rows read the same whole segment here and learn from it."""
         one = len(self.segments) == 1 and len(self.segments[0].rows) == self.x.shape[0]
         return (
@@ -200,12 +200,12 @@ class SegmentReader:
             and self._is_read_again(piece)
         )
 
-    def _is_read_again(self, piece: Piece) -> bool:
+    def _is_read_again(self, piece: Part) -> bool:
         return self.keep or piece.last < self.x.shape[1]
 
     # -- reading and learning -----------------------------------------------------------------------------------
 
-    def _flags(self, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
+    def _flags(self, piece: Part) -> tuple[Tensor | None, Tensor | None]:
         columns = slice(piece.first, piece.last)
         everyone = len(piece.real) == self.x.shape[0]
         mask = None if self.mask is None or everyone else self.mask[:, columns]
@@ -221,7 +221,7 @@ class SegmentReader:
             self.visited.append(visited)
         return hidden, layers
 
-    def _read_part(self, piece: Piece) -> Tensor:
+    def _read_part(self, piece: Part) -> Tensor:
         """Read, and write the segments that are complete."""
         columns = slice(piece.first, piece.last)
         mask, reset = self._flags(piece)
@@ -229,8 +229,8 @@ class SegmentReader:
         for i, segment in enumerate(self.segments):
             if segment.rows.tolist()[0] in piece.real:
                 ids = torch.cat((segment.ids, self.ids[segment.rows, columns]), 1)
-                taught = ids[:, segment.learns.shape[1] :]
-                learns = torch.full_like(taught, self.writes is not False, dtype=torch.bool)
+                added = ids[:, segment.learns.shape[1] :]
+                learns = torch.full_like(added, self.writes is not False, dtype=torch.bool)
                 self.segments[i] = segment._replace(ids=ids, learns=torch.cat((segment.learns, learns), 1))
         due = [segment for segment in self.segments if segment.ids.shape[1] == self.length]
         self.segments = [segment for segment in self.segments if segment.ids.shape[1] < self.length]
@@ -271,7 +271,7 @@ class SegmentReader:
             )
         return after if outer else detach(after)
 
-    def _read_whole(self, piece: Piece) -> Tensor:
+    def _read_whole(self, piece: Part) -> Tensor:
         """Read a segment that is given whole, and write it."""
         outer, columns = torch.is_grad_enabled(), slice(piece.first, piece.last)
         _, reset = self._flags(piece)
@@ -295,7 +295,7 @@ class SegmentReader:
         """Of the tokens that have a next one."""
         return self.output_layer(self.model.norm(hidden[:, :-1]))
 
-    def _idle(self, piece: Piece) -> list[int]:
+    def _idle(self, piece: Part) -> list[int]:
         """Periods that do not end again in these columns, if all rows started here and no state is kept."""
         time, periods = self.x.shape[1], {p for p in self._cms(0).periods if p is not None}
         if self.keep or not self.fresh or self.mask is not None or self.reset is not None:

@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Activation = Literal["swiglu", "gelu"]
+FFNActivation = Literal["swiglu", "gelu"]
 
 
-def hidden_size(d_model: int, expansion: float, activation: Activation = "swiglu") -> int:
+def hidden_size(d_model: int, expansion: float, activation: FFNActivation = "swiglu") -> int:
     """Hidden units of a network with about ``2 expansion d_model^2`` parameters.
 
     SwiGLU has three matrices and GELU two, so the hidden layer of SwiGLU is 2/3 as wide. Widths above 64 are rounded to
@@ -67,7 +67,7 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, expansion: float = 4, activation: Activation = "swiglu", hidden: int | None = None
+        self, d_model: int, expansion: float = 4, activation: FFNActivation = "swiglu", hidden: int | None = None
     ) -> None:
         super().__init__()
         hidden = hidden_size(d_model, expansion, activation) if hidden is None else hidden

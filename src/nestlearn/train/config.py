@@ -15,7 +15,7 @@ from nestlearn.train.optimizers import ENGINE, check_optimizer, own_learning_rat
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 Rate = Annotated[float, Between(0)]
-Decay = Annotated[float, Between(0, 1, open="high")]
+Beta = Annotated[float, Between(0, 1, open="high")]
 # hope and transformer: found by benchmarks/learning_rate_grid.py on one common grid (docs/log.md has the table).
 # The other two take the rate of the more similar of these; no grid was run for them.
 PRESET_LEARNING_RATES = {
@@ -78,8 +78,8 @@ class TrainConfig:
     warmup: Count | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Rate = 0.1
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
     max_grad_norm: Rate = 1.0
     seed: Annotated[int, Between(0, MAX_SEED)] = 0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

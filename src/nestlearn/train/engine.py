@@ -11,21 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedTokenizerFast
 
 from nestlearn import atomic
 from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_corpus, pack
 from nestlearn.models import flops
 from nestlearn.nn import ContinuumMemory, SelfModifyingTitans
 from nestlearn.train import checkpoint
-from nestlearn.train.callbacks import ProgressBar, StepTimer, StopOnSignal
 from nestlearn.train.config import SCHEDULES, TrainConfig
 from nestlearn.train.errors import TrainingInterrupted
 from nestlearn.train.folder import check_corpus, claim_folder, save_settings, starting_point
@@ -34,7 +33,12 @@ from nestlearn.train.meter import Meter, count_targets, cut_log, read_log
 from nestlearn.train.optimizers import ENGINE, build_optimizer
 from nestlearn.train.quiet import quiet_engine
 from nestlearn.train.stream import RecordedStream
-from nestlearn.train.trainer import HopeTrainer
+
+# The engine's own modules import datasets and peft, which takes as long as torch: wrong settings are refused before.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from nestlearn.train.trainer import HopeTrainer
 
 # Settings of the engine that belong to the run, with the option that sets each; None if no option does.
 OWN_SETTINGS = {
@@ -126,6 +130,8 @@ def check_settings(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
     """The run itself, in a folder that this process has claimed."""
+    from nestlearn.train.callbacks import ProgressBar, StepTimer, StopOnSignal
+
     out = Path(config.out)
     last = starting_point(config, resume)
     if config.threads:
@@ -251,6 +257,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     Raises:
         ValueError: an unknown setting, one that belongs to the run, or a value that the engine refuses.
     """
+    from transformers import TrainingArguments
+
     settings: dict[str, Any] = {
         "output_dir": config.out,
         "max_steps": config.steps,
@@ -306,6 +314,10 @@ def build_trainer(
     config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerFast, data: RunData, progress: Meter
 ) -> HopeTrainer:
     """The engine of a run, without progress bar and signal handling."""
+    from transformers import PrinterCallback, default_data_collator
+
+    from nestlearn.train.trainer import HopeTrainer
+
     if config.gradient_checkpointing:
         # Renamed in transformers 5.23; the old name warns there, the new one is missing before.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

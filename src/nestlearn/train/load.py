@@ -148,7 +148,7 @@ def prepare_model(config: TrainConfig, model_config: HopeConfig) -> HopeForCausa
     return model.double() if config.dtype == "float64" else model.float()
 
 
-def describe(config: TrainConfig, model_config: HopeConfig) -> dict[str, Any]:
+def describe_settings(config: TrainConfig, model_config: HopeConfig) -> dict[str, Any]:
     """The resolved settings of a run, as ``--dry-run`` prints them."""
     train = {key: value for key, value in config.to_dict().items() if key not in NESTED}
     train |= {"learning_rate": config.peak_learning_rate(), "warmup": config.warmup_steps}

@@ -16,11 +16,11 @@ LOG_FILE = "train.jsonl"
 PROGRESS_FILE = "progress.json"
 
 
-def bits_per_byte(nats: float, byte_count: float) -> float:
+def nats_to_bits_per_byte(nats: float, byte_count: float) -> float:
     """A summed loss in nats as bits per byte of text: nats / (ln 2 * bytes).
 
     Example:
-        >>> bits_per_byte(math.log(2) * 16, 8)
+        >>> nats_to_bits_per_byte(math.log(2) * 16, 8)
         2.0
     """
     return nats / math.log(2) / byte_count if byte_count else math.nan
@@ -48,7 +48,7 @@ class Meter:
         """Loss (nats per token) and bits per byte of the present interval."""
         return {
             "loss": self.nats / self.targets if self.targets else math.nan,
-            "bits_per_byte": bits_per_byte(self.nats, self.bytes),
+            "bits_per_byte": nats_to_bits_per_byte(self.nats, self.bytes),
         }
 
     def take_interval(self) -> dict[str, float]:

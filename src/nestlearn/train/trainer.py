@@ -139,7 +139,7 @@ class HopeTrainer(Trainer):
             self._reduce_interval()
             logs |= {**self.meter.take_interval(), **self.meter.totals()}
         elif "eval_loss" in logs and self.eval_bytes_per_target:
-            logs["eval_bits_per_byte"] = meter.bits_per_byte(logs["eval_loss"], self.eval_bytes_per_target)
+            logs["eval_bits_per_byte"] = meter.nats_to_bits_per_byte(logs["eval_loss"], self.eval_bytes_per_target)
             logs |= self.meter.totals()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):

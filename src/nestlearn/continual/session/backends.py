@@ -21,7 +21,7 @@ from nestlearn.nn.state import Tree
 from .levels import LevelRow, compare_layers, compare_states
 
 
-class Read(NamedTuple):
+class PieceRead(NamedTuple):
     """The result of reading up to one segment.
 
     ``nats`` holds ``-ln p`` of every token, None for a token that nothing predicts; ``memory`` is the memory after it.
@@ -48,7 +48,7 @@ class Backend(Protocol):
     def fresh(self) -> Any:
         """The memory of a session that has read nothing."""
 
-    def read(self, memory: Any, ids: list[int], writes: bool, *, start: bool) -> Read:
+    def read(self, memory: Any, ids: list[int], writes: bool, *, start: bool) -> PieceRead:
         """Read up to one segment; ``start`` where a document starts."""
         ...
 
@@ -118,7 +118,7 @@ class StackedBackend:
     def fresh(self) -> StackedMemory:
         return StackedMemory()
 
-    def read(self, memory: StackedMemory, ids: list[int], writes: bool, *, start: bool) -> Read:
+    def read(self, memory: StackedMemory, ids: list[int], writes: bool, *, start: bool) -> PieceRead:
         if start:
             memory = replace(memory, keys=(), used=0, last=None)
         if memory.used + len(ids) > self.block:
@@ -130,7 +130,7 @@ class StackedBackend:
         found = read_segment(self.model, row, memory.levels, memory.keys, writes=writes)
         logs = _log_probabilities(found.logits)
         after = StackedMemory(found.state, found.keys, memory.used + len(ids), logs[-1])
-        return Read(_nats(memory.last, logs, row[0]), after)
+        return PieceRead(_nats(memory.last, logs, row[0]), after)
 
     def _row(self, ids: list[int]) -> Int[Tensor, "1 t"]:
         return torch.tensor([ids], device=self.model.device)
@@ -217,12 +217,12 @@ class HopeBackend:
         return HopeMemory(HopeCache())
 
     @torch.inference_mode()
-    def read(self, memory: HopeMemory, ids: list[int], writes: bool, *, start: bool) -> Read:
+    def read(self, memory: HopeMemory, ids: list[int], writes: bool, *, start: bool) -> PieceRead:
         del start  # the first token of a document is predicted from what was read before it
         cache, row = memory.cache.detach(), torch.tensor([ids], device=self.model.device)
         allowed = [level for level in self.levels if level not in memory.still] if memory.still else writes
         logs = _log_probabilities(self.model(row, past_key_values=cache, writes=allowed).logits)
-        return Read(_nats(memory.last, logs, row[0]), replace(memory, cache=cache, last=logs[-1]))
+        return PieceRead(_nats(memory.last, logs, row[0]), replace(memory, cache=cache, last=logs[-1]))
 
     def forgetting_tokens(self) -> tuple[int, ...]:
         reset = self.model.config.reset_token_id

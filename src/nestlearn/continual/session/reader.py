@@ -14,7 +14,7 @@ from nestlearn.data.tokenizers import bytes_per_token
 from .backends import Backend
 from .report import SegmentScore
 
-BLOCK = 1_024
+READ_BLOCK = 1_024
 """A text is cut at the first end of a word after so many characters, and tokenized block by block."""
 
 
@@ -68,7 +68,7 @@ class DocumentReader:
 
     def take(self, cursor: Cursor, piece: str | None) -> Cursor:
         """Tokenize a piece of the document as far as it completes blocks; None, the end, completes the last one."""
-        blocks, rest = ([cursor.text], "") if piece is None else cut_blocks(cursor.text + piece)
+        blocks, rest = ([cursor.text], "") if piece is None else cut_read_blocks(cursor.text + piece)
         for block in filter(None, blocks):
             tokens = self.tokens_of(block, first=cursor.blocks == 0)
             cursor = replace(cursor, waiting=(*cursor.waiting, *tokens), blocks=cursor.blocks + 1)
@@ -123,7 +123,7 @@ class SourceFailed(Exception):
 
 
 def pieces_of(documents: Iterable[Iterable[str]], end: bool) -> Iterator[str | None]:
-    """Pieces of at most `BLOCK` characters; None where a document ends, the last one with ``end`` only.
+    """Pieces of at most `READ_BLOCK` characters; None where a document ends, the last one with ``end`` only.
 
     Raises:
         SourceFailed: the source raised an error, or gave something that is no text.
@@ -140,26 +140,26 @@ def pieces_of(documents: Iterable[Iterable[str]], end: bool) -> Iterator[str | N
                 break
             except Exception as error:
                 raise SourceFailed(str(error)) from error
-            yield from (piece[at : at + BLOCK] for at in range(0, len(piece), BLOCK))
+            yield from (piece[at : at + READ_BLOCK] for at in range(0, len(piece), READ_BLOCK))
     if end:
         yield None
 
 
-def cut_blocks(text: str) -> tuple[list[str], str]:
+def cut_read_blocks(text: str) -> tuple[list[str], str]:
     """Whole blocks at the start of a text, and the rest, which more text may complete.
 
     Where a block ends depends on the text alone, so a stream gives the same tokens in whatever pieces it comes. A block
-    ends before the first blank after a word at or beyond `BLOCK` characters, or at twice as many.
+    ends before the first blank after a word at or beyond `READ_BLOCK` characters, or at twice as many.
 
     Example:
-        >>> blocks, rest = cut_blocks("word " * 300)
+        >>> blocks, rest = cut_read_blocks("word " * 300)
         >>> [len(block) for block in blocks], len(rest)
         ([1024], 476)
     """
     blocks, start = [], 0
-    while len(text) - start > BLOCK:
-        limit = start + 2 * BLOCK
-        known = range(start + BLOCK, min(limit, len(text)))
+    while len(text) - start > READ_BLOCK:
+        limit = start + 2 * READ_BLOCK
+        known = range(start + READ_BLOCK, min(limit, len(text)))
         end = next((i for i in known if text[i].isspace() and not text[i - 1].isspace()), None)
         if end is None:
             if len(text) < limit:

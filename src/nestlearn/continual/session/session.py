@@ -22,7 +22,7 @@ from .reader import BlockTokenizer, Cursor, DocumentReader, SourceFailed, check_
 from .report import ReadReport
 
 Compare = Literal["levels", "off", "none"]
-Progress = Callable[[ReadReport], None]
+OnRead = Callable[[ReadReport], None]
 Source = str | Path | Iterable[str]
 
 # The rotary embedding of some models keeps a table that longer inputs change: their sessions take turns.
@@ -95,7 +95,7 @@ class MemorySession:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def read(self, source: Source, *, end: bool = True, progress: Progress | None = None) -> ReadReport:
+    def read(self, source: Source, *, end: bool = True, progress: OnRead | None = None) -> ReadReport:
         """Learn from a text, and report how well each of its segments was predicted before it was written.
 
         A document is read in segments of the smallest period. The last one may be shorter: it is written like the
@@ -134,7 +134,7 @@ class MemorySession:
         reader = DocumentReader(self._backend, self._tokens_of, other._cursor.memory, writes=False)
         return other._read(source, reader, True, None).bits_per_byte
 
-    def _read(self, source: Source, reader: DocumentReader, end: bool, progress: Progress | None) -> ReadReport:
+    def _read(self, source: Source, reader: DocumentReader, end: bool, progress: OnRead | None) -> ReadReport:
         """The loop of a reading: score a segment, write it, move the cursor."""
         documents, size = documents_of(source)
         report, began = ReadReport(total_bytes=size), time.monotonic()

@@ -104,7 +104,7 @@ def run_bench(suite: Suite, options: BenchOptions, console: Console | None = Non
     finally:
         results = store.of(cells)
         table = write_table(options.out / "table.md", suite, cells, results, options.command)
-        report = html_report.write_report(options.out / "report.html", suite, cells, results, options.command)
+        report = html_report.write_bench_report(options.out / "report.html", suite, cells, results, options.command)
     finished = store.finished()
     return BenchOutcome(results, [cell for cell in cells if cell.key not in finished], table, report)
 
@@ -149,7 +149,7 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def describe(result: EvalResult) -> str:
+def _describe(result: EvalResult) -> str:
     """One line about a finished cell."""
     scores = result.details["scores"]
     splits = ", ".join(f"{name} {100 * score['value']:.1f} %" for name, score in scores.items())
@@ -189,4 +189,4 @@ class _Display:
         if bar is not None:
             self._bars.remove_task(bar)
         self._bars.advance(self._all)
-        self._bars.console.print(describe(result), markup=False, highlight=False, soft_wrap=True)
+        self._bars.console.print(_describe(result), markup=False, highlight=False, soft_wrap=True)

@@ -25,7 +25,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "qa5": ("bill", "fred", "jeff", "mary", "apple", "football", "milk"),
 }
 """All answers of each task, in lower case."""
-ANSWER_TOKENS = 16
+_ANSWER_TOKENS = 16
 _SHORTEST = 10  # tokens of the shortest sentence taken from a book
 _LINE = re.compile(r"(\d+) (.*)")
 
@@ -240,7 +240,7 @@ def evaluate_babilong(
         tokenizer,
         made,
         lambda answer, sample: float(exact_label(answer, sample.question, LABELS[task])),
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=_ANSWER_TOKENS,
         batch_size=batch_size,
     )
     asked = made[lengths[-1]][0].question
@@ -256,6 +256,6 @@ def evaluate_babilong(
         seed=seed,
         seconds=time.perf_counter() - began,
         command=command,
-        config={**settings, "answer_tokens": ANSWER_TOKENS, "samples": n, "model": describe_model(model)},
+        config={**settings, "answer_tokens": _ANSWER_TOKENS, "samples": n, "model": describe_model(model)},
         details={"by_length": scores.by_length, "example": example},
     )

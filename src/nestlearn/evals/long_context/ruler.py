@@ -16,7 +16,7 @@ from nestlearn.evals.long_context.words import key_words, read_sentences
 from nestlearn.evals.result import EvalResult
 from nestlearn.fields import unknown_name
 
-ANSWER_TOKENS = 128
+_ANSWER_TOKENS = 128
 """Tokens of every length that are reserved for the answer."""
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -104,7 +104,7 @@ def ruler_samples(
     book: str | Path | Sequence[str] | None = None,
     depth: float | None = None,
     seed: int = 0,
-    answer_tokens: int = ANSWER_TOKENS,
+    answer_tokens: int = _ANSWER_TOKENS,
 ) -> list[Sample]:
     """Prompts with as many haystack sentences as fit a length. Equal seeds give equal prompts.
 
@@ -275,7 +275,7 @@ def evaluate_ruler(
     book: str | Path | Sequence[str] | None = None,
     depth: float | None = None,
     seed: int = 0,
-    answer_tokens: int = ANSWER_TOKENS,
+    answer_tokens: int = _ANSWER_TOKENS,
     batch_size: int = 8,
     command: str = "",
 ) -> EvalResult:

@@ -27,7 +27,7 @@ _COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c2417a", "#9a7b1c", "#2aa3b8", GREY)
 _STYLES = ("-", "--", ":")
 
 
-def write_report(path: Path, suite: Suite, cells: list[Cell], results: list[EvalResult], command: str) -> Path:
+def write_bench_report(path: Path, suite: Suite, cells: list[Cell], results: list[EvalResult], command: str) -> Path:
     """Write the report, under a temporary name first, and return its path."""
     mixers, tasks, seeds = mixers_of(cells, results), tasks_of(cells), len({result.seed for result in results})
     lead = (

@@ -55,7 +55,7 @@ class DemoResults:
 COLORS = {"hope": BLUE, "transformer": ORANGE, "transformer-long": ORANGE}
 
 
-def write_report(results: DemoResults, path: Path) -> Path:
+def write_demo_report(results: DemoResults, path: Path) -> Path:
     """Write the report, under a temporary name first, and return its path."""
     hope, transformer = results.runs["hope"], results.runs["transformer"]
     lead = (

@@ -21,7 +21,7 @@ _CURVE_POINTS = 400
 _LEVEL_COLORS = (PURPLE, GREEN, ORANGE, GREY)
 
 
-def write_report(record: StreamRecord, path: Path) -> Path:
+def write_learning_report(record: StreamRecord, path: Path) -> Path:
     """Write the report, under a temporary name first, and return its path."""
     documents = record.documents
     size = sum(document.bytes for document in documents)

@@ -1,1 +1,1 @@
-"""Arithmetic of the memories: products with gradients written by hand, Newton-Schulz. Knows no memory."""
+"""Arithmetic of the memories: products with gradients written by hand, Newton-Schulz. It knows nothing of memories."""

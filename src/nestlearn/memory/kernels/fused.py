@@ -50,7 +50,7 @@ def _held(error: Tensor, solved: Tensor, x: Tensor, weights: Tensor, before: Ten
 
 
 class Erase(torch.autograd.Function):
-    """``change = solved (error + before * X W^T)``: what the delta rule writes beside what the memory held."""
+    """``change = solved (error + before * X W^T)``: what the delta rule writes, given what the memory holds."""
 
     @staticmethod
     def forward(ctx: Any, error: Tensor, solved: Tensor, x: Tensor, weights: Tensor, before: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def newton_schulz(
 
         X_0 = X / ||X||_F,     X_{i+1} = a X_i + (b X_i X_i^T + c (X_i X_i^T)^2) X_i
 
-    It stands where NL Eq. 42-44 ask for Newton-Schulz; the iteration that Eq. 44 prints is `printed_iteration`.
+    It is used where NL Eq. 42-44 ask for Newton-Schulz; the iteration that Eq. 44 prints is `printed_iteration`.
 
     Each step applies ``a s + b s^3 + c s^5`` to every singular value s. After five, those that were at least 1.43e-3 of
     the Frobenius norm lie in [0.65, 1.21]; with `POLAR_EXPRESS`, those of at least 9.6e-4 in [0.85, 1.13]. Smaller ones

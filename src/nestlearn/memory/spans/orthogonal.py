@@ -20,7 +20,7 @@ from ..types import Factor, Weights
 from .base import Entering, Opened, Running, Update, decay_kernels
 
 
-class Coefficients(NamedTuple):
+class _Coefficients(NamedTuple):
     """The scalars of a span; all maps of a memory share them."""
 
     entry: Float[Tensor, "b c"]  # of the entering weights
@@ -31,7 +31,7 @@ class Coefficients(NamedTuple):
     written: Float[Tensor, "b c"]  # of NS(S_c): A[t, c] u_c
 
 
-def coefficients(run: Running, update: Update) -> Coefficients:
+def _coefficients(run: Running, update: Update) -> _Coefficients:
     """The scalars of a span from its gates."""
     gates, valid, reset = update.gates, update.valid, update.reset
     assert gates.momentum is not None and run.pending is not None
@@ -45,11 +45,11 @@ def coefficients(run: Running, update: Update) -> Coefficients:
     written = torch.zeros_like(pending)
     if update.closing is not None:
         written = (kernels.decay @ torch.where(update.closing, pending, 0).unsqueeze(-1)).squeeze(-1)
-    return Coefficients(kernels.entry, kernels.restart, carry, through, pending, written)
+    return _Coefficients(kernels.entry, kernels.restart, carry, through, pending, written)
 
 
 def momentum_at(
-    row: Float[Tensor, "b c"], scalars: Coefficients, factor: Factor, entered: Tensor | None
+    row: Float[Tensor, "b c"], scalars: _Coefficients, factor: Factor, entered: Tensor | None
 ) -> Float[Tensor, "b out in"]:
     """The momentum after the token that ``row`` marks with 1 (a row of zeros gives 0)."""
     kernel = (row.unsqueeze(-2) @ scalars.carry).squeeze(-2)
@@ -59,7 +59,7 @@ def momentum_at(
 
 def open_orthogonal(algorithm: OrthogonalizedMomentum, run: Running, update: Update) -> Opened:
     """A span of a memory with `OrthogonalizedMomentum`; at most one of its tokens is the last of a chunk."""
-    scalars = coefficients(run, update)
+    scalars = _coefficients(run, update)
     starts = {name: run.entering(name, update.reset) for name in update.factors}
     matrices: Weights = {}
     if update.closing is not None:
@@ -74,7 +74,7 @@ def open_orthogonal(algorithm: OrthogonalizedMomentum, run: Running, update: Upd
         momentum: Weights = {}
         for name, factor in update.factors.items():
             w = torch.zeros_like(run.initial[name])
-            for coefficient, part in sources(scalars, starts[name], matrices.get(name)):
+            for coefficient, part in _sources(scalars, starts[name], matrices.get(name)):
                 w = w + coefficient[..., -1, None, None] * part
             weights[name] = w
             momentum[name] = momentum_at(last, scalars, factor, starts[name].momentum)
@@ -85,16 +85,16 @@ def open_orthogonal(algorithm: OrthogonalizedMomentum, run: Running, update: Upd
     return Opened(lambda name, x: read_decayed(scalars, starts[name], matrices.get(name), x), advance)
 
 
-def sources(scalars: Coefficients, start: Entering, matrix: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def _sources(scalars: _Coefficients, start: Entering, matrix: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """(coefficient ``[b, c]``, weights) of everything that a token reads besides the base."""
     pairs = ((scalars.entry, start.weights), (scalars.restart, start.back), (scalars.written, matrix))
     return [(c, w) for c, w in pairs if c is not None and w is not None]
 
 
 def read_decayed(
-    scalars: Coefficients, start: Entering, matrix: Tensor | None, x: Float[Tensor, "b c in"]
+    scalars: _Coefficients, start: Entering, matrix: Tensor | None, x: Float[Tensor, "b c in"]
 ) -> Float[Tensor, "b c out"]:
     """``W_t x_t`` for every token of the span."""
     parts = [] if start.base is None else [x @ start.base.mT]
-    parts += [(c.unsqueeze(-1) * x) @ w.mT for c, w in sources(scalars, start, matrix)]
+    parts += [(c.unsqueeze(-1) * x) @ w.mT for c, w in _sources(scalars, start, matrix)]
     return torch.stack(parts).sum(0)

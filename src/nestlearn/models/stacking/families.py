@@ -129,7 +129,7 @@ def map_shape(part: Any, path: str) -> tuple[int, int]:
     """``(out, in)`` of a linear map: an nn.Linear, a Conv1D, or a module that wraps or replaces one.
 
     Raises:
-        ValueError: the module does not say.
+        ValueError: the module has no attributes with its sizes.
     """
     inner = getattr(part, "base_layer", part)  # adapters of PEFT
     for out, width in (("out_features", "in_features"), ("nf", "nx")):

@@ -31,7 +31,7 @@ KEPT = 0.97
 """What a level without ``retain`` keeps, over one period, of what it has written."""
 
 ENERGY_DECAY = 0.95
-"""Kept fraction, per segment, of the moving average of squared gradient norms that says what is typical."""
+"""Kept fraction, per segment, of the moving average of squared gradient norms, the size of a typical gradient."""
 
 
 class SegmentRead(NamedTuple):

@@ -177,7 +177,7 @@ def register_family(names: MapNames, config: type[PretrainedConfig] | None = Non
 
 
 def register_families() -> None:
-    """`register` the families that `stack_levels` knows. It imports their configurations only."""
+    """Register the known families. It imports their configurations only."""
     for members in FAMILIES.values():
         for family, name in members.items():
             module = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
@@ -377,7 +377,7 @@ def stacked_model(model: Any) -> StackedModel:
     """The stacked model itself, also inside of an adapter.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no levels.
     """
     found = [model] if isinstance(model, StackedModel) else []
     found += [module for module in getattr(model, "modules", list)() if isinstance(module, StackedModel)]

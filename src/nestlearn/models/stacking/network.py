@@ -24,7 +24,7 @@ from nestlearn.memory.types import Weights
 from nestlearn.nn.cms.level import Level, level_memory
 from nestlearn.nn.cms.network import low_rank_linear
 from nestlearn.nn.cms.tape import Tape, fast_linear
-from nestlearn.nn.ffn import Activation, feed_forward
+from nestlearn.nn.ffn import FFNActivation, feed_forward
 from nestlearn.nn.state import detach, index_rows, map_tensors, record, state_bytes
 
 from .families import map_shape, squares_by_unit
@@ -165,7 +165,8 @@ class StackedLevel(nn.Module):
 
     def __init__(self, level: Level, units: int, width: int, gated: bool, own: bool, like: Tensor) -> None:
         super().__init__()
-        activation: Activation = "swiglu" if gated else "gelu"  # the number of maps; the model's own function is used
+        # It gives the number of maps; the function is the model's own.
+        activation: FFNActivation = "swiglu" if gated else "gelu"
         architecture = level.architecture(units, activation)
         self.level, self.width = level, width
         self.memory = None if level.period is None else level_memory(level, architecture)

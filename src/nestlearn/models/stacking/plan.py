@@ -103,7 +103,7 @@ class StackPlan:
         """The plan of a configuration file.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the data do not describe a plan.
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:

@@ -6,5 +6,5 @@ from .memory import ContinuumState as ContinuumState
 from .memory import Meta as Meta
 from .memory import Signal as Signal
 from .memory import Variant as Variant
-from .memory import Writes as Writes
+from .memory import WriteLevels as WriteLevels
 from .nested import TransferBy as TransferBy

@@ -29,11 +29,11 @@ from nestlearn.memory.architectures import Architecture
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.types import Weights
 from nestlearn.nn.common import GateProjection, InitialWeights
-from nestlearn.nn.ffn import Activation, hidden_size
+from nestlearn.nn.ffn import FFNActivation, hidden_size
 
 from .network import LowRank, Network
 
-Rule = Literal["descent", "momentum", "delta", "orthogonalized"]
+LevelRule = Literal["descent", "momentum", "delta", "orthogonalized"]
 
 KEPT_PER_PERIOD = 4.0
 """Initial logit of the fraction that a level keeps over one period: sigmoid(4) = 0.98."""
@@ -71,7 +71,7 @@ class Level:
 
     period: Size | None = None
     expansion: Annotated[float, Between(0, 2**20, open="low")] = 4
-    rule: Rule = "descent"
+    rule: LevelRule = "descent"
     lr: Positive = 1.0
     retain: Fraction | None = None
     clip: Positive | None = None
@@ -90,16 +90,16 @@ class Level:
         """Whether the rule keeps a momentum."""
         return self.rule in ("momentum", "orthogonalized")
 
-    def units(self, d_model: int, activation: Activation) -> int:
+    def units(self, d_model: int, activation: FFNActivation) -> int:
         """Hidden units of the level's network."""
         return hidden_size(d_model, self.expansion, activation) if self.hidden is None else self.hidden
 
-    def architecture(self, units: int, activation: Activation) -> Network | LowRank:
+    def architecture(self, units: int, activation: FFNActivation) -> Network | LowRank:
         """The network of the weights that change."""
         network = Network(units, activation)
         return network if self.rank is None else LowRank(network, self.rank)
 
-    def shapes(self, d_model: int, activation: Activation) -> dict[str, tuple[int, int]]:
+    def shapes(self, d_model: int, activation: FFNActivation) -> dict[str, tuple[int, int]]:
         """``{map: (out, in)}`` of the weights that change; a state holds ``[B, out, in]`` for B rows."""
         return self.architecture(self.units(d_model, activation), activation).shapes(d_model, d_model)
 
@@ -239,7 +239,7 @@ class LevelWeights(nn.Module):
         self,
         d_model: int,
         level: Level,
-        activation: Activation,
+        activation: FFNActivation,
         objective: Objective | None = None,
         outer: int | None = None,
         transfer: float = 0.5,

@@ -13,7 +13,7 @@ from nestlearn.memory import L2, DotProduct, Gates, State, scan
 from nestlearn.memory.types import Weights
 from nestlearn.nn.bounds import outgrown
 from nestlearn.nn.common import full_precision, wide_dtype
-from nestlearn.nn.ffn import Activation
+from nestlearn.nn.ffn import FFNActivation
 from nestlearn.nn.flops import scan_flops
 
 from .level import Level, LevelWeights
@@ -61,7 +61,7 @@ class LocalLevel(LevelWeights):
         self,
         d_model: int,
         level: Level,
-        activation: Activation,
+        activation: FFNActivation,
         outer: int | None = None,
         transfer: float = 0.5,
         transfer_by: TransferBy = "difference",
@@ -172,7 +172,7 @@ class LocalLevel(LevelWeights):
         return total
 
 
-def _check_local(level: Level, activation: Activation, outer: int | None, transfer_by: TransferBy) -> None:
+def _check_local(level: Level, activation: FFNActivation, outer: int | None, transfer_by: TransferBy) -> None:
     """Raise ValueError for settings that no bound keeps stable."""
     if level.lr > 1:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nestlearn.memory import State
 from nestlearn.memory.clock import known_empty
 from nestlearn.nn.common import check_tokens
-from nestlearn.nn.ffn import Activation, FeedForward
+from nestlearn.nn.ffn import FeedForward, FFNActivation
 from nestlearn.nn.state import record
 
 from .level import Level, check_order, check_segments
@@ -25,7 +25,7 @@ from .tape import Factors, Tape
 Variant = Literal["sequential", "nested", "independent"]
 Signal = Literal["local", "loss"]
 Meta = Literal["first", "second"]
-Writes = bool | Sequence[int]
+WriteLevels = bool | Sequence[int]
 """Which levels learn from what they read: all (True), none (False), or those with these numbers (0: the fastest)."""
 
 
@@ -119,7 +119,7 @@ class ContinuumMemory(nn.Module):
         self,
         d_model: int,
         levels: Sequence[Level] = (Level(),),
-        activation: Activation = "swiglu",
+        activation: FFNActivation = "swiglu",
         variant: Variant = "sequential",
         signal: Signal = "local",
         meta: Meta = "first",
@@ -183,7 +183,7 @@ class ContinuumMemory(nn.Module):
         mask: Bool[Tensor, "b t"] | None = None,
         reset: Bool[Tensor, "b t"] | None = None,
         *,
-        writes: Writes = True,
+        writes: WriteLevels = True,
         return_state: bool = True,
         tape: Tape | None = None,
         key: Hashable = None,
@@ -191,7 +191,7 @@ class ContinuumMemory(nn.Module):
         """The output of the levels, to be added to the residual stream; arguments as in every layer of `nestlearn.nn`.
 
         Args:
-            writes: see `Writes`. A level that does not write has step 0; its clock goes on.
+            writes: see `WriteLevels`. A level that does not write has step 0; its clock goes on.
             tape: records the maps of levels with signal "loss", level i under ``(key, i)``.
             key: of this layer on the tape.
 
@@ -233,7 +233,7 @@ class ContinuumMemory(nn.Module):
         key: Hashable = None,
         learns: Bool[Tensor, "b t"] | None = None,
         idle: Collection[int] = (),
-        writes: Writes = True,
+        writes: WriteLevels = True,
     ) -> ContinuumState:
         """The state after the factors of a segment are written (signal "loss").
 
@@ -242,7 +242,7 @@ class ContinuumMemory(nn.Module):
             factors: by ``(key, level)``, as `nestlearn.nn.cms.tape.segment_factors` returns them.
             learns: tokens whose step is not 0; None for all.
             idle: periods of levels that are skipped, because their writes will not be read.
-            writes: see `Writes`. A level that does not write has step 0.
+            writes: see `WriteLevels`. A level that does not write has step 0.
 
         Raises:
             ValueError: factors of another tape or key, or of more tokens than a segment has.
@@ -315,7 +315,7 @@ class ContinuumMemory(nn.Module):
                 module.reset_parameters()
 
 
-def _writes(writes: Writes, level: int) -> bool:
+def _writes(writes: WriteLevels, level: int) -> bool:
     return writes if isinstance(writes, bool) else level in writes
 
 

@@ -16,7 +16,7 @@ from nestlearn.memory.architectures import Linear
 from nestlearn.memory.kernels.products import activate, activate_with_error
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.types import Weights
-from nestlearn.nn.ffn import Activation, feed_forward
+from nestlearn.nn.ffn import FFNActivation, feed_forward
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Network:
     """
 
     hidden: int
-    activation: Activation = "swiglu"
+    activation: FFNActivation = "swiglu"
 
     gain: ClassVar[float] = 1 / 3
     """Variance of an initial weight times its fan-in."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .matrix import SelfModifyingMatrix
 
 
-def unit(x: Tensor) -> Tensor:
+def _unit(x: Tensor) -> Tensor:
     """L2 normalization, smooth at zero."""
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -41,7 +41,7 @@ def token_loop(
     for t, stream in enumerate(streams):
         for name in layer.adaptive:
             stream[name] = read_weights(layer.memory, memories[name].anchor, stream[name])
-        q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
+        q, k, v = (_unit(stream[name]) for name in ("q", "k", "v"))
         gates = _gates(layer, stream["eta"], stream["alpha"], x[:, t])
         for name in names:
             memories[name] = token_step(layer.memory, memories[name], initial[name], k, v, gates)
@@ -75,7 +75,7 @@ def matrix_token_loop(
             stream[name] = read_weights(layer.memory, now.anchor, stream[name])
             if name in layer.maps:
                 stream[name] = torch.einsum("hij,bhj->bhi", layer.maps[name], stream[name])
-        q, k, v = (unit(stream[name]) for name in ("q", "k", "v"))
+        q, k, v = (_unit(stream[name]) for name in ("q", "k", "v"))
         now = token_step(layer.memory, now, start, k, v, _gates(layer, stream["eta"], stream["alpha"], x[:, t]))
         y = read_weights(layer.memory, now.anchor if layer.memory.read == "chunk" else now.params, q)
         outputs.append(_merge(layer, torch.einsum("hij,bhj->bhi", layer.maps["memory"], y)))
