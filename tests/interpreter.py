@@ -23,7 +23,7 @@ INSTALL = "pip install --no-deps flash-linear-attention fla-core einops triton (
 def kernel_device(package: str) -> str:
     """Where kernels run: ``cuda``, or ``cpu`` in the interpreter. Skips without the package."""
     if find_spec("triton") is None or find_spec(package) is None:
-        pytest.skip(f"needs {package} and triton: {INSTALL}")
+        pytest.skip(f"needs {' and '.join(sorted({package, 'triton'}))}: {INSTALL}")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -151,6 +151,20 @@ def test_bfloat16_queries_make_bfloat16_products(device: str):
     assert (y.float() - exact).norm() / exact.norm() < 1e-2
 
 
+@pytest.mark.gpu  # The same.
+def test_a_layer_under_autocast_multiplies_in_bfloat16(device: str):
+    layer = MemoryMixerConfig("gated_deltanet").build(64, num_heads=2).to(device)
+    x = torch.randn(2, 200, 64, device=device)
+    with use_engine("chunked"):
+        exact = layer(x)[0]
+    with use_engine("fla"), torch.autocast(device, torch.bfloat16):
+        y, state = layer(x)
+    assert y.dtype == torch.bfloat16 and state.memory.params["W"].dtype == torch.float32
+    assert 1e-4 < (y.float() - exact).norm() / exact.norm() < 3e-2
+    (y.float().square().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_a_layer_takes_it_inside_the_context(device: str):
     """Also a layer whose resets bring weights back that are known to be zero."""
     layer = MemoryMixerConfig("gated_deltanet", chunk_size=8).build(32, num_heads=2).to(device)

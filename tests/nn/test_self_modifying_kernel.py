@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.interpreter import kernel_device
+from tests.interpreter import interpret_fla, kernel_device
 from torch import Tensor
 
+from nestlearn.memory import use_engine
 from nestlearn.nn import SelfModifyingConfig
+from nestlearn.nn.self_modifying import kernel
 from nestlearn.nn.self_modifying.config import GRADIENT_LIMIT
 from nestlearn.nn.self_modifying.kernel import Maps, Settings, refusal, walk
 from nestlearn.nn.self_modifying.layer import SelfModifyingState
@@ -72,7 +74,8 @@ def compare(layer, tokens: int, rows: int, heads: int, width: int, device: str, 
     want, have = found
     for name, x in want.items():
         error = ((have[name] - x).norm() / x.norm()).item()
-        assert error < 2e-5, (name, error)
+        # That of a bias is one number a head, a sum over tokens that cancels.
+        assert error < (1e-3 if name.endswith("_bias") else 2e-5), (name, error)
 
 
 SIZES = [
@@ -110,12 +113,75 @@ def test_saturated_gates_and_repeated_keys_stay_exact(alpha: float, eta: float, 
             assert torch.allclose(have.reshape(want.shape), want, atol=1e-5)
 
 
+@pytest.mark.gpu  # The interpreter multiplies the bits of bfloat16 numbers, and rounds nothing to TF32.
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32")])
+def test_narrow_products_on_the_device(dtype: torch.dtype, precision: str, device: str):
+    """State and gates stay in float32: the error is that of rounded factors."""
+    layer = build(2, 64, device, chunk_size=64)
+    streams = torch.randn(2, 300, 3, 2, 64, device=device).to(dtype)
+    start = torch.eye(64, device=device).expand(2, 2, 64, 64)
+    with torch.no_grad():
+        maps = Maps(
+            layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
+        )
+        y, end, _ = walk(streams, start, maps, Settings((0, 1, 2), 64, layer.max_step, 1e6, precision))
+        _, want, _ = eagerly(layer, streams.float(), start, 1e6)
+    assert y.dtype == dtype and end.dtype == torch.float32
+    assert 1e-7 < (end - want).norm() / want.norm() < 2e-2
+
+
 def test_a_second_derivative_raises(device: str):
     layer = build(1, 16, device, chunk_size=16)
     streams = torch.randn(1, 5, 3, 1, 16, device=device, requires_grad=True)
     y, _, _ = by_kernel(layer, streams, torch.eye(16, device=device).expand(1, 1, 16, 16), 1e6)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.sum(), streams, create_graph=True)
+
+
+def test_a_layer_takes_the_kernel_where_it_can(device: str, monkeypatch: pytest.MonkeyPatch):
+    """Whole chunks and a rest, then single tokens and padding, which the eager way goes on with."""
+    monkeypatch.setattr(kernel, "runs_here", lambda x: True)
+    calls, own = [], kernel.walk
+    monkeypatch.setattr(kernel, "walk", lambda *args: calls.append(args[0].shape[1]) or own(*args))
+    layer = build(2, 16, device, chunk_size=16)
+    x = torch.randn(2, 60, 32, device=device)
+    mask = torch.ones(2, 7, dtype=torch.bool, device=device)
+    mask[0, 3:] = False
+    found = []
+    for engine in ("chunked", "auto"):
+        with use_engine(engine):
+            first, state = layer(x[:, :32])
+            second, state = layer(x[:, 32:53], state)
+            third, state = layer(x[:, 53:], state, mask=mask)
+        gradient = torch.autograd.grad(third[:, :3].square().sum() + second.sum(), layer.streams.weight)[0]
+        found.append((first, second, third, state.memory.params["W"], state.memory.anchor["W"], gradient))
+        assert state.memory.position[:, 0].tolist() == [8, 12]
+    assert calls == [32, 21]
+    for want, have in zip(*found, strict=True):
+        assert torch.allclose(have, want, atol=1e-5 * want.norm().item())
+
+
+@pytest.mark.parametrize("adaptive", [("k", "v", "eta", "alpha"), ()], ids=["adaptive", "static"])
+def test_a_layer_on_the_kernels_of_fla(adaptive: tuple, monkeypatch: pytest.MonkeyPatch):
+    """One call a chunk: its own values, masks and resets included."""
+    device = kernel_device("fla")
+    if device == "cpu":
+        interpret_fla(monkeypatch)
+    layer = build(2, 16, device, chunk_size=16, adaptive=adaptive)
+    x = torch.randn(2, 37, 32, device=device)
+    mask = torch.ones(2, 37, dtype=torch.bool, device=device)
+    mask[0, 30:] = False
+    reset = torch.zeros_like(mask)
+    reset[1, 20] = True
+    found = []
+    for engine in ("chunked", "fla"):
+        with use_engine(engine):
+            y, state = layer(x, mask=mask, reset=reset)
+        gradient = torch.autograd.grad(y.square().sum(), layer.streams.weight)[0]
+        found.append((y, state.memory.params["W"], gradient))
+    assert not torch.equal(found[0][0], found[1][0])
+    for want, have in zip(*found, strict=True):
+        assert torch.allclose(have, want, atol=1e-4 * want.norm().item())
 
 
 @pytest.mark.parametrize(
@@ -132,3 +198,13 @@ def test_a_second_derivative_raises(device: str):
 def test_other_layers_are_not_taken(settings: dict, reason: str):
     layer = SelfModifyingConfig(architecture="matrix", **settings).build(32, num_heads=2)
     assert reason in str(refusal(layer))
+
+
+@pytest.mark.parametrize("size", ["small", "340m", "760m", "1.3b"])
+def test_the_presets_of_hope_are_taken(size: str):
+    from nestlearn import HopeConfig  # loads transformers
+
+    config = HopeConfig.from_preset(f"hope-{size}")
+    with torch.device("meta"):
+        layer = config.mixers[0].build(config.hidden_size, config.num_attention_heads)
+    assert refusal(layer) is None

@@ -17,7 +17,7 @@ from .associative import AssociativeMemory, Read
 from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_tensors, check_threshold
 from .clock import Span, before_reset, beyond, choose, compaction, known_empty, poisoned_from
 from .retention import Delta
-from .spans import explain_span, longest_span
+from .spans import explain_span, longest_span, open_span
 from .types import Factor, Gates, State, Tokens, Weights
 
 LARGEST_KEPT = 1.25
@@ -141,22 +141,13 @@ def _choose(engine: Engine, memory: AssociativeMemory, k: Tensor, state: State, 
     return "chunked"
 
 
-def run_rows(
-    memory: AssociativeMemory,
-    state: State,
-    tokens: Tokens,
-    initial: Weights,
-    *,
-    fresh: bool = False,
-    return_state: bool = True,
-) -> tuple[Tensor, State]:
-    """`scan` without its checks, on rows of one dimension: what a layer calls that has made its own.
+def span_solver(memory: AssociativeMemory, like: Tensor, state: State, *, restarts: bool) -> chunked.Solve:
+    """How a layer that runs spans of its own solves them: by the engine in force, see `use_engine`.
 
-    The token loop needs the checks, so ``use_engine("reference")`` means ``chunked`` here.
+    ``like`` has the device of the tokens and the width of keys; ``restarts``: whether rows are reset. The token loop
+    knows no spans, so ``reference`` means ``chunked`` here.
     """
-    engine = _choose("auto", memory, tokens.k, state, restarts=tokens.reset is not None)
-    run = fla.run if engine == "fla" else chunked.run
-    return run(memory, state, tokens, initial, read_mode=memory.read, fresh=fresh, return_state=return_state)
+    return fla.open_kernel if _choose("auto", memory, like, state, restarts=restarts) == "fla" else open_span
 
 
 def _scan(

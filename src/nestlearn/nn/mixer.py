@@ -261,14 +261,16 @@ class MemoryMixer(Mixer):
     def _heads(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys, values ``[b, h, t, d_head]`` in the dtype of the fast weights, and the new tail."""
+        """Queries, keys, values ``[b, h, t, d_head]``, and the new tail. Keys and values are wide."""
         mixed = self.qkv(x)
         if self.conv is None:
             mixed = F.silu(mixed)
         else:
             mixed, tail = self.conv(mixed, tail, mask, reset)
         q, k, v = mixed.to(wide_dtype(x)).unflatten(-1, (3, self.num_heads, self.d_head)).permute(2, 0, 3, 1, 4)
-        return unit(q), unit(k), unit(v) if bounds_values(self.memory) else v, tail
+        # On a device the dtype of q is that of a kernel's products (docs/gpu.md).
+        q = unit(q).to(mixed.dtype) if x.is_cuda else unit(q)
+        return q, unit(k), unit(v) if bounds_values(self.memory) else v, tail
 
     def _gates(self, x: Tensor, initial: Weights, writes: bool) -> Gates:
         """Bounded gates ``[b, h, t]``; see `nestlearn.nn.bounds`."""

@@ -22,7 +22,7 @@ from nestlearn.memory.chunked import (
 from nestlearn.memory.clock import Clock, Span, choose, span_length
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
-from nestlearn.nn.common import InitialWeights
+from nestlearn.nn.common import InitialWeights, wide_dtype
 from nestlearn.nn.flops import self_modifying_flops
 
 from .config import STREAMS, SelfModifyingConfig
@@ -63,6 +63,7 @@ class SelfModifyingMLP(SelfModifyingTitans):
 
         Returns outputs ``[b, t, heads * d]``, the state after the last token, and the rows that came in broken.
         """
+        streams = streams.to(wide_dtype(streams))
         (batch, count), dtype, heads = streams.shape[:2], streams.dtype, self.num_heads
         start = {m: w.repeat(batch, 1, 1) for m, w in self.initial["memory"](dtype).items()}
         main = self.memory.begin(start) if state is None else state.memory.flatten(2)

@@ -14,9 +14,9 @@ from nestlearn.memory import Delta, Descent, DotProduct, State
 from nestlearn.memory.engine import current_engine
 
 from .config import GRADIENT_LIMIT
+from .layer import SelfModifyingState, SelfModifyingTitans
 
 if TYPE_CHECKING:
-    from .layer import SelfModifyingTitans
     from .matrix import SelfModifyingMatrix
 
 CHUNKS = (16, 32, 64, 128)
@@ -64,32 +64,40 @@ def runs_here(x: Tensor) -> bool:
 
 
 def takes(
-    layer: SelfModifyingTitans, streams: Tensor, state: State | None, mask: Tensor | None, reset: Tensor | None
+    layer: SelfModifyingTitans,
+    streams: Tensor,
+    state: SelfModifyingState | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
 ) -> bool:
     """Whether the kernel takes this call: on a device, whole texts from the start of a chunk on."""
     if current_engine() != "auto" or mask is not None or reset is not None or streams.dtype == torch.float64:
         return False
-    aligned = state is None or state.aligned
+    aligned = state is None or state.memory.aligned
     return aligned and runs_here(streams) and refusal(layer) is None
 
 
 def read(
-    layer: SelfModifyingMatrix, streams: Float[Tensor, "b t n h d"], state: State
-) -> tuple[Float[Tensor, "b t hd"], State]:
-    """``H_t q_t`` of every token, and the state after the last one, both of rows ``batch * heads``."""
-    batch, count = streams.shape[:2]
+    layer: SelfModifyingMatrix, streams: Float[Tensor, "b t n h d"], state: SelfModifyingState | None
+) -> tuple[Float[Tensor, "b t hd"], SelfModifyingState, None]:
+    """`SelfModifyingMatrix._read` by the kernel."""
+    batch, count, _, heads, width = streams.shape
     q, k, v = (layer.streams_order.index(name) for name in ("q", "k", "v"))
     settings = Settings((q, k, v), layer.memory.chunk_size, layer.max_step, GRADIENT_LIMIT)
     maps = Maps(
         layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
     )
-    start = state.params["W"].unflatten(0, (batch, layer.num_heads))
-    y, end, anchor = walk(streams, start, maps, settings)
-    end, anchor = end.flatten(0, 1), anchor.flatten(0, 1)
+    if state is None:
+        eye = torch.eye(width, device=streams.device)
+        start = layer.memory.begin({"W": eye.expand(batch, heads, width, width)})
+    else:
+        start = state.memory
+    y, end, anchor = walk(streams, start.params["W"], maps, settings)
     place = count % layer.memory.chunk_size
-    position = torch.full_like(state.position, place)
+    position = torch.full_like(start.position, place)
     after = State({"W": end}, None, {"W": anchor if place else end}, position, None, place == 0)
-    return y.flatten(2), after
+    y = torch.einsum("bthd,hed->bthe", y, layer.maps["memory"].to(y.dtype)).flatten(2)
+    return y, SelfModifyingState(None, after, None), None
 
 
 class Maps(NamedTuple):

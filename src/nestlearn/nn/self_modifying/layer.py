@@ -168,17 +168,16 @@ class SelfModifyingTitans(nn.Module, ABC):
     def _streams(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Streams ``[b, t, streams, heads, d]``, momentum gate ``[b, t, heads]``, both wide, and the new tail."""
+        """Streams ``[b, t, streams, heads, d]``, momentum gate ``[b, t, heads]`` (wide), and the new tail."""
         mixed, end = self.streams(x), None
         if self.conv is None:
             mixed = F.silu(mixed)
         else:
             mixed, end = self.conv(mixed, tail, mask, reset)
-        wide = wide_dtype(x)
-        split = mixed.to(wide).unflatten(-1, (len(self.streams_order), self.num_heads, self.d_head))
+        split = mixed.unflatten(-1, (len(self.streams_order), self.num_heads, self.d_head))
         beta = None
         if self.beta_gate is not None:
-            beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide))
+            beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide_dtype(x)))
         return split, beta, end
 
     def _merge(self, y: Tensor, x: Tensor) -> Tensor:

@@ -17,10 +17,13 @@ from nestlearn.memory.chunked import (
     run_span,
 )
 from nestlearn.memory.clock import Clock, known_empty
+from nestlearn.memory.engine import span_solver
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.types import Weights
+from nestlearn.nn.common import wide_dtype
 from nestlearn.nn.flops import scan_flops
 
+from . import kernel
 from .config import SelfModifyingConfig
 from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 
@@ -93,6 +96,9 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         return_state: bool,
     ) -> tuple[Tensor, SelfModifyingState, Tensor | None]:
         """One chunk after another: project with H at its start, then read and write."""
+        if writes and kernel.takes(self, streams, state, mask, reset):
+            return kernel.read(self, streams, state)
+        streams = streams.to(wide_dtype(streams))
         (batch, count), heads, chunk = streams.shape[:2], self.num_heads, self.memory.chunk_size
         reset = None if reset is None or known_empty(reset) else reset
         start = {"W": torch.eye(self.d_head, dtype=streams.dtype, device=streams.device).expand(batch * heads, -1, -1)}
@@ -101,6 +107,7 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         clock = Clock.start(now.position[::heads], now.aligned, count, chunk, min(chunk, count), mask, reset)
         beta_of = [None] * len(clock.spans) if beta is None else clock.cut(beta, 1)
         weights = self._of_rows(batch, streams.dtype)
+        solve = span_solver(self.memory, streams, now, restarts=reset is not None)
         running, outputs = enter(self.memory, now, start, fresh=state is None), []
         for span, here, kept in zip(clock.spans, self._pieces(clock, streams), beta_of, strict=True):
             span = span.map(lambda x: per_head(x, heads))
@@ -112,7 +119,7 @@ class SelfModifyingMatrix(SelfModifyingTitans):
                 neutral = zip(gates, (0, 1, 1, 0), strict=True)
                 kept = [None if x is None else torch.where(span.valid, x, empty) for x, empty in neutral]
                 gates = Gates(*kept)  # type: ignore[arg-type]
-            y, running = run_span(self.memory, running, span, q, k, v, gates, self.memory.read, True, None)
+            y, running = run_span(self.memory, running, span, q, k, v, gates, self.memory.read, True, None, solve)
             outputs.append(y)
         if clock.grid is None:
             outputs = [torch.cat(outputs, 1)]
