@@ -192,12 +192,13 @@ def call(memory, dtype=torch.float32, d=16, **options):
     return scan(memory, None, x, x, x, Gates(ones, ones, momentum), engine="fla", **options)
 
 
-@pytest.mark.parametrize("name", ["titans", "hope", "momentum", "channels"])
+@pytest.mark.parametrize("name", ["titans", "hope", "momentum", "channels", "proximal decay"])
 def test_memories_without_a_kernel_are_refused(name: str):
     deltanet = catalog["deltanet"]
     others = {
         "momentum": replace(deltanet, algorithm=Momentum()),
         "channels": replace(deltanet, retention=Decay(per_channel=True)),
+        "proximal decay": replace(catalog["ttt_linear"], step_size="proximal"),
     }
     memory = {**catalog, **others}[name]
     state = memory.init_state((1,), 16, 16)
@@ -205,7 +206,7 @@ def test_memories_without_a_kernel_are_refused(name: str):
     retain = torch.ones(1, 4, 16) if name == "channels" else ones
     gates = Gates(0.1 * ones, retain, 0.5 * ones if memory.has_momentum else None)
     have = "linear_attention, retnet, deltanet, gated_deltanet, ttt_linear"
-    with pytest.raises(RuntimeError, match=f"no kernel there: its (architecture|algorithm|retention).*{have}"):
+    with pytest.raises(RuntimeError, match=f"no kernel there: .*{have}"):
         scan(memory, state, x, x, x, gates, initial=state.params, engine="fla")
 
 
