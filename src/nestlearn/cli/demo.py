@@ -20,7 +20,7 @@ HELP = """Train a small Hope model and a Transformer of equal size on the same t
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for models, results and report.html.")] = Path("runs/demo"),
-    corpus: Annotated[str, typer.Option(help="What to train on.")] = "python-docs",
+    corpus: Annotated[str, typer.Option(help="What to train on.")] = "chronicles",
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that everything works.")] = False,
     verbose: Verbose = False,
 ) -> None:

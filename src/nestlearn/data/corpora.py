@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from typing import get_args
 
+from nestlearn.data.chronicles import chronicles
 from nestlearn.data.documents import LocalCorpus, SplitName, split_documents
 from nestlearn.data.python_docs import python_docs, python_source
 from nestlearn.data.streams import StreamingCorpus, stream_corpus
 from nestlearn.data.text_files import text_corpus
 
-_INSTALLED = {"python-docs": python_docs, "python-source": python_source}
+_INSTALLED = {"python-docs": python_docs, "python-source": python_source, "chronicles": chronicles}
 CORPUS_SPECS = (*_INSTALLED, "text:PATH", "hf:NAME[:CONFIG]")
 """The forms of a spec, for help texts."""
 
@@ -22,6 +23,7 @@ def load_corpus(spec: str, split: SplitName = "train", seed: int = 0) -> LocalCo
         spec: one of
             `python-docs`: documentation topics and docstrings of the running Python, about 2.4 MB;
             `python-source`: the source text of its standard library, about 10 MB;
+            `chronicles`: generated documents whose invented names come back, about 2.5 MB;
             `text:PATH`: a file, a folder or a glob pattern of UTF-8 text;
             `hf:NAME[:CONFIG]`: a Hugging Face data set, streamed.
         split: `"train"` or `"validation"`; no document is in both.

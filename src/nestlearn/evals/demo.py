@@ -23,33 +23,41 @@ from nestlearn.models import flops, generate_texts
 from nestlearn.train import TrainConfig, TrainingInterrupted, load_model, load_tokenizer, read_log, saved_config, train
 from nestlearn.train.folder import is_exported
 
-PROMPT = "The for statement is used to"
-# Held-out bits per byte that DemoPlan() reaches, and the tolerance for other machines, threads and Python versions:
-# the corpus is the documentation of the running Python.
+CORPUS = "chronicles"
+PROMPTS = {
+    "chronicles": "Velmar Dorin was the keeper of Keshan. Tosun Aldrix was the mender of Hothis. Then Velmar ",
+    "python-docs": "The for statement is used to",
+}
+PROMPT = "In the beginning"
+"""Of any other text."""
+
+# Held-out bits per byte that DemoPlan() reaches, and the tolerance for other machines and threads.
 EXPECTED = {"hope": 2.63, "transformer": 3.34}
 TOLERANCE = 0.15
+CONVOLUTION = {"conv_size": 4}
+"""The Transformer's keys, queries and values have the short convolution that Hope's have."""
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """Sizes of the demonstration; the defaults take seven to ten minutes on two cores.
+    """Sizes of the demonstration; the defaults take five to eight minutes on two cores.
 
     Attributes:
         steps: updates of both models in the comparison at equal tokens.
         long_steps: updates of a second Transformer run with a schedule of its own. It uses at least the FLOPs and the
             time of the Hope run. 0: the first run serves for all comparisons.
-        eval_length: positions of the loss by position: four times the training length.
+        eval_length: positions of the loss by position, as long as most documents.
     """
 
     steps: int = 200
-    long_steps: int = 600
-    sequence_length: int = 256
-    batch_size: int = 8
+    long_steps: int = 280
+    sequence_length: int = 1024
+    batch_size: int = 2
     eval_interval: int = 25
-    eval_windows: int = 64
-    eval_length: int = 1024
-    eval_documents: int = 32
-    eval_bytes: int = 200_000
+    eval_windows: int = 16
+    eval_length: int = 3072
+    eval_documents: int = 24
+    eval_bytes: int = 100_000
     state_lengths: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
     sample_tokens: int = 300
     seed: int = 0
@@ -71,23 +79,24 @@ def run_demo(out: Path, corpus: str, plan: DemoPlan, console: Console, note: str
     if plan.long_steps:
         began.append(("transformer-long", "transformer-tiny", plan.long_steps))
     runs = {name: _train(out / name, preset, steps, corpus, plan, console) for name, preset, steps in began}
-    console.print("Evaluating on held-out documents ...")
     held_out = load_corpus(corpus, "validation")
     evaluations, states, samples = {}, {}, {}
+    prompt = PROMPTS.get(corpus, PROMPT)
     for name, run in runs.items():
+        console.print(f"Evaluating {run.label} on held-out documents")
         evaluations[name] = _evaluate(run, held_out, corpus, plan)
         if name != "transformer-long":
             model, tokenizer = load_model(run.folder), load_tokenizer(run.folder)
             states[name] = state_bytes_by_context(model, plan.state_lengths)
             samples[name] = generate_texts(
-                model, tokenizer, [document_ids(tokenizer, PROMPT)], max_new_tokens=plan.sample_tokens,
+                model, tokenizer, [document_ids(tokenizer, prompt)], max_new_tokens=plan.sample_tokens,
                 temperature=0.7, seed=plan.seed,
             )[0]  # fmt: skip
     curves = {name: eval_curve(run.log, run.label) for name, run in runs.items()}
     rows = comparison(curves, evaluations)
     results = DemoResults(
         corpus=corpus,
-        prompt=PROMPT,
+        prompt=prompt,
         runs=runs,
         curves=curves,
         evaluations=evaluations,
@@ -99,7 +108,7 @@ def run_demo(out: Path, corpus: str, plan: DemoPlan, console: Console, note: str
         expected=EXPECTED,
         tolerance=TOLERANCE,
         machine=describe_machine(note),
-        commands=commands(out, corpus, runs),
+        commands=commands(out, corpus, runs, prompt),
     )
     path = write_demo_report(results, out / "report.html")
     write_text(out / "results.json", json.dumps(_summary(results, plan), indent=1))
@@ -121,7 +130,7 @@ def _train(folder: Path, preset: str, steps: int, corpus: str, plan: DemoPlan, c
         save_interval=max(1, steps // 2),
         keep_checkpoints=1,
         log_interval=5,
-        model=dict(plan.overrides),
+        model=dict(plan.overrides) | ({} if preset.startswith("hope") else {"mixer": CONVOLUTION}),
     )
     label = {"hope": "Hope", "transformer": "Transformer"}.get(folder.name, "Transformer, longer")
     begun = (folder / "train_config.json").exists()
@@ -196,16 +205,18 @@ def comparison(curves: dict[str, Curve], evaluations: dict[str, dict[str, EvalRe
     return rows
 
 
-def commands(out: Path, corpus: str, runs: dict[str, RunSummary]) -> list[str]:
+def commands(out: Path, corpus: str, runs: dict[str, RunSummary], prompt: str) -> list[str]:
     """Shell commands that repeat the demonstration and its parts."""
     lines = ["# everything on this page", f"nestlearn demo --out {out}", "", "# one of its runs, and its evaluation"]
     hope = runs["hope"]
+    length, batch = (getattr(saved_config(hope.folder), name) for name in ("sequence_length", "batch_size"))
     lines += [
-        f"nestlearn train --preset {hope.preset} --corpus {corpus} --out runs/again --steps {hope.steps}",
+        f"nestlearn train --preset {hope.preset} --corpus {corpus} --out runs/again --steps {hope.steps} "
+        f"--sequence-length {length} --batch-size {batch}",
         f"nestlearn eval {hope.folder} --corpus {corpus} --length 1024",
         "",
         "# let it write",
-        f'nestlearn generate {hope.folder} "{PROMPT}"',
+        f'nestlearn generate {hope.folder} "{prompt}"',
         "",
         "# the learning-rate grid behind the presets",
         "python benchmarks/learning_rate_grid.py",
@@ -245,7 +256,7 @@ def _print(results: DemoResults, plan: DemoPlan, path: Path, console: Console) -
     for row in results.rows:
         table.add_row(row.label, f"{row.hope:.3f}", f"{row.transformer:.3f}")
     console.print(table)
-    if plan == DemoPlan() and results.corpus == "python-docs":
+    if plan == DemoPlan() and results.corpus == CORPUS:
         for name, expected in results.expected.items():
             value = results.evaluations[name]["bits_per_byte"].value
             verdict = "as expected" if abs(value - expected) <= results.tolerance else "NOT as expected"

@@ -41,7 +41,7 @@ class TrainConfig:
 
     Attributes:
         preset: a preset name ("hope-tiny") or a folder with a saved model to train further.
-        corpus: what to read: python-docs, python-source, text:PATH, hf:NAME[:CONFIG].
+        corpus: what to read: python-docs, python-source, chronicles, text:PATH, hf:NAME[:CONFIG].
         tokenizer: "byte", or "bpe:N" for a vocabulary of N learned from the corpus.
         optimizer: "adamw", or one of `nestlearn.optim` for the matrices of the model, with AdamW for the rest: "m3",
             "muon", "dgd", "dgd-inverse", "delta-momentum", "deep-momentum"; or a name given to `register_optimizer`.

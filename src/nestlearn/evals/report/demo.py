@@ -61,8 +61,9 @@ def write_demo_report(results: DemoResults, path: Path) -> Path:
     lead = (
         "A Hope model has no attention. Its layers are small memories that go on learning while they read: every token "
         "changes their weights a little, at inference too. Here one was trained next to a Transformer of the same size "
-        f"({hope.parameters:,} and {transformer.parameters:,} parameters) on the same {hope.last('tokens'):,.0f} bytes "
-        f"of {escape(_corpus_name(results.corpus))}. Then both predicted documents that neither had seen."
+        f"({hope.parameters:,} and {transformer.parameters:,} parameters, both with short convolutions) on the same "
+        f"{hope.last('tokens'):,.0f} bytes of {escape(_corpus_name(results.corpus))}. Then both predicted documents "
+        "that neither had seen."
     )
     sections = [
         *_learning(results),
@@ -99,7 +100,11 @@ def _tiles(results: DemoResults) -> list[tuple[str, str]]:
 
 
 def _corpus_name(corpus: str) -> str:
-    return "Python's own documentation" if corpus == "python-docs" else corpus
+    known = {
+        "python-docs": "Python's own documentation",
+        "chronicles": "generated chronicles, whose invented names come back within a document and in no other",
+    }
+    return known.get(corpus, corpus)
 
 
 def _curve(results: DemoResults, name: str, condition: str) -> list[float | None]:
@@ -257,8 +262,8 @@ def _expected(results: DemoResults) -> list[str]:
     return [
         page.paragraph(
             f"With the default settings expect, in bits per byte on held-out documents: {escape(expected)}. "
-            "Times depend on the machine. Losses depend a little on its thread count and on the version of Python, "
-            f"whose documentation is the text. Made with: {escape(results.machine)}.",
+            "Times depend on the machine, losses a little on its thread count. "
+            f"Made with: {escape(results.machine)}.",
             "note",
         )
     ]

@@ -29,6 +29,12 @@ from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 
 GATES = ("eta", "alpha")
 
+NOISE = 0.1
+"""What is random in maps and convolutions at the start, beside what is not."""
+
+STREAM_STD = 0.1
+"""Standard deviation of the initial projections of streams."""
+
 
 class SelfModifyingMatrix(SelfModifyingTitans):
     r"""`SelfModifyingTitans` with matrix memories (``architecture="matrix"``).
@@ -75,8 +81,34 @@ class SelfModifyingMatrix(SelfModifyingTitans):
 
     @torch.no_grad()
     def _reset_memories(self) -> None:
+        """Near the identity, as the residual makes it for networks: what was written is read as it is."""
         for weights in self.maps.values():
-            weights.normal_(0, self.d_head**-0.5)
+            weights.normal_(0, NOISE * self.d_head**-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
+
+    def reset_parameters(self) -> None:
+        """Initial values with which a memory already answers with what followed the last tokens earlier in the text.
+
+        A query sees the last n tokens, a key the n tokens before its own, both through the same projection, and a value
+        its own token; n goes from 1 to the width of the convolution - 1 over the heads. From random values, that a
+        memory is of use is found late or never (docs/log.md).
+        """
+        super().reset_parameters()
+        self._align()
+
+    @torch.no_grad()
+    def _align(self) -> None:
+        place = {name: i for i, name in enumerate(self.streams_order)}
+        streams = self.streams.weight.view(len(place), self.d_model, self.d_model).normal_(0, STREAM_STD)
+        streams[place["q"]] = streams[place["k"]]
+        if self.conv is None or self.conv.width == 1:
+            return
+        width = self.conv.width
+        taps = self.conv.weight.view(width, len(place), self.num_heads, self.d_head).mul_(NOISE)
+        for head in range(self.num_heads):
+            n = 1 + head % (width - 1)
+            taps[width - n :, place["q"], head] += n**-0.5
+            taps[width - n - 1 : width - 1, place["k"], head] += n**-0.5
+            taps[width - 1, place["v"], head] += 1
 
     def _bounded(self, eta: Tensor, alpha: Tensor) -> Tensor:
         if not isinstance(self.memory.objective, L2):
