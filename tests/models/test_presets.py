@@ -12,10 +12,10 @@ from nestlearn.models.flops import meta_model
 from nestlearn.nn.state import state_bytes
 
 PARAMETERS = {
-    "hope-tiny": 1_244_968,
-    "hope-small": 53_839_296,
-    "hope-340m": 339_676_416,
-    "hope-760m": 760_213_888,
+    "hope-tiny": 1_229_776,
+    "hope-small": 53_397_600,
+    "hope-340m": 332_009_856,
+    "hope-760m": 763_605_928,
     "hope-1.3b": 1_307_924_064,
     "hope-attention-tiny": 1_223_048,
     "hope-attention-small": 54_482_472,

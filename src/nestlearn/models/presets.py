@@ -44,10 +44,11 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         # No writing level: at equal FLOPs none brought anything (docs/results/language_ablations.md).
         {"mixer": {"type": "self_modifying", "architecture": "matrix"}},
         {
-            "tiny": _shape(160, 4, 5, [_frozen(3.5)]),
-            "small": _shape(512, 12, 8, [_frozen(3.75)]),
-            "340m": _shape(1024, 24, 16, [_frozen(4)]),
-            "760m": _shape(1536, 23, 16, [_frozen(4)]),
+            # Heads are few and wide: a matrix holds about as many associations as it has rows.
+            "tiny": _shape(160, 4, 2, [_frozen(3)]),
+            "small": _shape(512, 12, 4, [_frozen(3.5)]),
+            "340m": _shape(1024, 24, 8, [_frozen(3.75)]),
+            "760m": _shape(1536, 23, 12, [_frozen(4)]),
             "1.3b": _shape(2048, 23, 16, [_frozen(4)]),
         },
     ),
@@ -123,6 +124,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 # targets are ours (docs/presets.md). Full levels for every sequence: the state of one row is as large as the weights.
 _PRESETS["hope-paper"] = _PRESETS["hope-340m"] | {
     "num_hidden_layers": 14,
+    "num_attention_heads": 16,
     "mixer": {
         "type": "self_modifying",
         "objective": "l2",

@@ -320,9 +320,7 @@ def check_self_modifying_step(memory: AssociativeMemory, max_step: float | None)
         limit, why = 1.0, "the L2 objective erases at the anchor as well as in place"
     if not delta:
         limit, why = 0.5, "without delta retention only decay bounds the memory"
-    # A proximal step of a matrix is eta / (1 + eta): with eta up to 8 one write replaces nearly all that its key holds.
-    usual = 1.0 if is_deep(memory) else 8.0
-    step = min(usual, limit) if max_step is None else float(max_step)
+    step = min(1.0, limit) if max_step is None else float(max_step)
     if not 0 < step <= limit:
         raise ValueError(f"max_step must be in (0, {limit}] here ({why or 'positive'}), got {max_step}")
     return step
