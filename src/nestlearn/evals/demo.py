@@ -32,10 +32,13 @@ PROMPT = "In the beginning"
 """Of any other text."""
 
 # Held-out bits per byte that DemoPlan() reaches, and the tolerance for other machines and threads.
-EXPECTED = {"hope": 2.63, "transformer": 3.34}
+EXPECTED = {"hope": 1.32, "transformer": 1.75}
 TOLERANCE = 0.15
 CONVOLUTION = {"conv_size": 4}
 """The Transformer's keys, queries and values have the short convolution that Hope's have."""
+
+CONVOLUTION_RATE = 4e-3
+"""Its learning rate: better with a convolution than the preset's 2e-3, which was found without one (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class DemoPlan:
     """
 
     steps: int = 200
-    long_steps: int = 280
+    long_steps: int = 320
     sequence_length: int = 1024
     batch_size: int = 2
     eval_interval: int = 25
@@ -122,6 +125,7 @@ def _train(folder: Path, preset: str, steps: int, corpus: str, plan: DemoPlan, c
         corpus=corpus,
         out=str(folder),
         steps=steps,
+        learning_rate=None if preset.startswith("hope") else CONVOLUTION_RATE,
         sequence_length=plan.sequence_length,
         batch_size=plan.batch_size,
         seed=plan.seed,

@@ -75,7 +75,7 @@ def _step(memory: AssociativeMemory, run: Running, update: Update, t: int) -> Ru
             if update.reset is not None:
                 anchor = torch.where(update.reset[:, : t + 1].any(-1)[:, None, None], run.initial[name], anchor)
             place = memory.retention.keep(w, keep, eta, x)
-            if isinstance(algorithm, Momentum) and beta is not None:
+            if isinstance(algorithm, Momentum) and beta is not None and carried:
                 place = place + LOOK_AHEAD * beta * carried[0]
             moved = place - (anchor if run.base is None else anchor - run.base[name])
             slope = slope_at(memory.retention, anchor)

@@ -31,7 +31,7 @@ def following_kernels(gates: Gates, valid: Tensor | None, reset: Tensor | None, 
     """The kernels of a span from its gates; the ``_before`` coefficients are those of the weights before a token."""
     kernels = make_kernels(gates.retain, gates.momentum, valid, reset, restart=restart)
     before, pushed = kernels.decay, None
-    if gates.momentum is not None and kernels.impulse is not None:
+    if gates.momentum is not None and kernels.impulse is not None and kernels.impulse_entry is not None:
         beta = gates.momentum if reset is None else torch.where(reset, 0, gates.momentum)
         carry = segment_products(beta)
         before = kernels.impulse + carry
