@@ -246,7 +246,7 @@ def _numbers(results: DemoResults) -> list[str]:
                 ("seconds", "time in training steps, without evaluation and saving"),
                 (
                     "learning rate",
-                    "Hope: of its preset; Transformer: the better of 2e-3 and 4e-3 on this text; cosine schedule, same batches",
+                    "Hope: of its preset; Transformer: the better of 2e-3 and 4e-3 on this text; cosine schedules",
                 ),
             ]
         ),
