@@ -168,7 +168,7 @@ def test_dry_run_prints_every_setting_and_writes_nothing(
         (["train", "--preset", "hope-tinny"], "hope-tiny"),
         (["train", "--hiden-size", "3"], "Did you mean 'hidden_size'"),
         (["train", "--mixer", "atention"], "attention"),
-        (["train", "--hidden-size", "30"], "not divisible"),
+        (["train", "--hidden-size", "31"], "not divisible"),
         (["train", "--mixer.chunk-size", "0"], "chunk_size=0"),
         (["train", "--sequence-length", "0"], "sequence_length=0 must be an integer of at least 2"),
         (["train", "--corpus", "text:/nonexistent"], "does not exist"),

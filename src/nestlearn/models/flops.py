@@ -72,7 +72,7 @@ def row_bytes(config: HopeConfig) -> RowBytes:
 
     Example:
         >>> row_bytes(HopeConfig(mixer="attention", num_hidden_layers=1))
-        RowBytes(levels=0, mixers=2074, per_token=1033)
+        RowBytes(levels=0, mixers=2075, per_token=1033)
     """
     total = RowBytes(0, 0, 0)
     for mixer, count, model in _by_mixer(config):
