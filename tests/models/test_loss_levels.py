@@ -488,10 +488,6 @@ def test_what_cannot_be_taught_is_refused(make, ids):
             make("three", cms_signal="local", ffn_activation="gelu", cms=[{"expansion": 1}])(ids, past_key_values=cache)
 
 
-def test_the_signature_of_other_models_is_what_it_was(build):
-    assert not [name for name in build("levels").config.state_signature() if name.startswith("cms_")]
-
-
 def test_levels_whose_period_never_ends_write_nothing(make, ids):
     """In a sequence that nobody goes on from, a level costs its read until the last of its periods that end."""
     cost = {}
