@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -23,17 +22,18 @@ from .types import Factor, Gates, State, Tokens, Weights
 LARGEST_KEPT = 1.25
 """Products of 128 larger kept fractions leave the range of float32."""
 
-_engine: ContextVar[Engine] = ContextVar("engine", default="auto")
+# A module variable, since torch.compile reads it (a ContextVar it cannot), and the threads of a backward pass see it.
+_engine: Engine = "auto"
 
 
 def current_engine() -> Engine:
     """What ``engine="auto"`` means here."""
-    return _engine.get()
+    return _engine
 
 
 @contextmanager
 def use_engine(engine: Engine) -> Iterator[None]:
-    """What ``engine="auto"`` means inside this context, for `scan` and for every layer that calls it.
+    """What ``engine="auto"`` means inside this context, for `scan` and every layer, in all threads of the process.
 
     ``reference`` is the token loop, ``chunked`` runs everywhere, ``fla`` are the kernels of flash-linear-attention for
     matrix memories (they need CUDA and the extra ``gpu``; docs/gpu.md). ``auto``, the usual one, takes ``fla`` where it
@@ -55,12 +55,13 @@ def use_engine(engine: Engine) -> Iterator[None]:
         >>> torch.allclose(y, layer(x)[0], atol=1e-5)
         True
     """
+    global _engine
     check_engine(engine)
-    token = _engine.set(engine)
+    before, _engine = _engine, engine
     try:
         yield
     finally:
-        _engine.reset(token)
+        _engine = before
 
 
 def scan(
