@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tests.largest import LargestTensor
 
 from nestlearn.nn import AttentionConfig, TitansMAGConfig, TitansMALConfig
 from nestlearn.nn.attention import document_positions, rotate
@@ -139,19 +138,6 @@ def test_blocks_of_windows_equal_the_masked_form_with_all_gradients(window, kind
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
         for here, there in zip(torch.autograd.grad(found, inputs, slope), slopes, strict=True):
             torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-10)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest storage that any operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 def in_memory(make, time):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.largest import LargestTensor
 from torch import Tensor
 
 from nestlearn.memory import AssociativeMemory, Delta, Gates, Matrix
@@ -125,6 +126,14 @@ def test_forward_equals_the_token_loop(form: str, variant: str) -> None:
 def test_chunk_sizes_equal_the_token_loop(form: str, chunk: int, outer: int, length: int, variant: str) -> None:
     layer, x = make(form, variant, d=4, heads=1, chunk=chunk, outer=outer), tokens(1, length, d=4).requires_grad_()
     assert_same(outcome(layer, x, *layer(x)), outcome(layer, x, *layer.loop(x)))
+
+
+def test_a_chunk_of_many_tokens_is_read_in_spans() -> None:
+    """The tokens of a chunk of 512 meet 128 at a time, and so no tensor has 512 x 512 elements."""
+    layer, x = make("matrix", "default", d=4, heads=1, chunk=512), tokens(1, 520, d=4)
+    with LargestTensor() as largest:
+        layer(x)
+    assert largest.elements <= 128 * 128
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nestlearn.memory import use_engine
 from nestlearn.nn import SelfModifyingConfig
+from nestlearn.nn.bounds import GRADIENT_LIMIT
 from nestlearn.nn.self_modifying import kernel
-from nestlearn.nn.self_modifying.config import GRADIENT_LIMIT
 from nestlearn.nn.self_modifying.kernel import Maps, Settings, refusal, walk
 from nestlearn.nn.self_modifying.layer import SelfModifyingState
 

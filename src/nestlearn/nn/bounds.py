@@ -87,7 +87,7 @@ MAX_FOLLOWED_MOMENTUM = 0.5
 DEFAULT_PROXIMAL_STEP = 4.0
 """The largest step of proximal memories: one write moves the read of a unit key by up to 4/5 of the model's step."""
 GRADIENT_LIMIT = 1e6
-"""Largest norm of the outer gradient that passes through the weights of an MLP from span to span."""
+"""Norm beyond which the gradient of weights that pass from span to span is scaled down, where it can be chaotic."""
 MAX_THRESHOLD = 2.0
 """Twice the norm of the values, which are normalized where an objective has a threshold."""
 

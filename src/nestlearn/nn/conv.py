@@ -120,6 +120,43 @@ class ShortConv(nn.Module):
         return f"{self.channels}, width={self.width}, silu={self.silu}"
 
 
+STREAM_STD = 0.1
+"""Standard deviation of aligned projections."""
+
+TAP_NOISE = 0.1
+"""What remains of the random taps of aligned convolutions."""
+
+
+@torch.no_grad()
+def align_streams(
+    weight: Float[Tensor, "nd d"], conv: ShortConv | None, heads: int, order: Sequence[str] = ("q", "k", "v")
+) -> None:
+    """Set the projections and taps of streams so that a memory answers with what followed the last tokens earlier.
+
+    A query sees the last n tokens and a key the n tokens before its own, both through the same projection; a value sees
+    its own token. n goes from 1 to ``conv.width - 1`` over the heads. From random values, that a memory is of use is
+    found late or never: ``python benchmarks/induction.py``.
+
+    Args:
+        weight: of the projection to all streams, each of width d, one after the other.
+        conv: over all streams; None leaves projections alone aligned.
+        heads: of every stream.
+        order: the names of the streams.
+    """
+    place, width = {name: i for i, name in enumerate(order)}, weight.shape[1]
+    streams = weight.view(len(place), width, width).normal_(0, STREAM_STD)
+    streams[place["q"]] = streams[place["k"]]
+    if conv is None or conv.width == 1:
+        return
+    last = conv.width - 1
+    taps = conv.weight.view(conv.width, len(place), heads, width // heads).mul_(TAP_NOISE)
+    for head in range(heads):
+        n = 1 + head % last
+        taps[last + 1 - n :, place["q"], head] += n**-0.5
+        taps[last - n : last, place["k"], head] += n**-0.5
+        taps[last, place["v"], head] += 1
+
+
 BLOCK = 32
 """Tokens per block: a few hundred kilobytes fit in the cache of a core, a whole batch does not."""
 

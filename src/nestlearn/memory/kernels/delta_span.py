@@ -6,6 +6,7 @@ map, no momentum, and no reset or empty slot inside the span.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .products import product, segment_products, unit_lower_inverse
-
-Gradients = tuple[Tensor | None, ...]
+from .products import Gradients, gradient_again, product, segment_products, unit_lower_inverse
 
 
 class DeltaSpan(torch.autograd.Function):
@@ -60,7 +59,8 @@ class DeltaSpan(torch.autograd.Function):
         )
         gated = ctx.gated
         if torch.is_grad_enabled():
-            return (*_again((q, k, target, step, retain, weights), gated, grad, grad_end), None)
+            inputs = (q, k, target, step, retain, weights)
+            return (*gradient_again(partial(_written, gated=gated), inputs, (grad, grad_end)), None)
         grad = torch.zeros_like(target) if grad is None else grad
         # The two places where a write is used: the reads of this span, and the weights after it.
         through = torch.bmm(grad, change.mT)  # to scores * decay
@@ -150,16 +150,6 @@ def _written(
         y = y + entry.unsqueeze(-1) * product(q, weights.mT)
         end = end + entry[:, -1, None, None] * weights
     return y, end
-
-
-def _again(inputs: tuple[Tensor | None, ...], gated: bool, grad: Tensor | None, grad_end: Tensor | None) -> Gradients:
-    """The gradient by autograd, for a caller that differentiates it once more."""
-    own = [None if x is None else x.view_as(x) for x in inputs]
-    leaves = [x for x in own if x is not None and x.requires_grad]
-    outputs = zip(_written(*own, gated), (grad, grad_end), strict=True)  # type: ignore[arg-type]
-    ends, grads = zip(*((y, g) for y, g in outputs if g is not None), strict=True)
-    found = iter(torch.autograd.grad(ends, leaves, grads, create_graph=True, allow_unused=True))
-    return tuple(next(found) if x is not None and x.requires_grad else None for x in own)
 
 
 def delta_span(

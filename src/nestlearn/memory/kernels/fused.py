@@ -7,30 +7,13 @@ the one that the Hope memory, DeltaNet and Gated DeltaNet train on. Each is diff
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .products import product
-
-Gradients = tuple[Tensor | None, ...]
-
-
-def _again(function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor) -> Gradients:
-    """The gradient by autograd, for a caller that differentiates it once more."""
-    # New nodes: an input may be a function of another, and each gradient is a partial one.
-    own = [None if x is None else x.view_as(x) for x in inputs]
-    wanted = [i for i, x in enumerate(own) if x is not None and x.requires_grad]
-    leaves = [x for x in own if x is not None and x.requires_grad]
-    # A fresh memory has no entering weights, and so no use for their coefficient.
-    found = torch.autograd.grad(function(*own), leaves, grad, create_graph=True, allow_unused=True)
-    gradients: list[Tensor | None] = [None] * len(own)
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return tuple(gradients)
+from .products import Gradients, gradient_again, product
 
 
 def _add(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -62,7 +45,7 @@ class Erase(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         error, solved, x, weights, before, held = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_held, (error, solved, x, weights, before), grad)
+            return gradient_again(_held, (error, solved, x, weights, before), (grad,))
         scale = before.unsqueeze(-1)
         right = torch.addcmul(error, scale, held)
         grad_solved = product(grad, right.mT).sum_to_size(solved.shape)
@@ -124,7 +107,7 @@ class Answer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         q, base, weights, entry, x, kernel, change, scores, weighted, held = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_answered, (q, base, weights, entry, x, kernel, change), grad)
+            return gradient_again(_answered, (q, base, weights, entry, x, kernel, change), (grad,))
         grad_change = product(weighted.mT, grad).sum_to_size(change.shape)
         grad_scores = product(grad, change.mT)
         grad_kernel = (grad_scores * scores).sum_to_size(kernel.shape)
@@ -171,7 +154,7 @@ class Advance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         weights, through, change, last, x = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_advanced, (weights, through, change, last, x), grad)
+            return gradient_again(_advanced, (weights, through, change, last, x), (grad,))
         scale = last.unsqueeze(-1)
         grad_change = product(x, grad.mT)
         grad_last = _dot(grad_change, change, last)

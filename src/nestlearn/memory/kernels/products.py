@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Activation = Literal["gelu", "silu"]
+Gradients = tuple[Tensor | None, ...]
+
+
+def gradient_again(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> Gradients:
+    """The gradient of a function by autograd, for a caller that differentiates it once more."""
+    # New nodes: an input may be a function of another, and each gradient is a partial one.
+    own = [None if x is None else x.view_as(x) for x in inputs]
+    leaves = [x for x in own if x is not None and x.requires_grad]
+    outputs = function(*own)
+    pairs = zip((outputs,) if isinstance(outputs, Tensor) else outputs, grads, strict=True)
+    ends, given = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
+    # A fresh memory has no entering weights, and so no use for their coefficient.
+    found = iter(torch.autograd.grad(ends, leaves, given, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in own)
 
 
 def product(x: Float[Tensor, "*#b n k"], y: Float[Tensor, "*#b k m"]) -> Float[Tensor, "*_ n m"]:

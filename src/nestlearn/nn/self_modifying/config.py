@@ -9,7 +9,7 @@ from nestlearn.fields import Count, Positive, Size
 from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Descent, DotProduct, Matrix, Momentum
 from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.memory.kernels.products import Activation
-from nestlearn.nn.bounds import check_self_modifying_step
+from nestlearn.nn.bounds import GRADIENT_LIMIT, check_self_modifying_step
 from nestlearn.nn.config import MixerConfig, register_mixer
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 STREAMS = ("q", "k", "v", "eta", "alpha")
 """What a token is projected to; all but q adapt by default."""
-
-GRADIENT_LIMIT = 1e6
-"""Norm beyond which the gradient of weights that pass from span to span is scaled down."""
 
 
 @register_mixer("self_modifying")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nestlearn.memory import Delta, Descent, DotProduct, State
 from nestlearn.memory.engine import current_engine
+from nestlearn.nn.bounds import GRADIENT_LIMIT
 
-from .config import GRADIENT_LIMIT
 from .layer import SelfModifyingState, SelfModifyingTitans
 
 if TYPE_CHECKING:

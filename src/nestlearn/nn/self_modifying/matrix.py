@@ -19,8 +19,10 @@ from nestlearn.memory.chunked import (
 from nestlearn.memory.clock import Clock, known_empty
 from nestlearn.memory.engine import span_solver
 from nestlearn.memory.kernels.products import unit_norm
+from nestlearn.memory.spans import longest_span, open_span
 from nestlearn.memory.types import Weights
 from nestlearn.nn.common import wide_dtype
+from nestlearn.nn.conv import align_streams
 from nestlearn.nn.flops import scan_flops
 
 from . import kernel
@@ -30,10 +32,7 @@ from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 GATES = ("eta", "alpha")
 
 NOISE = 0.1
-"""What is random in maps and convolutions at the start, beside what is not."""
-
-STREAM_STD = 0.1
-"""Standard deviation of the initial projections of streams."""
+"""What is random in the maps at the start, beside the identity."""
 
 
 class SelfModifyingMatrix(SelfModifyingTitans):
@@ -86,29 +85,9 @@ class SelfModifyingMatrix(SelfModifyingTitans):
             weights.normal_(0, NOISE * self.d_head**-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
 
     def reset_parameters(self) -> None:
-        """Initial values with which a memory already answers with what followed the last tokens earlier in the text.
-
-        A query sees the last n tokens, a key the n tokens before its own, both through the same projection, and a value
-        its own token; n goes from 1 to the width of the convolution - 1 over the heads. From random values, that a
-        memory is of use is found late or never (docs/log.md).
-        """
+        """Initial values with which a memory already answers with what followed; see `align_streams`."""
         super().reset_parameters()
-        self._align()
-
-    @torch.no_grad()
-    def _align(self) -> None:
-        place = {name: i for i, name in enumerate(self.streams_order)}
-        streams = self.streams.weight.view(len(place), self.d_model, self.d_model).normal_(0, STREAM_STD)
-        streams[place["q"]] = streams[place["k"]]
-        if self.conv is None or self.conv.width == 1:
-            return
-        width = self.conv.width
-        taps = self.conv.weight.view(width, len(place), self.num_heads, self.d_head).mul_(NOISE)
-        for head in range(self.num_heads):
-            n = 1 + head % (width - 1)
-            taps[width - n :, place["q"], head] += n**-0.5
-            taps[width - n - 1 : width - 1, place["k"], head] += n**-0.5
-            taps[width - 1, place["v"], head] += 1
+        align_streams(self.streams.weight, self.conv, self.num_heads, self.streams_order)
 
     def _bounded(self, eta: Tensor, alpha: Tensor) -> Tensor:
         if not isinstance(self.memory.objective, L2):
@@ -136,10 +115,11 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         start = {"W": torch.eye(self.d_head, dtype=streams.dtype, device=streams.device).expand(batch * heads, -1, -1)}
         now = self.memory.begin(start) if state is None else state.memory.flatten(2)
         now, broken = reset_nonfinite(now, start, None if reset is None else per_head(reset, heads))
-        clock = Clock.start(now.position[::heads], now.aligned, count, chunk, min(chunk, count), mask, reset)
+        solve = span_solver(self.memory, streams, now, restarts=reset is not None)
+        length = longest_span(self.memory, count, self.memory.read) if solve is open_span else min(chunk, count)
+        clock = Clock.start(now.position[::heads], now.aligned, count, chunk, length, mask, reset)
         beta_of = [None] * len(clock.spans) if beta is None else clock.cut(beta, 1)
         weights = self._of_rows(batch, streams.dtype)
-        solve = span_solver(self.memory, streams, now, restarts=reset is not None)
         running, outputs = enter(self.memory, now, start, fresh=state is None), []
         for span, here, kept in zip(clock.spans, self._pieces(clock, streams), beta_of, strict=True):
             span = span.map(lambda x: per_head(x, heads))
