@@ -14,6 +14,7 @@ A pretrained model with a memory of its own (`nestlearn.stack_levels`), read to 
 """
 
 from nestlearn.continual.cms import CMS, Projection, Transfer
+from nestlearn.continual.general import protect
 from nestlearn.continual.in_context import InContextLearner
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.lora import LoRA
@@ -46,4 +47,5 @@ __all__ = [
     "SegmentScore",
     "Transfer",
     "continual_metrics",
+    "protect",
 ]

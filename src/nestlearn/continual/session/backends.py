@@ -107,8 +107,8 @@ class StackedMemory:
 class StackedBackend:
     """Reads with `read_segment`, in blocks of ``context_length`` tokens; a new block starts without keys and values."""
 
-    def __init__(self, model: Any, tokenizer: Any, context_length: int | None) -> None:
-        self.model, self.plan = model, stacked_model(model).stack_plan
+    def __init__(self, model: Any, tokenizer: Any, context_length: int | None, protect: float | None) -> None:
+        self.model, self.plan, self.protect = model, stacked_model(model).stack_plan, protect
         self.segment, self.levels = self.plan.segment, tuple(self.plan.learning())
         self.start_tokens = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
         self.positions = getattr(model.config, "max_position_embeddings", None)
@@ -127,7 +127,7 @@ class StackedBackend:
             first = read_segment(self.model, self._row(list(self.start_tokens)), memory.levels, writes=False)
             memory = replace(memory, keys=first.keys, last=_log_probabilities(first.logits)[-1])
         row = self._row(ids)
-        found = read_segment(self.model, row, memory.levels, memory.keys, writes=writes)
+        found = read_segment(self.model, row, memory.levels, memory.keys, writes=writes, protect=self.protect)
         logs = _log_probabilities(found.logits)
         after = StackedMemory(found.state, found.keys, memory.used + len(ids), logs[-1])
         return PieceRead(_nats(memory.last, logs, row[0]), after)
@@ -203,8 +203,8 @@ class HopeBackend:
     context_length: int | None = None
     positions: int | None = None
 
-    def __init__(self, model: Any, tokenizer: Any, context_length: int | None) -> None:
-        del tokenizer
+    def __init__(self, model: Any, tokenizer: Any, context_length: int | None, protect: float | None) -> None:
+        del tokenizer, protect
         if context_length is not None:
             raise ValueError(
                 f"context_length={context_length} is for stacked models; a Hope model has no context to drop. "

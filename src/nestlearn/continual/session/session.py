@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from nestlearn.data.control_tokens import LiteralText, control_ids
 from nestlearn.models import HopeForCausalLM
 from nestlearn.models.generation import generate_texts
+from nestlearn.models.stacking.learn import PROTECT
 from nestlearn.nn.state import flatten_state, unflatten_state
 
 from .backends import Backend, HopeBackend, StackedBackend
@@ -60,6 +61,8 @@ class MemorySession:
         compare: what `read` measures for comparison. ``"off"``: the same text with all writes ignored, those of the
             mixers of a Hope model too. ``"levels"``: also with the writes of each level ignored. ``"none"``: nothing.
             Each comparison costs one more forward pass.
+        protect: ``c_0`` of a stacked model's memory of general inputs (`nestlearn.models.stacking.protect`): a smaller
+            one keeps writes further from general inputs. None writes without it.
 
     Raises:
         ValueError: a model without levels or in training mode, or a context too short for a segment.
@@ -80,7 +83,13 @@ class MemorySession:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, context_length: int | None = None, compare: Compare = "levels"
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        context_length: int | None = None,
+        compare: Compare = "levels",
+        protect: float | None = PROTECT,
     ) -> None:
         if compare not in get_args(Compare):
             raise ValueError(f"compare={compare!r} does not exist; use 'levels', 'off' or 'none'.")
@@ -88,7 +97,7 @@ class MemorySession:
             raise ValueError("the model is in training mode. Call model.eval() before it reads.")
         self.model, self.tokenizer, self.compare = model, tokenizer, compare
         kind = HopeBackend if isinstance(model, HopeForCausalLM) else StackedBackend
-        self._backend: Backend = kind(model, tokenizer, context_length)
+        self._backend: Backend = kind(model, tokenizer, context_length, protect)
         self._tokens_of = BlockTokenizer(tokenizer)
         self._cursor = Cursor(self._backend.fresh())
         self._lock = threading.RLock()

@@ -1,6 +1,7 @@
 """Level stacking: MLPs of pretrained language models become levels that learn while they read (NL section 7.3)."""
 
 from .families import MapNames, find_networks
+from .general import estimate_general
 from .learn import KeyValues, SegmentRead, read_segment
 from .model import (
     StackedModel,
@@ -25,6 +26,7 @@ __all__ = [
     "SegmentRead",
     "StackPlan",
     "StackedModel",
+    "estimate_general",
     "find_networks",
     "freeze_backbone",
     "level_parameters",

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from nestlearn.memory import Factor, Gates
+from nestlearn.memory import Factor, Gates, State
+from nestlearn.memory.types import Weights
 from nestlearn.models.segments import learn_segment, next_token_nats
 from nestlearn.nn.cms.level import Level, loss_gates
 from nestlearn.nn.cms.tape import Factors, Tape, gradients, squared_norm, usable, write
@@ -19,7 +20,7 @@ from nestlearn.nn.common import wide_dtype
 from nestlearn.nn.state import detach, map_tensors
 
 from .model import StackedModel, stacked_model
-from .network import LevelFast, LevelState, StackedMLP, reading
+from .network import LevelFast, LevelState, StackedLevel, StackedMLP, reading
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of every attention layer, ``[b, heads, t, d_head]``."""
@@ -29,6 +30,9 @@ STEP = 5e-4
 
 KEPT = 0.97
 """What a level without ``retain`` keeps, over one period, of what it has written."""
+
+PROTECT = 0.03
+"""``c_0`` of the memory of general inputs, by default."""
 
 ENERGY_DECAY = 0.95
 """Kept fraction, per segment, of the moving average of squared gradient norms, the size of a typical gradient."""
@@ -51,6 +55,7 @@ def read_segment(
     *,
     writes: bool = True,
     meta: Literal["first", "second"] | None = None,
+    protect: float | None = PROTECT,
 ) -> SegmentRead:
     """Read up to one segment (the smallest period) after the context in ``keys``, and learn from it.
 
@@ -71,6 +76,8 @@ def read_segment(
         writes: False only reads.
         meta: None detaches everything. ``first`` keeps the graph from initial weights to outputs, with the written
             gradients as constants; ``second`` differentiates through them as well.
+        protect: ``c_0`` of the memory of general inputs (`nestlearn.models.stacking.general`), if the model has one;
+            None writes without it.
 
     Raises:
         ValueError: no stacked model, training mode (dropout would add noise to what is learned), a segment of wrong
@@ -90,7 +97,7 @@ def read_segment(
     learns = writes and ids.shape[1] > 1
     with gradients(), torch.set_grad_enabled(learns or meta is not None):
         ids, keys, networks = usable((ids, keys, dict(state.networks)))
-        found = _read(model, stacked, ids, replace(state, networks=networks), keys, learns, meta)
+        found = _read(model, stacked, ids, replace(state, networks=networks), keys, learns, meta, protect)
     if meta is not None:
         return found
     logits, keys, loss = detach((found.logits, found.keys, found.loss))
@@ -105,18 +112,19 @@ def _read(
     keys: KeyValues,
     learns: bool,
     meta: str | None,
+    protect: float | None,
 ) -> SegmentRead:
     cache = DynamicCache(keys) if keys else DynamicCache()
 
     def run(tape: Tape | None) -> tuple[Tensor, LevelState]:
-        with reading(stacked.stack_plan, state, tape):
+        with reading(stacked.stack_plan, state, tape, protect):
             return model(input_ids=ids, past_key_values=cache, use_cache=True).logits, state
 
     if learns:
         logits, loss, after = learn_segment(
             run,
             lambda logits: logits,
-            lambda state, factors: _write(stacked, state, factors, keep_graph=meta is not None),
+            lambda state, factors: _write(stacked, state, factors, meta is not None, protect),
             ids,
             second_order=meta == "second",
             keep_graph=meta is not None,
@@ -142,25 +150,35 @@ def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:
         raise ValueError("the model is in training mode, where dropout adds noise. Call model.eval() first.")
 
 
-def _write(model: StackedModel, state: LevelState, factors: dict[Any, Factors], keep_graph: bool) -> LevelState:
+def _write(
+    model: StackedModel, state: LevelState, factors: dict[Any, Factors], keep_graph: bool, protect: float | None
+) -> LevelState:
     """The state after the factors of a segment are written into every level."""
     plan, networks = model.stack_plan, dict(state.networks)
     for path, module in model.stacked_mlps().items():
         held = list(networks.get(path, (None,) * len(plan.levels)))
         for index in plan.learning():
-            held[index] = _write_level(module, index, held[index], factors[path, index], state.tokens, keep_graph)
+            held[index] = _write_level(
+                module, index, held[index], factors[path, index], state.tokens, keep_graph, protect
+            )
         networks[path] = tuple(held)
     return replace(state, networks=networks, tokens=state.tokens + plan.segment)
 
 
 def _write_level(
-    module: StackedMLP, index: int, held: LevelFast | None, factors: Factors, clock: int, keep_graph: bool
+    module: StackedMLP,
+    index: int,
+    held: LevelFast | None,
+    factors: Factors,
+    clock: int,
+    keep_graph: bool,
+    protect: float | None,
 ) -> LevelFast:
     level, segment, memory = module.stack_plan.levels[index], module.stack_plan.segment, module.level(index).memory
     assert memory is not None
     error = next(iter(factors.values())).error
     rows, dtype = error.shape[0], wide_dtype(error)
-    initial = {name: w.to(dtype) for name, w in module.level(index).initial(error).items()}
+    initial = {name: w.to(dtype) for name, w in module.level(index).initial(error, protect).items()}
     if not keep_graph:
         initial = {name: w.detach() for name, w in initial.items()}
     if held is None:
@@ -174,14 +192,30 @@ def _write_level(
     energy = ENERGY_DECAY * held.energy + (1 - ENERGY_DECAY) * squared_norm(factors).detach()
     typical = (energy / (1 - ENERGY_DECAY ** (held.writes + 1))).sqrt()
     gates = _gates(level, segment, factors, module.size(index, error.device).to(dtype), typical)
+    opened = module.level(index).open_part
+    factors = {name: Factor(opened(name, x, protect), e) for name, (x, e) in factors.items()}
     factors, gates = _fill(level, segment, factors, gates)
     state = write(memory, held.weights, factors, gates, level.clip, initial)
+    if level.rule == "orthogonalized" and protect is not None:
+        state = state._replace(params=_open_writes(module.level(index), held.weights, state, gates, initial, protect))
     position = (clock + segment) % memory.chunk_size
     state = state._replace(position=torch.full_like(state.position, position), aligned=position == 0)
     if position == 0:
         # The last segment of a document may be shorter than its period, which ends with it.
         state = state._replace(anchor=state.params)
     return LevelFast(state, energy, held.writes + 1)
+
+
+def _open_writes(
+    level: StackedLevel, before: State, after: State, gates: Gates, initial: Weights, protect: float
+) -> Weights:
+    """The weights, with P applied to what was written: an orthogonalized write loses the scale of its keys."""
+    kept = gates.retain.prod(1)[:, None, None]
+    found = dict(after.params)
+    for name, w in after.params.items():
+        base = initial[name] + kept * (before.params[name] - initial[name])
+        found[name] = base + level.open_part(name, w - base, protect)
+    return found
 
 
 def _gates(level: Level, segment: int, factors: Factors, size: Tensor, typical: Float[Tensor, "b"]) -> Gates:

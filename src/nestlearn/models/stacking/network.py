@@ -118,6 +118,7 @@ class ActiveLevels(NamedTuple):
     plan: StackPlan
     state: LevelState | None
     tape: Tape | None
+    protect: float | None = None
 
 
 # Local to the thread or task, so that many can use one model at once, each with its own state.
@@ -131,15 +132,19 @@ def active_levels(plan: StackPlan) -> ActiveLevels:
 
 
 @contextmanager
-def reading(plan: StackPlan, state: LevelState | None, tape: Tape | None = None) -> Iterator[None]:
+def reading(
+    plan: StackPlan, state: LevelState | None, tape: Tape | None = None, protect: float | None = None
+) -> Iterator[None]:
     """Forward passes inside read this state, and record errors on the tape.
+
+    ``protect`` is the ``c_0`` of `nestlearn.models.stacking.general`.
 
     Raises:
         ValueError: a state of another model.
     """
     if state is not None:
         state.check(plan)
-    token = _ACTIVE.set((*_ACTIVE.get(), ActiveLevels(plan, state, tape)))
+    token = _ACTIVE.set((*_ACTIVE.get(), ActiveLevels(plan, state, tape, protect)))
     try:
         yield
     finally:
@@ -181,21 +186,35 @@ class StackedLevel(nn.Module):
         """The parameters by name."""
         return dict(self.named_parameters())
 
-    def initial(self, like: Tensor) -> Weights:
-        """``{map: [out, in]}`` of the weights that learn, before the first write: A, and zero for D or B."""
+    def initial(self, like: Tensor, protect: float | None = None) -> Weights:
+        """``{map: [out, in]}`` of the weights that learn, before the first write: ``A P``, and zero for D or B."""
         own, zero = self(), like.new_zeros(())
         return {
-            name: own[name] if self.level.rank and name.endswith("_A") else zero.expand(shape)
+            name: self.open_part(name, own[name], protect) if name.endswith("_A") else zero.expand(shape)
             for name, shape in self.shapes.items()
         }
 
-    def change(self, held: LevelFast | None, tape: Tape | None, key: tuple[str, int], x: Tensor) -> Linear | None:
+    def remember(self, name: str, directions: Float[Tensor, "r in"]) -> None:
+        """Keep the directions of the general inputs of a map, ``up`` or ``down``."""
+        self.register_buffer(f"general_{name}", directions)
+
+    def open_part(self, name: str, x: Float[Tensor, "*b in"], protect: float | None) -> Float[Tensor, "*b in"]:
+        """``x P`` of rows x that are inputs of a map (of A, in a low-rank map)."""
+        kept = getattr(self, "general_down" if name.startswith("down") else "general_up", None)
+        if kept is None or protect is None or name.endswith("_B"):
+            return x
+        kept = kept.to(x)
+        return x - (x @ kept.mT) / (protect + kept.square().sum(1)) @ kept
+
+    def change(
+        self, held: LevelFast | None, tape: Tape | None, key: tuple[str, int], x: Tensor, protect: float | None
+    ) -> Linear | None:
         """``linear(name, u) = (O + D) u`` of each map at the weights of the end of the last period; None if it is 0."""
         own, recorded = self(), tape if self.memory is not None else None
         own = {name: w for name, w in own.items() if not name.endswith("_A")}
         if held is None and recorded is None:
             return (lambda name, u: u @ own[name].to(u.dtype).mT) if own else None
-        fast = self.initial(x) if held is None else held.weights.anchor
+        fast = self.initial(x, protect) if held is None else held.weights.anchor
         if held is not None:
             fast = {name: for_rows(w, x.shape[0]).to(x.device) for name, w in fast.items()}
         dtype = next(iter(fast.values())).dtype
@@ -315,9 +334,9 @@ class StackedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], *args: Any, **kwargs: Any) -> Float[Tensor, "b t d"]:
         """The class's own forward, with levels."""
-        plan, state, tape = active_levels(self.stack_plan)
+        plan, state, tape, protect = active_levels(self.stack_plan)
         held = (None if state is None else state.networks.get(self.stack_path)) or (None,) * len(plan.levels)
-        changes = [self.level(i).change(fast, tape, (self.stack_path, i), x) for i, fast in enumerate(held)]
+        changes = [self.level(i).change(fast, tape, (self.stack_path, i), x, protect) for i, fast in enumerate(held)]
         act, gated = getattr(self, plan.names.act), plan.names.gate is not None
         if plan.mode == "add":
             added = [feed_forward(change, act, x, gated) for change in changes if change is not None]

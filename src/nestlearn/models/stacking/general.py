@@ -1,0 +1,104 @@
+"""The memory of general inputs: what a level writes leaves the answers to general text alone.
+
+Every linear map of a level remembers the mean ``C = E[x xᵀ]`` of its inputs on general text, and every write is
+multiplied by
+
+    P = (I + C / (c_0 c))⁻¹,    c = tr(C) / width                                                           (1)
+
+P is 0 along directions that general inputs use much, and 1 along all others. ``c_0`` is the mean square along a
+direction, relative to the mean over all directions, at which half of a write passes.
+
+A write is a sum of products of errors and inputs, ``G = Eᵀ X``. So ``G P = Eᵀ (X P)``: the *keys* that are written are
+``X P``. A change of a map then always has the form ``D = D' P``, and for every input ``|D x| <= |D'| |P x|``. In a
+low-rank level ``D = B A``, A starts as ``A_0 P`` and its keys are ``X P``, so that ``A = A' P`` and ``D = (B A') P``
+at any time.
+
+C is kept by its r leading eigenvectors, as rows ``b_i = sqrt(lambda_i / c) v_i``. So ``c_0`` is free while reading:
+
+    X P = X - (X bᵀ) / (c_0 + |b|²) b                                                                       (2)
+
+It is exact for r = width; otherwise the directions that are left out stay open. It costs ``4 r width`` operations per
+token and map, and ``r width`` numbers per map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from nestlearn.models.generation import GumbelNoise
+from nestlearn.nn.cms.tape import Tape
+
+from .model import StackedModel, stacked_model
+from .network import LevelState, reading
+
+TOKENS = 8_192
+"""Tokens of general text, by default."""
+
+
+class InputSums(Tape):
+    """Sums ``XᵀX`` of the inputs of every map of every level, in place of a record for a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[tuple[Any, str], Tensor] = {}
+
+    def record(self, key: Hashable, name: str, x: Tensor, z: Tensor) -> Tensor:
+        """Add the inputs of a map to its sum; gate and up have the same inputs, B of a low-rank map has none."""
+        name = name.removesuffix("_A")
+        if name in ("up", "down"):
+            rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+            found = self.sums.get((key, name))
+            self.sums[key, name] = rows.mT @ rows if found is None else found.addmm_(rows.mT, rows)
+        return z
+
+
+def leading_directions(products: Float[Tensor, "d d"], rank: int | None = None) -> Float[Tensor, "r d"]:
+    """Rows ``b_i = sqrt(lambda_i / c) v_i`` of the r largest eigenvalues of C, largest first; c is their mean over all.
+
+    Args:
+        products: C, or any multiple of it.
+        rank: r; None keeps all.
+
+    Example:
+        >>> leading_directions(torch.diag(torch.tensor([9.0, 1.0, 2.0])), rank=1).abs()
+        tensor([[1.5000, 0.0000, 0.0000]])
+    """
+    values, vectors = torch.linalg.eigh(products)
+    kept = slice(None) if rank is None else slice(-rank, None)
+    scale = (values.clamp(min=0) / values.mean().clamp(min=torch.finfo(values.dtype).tiny)).sqrt()
+    return (vectors * scale).mT[kept].flip(0)
+
+
+def own_text(model: Any, tokenizer: Any, tokens: int = TOKENS, length: int = 256, seed: int = 0) -> Int[Tensor, "b t"]:
+    """Text that the model writes from its start token, in rows of ``length`` tokens."""
+    rows = max(1, tokens // length)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = torch.full((rows, 1), int(start), device=model.device)
+    noise = LogitsProcessorList([GumbelNoise(seed, model.device)])
+    options: dict[str, Any] = {"do_sample": False, "min_new_tokens": length - 1, "max_new_tokens": length - 1}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=noise, **options)
+
+
+@torch.no_grad()
+def estimate_general(model: Any, ids: Int[Tensor, "b t"], *, rank: int | None = None) -> None:
+    """Estimate the memory of general inputs of a stacked model, in place (equation 1 of this module).
+
+    Args:
+        model: a stacked model in evaluation mode.
+        ids: tokens of general text, in rows that are read on their own.
+        rank: directions kept per map; None keeps all.
+    """
+    stacked: StackedModel = stacked_model(model)
+    sums = InputSums()
+    with reading(stacked.stack_plan, LevelState(), sums):
+        for row in ids.split(1):
+            model(input_ids=row.to(model.device))
+    for (key, name), products in sums.sums.items():
+        path, index = key
+        stacked.stacked_mlps()[path].level(index).remember(name, leading_directions(products, rank))
