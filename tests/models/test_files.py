@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM, Level, stack_levels
-from nestlearn.continual.pretrained import load_pretrained
+from nestlearn.continual.pretrained import pretrained
 from nestlearn.continual.progress import StreamProgress
 from nestlearn.data import byte_tokenizer
 from nestlearn.models.stacking import load_stacked
@@ -41,7 +41,7 @@ def pickled(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("load", "kind"), [(load_pretrained, ValueError), (load_model, CheckpointError)])
+@pytest.mark.parametrize(("load", "kind"), [(pretrained, ValueError), (load_model, CheckpointError)])
 def test_weights_that_are_not_finite_are_refused_by_name(
     tmp_path: Path, load, kind: type[Exception], value: float
 ) -> None:
@@ -64,7 +64,7 @@ def test_stacked_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("load", "kind"),
-    [(HopeForCausalLM.from_pretrained, ValueError), (load_pretrained, ValueError), (load_model, CheckpointError)],
+    [(HopeForCausalLM.from_pretrained, ValueError), (pretrained, ValueError), (load_model, CheckpointError)],
 )
 @pytest.mark.parametrize("content", ["pickle", "garbage", "weights"])
 def test_weights_in_a_pickle_are_refused(pickled: Path, load, kind: type[Exception], content: str) -> None:

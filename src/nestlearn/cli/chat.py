@@ -10,7 +10,10 @@ import typer
 from rich.console import Console
 
 from nestlearn.cli.common import (
+    Device,
+    Dtype,
     MaxNewTokens,
+    ModelName,
     Seed,
     Temperature,
     TopP,
@@ -29,7 +32,7 @@ HELP = """Talk to a model in the terminal, and let it learn: /read FILE, /save, 
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Folder of a stacked model, or of one trained here.")],
+    model: ModelName,
     session: Annotated[Path, typer.Option(help="File of the memory. The first save creates it.")],
     learn_conversation: Annotated[
         bool, typer.Option("--learn/--no-learn", help="Also learn from the conversation.")
@@ -38,15 +41,17 @@ def run(
     temperature: Temperature = 0.8,
     top_p: TopP = 0.95,
     seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
     verbose: Verbose = False,
 ) -> None:
     """Read lines from the terminal or a pipe until the conversation ends."""
     tune(verbose)
     hide_progress_bars()
     from nestlearn.continual.chat import Chat, Sampling
-    from nestlearn.continual.pretrained import open_session
+    from nestlearn.continual.session import open_session
 
-    memory = open_session(model, session)
+    memory = open_session(model, session, dtype=dtype, device=device)
     console = plain_console()
 
     def report(text: str) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +20,15 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show more, and t
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of every random choice.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(help="A folder, a GGUF file, smollm2-135m, or a name on the Hugging Face Hub."),
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Weights in fp32 or bf16; default: as they are saved.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto for all devices together.")
+]
+SessionFile = Annotated[Path | None, typer.Option("--session", help="Use what this session file has learned.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")]
 
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -96,3 +109,57 @@ def hide_progress_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+class Progress:
+    """What a long command is doing. A terminal shows it in one line that changes; elsewhere standard error gets a line
+    every few seconds, as long as the command runs.
+
+    Args:
+        every: seconds between two lines where there is no terminal.
+
+    Example:
+        >>> with Progress() as progress:
+        ...     progress("reading")
+    """
+
+    def __init__(self, every: float = 5.0) -> None:
+        self._every, self._text, self._began = every, "", time.monotonic()
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        self._status = console.status("") if console.is_terminal else None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._print_lines, daemon=True)
+
+    def __call__(self, text: str) -> None:
+        self._text = text
+        if self._status is not None:
+            self._status.update(text)
+
+    def __enter__(self) -> Progress:
+        if self._status is not None:
+            self._status.start()
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._done.set()
+        if self._status is not None:
+            self._status.stop()
+        else:
+            self._thread.join()
+
+    def _print_lines(self) -> None:
+        while not self._done.wait(self._every):
+            if self._text:
+                print(f"{time.monotonic() - self._began:.0f} s: {self._text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def require_file(session: Path | None) -> None:
+    """Refuse a session file that does not exist.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if session is not None and not session.is_file():
+        raise ValueError(f"--session {session} does not exist. Give a file that learn or /save has written.")

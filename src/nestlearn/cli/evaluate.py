@@ -6,7 +6,8 @@ import difflib
 import fnmatch
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,19 +16,38 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nestlearn.cli.common import Seed, Verbose, command_line, plain_console, print_error, split_words, tune
+from nestlearn.cli.common import (
+    Device,
+    Dtype,
+    ModelName,
+    Progress,
+    Seed,
+    SessionFile,
+    Verbose,
+    command_line,
+    hide_progress_bars,
+    plain_console,
+    print_error,
+    require_file,
+    split_words,
+    tune,
+)
 
 if TYPE_CHECKING:  # the import takes seconds, and --help does not need it
     from nestlearn.evals.result import EvalResult
 
 TEXT_TASKS = ("bits_per_byte", "loss_by_position")
 NIAH, BABILONG = "local_niah_", "local_babilong_"
-HARNESS_OPTIONS = ("limit", "num_fewshot", "include_path", "metadata", "batch_size", "max_length", "seed")
-LOCAL_OPTIONS = ("lengths", "samples", "book", "babi", "depth", "batch_size", "seed")
+MODEL_OPTIONS = ("session", "dtype", "device")
+COMMON_OPTIONS = ("batch_size", "seed", *MODEL_OPTIONS)
+HARNESS_OPTIONS = ("limit", "num_fewshot", "include_path", "metadata", "max_length", *COMMON_OPTIONS)
+LOCAL_OPTIONS = ("lengths", "samples", "book", "babi", "depth", *COMMON_OPTIONS)
 PUBLISHED_MODELS = ("Transformer", "Titans", "Hope")
 CURVES = {"on": "writes on", "off": "writes off", "shuffled": "memories exchanged"}
 
-HELP = """Measure a saved model; results are printed and saved as JSON.
+HELP = """Measure any causal language model; results are printed and saved as JSON.
+
+With --session a stacked model is measured with what it has learned.
 
 --tasks names any of nestlearn's own tasks, or of the thousands of the lm-evaluation-harness (the extra `eval`):
 
@@ -48,6 +68,8 @@ HELP = """Measure a saved model; results are printed and saved as JSON.
 
   nestlearn eval runs/docs --corpus python-docs
 
+  nestlearn eval runs/stacked --session runs/learned/session.safetensors --corpus "text:notes/"
+
   nestlearn eval runs/docs --corpus "text:book.txt" --tasks loss_by_position --length 4096
 
   nestlearn eval runs/docs --tasks "local_niah_*" --book book.txt --lengths 1024,4096 --samples 50
@@ -62,7 +84,7 @@ HELP = """Measure a saved model; results are printed and saved as JSON.
 
 def run(
     call: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder with a saved model.")],
+    model: ModelName,
     tasks: Annotated[str, typer.Option("--tasks", "--task", help="Names, separated by commas.")] = "all",
     corpus: Annotated[str, typer.Option(help="What to read; its held-out part is used.")] = "python-docs",
     context: Annotated[int, typer.Option(min=2, help="Tokens per piece for bits per byte.")] = 256,
@@ -81,36 +103,71 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass of local and harness tasks.")] = 8,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut harness requests to this many tokens.")] = None,
     seed: Seed = 0,
+    session: SessionFile = None,
+    dtype: Dtype = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON results; default: MODEL/evals.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Measure every task, print and save each result, and fail at the end if one of them is no good."""
     from nestlearn.evals.harness import evaluate_harness, harness_tasks
-    from nestlearn.train import load_model, load_tokenizer
-    from nestlearn.train.finite import refuse_non_finite_logits
 
+    require_file(session)
     text, local, others = _split(tasks)
     harness = {"include_path": include_path, "metadata": _metadata(metadata, model)}
     # Unknown names and wrong options are refused before anything is loaded.
     found = harness_tasks(others, **harness) if others else None
     numbers = _numbers(lengths)
     tune(verbose)
-    loaded, results = (load_model(model), load_tokenizer(model)), _Results(out or Path(model) / "evals")
-    refuse_non_finite_logits(loaded[0], model)
-    if text:
-        bits = {"context": context, "max_bytes": max_bytes} if "bits_per_byte" in text else None
-        positions = {"length": length, "documents": documents} if "loss_by_position" in text else None
-        _text_tasks(*loaded, model, corpus, bits, positions, results, required="loss_by_position" in tasks)
-    for name in local:
-        options = {"lengths": numbers, "n": samples, "book": book, "seed": seed, "batch_size": batch_size}
-        options["command"] = _repeat(call, model, name, LOCAL_OPTIONS)
-        _local_task(*loaded, name, babi, depth, options, results)
-    if found:
-        options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "max_length": max_length}
-        command = _repeat(call, model, ",".join(others), HARNESS_OPTIONS)
-        _print_harness(evaluate_harness(*loaded, found, **options, **harness, seed=seed, command=command), results)
+    hide_progress_bars()
+    results, given = _Results(out or _results_folder(model, session)), _given(call, MODEL_OPTIONS)
+    with Progress() as progress, _loaded(model, session, dtype, device, progress) as loaded:
+        if text:
+            bits = {"context": context, "max_bytes": max_bytes} if "bits_per_byte" in text else None
+            positions = {"length": length, "documents": documents} if "loss_by_position" in text else None
+            required = "loss_by_position" in tasks
+            _text_tasks(*loaded, model, corpus, bits, positions, results, required, given, progress)
+        for name in local:
+            progress(name)
+            options = {"lengths": numbers, "n": samples, "book": book, "seed": seed, "batch_size": batch_size}
+            options["command"] = _repeat(call, model, name, LOCAL_OPTIONS)
+            _local_task(*loaded, name, babi, depth, options, results)
+        if found:
+            progress(", ".join(others))
+            options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "max_length": max_length}
+            command = _repeat(call, model, ",".join(others), HARNESS_OPTIONS)
+            _print_harness(evaluate_harness(*loaded, found, **options, **harness, seed=seed, command=command), results)
     if results.failed:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _loaded(
+    model: str, session: Path | None, dtype: str | None, device: str | None, progress: Callable[[str], None]
+) -> Iterator[tuple[Any, Any]]:
+    """Model and tokenizer. Inside the context the model uses what the session has learned, and its logits are
+    checked."""
+    from nestlearn.continual.pretrained import pretrained
+    from nestlearn.continual.session import open_session
+    from nestlearn.train.finite import refuse_non_finite_logits
+
+    progress(f"loading {model}")
+    with ExitStack() as stack:
+        if session is None:
+            loaded = pretrained(model, dtype=dtype, device=device)
+        else:
+            memory = open_session(model, session, dtype=dtype, device=device)
+            stack.enter_context(memory.active())
+            loaded = memory.model, memory.tokenizer
+        refuse_non_finite_logits(loaded[0], model)
+        yield loaded
+
+
+def _results_folder(model: str, session: Path | None) -> Path:
+    """Beside the session or in the folder of the model; for a model that has no folder of its own, in ``evals``."""
+    if session is not None:
+        return session.parent / "evals"
+    return Path(model) / "evals" if Path(model).is_dir() else Path("evals") / Path(model).name
 
 
 class _Results:
@@ -201,14 +258,26 @@ def _metadata(text: str | None, model: str) -> dict[str, Any]:
         raise ValueError(f"--metadata {text!r} is not JSON ({error}); {example}.") from error
     if not isinstance(given, dict):
         raise ValueError(f"--metadata {text!r} is no JSON object; {example}.")
-    return {"tokenizer": model, **given}
+    return {"tokenizer": _tokenizer_place(model), **given}
+
+
+def _tokenizer_place(model: str) -> str:
+    """Where other libraries find the tokenizer of a model."""
+    from nestlearn.continual.gguf import PACKAGED, is_gguf
+    from nestlearn.continual.pretrained import model_source
+
+    return model_source(model)[0] if model in PACKAGED or is_gguf(Path(model)) else model
 
 
 def _repeat(call: typer.Context, model: str, tasks: str, names: Sequence[str]) -> str:
     """The command that repeats a result. Of the named options it has those that were given."""
+    return command_line("eval", model, tasks=tasks, **_given(call, names))
+
+
+def _given(call: typer.Context, names: Sequence[str]) -> dict[str, Any]:
+    """The named options that were given on the command line."""
     sources = {name: call.get_parameter_source(name) for name in names}
-    given = {name: call.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-    return command_line("eval", model, tasks=tasks, **given)
+    return {name: call.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def _text_tasks(
@@ -220,6 +289,8 @@ def _text_tasks(
     positions: dict[str, Any] | None,
     results: _Results,
     required: bool,
+    given: dict[str, Any],
+    progress: Callable[[str], None],
 ) -> None:
     """Bits per byte and loss by position on the held-out part of a corpus, each with its settings; None leaves it out.
 
@@ -231,12 +302,13 @@ def _text_tasks(
 
     held_out = load_corpus(corpus, "validation")
     if bits is not None:
-        command = command_line("eval", name, corpus=corpus, task="bits_per_byte", **bits)
-        _print_value(bits_per_byte(model, tokenizer, held_out, **bits, command=command), results)
+        command = command_line("eval", name, corpus=corpus, task="bits_per_byte", **bits, **given)
+        result = bits_per_byte(model, tokenizer, held_out, **bits, command=command, progress=progress)
+        _print_value(result, results)
     if positions is not None:
-        command = command_line("eval", name, corpus=corpus, task="loss_by_position", **positions)
+        command = command_line("eval", name, corpus=corpus, task="loss_by_position", **positions, **given)
         try:
-            result = loss_by_position(model, tokenizer, held_out, **positions, command=command)
+            result = loss_by_position(model, tokenizer, held_out, **positions, command=command, progress=progress)
         except TooFewDocumentsError as error:
             if required:
                 raise
@@ -255,7 +327,8 @@ def _print_value(result: EvalResult, results: _Results) -> None:
 def _print_curve(details: dict[str, Any]) -> None:
     table = Table(title="Bits per byte by position")
     curves, edges = details["bits_per_byte"], details["edges"]
-    for name in ("positions", *(CURVES[name] for name in curves)):
+    headings = [CURVES[name] for name in curves] if len(curves) > 1 else ["bits per byte"]
+    for name in ("positions", *headings):
         table.add_column(name, justify="right")
     for row, (low, high) in enumerate(pairwise(edges)):
         cells = ["" if curve[row] is None else f"{curve[row]:.3f}" for curve in curves.values()]

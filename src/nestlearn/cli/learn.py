@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from nestlearn.cli.common import Seed, Verbose, command_line, hide_progress_bars, tune
+from nestlearn.cli.common import (
+    Device,
+    Dtype,
+    ModelName,
+    Progress,
+    Seed,
+    Verbose,
+    command_line,
+    hide_progress_bars,
+    plain_console,
+    require_file,
+    tune,
+)
 
 HELP = """Let a model learn from text files, and report what it gained and what it forgot.
 
@@ -18,15 +30,15 @@ methods train weights, for comparison: finetune, ewc, replay, lora.
 
 [bold]Examples[/bold]
 
-  nestlearn learn runs/qwen --stream notes/*.md --out runs/learned
+  nestlearn learn runs/smollm2 --stream notes/*.md --out runs/learned
 
-  nestlearn learn runs/qwen --stream book.txt --method finetune --learning-rate 1e-5 --known text:old/ --out runs/plain
+  nestlearn learn smollm2-135m --stream book.txt --method finetune --learning-rate 1e-5 --out runs/plain
 """
 
 
 def run(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a stacked model, or of one trained here.")],
+    model: ModelName,
     stream: Annotated[list[str], typer.Option(help="Text file, folder or pattern; may be repeated. Read in order.")],
     out: Annotated[Path, typer.Option(help="Folder for what was learned, results.json and report.html.")],
     method: Annotated[str, typer.Option(help="cms, finetune, ewc, replay or lora.")] = "cms",
@@ -42,12 +54,14 @@ def run(
     capacity: Annotated[int, typer.Option(min=1, help="Sequences that replay keeps.")] = 256,
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA's adapters.")] = 8,
     seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
     verbose: Verbose = False,
 ) -> None:
     """Learn the documents in order and write the report."""
     stream = _all_files(stream, context.args)
-    if method == "cms" and session is not None and not session.exists():
-        raise ValueError(f"--session {session} does not exist; leave it out to begin with an empty memory.")
+    _refuse_options_of_others(context, method)
+    require_file(session)
     tune(verbose)
     hide_progress_bars()
     from nestlearn.evals.learning import StreamRecord
@@ -57,23 +71,54 @@ def run(
     options: dict[str, Any] = {
         "session": session, "known": known, "passes": passes, "context_length": context_length,
         "learning_rate": learning_rate, "strength": strength, "capacity": capacity, "rank": rank, "seed": seed,
+        "dtype": dtype, "device": device,
     }  # fmt: skip
     command = command_line(
-        "learn", model, "--stream", *stream, method=method, **options, known_bytes=known_bytes, out=out
+        "learn", model, "--stream", *stream, method=method, **_given(context, options), known_bytes=known_bytes, out=out
     )
     documents, probe = stream_documents(stream), known_text(known, known_bytes)
     rate = DEFAULT_RATES.get(method) if learning_rate is None else learning_rate
-    settings: dict[str, Any] = {**options, "learning_rate": rate}
-    learner = make_method(method, model, **settings)
-    shown = {"passes": passes, "context length": context_length, "learning rate": rate, "known text": known,
-             "known bytes": len(probe.encode()), "seed": seed}  # fmt: skip
-    about = StreamRecord(model, method, shown, known, learner.score(probe), (), command)
-    console = Console(soft_wrap=True, highlight=False)
-    result, saved = _read_stream(learner, documents, probe, about, out, console)
-    report = write_learning_report(result, out / "report.html")
-    console.print(f"Learned: {saved}\nReport: {report}")
+    with Progress() as progress:
+        progress(f"loading {model}")
+        learner = make_method(method, model, **{**options, "learning_rate": rate})
+        shown = {"passes": passes, "context length": context_length, "learning rate": rate, "known text": known,
+                 "known bytes": len(probe.encode()), "seed": seed}  # fmt: skip
+        progress(f"scoring {known}")
+        about = StreamRecord(model, method, shown, known, learner.score(probe), (), command)
+        result, saved = _read_stream(learner, documents, probe, about, out, progress)
+        report = write_learning_report(result, out / "report.html")
+    plain_console().print(f"Learned: {saved}\nReport: {report}")
     if method == "cms":
-        console.print(f"Talk to it: {command_line('chat', model, session=saved)}")
+        plain_console().print(f"Talk to it: {command_line('chat', model, session=saved)}")
+
+
+_METHODS_OF = {
+    "session": ("cms",),
+    "learning_rate": ("finetune", "ewc", "replay", "lora"),
+    "strength": ("ewc",),
+    "capacity": ("replay",),
+    "rank": ("lora",),
+}
+"""Methods that use an option; the others refuse it."""
+_FIXES = {
+    "session": "leave it out; the method trains the model's weights.",
+    "learning_rate": "leave it out; each level has a rate of its own: nestlearn stack MODEL --levels 64:lr=0.5 ...",
+}
+
+
+def _refuse_options_of_others(context: typer.Context, method: str) -> None:
+    """Raise ValueError for an option that the method would ignore."""
+    for name in _given(context, _METHODS_OF):
+        users, option = _METHODS_OF[name], f"--{name.replace('_', '-')}"
+        if method not in users and method in {user for them in _METHODS_OF.values() for user in them}:
+            fix = _FIXES.get(name, "leave it out.")
+            raise ValueError(f"{option} is for --method {' or '.join(users)}, and {method} does not use it: {fix}")
+
+
+def _given(context: typer.Context, names: Iterable[str]) -> dict[str, Any]:
+    """The options among these that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def _all_files(stream: list[str], more: list[str]) -> list[str]:
@@ -90,21 +135,22 @@ def _all_files(stream: list[str], more: list[str]) -> list[str]:
     return [*stream, *more]
 
 
-def _read_stream(learner: Any, documents: Any, probe: str, about: Any, out: Path, console: Console) -> tuple[Any, Path]:
+def _read_stream(
+    learner: Any, documents: Any, probe: str, about: Any, out: Path, progress: Progress
+) -> tuple[Any, Path]:
     """Learn the documents. What was learned and the record so far are saved after each."""
     from nestlearn.evals.learning import learn_stream
 
     out.mkdir(parents=True, exist_ok=True)
+    console, saved = plain_console(), out
     console.print(f"Known before ({about.known_name}): {about.known_before:.3f} bits per byte.")
-    saved = out
-    with console.status("") as status:
-        for record in learn_stream(learner, documents, probe, progress=lambda text: status.update(text)):
-            saved = learner.save(out)
-            about = replace(about, documents=(*about.documents, record))
-            about.save(out / "results.json")
-            change = 100 * (record.known / about.known_before - 1)
-            console.print(
-                f"{record.name}: {record.before:.3f} -> {record.after:.3f} bits per byte; known text "
-                f"{record.known:.3f} ({change:+.1f} %); {record.seconds:.1f} s"
-            )
+    for record in learn_stream(learner, documents, probe, progress=progress):
+        saved = learner.save(out)
+        about = replace(about, documents=(*about.documents, record))
+        about.save(out / "results.json")
+        change = 100 * (record.known / about.known_before - 1)
+        console.print(
+            f"{record.name}: {record.before:.3f} -> {record.after:.3f} bits per byte; known text "
+            f"{record.known:.3f} ({change:+.1f} %); {record.seconds:.1f} s"
+        )
     return about, saved

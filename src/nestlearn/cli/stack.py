@@ -9,16 +9,29 @@ from typing import Annotated, Any, cast
 import typer
 
 from nestlearn.atomic import atomic_write
-from nestlearn.cli.common import Verbose, command_line, hide_progress_bars, plain_console, tune
+from nestlearn.cli.common import (
+    Dtype,
+    ModelName,
+    Progress,
+    Verbose,
+    command_line,
+    hide_progress_bars,
+    plain_console,
+    tune,
+)
 
-HELP = """Put levels of memory on a pretrained Hugging Face model, and save it.
+HELP = """Put levels of memory on a pretrained language model, and save it.
 
 The output of the model stays the same until it reads. LEVELS are joined by commas, fastest first: a period in tokens,
 then options of the level, each after a colon: 64,512:rank=8:lr=0.5,frozen.
 
 [bold]Examples[/bold]
 
-  nestlearn stack Qwen/Qwen3-0.6B --levels 64,512 --out runs/qwen
+  nestlearn stack smollm2-135m --levels 64,512 --out runs/smollm2
+
+  nestlearn stack Qwen/Qwen3-0.6B --levels 64,512 --out runs/qwen --dtype bf16
+
+  nestlearn stack model.gguf --levels 64:rank=8 --out runs/mine
 
   nestlearn stack runs/llama --levels 32:rank=8,256:rank=8 --mode add --layers last:4 --out runs/stacked
 """
@@ -60,29 +73,34 @@ def parse_levels(text: str) -> list[Any]:
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Folder or Hugging Face name of a pretrained causal language model.")],
+    model: ModelName,
     levels: Annotated[str, typer.Option(help="Levels, fastest first, such as 64,512:rank=8.")],
     out: Annotated[Path, typer.Option(help="Folder for the stacked model.")],
     mode: Annotated[str, typer.Option(help="add, split or copy.")] = "add",
     layers: Annotated[str, typer.Option(help="all, last:N, or numbers joined by commas.")] = "all",
     mlp: Annotated[str | None, typer.Option(help="Pattern of the MLP modules' paths, for other models.")] = None,
+    dtype: Dtype = None,
     verbose: Verbose = False,
 ) -> None:
     """Stack the levels and save the model."""
     tune(verbose)
     hide_progress_bars()
-    from nestlearn.continual.pretrained import load_pretrained
+    from nestlearn.continual.pretrained import pretrained
     from nestlearn.models.stacking import level_parameters, stack_levels
 
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is a file or a folder that is not empty; choose another folder, or remove it first.")
     chosen_levels = parse_levels(levels)
-    pretrained, tokenizer = load_pretrained(model)
     chosen = [int(n) for n in layers.split(",")] if layers.replace(",", "").isdecimal() else layers
-    stacked = stack_levels(pretrained, chosen_levels, layers=chosen, mode=cast(Any, mode), mlp=mlp)
-    with atomic_write(out, "the stacked model") as folder:
-        stacked.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with Progress() as progress:
+        progress(f"loading {model}")
+        loaded, tokenizer = pretrained(model, dtype=dtype)
+        progress("stacking levels")
+        stacked = stack_levels(loaded, chosen_levels, layers=chosen, mode=cast(Any, mode), mlp=mlp)
+        progress(f"saving {out}")
+        with atomic_write(out, "the stacked model") as folder:
+            stacked.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     added = sum(parameter.numel() for parameter in level_parameters(stacked).values())
     plan = stacked.stack_plan
     periods = ", ".join("frozen" if period is None else f"{period:,}" for period in plan.periods)

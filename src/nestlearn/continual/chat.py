@@ -5,14 +5,13 @@ This module turns lines into answers. The command line reads the lines and print
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestlearn.continual.session import PromptTooLong, at_most_every
+from nestlearn.continual.session import PromptTooLong, at_most_every, format_levels
 
 COMMANDS_HELP = """Type a message to get an answer. Commands:
   /read FILE...        learn from text files; prints bits per byte with and without the writes
@@ -152,21 +151,8 @@ class Chat:
         return f"From now on the conversation is {'' if self.learns else 'not '}learned."
 
     def levels(self) -> str:
-        """A table with, for each level, the tokens it has read, the change relative to its weights, and its bytes."""
-        grouped: dict[str, list[Any]] = {}
-        for row in self.session.describe():
-            grouped.setdefault(row.path if row.level is None else str(row.level), []).append(row)
-        if not grouped:
-            return "Nothing has been learned yet."
-        cells = [("level", "networks", "period", "tokens read", "change", "bytes")]
-        for name, rows in grouped.items():
-            change = sum(row.change for row in rows) / len(rows)
-            # A state that begins empty has no size to compare its change with.
-            shown = f"{change:.4f}" if math.isfinite(change) else "-"
-            figures = (f"{max(row.tokens for row in rows):,}", shown, f"{sum(row.bytes for row in rows):,}")
-            cells.append((name, str(len(rows)), str(rows[0].period or "-"), *figures))
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+        """What each level has learned, as a table."""
+        return format_levels(self.session.describe())
 
     def _forget(self, arguments: list[str]) -> str:
         levels = []

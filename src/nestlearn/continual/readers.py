@@ -17,6 +17,7 @@ from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.methods import Boundaries, Method, OptimizerFactory
 from nestlearn.data.continual import Examples
 from nestlearn.data.synthetic import IGNORE
+from nestlearn.data.tokenizers import encode
 from nestlearn.models.generation import generate_texts
 from nestlearn.optim.checks import whole_number
 
@@ -43,8 +44,8 @@ def start_ids(tokenizer: Any) -> list[int]:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, without special ones."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """A text's tokens, without special ones. Control tokens spelled out in the text are letters."""
+    return encode(tokenizer, [text])[0].tolist()
 
 
 def _check_context(length: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.data import bytes_per_token
+from nestlearn.data import bytes_per_token, document_ids
 from nestlearn.evals.result import EvalResult
+from nestlearn.models import HopeForCausalLM
 
 CONDITIONS = ("on", "off", "shuffled")
 
@@ -23,8 +24,12 @@ class TooFewDocumentsError(ValueError):
 
 
 def document_tokens(tokenizer: Any, text: str) -> list[int]:
-    """`<s> text </s>` as token ids, the form in which documents are trained on."""
-    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """`<s> text </s>` as token ids, the form in which documents are trained on.
+
+    A tokenizer without a start or an end token leaves it out. Control tokens spelled out in the text are letters.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*document_ids(tokenizer, text), *end]
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -95,6 +100,7 @@ def bits_per_byte(
     batch_size: int = 16,
     writes: bool = True,
     command: str = "",
+    progress: Callable[[str], None] = lambda _: None,
 ) -> EvalResult:
     """Bits per byte of held-out documents: Σ loss / (ln 2 · Σ bytes).
 
@@ -110,6 +116,7 @@ def bits_per_byte(
         batch_size: pieces per forward pass.
         writes: False reads with inner learning switched off.
         command: recorded in the result.
+        progress: called with the share that is done.
 
     Raises:
         ValueError: if the corpus holds no text.
@@ -122,8 +129,10 @@ def bits_per_byte(
     nats, sizes = {}, {}
     with _evaluating(model):
         for start in range(0, len(pieces), batch_size):
+            progress(f"bits per byte: {start / len(pieces):.0%} of {len(pieces)} pieces")
             chunk = pieces[start : start + batch_size]
-            inputs, targets, mask = _batch([tokens for _, tokens in chunk], tokenizer.pad_token_id, model.device)
+            # Padding is masked, so any token may stand for a pad token that the tokenizer lacks.
+            inputs, targets, mask = _batch([tokens for _, tokens in chunk], tokenizer.pad_token_id or 0, model.device)
             logits = model(inputs, attention_mask=mask.long(), use_cache=False, **_writes(writes)).logits
             loss = (token_nats(logits, targets) * mask).sum(1).double().tolist()
             size = (byte_counts.to(model.device)[targets] * mask).sum(1).tolist()
@@ -132,18 +141,11 @@ def bits_per_byte(
                 sizes[number] = sizes.get(number, 0) + row_size
     value, stderr = ratio_with_stderr([nats[i] / math.log(2) for i in nats], [sizes[i] for i in nats])
     return EvalResult(
-        task="bits_per_byte",
-        version=1,
-        metric="bits per byte",
-        value=value,
-        stderr=stderr,
-        n=len(nats),
-        seed=0,
-        seconds=time.perf_counter() - began,
-        command=command,
+        task="bits_per_byte", version=1, metric="bits per byte", value=value, stderr=stderr, n=len(nats), seed=0,
+        seconds=time.perf_counter() - began, command=command,
         config={"context": context, "max_bytes": max_bytes, "writes": writes, "model": describe_model(model)},
         details={"bytes": sum(sizes.values()), "nats": sum(nats.values())},
-    )
+    )  # fmt: skip
 
 
 def _writes(writes: bool) -> dict[str, bool]:
@@ -192,8 +194,9 @@ def loss_by_position(
     documents: int = 64,
     batch_size: int = 16,
     segment: int = 512,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Sequence[str] | None = None,
     command: str = "",
+    progress: Callable[[str], None] = lambda _: None,
 ) -> EvalResult:
     """Bits per byte by position in the context, with inner learning on, off, and with exchanged memories.
 
@@ -208,6 +211,9 @@ def loss_by_position(
         documents: how many documents, the first of the corpus that are long enough.
         batch_size: rows per forward pass, at least 2 to exchange states.
         segment: tokens per forward pass; the state is carried on, so this changes memory use only.
+        conditions: by default all for a Hope model, and "on" alone for models without inner learning.
+        command: recorded in the result.
+        progress: called with the share that is done.
 
     Returns:
         A result whose `details` hold `edges`, and per condition `bits_per_byte` and `stderr` of each bucket
@@ -217,36 +223,38 @@ def loss_by_position(
         TooFewDocumentsError: if fewer than two documents are long enough.
     """
     began = time.perf_counter()
+    inner = isinstance(model, HopeForCausalLM)
+    conditions = conditions or (CONDITIONS if inner else CONDITIONS[:1])
     unknown = [name for name in conditions if name not in CONDITIONS]
     if unknown:
         raise ValueError(f"Unknown condition {unknown[0]!r}. Choose from {', '.join(CONDITIONS)}.")
     rows = _long_documents(corpus, tokenizer, length, documents)
-    nats, sizes = _losses(model, tokenizer, rows, conditions, batch_size, segment)
+    nats, sizes = _losses(model, tokenizer, rows, conditions, batch_size, segment, progress)
     edges = bucket_edges(length)
     curves = {name: _bucketed(losses, sizes, edges, name, length) for name, losses in nats.items()}
     first = nats[conditions[0]].double().sum(1) / math.log(2)
     value, stderr = ratio_with_stderr(first.tolist(), sizes.sum(1).tolist())
     return EvalResult(
-        task="loss_by_position",
-        version=1,
-        metric=f"bits per byte over {length} positions, writes {conditions[0]}",
-        value=value,
-        stderr=stderr,
-        n=len(rows),
-        seed=0,
-        seconds=time.perf_counter() - began,
-        command=command,
+        task="loss_by_position", version=1, value=value, stderr=stderr, n=len(rows), seed=0,
+        seconds=time.perf_counter() - began, command=command,
+        metric=f"bits per byte over {length} positions" + (f", writes {conditions[0]}" if inner else ""),
         config={"length": length, "exchange_at": length // 2, "model": describe_model(model)},
         details={
             "edges": edges,
             "bits_per_byte": {name: [ratio for ratio, _ in curve] for name, curve in curves.items()},
             "stderr": {name: [error for _, error in curve] for name, curve in curves.items()},
         },
-    )
+    )  # fmt: skip
 
 
 def _losses(
-    model: Any, tokenizer: Any, rows: list[list[int]], conditions: Sequence[str], batch_size: int, segment: int
+    model: Any,
+    tokenizer: Any,
+    rows: list[list[int]],
+    conditions: Sequence[str],
+    batch_size: int,
+    segment: int,
+    progress: Callable[[str], None],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Loss in nats for each condition, and the bytes of each target, both [documents, length]."""
     byte_counts = bytes_per_token(tokenizer).to(model.device)
@@ -254,6 +262,7 @@ def _losses(
     sizes: list[Tensor] = []
     with _evaluating(model):
         for batch in _row_batches(rows, batch_size):
+            progress(f"loss by position: {sum(map(len, sizes)) / len(rows):.0%} of {len(rows)} documents")
             tokens = batch.to(model.device)
             sizes.append(byte_counts[tokens[:, 1:]])
             losses = _read_conditions(model, tokens, conditions, segment)

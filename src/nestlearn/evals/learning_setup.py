@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from nestlearn.continual.learner import ContinualLearner
-from nestlearn.continual.pretrained import load_pretrained, open_session
+from nestlearn.continual.pretrained import pretrained
+from nestlearn.continual.session import open_session
 from nestlearn.data import load_corpus
 from nestlearn.data.documents import Document
 from nestlearn.data.text_files import find_files, read_text
@@ -61,6 +62,8 @@ def make_method(
     capacity: int = 256,
     rank: int = 8,
     seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> StreamMethod:
     """The method that learns the stream: a session of the model (``cms``), or training of its weights.
 
@@ -71,19 +74,19 @@ def make_method(
         raise unknown_name("method", method, METHODS)
     if method == "cms":
         options = {} if context_length is None else {"context_length": context_length}
-        return SessionMethod(open_session(model, session, **options), passes)
+        return SessionMethod(open_session(model, session, dtype=dtype, device=device, **options), passes)
     if session is not None:
         raise ValueError(f"--session is for --method cms; {method} trains the model's weights. Leave it out.")
-    # In float32: rounding of bfloat16 weights loses steps of 1e-5.
-    pretrained, tokenizer = load_pretrained(model, dtype=torch.float32)
-    room = getattr(pretrained.config, "max_position_embeddings", None)
+    # In float32 by default: rounding of bfloat16 weights loses steps of 1e-5.
+    loaded, tokenizer = pretrained(model, dtype=dtype or torch.float32, device=device)
+    room = getattr(loaded.config, "max_position_embeddings", None)
     if context_length is not None and room is not None and context_length > room:
         raise ValueError(f"--context-length {context_length} exceeds the {room} positions of the model.")
     rate = DEFAULT_RATES[method] if learning_rate is None else learning_rate
     # Methods that protect or replay known text get training documents of it; the held-out ones measure retention.
     old = list(islice(load_corpus(known, "train"), _KNOWN_DOCUMENTS)) if method in ("ewc", "replay") else []
     learner = ContinualLearner(
-        pretrained,
+        loaded,
         partial(torch.optim.AdamW, lr=rate, weight_decay=0.0),
         method=training_method(method, strength=strength, capacity=capacity, rank=rank),
         epochs=passes, batch_size=1, score="bits", max_grad_norm=1.0, seed=seed,

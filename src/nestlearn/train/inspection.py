@@ -1,22 +1,32 @@
-"""Size and cost of a model, computed without allocating it."""
+"""Size and cost of a model, computed without memory for its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nestlearn.models import HopeConfig, HopeForCausalLM, flops
 from nestlearn.models.flops import meta_model, row_bytes
 from nestlearn.models.modeling import next_token_loss
+from nestlearn.models.stacking.model import StackedModel
 from nestlearn.nn import MixerConfig
 
 # Float32 weights, gradients and the two moments of AdamW.
 BYTES_PER_TRAINED_PARAMETER = 16
+
+
+class Facts(Protocol):
+    """What `nestlearn info` prints of a model."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+    def rows(self) -> list[tuple[str, str]]: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,102 @@ def _size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class PretrainedFacts:
+    """Facts of any causal language model of transformers; sizes in bytes, FLOPs with a multiply-add counting 2.
+
+    Attributes:
+        positions: the longest text; None if there is no limit.
+        context_length: tokens at which ``forward_flops_per_token`` and ``state_bytes_per_row`` (keys and values) are
+            counted.
+        level_parameters: parameters that stacking has added; 0 for a model without levels.
+        levels: periods in tokens of the levels, as text; None for a model without levels.
+    """
+
+    model_type: str
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    positions: int | None
+    parameters: int
+    parameters_without_embeddings: int
+    context_length: int
+    forward_flops_per_token: int
+    state_bytes_per_row: int
+    dtype: str
+    weight_bytes: int
+    level_parameters: int = 0
+    levels: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All facts, JSON-able."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text of each fact, for a table."""
+        at = f"at {self.context_length:,} tokens"
+        rows = [
+            ("family", self.model_type),
+            ("layers, width, vocabulary", f"{self.layers}, {self.hidden_size:,}, {self.vocabulary:,}"),
+            ("longest text", "no limit" if self.positions is None else f"{self.positions:,} tokens"),
+            ("parameters", f"{self.parameters:,}"),
+            ("  without embeddings", f"{self.parameters_without_embeddings:,}"),
+            (f"FLOPs per token, forward, {at}", f"{self.forward_flops_per_token:,}"),
+            (f"keys and values per row {at}", _size(self.state_bytes_per_row)),
+            (f"weights, {self.dtype}", _size(self.weight_bytes)),
+        ]
+        if self.levels is not None:
+            rows.append(("levels", self.levels))
+            rows.append(("  parameters of their own", f"{self.level_parameters:,}"))
+        return rows
+
+
+def pretrained_facts(
+    config: PretrainedConfig, context_length: int, dtype: torch.dtype | None = None
+) -> PretrainedFacts:
+    """The facts of a model from its configuration.
+
+    The context is cut to the positions of the model.
+
+    Raises:
+        ValueError: transformers has no causal language model for the configuration.
+    """
+    weights = dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=weights).eval()
+    positions = getattr(config, "max_position_embeddings", None)
+    length = min(context_length, positions or context_length)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cache = model(torch.zeros(1, length, dtype=torch.long, device="meta"), use_cache=True).past_key_values
+    state = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    parameters = sum(p.numel() for p in model.parameters())
+    return PretrainedFacts(
+        model_type=config.model_type.removeprefix("stacked_"),
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocabulary=config.vocab_size,
+        positions=positions,
+        parameters=parameters,
+        parameters_without_embeddings=parameters - sum(ends.values()),
+        context_length=length,
+        forward_flops_per_token=counter.get_total_flops() // length,
+        state_bytes_per_row=state,
+        dtype=str(weights).removeprefix("torch."),
+        weight_bytes=sum(p.nbytes for p in model.parameters()),
+        **_levels_of(model),
+    )
+
+
+def _levels_of(model: Any) -> dict[str, Any]:
+    if not isinstance(model, StackedModel):
+        return {}
+    plan = model.stack_plan
+    periods = ", ".join("frozen" if period is None else f"{period:,}" for period in plan.periods)
+    own = sum(p.numel() for module in model.stacked_mlps().values() for p in module.levels.parameters())
+    return {"levels": f"{periods} tokens on {len(plan.paths)} MLPs, mode {plan.mode}", "level_parameters": own}
 
 
 def model_facts(config: HopeConfig, context_length: int, batch_size: int) -> ModelFacts:

@@ -33,6 +33,23 @@ def is_model_folder(name: str) -> bool:
     return (Path(name) / "config.json").is_file()
 
 
+def require_hope_folder(folder: str | Path) -> None:
+    """Refuse the folder of another kind of model.
+
+    Raises:
+        CheckpointError: its ``model_type`` is not that of Hope models.
+    """
+    try:
+        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return  # the loader says what is wrong with the file
+    if kind not in (None, HopeConfig.model_type):
+        raise CheckpointError(
+            f"{folder} holds a model of type {kind!r}, and `nestlearn train` trains Hope models. To train the weights "
+            "of another model use `nestlearn learn --method finetune`; to give it memory levels, `nestlearn stack`."
+        )
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved in a model folder.
 
@@ -57,6 +74,7 @@ def load_model(folder: str | Path) -> HopeForCausalLM:
         raise CheckpointError(
             f"{path} is no model folder: it has no config.json, and an {unknown_name('preset', str(folder), presets())}"
         )
+    require_hope_folder(path)
     try:
         refuse_pickled_weights(path)
     except ValueError as error:
@@ -107,6 +125,7 @@ def resolve_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast
                 f"{next(iter(overrides))} cannot change: {config.preset} holds trained weights of a fixed shape. "
                 "Leave it out, or start from a preset."
             )
+        require_hope_folder(config.preset)
         return HopeConfig.from_pretrained(config.preset)
     if tokenizer is None:
         return HopeConfig.from_preset(config.preset, **overrides)

@@ -1,6 +1,7 @@
 """Sessions: what one user's reading has taught a model that many users share."""
 
-from nestlearn.continual.session.levels import LevelRow
+from nestlearn.continual.session.levels import LevelRow, format_levels
+from nestlearn.continual.session.open import open_session
 from nestlearn.continual.session.report import ReadReport, SegmentScore, at_most_every
 from nestlearn.continual.session.session import MemorySession, PromptTooLong, ReadInterrupted
 
@@ -12,4 +13,6 @@ __all__ = [
     "ReadReport",
     "SegmentScore",
     "at_most_every",
+    "format_levels",
+    "open_session",
 ]

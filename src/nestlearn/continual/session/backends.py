@@ -56,6 +56,10 @@ class Backend(Protocol):
         """A context in which ``model.generate`` uses the memory; its value holds further arguments of it."""
         ...
 
+    def active(self, memory: Any) -> AbstractContextManager[None]:
+        """A context in which forward passes of the model use the memory, whatever they read."""
+        ...
+
     def forgetting_tokens(self) -> tuple[int, ...]:
         """Tokens that would erase the memory; no prompt and no answer may hold one."""
         ...
@@ -144,8 +148,11 @@ class StackedBackend:
     @contextmanager
     def generating(self, memory: StackedMemory, prompt_length: int) -> Iterator[dict[str, Any]]:
         del prompt_length
-        with reading(self.plan, memory.levels):
+        with self.active(memory):
             yield {}
+
+    def active(self, memory: StackedMemory) -> AbstractContextManager[None]:
+        return reading(self.plan, memory.levels)
 
     def to_tree(self, memory: StackedMemory) -> Tree:
         # At the end of a period the anchor equals the weights: the file holds one copy.
@@ -238,6 +245,12 @@ class HopeBackend:
         forgetting = self.forgetting_tokens()
         suppressed = {"suppress_tokens": list(forgetting)} if forgetting else {}
         yield {"past_key_values": memory.cache.fork(), "attention_mask": mask, **suppressed}
+
+    def active(self, memory: HopeMemory) -> AbstractContextManager[None]:
+        raise ValueError(
+            "what a Hope model has learned is its cache, which a forward pass from a fresh start does not use. Measure "
+            "such a session with session.score(text), or give a stacked model."
+        )
 
     def to_tree(self, memory: HopeMemory) -> Tree:
         tensors, header = memory.cache.to_tree()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -112,3 +113,22 @@ def _relative(mine: list[Tensor], theirs: list[Tensor]) -> float:
     apart = sum(float((a - b).square().sum()) for a, b in zip(mine, theirs, strict=True))
     size = sum(float(b.square().sum()) for b in theirs)
     return (apart / max(size, 1e-30)) ** 0.5
+
+
+def format_levels(rows: Iterable[LevelRow]) -> str:
+    """A table with, for each level, the tokens it has learned from, its mean change relative to its weights, and its
+    bytes."""
+    grouped: dict[str, list[LevelRow]] = {}
+    for row in rows:
+        grouped.setdefault(row.path if row.level is None else str(row.level), []).append(row)
+    if not grouped:
+        return "Nothing has been learned yet."
+    cells = [("level", "networks", "period", "tokens read", "change", "bytes")]
+    for name, group in grouped.items():
+        change = sum(row.change for row in group) / len(group)
+        # A state that begins empty has no size to compare its change with.
+        shown = f"{change:.4f}" if math.isfinite(change) else "-"
+        figures = (f"{max(row.tokens for row in group):,}", shown, f"{sum(row.bytes for row in group):,}")
+        cells.append((name, str(len(group)), str(group[0].period or "-"), *figures))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)

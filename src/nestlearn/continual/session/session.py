@@ -205,6 +205,15 @@ class MemorySession:
             options = {**sampling, "stop": stop, **state, **options}
             return generate_texts(self.model, self.tokenizer, [ids], **options)[0]
 
+    def active(self) -> AbstractContextManager[None]:
+        """A context in which every forward pass of the stacked model uses what was learned up to now; nothing is
+        written. So any evaluation measures the session.
+
+        Raises:
+            ValueError: the session of a Hope model, whose forward passes start without its cache.
+        """
+        return self._backend.active(self._cursor.memory)
+
     def _prompt_ids(self, prompt: str | Sequence[dict[str, str]], special_tokens: bool) -> list[int]:
         if not isinstance(prompt, str | bytes) and isinstance(prompt, Sequence):
             for message in prompt:

@@ -1,0 +1,119 @@
+"""`nestlearn info`, `eval` and `generate` on any causal language model, stacked or not, with and without a session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nestlearn import Level, MemorySession, stack_levels
+from nestlearn.data import byte_tokenizer
+
+from .test_cli import _plain_terminal, run
+
+pytestmark = pytest.mark.usefixtures("_plain_terminal")
+_ = _plain_terminal
+TEXT = "The lamp is red. The door is blue. The king has a parrot.\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, the same stacked, a session that has read, and texts."""
+    path = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=256, eos_token_id=257, initializer_range=0.2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model, tokenizer = LlamaForCausalLM(config).eval(), byte_tokenizer()
+    tokenizer.pad_token = None  # as of many models
+    for name in ("llama", "stacked"):
+        if name == "stacked":
+            stack_levels(model, [Level(16, lr=8.0), Level(64, lr=8.0)], mode="split")
+        model.save_pretrained(path / name)
+        tokenizer.save_pretrained(path / name)
+    session = MemorySession(model, tokenizer)
+    session.read(TEXT * 30)
+    session.save(path / "session")
+    (path / "texts").mkdir()
+    for number in range(90):
+        (path / "texts" / f"{number}.txt").write_text(f"{number}: {TEXT * (2 + number % 3)}")
+    return path
+
+
+def bits(capsys: pytest.CaptureFixture[str], folder: Path, model: str, *words: object) -> float:
+    code, out, error = run(
+        capsys, "eval", folder / model, "--corpus", f"text:{folder / 'texts'}", "--length", 32, "--documents", 2, *words
+    )
+    assert code == 0, error
+    assert "Bits per byte by position" in out and "writes" not in out
+    saved = next(
+        Path(line.removeprefix("Saved in ")) for line in out.splitlines() if line.endswith("bits_per_byte.json")
+    )
+    record = json.loads(saved.read_text())
+    assert all(str(word) in record["command"] for word in words)
+    return record["value"]
+
+
+def test_eval_measures_what_a_session_has_learned(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    plain, stacked = (bits(capsys, folder, name) for name in ("llama", "stacked"))
+    assert plain == pytest.approx(stacked, rel=1e-5)
+    assert bits(capsys, folder, "stacked", "--session", folder / "session") < 0.9 * plain
+    assert bits(capsys, folder, "llama", "--dtype", "bf16") == pytest.approx(plain, rel=0.02)
+
+
+def test_generate_continues_with_what_was_learned(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    words = ("The lamp", "--temperature", 0, "--max-new-tokens", 8)
+    texts = []
+    for model, more in (("llama", ()), ("stacked", ()), ("stacked", ("--session", folder / "session"))):
+        code, out, error = run(capsys, "generate", folder / model, *words, *more)
+        assert code == 0 and out.startswith("The lamp"), error
+        texts.append(out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_info_of_a_model_with_levels_and_a_session(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    code, out, error = run(capsys, "info", folder / "llama", "--json", "--context-length", 1024)
+    facts = json.loads(out)
+    model = LlamaForCausalLM.from_pretrained(folder / "llama")
+    assert code == 0 and facts["parameters"] == sum(p.numel() for p in model.parameters()), error
+    assert facts["context_length"] == 256 and facts["state_bytes_per_row"] == 2 * 2 * 256 * 32 * 4
+    matrices = facts["parameters_without_embeddings"] - 5 * 32 + 259 * 32  # norms are no matrices; the output is one
+    attention = 2 * 2 * 32 * 256  # scores and values of every pair, over two layers, as kernels without a mask count
+    assert facts["forward_flops_per_token"] == 2 * (matrices + 2 * attention // 2)
+    code, out, error = run(capsys, "info", folder / "stacked", "--session", folder / "session")
+    assert code == 0 and "16, 64 tokens on 2 MLPs, mode split" in out and "tokens read" in out, error
+    code, _, error = run(capsys, "info", folder / "llama", "--hidden-size", 64)
+    assert code == 1 and "--hidden-size cannot change" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("generate", "llama", "a", "--session", "session"), "without levels"),
+        (("eval", "llama", "--session", "session"), "nestlearn stack"),
+        (("info", "stacked", "--session", "nowhere"), "nowhere does not exist"),
+        (("generate", "stacked", "a", "--session", "texts/1.txt"), "1.txt is truncated, corrupted or not a session"),
+        (("generate", "llama", "a", "--chat"), "no chat template"),
+        (("eval", "no/such/folder"), "there is no file or folder 'no/such/folder'"),
+        (("train", "--preset", "llama"), "nestlearn learn --method finetune"),
+        (("learn", "llama", "--stream", "texts", "--out", "out"), "nestlearn stack llama --levels 64,512"),
+        (("learn", "stacked", "--stream", "texts", "--out", "out", "--learning-rate", "1"), "--levels 64:lr=0.5"),
+        (
+            ("learn", "llama", "--stream", "texts", "--out", "out", "--method", "lora", "--strength", "1"),
+            "--method ewc",
+        ),
+    ],
+)
+def test_errors_name_cause_and_fix(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, words: tuple[str, ...],
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    code, _, error = run(capsys, *words)
+    assert code == 1 and error.startswith("Error: ") and message in error, error
+    assert not (folder / "out").exists()
