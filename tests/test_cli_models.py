@@ -117,3 +117,37 @@ def test_errors_name_cause_and_fix(
     code, _, error = run(capsys, *words)
     assert code == 1 and error.startswith("Error: ") and message in error, error
     assert not (folder / "out").exists()
+
+
+def test_a_command_without_a_terminal_says_what_it_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    """One line after another on standard error, while nothing is printed on standard output."""
+    monkeypatch.setattr("nestlearn.cli.common.Progress.seconds", 0.02)
+    one = folder / "texts" / "1.txt"
+    known = ("--known", f"text:{folder / 'texts'}", "--known-bytes", 200)
+    for words, said in (
+        (("stack", folder / "llama", "--levels", "16", "--out", tmp_path / "new"), "0 s: "),
+        (
+            ("eval", folder / "llama", "--corpus", f"text:{folder / 'texts'}", "--task", "bits_per_byte"),
+            "s: bits per byte: 0%",
+        ),
+        (("learn", folder / "stacked", "--stream", one, *known, "--out", tmp_path / "out"), "s: 1.txt: "),
+    ):
+        code, _, error = run(capsys, *map(str, words))
+        assert code == 0 and said in error, error
+
+
+def test_the_report_of_one_document_opens_with_unseen_text(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    words = ("learn", folder / "stacked", "--stream", folder / "texts" / "1.txt", "--known", f"text:{folder / 'texts'}",
+             "--known-bytes", 200, "--out", tmp_path)  # fmt: skip
+    code, out, error = run(capsys, *words)
+    assert code == 0 and "1.txt: unseen " in out and out.index("unseen") < out.index("read again"), error
+    record = json.loads((tmp_path / "results.json").read_text())["documents"][0]["online"]
+    page = (tmp_path / "report.html").read_text()
+    headline = f"{record['off']:.3f} → {record['bits_per_byte']:.3f}"
+    assert headline in page and page.index(headline) < page.index("the same documents again")
+    assert page.count("<svg") == 1  # the curve within the document; a chart over documents would be single dots
+    assert "level (0 is the fastest)" in page

@@ -705,3 +705,19 @@ def test_the_report_of_nothing():
     report = ReadReport()
     assert report.tokens == 0 and report.bits_per_byte != report.bits_per_byte and report.off is None
     assert ReadReport([SegmentScore(4, 4, 8.0)]).off is None
+
+
+def test_levels_count_the_tokens_that_were_read() -> None:
+    """Not the whole segments that the clock counts: 156 tokens in segments of 64 are three writes."""
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = stack_levels(LlamaForCausalLM(config), [Level(64), Level(128)]).eval()
+    session = MemorySession(model, byte_tokenizer(), compare="none")
+    session.read("x" * 156)
+    session.read("y" * 70)
+    assert {row.tokens for row in session.describe()} == {226}
+    session.forget([0])
+    assert [row.tokens for row in session.describe()] == [0, 226]
+    session.read("z" * 10)
+    assert [row.tokens for row in session.describe()] == [10, 236]

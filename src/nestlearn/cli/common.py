@@ -115,16 +115,16 @@ class Progress:
     """What a long command is doing. A terminal shows it in one line that changes; elsewhere standard error gets a line
     every few seconds, as long as the command runs.
 
-    Args:
-        every: seconds between two lines where there is no terminal.
-
     Example:
         >>> with Progress() as progress:
         ...     progress("reading")
     """
 
-    def __init__(self, every: float = 5.0) -> None:
-        self._every, self._text, self._began = every, "", time.monotonic()
+    seconds = 5.0
+    """Between two lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._text, self._began = "", time.monotonic()
         console = Console(soft_wrap=True, highlight=False, markup=False)
         self._status = console.status("") if console.is_terminal else None
         self._done = threading.Event()
@@ -150,7 +150,7 @@ class Progress:
             self._thread.join()
 
     def _print_lines(self) -> None:
-        while not self._done.wait(self._every):
+        while not self._done.wait(self.seconds):
             if self._text:
                 print(f"{time.monotonic() - self._began:.0f} s: {self._text}", file=sys.stderr, flush=True)  # noqa: T201
 

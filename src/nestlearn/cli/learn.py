@@ -148,9 +148,17 @@ def _read_stream(
         saved = learner.save(out)
         about = replace(about, documents=(*about.documents, record))
         about.save(out / "results.json")
-        change = 100 * (record.known / about.known_before - 1)
-        console.print(
-            f"{record.name}: {record.before:.3f} -> {record.after:.3f} bits per byte; known text "
-            f"{record.known:.3f} ({change:+.1f} %); {record.seconds:.1f} s"
-        )
+        console.print(_summary(record, about.known_before))
     return about, saved
+
+
+def _summary(record: Any, known_before: float) -> str:
+    """One line of bits per byte: the text while it was unseen, where it was scored, then the same text again."""
+    online, unseen = record.online, ""
+    if online is not None:
+        off = "" if online.off is None else f" (writes off {online.off:.3f})"
+        unseen = f"unseen {online.bits_per_byte:.3f}{off}; "
+    return (
+        f"{record.name}: {unseen}read again {record.before:.3f} -> {record.after:.3f} bits per byte; known text "
+        f"{record.known:.3f} ({100 * (record.known / known_before - 1):+.1f} %); {record.seconds:.1f} s"
+    )

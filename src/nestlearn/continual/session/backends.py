@@ -79,13 +79,16 @@ class Backend(Protocol):
 class StackedMemory:
     """What a session over a stacked model has learned, and the context of the current block.
 
-    ``last`` holds the log probabilities of the next token; ``used`` counts the tokens of the block.
+    ``last`` holds the log probabilities of the next token; ``used`` counts the tokens of the block, ``seen`` all tokens
+    read. ``began`` gives, for levels that were forgotten, the token at which they began again.
     """
 
     levels: LevelState = field(default_factory=LevelState)
     keys: KeyValues = ()
     used: int = 0
     last: Float[Tensor, "v"] | None = None
+    seen: int = 0
+    began: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -94,11 +97,13 @@ class StackedMemory:
 
     def end_document(self) -> StackedMemory:
         """The memory after the end of a document: without its context."""
-        return StackedMemory(self.levels)
+        return replace(self, keys=(), used=0, last=None)
 
     def forget(self, levels: Iterable[int]) -> StackedMemory:
         """The memory with some levels at their initial weights."""
-        return replace(self, levels=self.levels.forget(levels))
+        chosen = list(levels)
+        began = {**self.began, **dict.fromkeys(chosen, self.seen)}
+        return replace(self, levels=self.levels.forget(chosen), began=began)
 
     def ignoring(self, levels: tuple[int, ...] | None, now: StackedMemory, before: StackedMemory) -> StackedMemory:
         """This memory as if levels (None: any) had written nothing since ``before``; ``now`` has all their writes.
@@ -133,7 +138,10 @@ class StackedBackend:
         row = self._row(ids)
         found = read_segment(self.model, row, memory.levels, memory.keys, writes=writes, protect=self.protect)
         logs = _log_probabilities(found.logits)
-        after = StackedMemory(found.state, found.keys, memory.used + len(ids), logs[-1])
+        after = replace(
+            memory, levels=found.state, keys=found.keys, used=memory.used + len(ids), last=logs[-1],
+            seen=memory.seen + len(ids),
+        )  # fmt: skip
         return PieceRead(_nats(memory.last, logs, row[0]), after)
 
     def _row(self, ids: list[int]) -> Int[Tensor, "1 t"]:
@@ -143,7 +151,7 @@ class StackedBackend:
         return ()
 
     def rows(self, memory: StackedMemory, other: StackedMemory) -> list[LevelRow]:
-        return compare_states(self.model, memory.levels, other.levels)
+        return compare_states(self.model, memory.levels, other.levels, memory.seen, memory.began)
 
     @contextmanager
     def generating(self, memory: StackedMemory, prompt_length: int) -> Iterator[dict[str, Any]]:
@@ -157,16 +165,18 @@ class StackedBackend:
     def to_tree(self, memory: StackedMemory) -> Tree:
         # At the end of a period the anchor equals the weights: the file holds one copy.
         networks = _map_aligned(memory.levels, lambda level: {})
-        return [networks, memory.levels.tokens, memory.keys, memory.used, memory.last]
+        began = [list(pair) for pair in memory.began.items()]
+        return [networks, memory.levels.tokens, memory.keys, memory.used, memory.last, memory.seen, began]
 
     def from_tree(self, tree: Tree) -> StackedMemory:
-        networks, tokens, keys, used, last = tree
+        networks, tokens, keys, used, last, seen, began = tree
         state = LevelState(networks, tokens)
         state = LevelState(_map_aligned(state, lambda level: level.weights.params), tokens)
         state.check(self.plan)
         device = self.model.device
         keys = tuple((k.to(device), v.to(device)) for k, v in keys)
-        return StackedMemory(state.to(device), keys, used, None if last is None else last.to(device))
+        last = None if last is None else last.to(device)
+        return StackedMemory(state.to(device), keys, used, last, seen, dict(began))
 
 
 @dataclass(frozen=True)

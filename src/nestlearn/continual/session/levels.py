@@ -24,8 +24,8 @@ from nestlearn.nn.state import Tree, state_bytes, tensors_of
 class LevelRow:
     """One level of one MLP or continuum memory, or the mixer of one layer of a Hope model (``level`` None).
 
-    ``change`` is ``|W - W_other| / |W_0|`` (Frobenius norms over all maps). ``tokens`` counts the tokens that it has
-    learned from, in whole segments. ``bytes`` is the size of its state.
+    ``change`` is ``|W - W_other| / |W_0|`` (Frobenius norms over all maps). ``tokens`` counts the tokens that were
+    read since it began to learn. ``bytes`` is the size of its state.
     """
 
     path: str
@@ -38,8 +38,13 @@ class LevelRow:
 
 
 @torch.no_grad()
-def compare_states(model: Any, state: LevelState, other: LevelState) -> list[LevelRow]:
-    """The distance of two states, for every stacked MLP and learning level in order."""
+def compare_states(
+    model: Any, state: LevelState, other: LevelState, seen: int, began: Mapping[int, int]
+) -> list[LevelRow]:
+    """The distance of two states, for every stacked MLP and learning level in order.
+
+    ``seen`` counts the tokens read, ``began`` gives the token at which a level started to learn (0 by default).
+    """
     stacked = stacked_model(model)
     plan, rows = stacked.stack_plan, []
     for path, module in stacked.stacked_mlps().items():
@@ -49,7 +54,7 @@ def compare_states(model: Any, state: LevelState, other: LevelState) -> list[Lev
             squares = [(mine[name].double() - theirs[name].double()).square().sum() for name in mine]
             change = torch.stack(squares).sum().sqrt()
             change = change / module.size(index, change.device).clamp(min=1e-30)
-            level, tokens = plan.levels[index], 0 if held is None else held.writes * plan.segment
+            level, tokens = plan.levels[index], 0 if held is None else seen - began.get(index, 0)
             rows.append(LevelRow(path, index, level.period, level.rule, tokens, float(change), state_bytes(held)))
     return rows
 

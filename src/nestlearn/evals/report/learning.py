@@ -25,23 +25,51 @@ def write_learning_report(record: StreamRecord, path: Path) -> Path:
     """Write the report, under a temporary name first, and return its path."""
     documents = record.documents
     size = sum(document.bytes for document in documents)
-    before = sum(document.bytes * document.before for document in documents) / size
-    after = sum(document.bytes * document.after for document in documents) / size
-    known, seconds = documents[-1].known, max(sum(document.seconds for document in documents), 1e-9)
-    change = 100 * (known / record.known_before - 1)
     lead = (
         f"{escape(record.model)} read {len(documents)} document{'s' * (len(documents) != 1)} ({size:,} bytes) by the "
         f"method {escape(record.method)}: {_WHAT_CHANGED[record.method]}. Bits per byte: lower is better."
     )
-    tiles = [
-        (f"{before:.3f} → {after:.3f}", "the documents, before and after each was learned"),
-        (f"{documents[0].after:.3f} → {documents[-1].first:.3f}", "the first document, right after and at the end"),
-        (f"{record.known_before:.3f} → {known:.3f}", f"{record.known_name}, known before ({change:+.1f} %)"),
-        (f"{size / seconds / 1000:.1f} KB/s", "learned on this machine"),
-    ]
+    tiles = _tiles(record, size)
     sections = [*_documents(record), *_online(record), *_levels(record), *_settings(record)]
     commands = [record.command] if record.command else []
     return page.write_page(path, "What a model learned from a stream", lead, sections, tiles=tiles, commands=commands)
+
+
+def _tiles(record: StreamRecord, size: int) -> list[tuple[str, str]]:
+    """The headline: what was predicted before it was learned comes first, a second look at the same text last."""
+    documents = record.documents
+    known, seconds = documents[-1].known, max(sum(document.seconds for document in documents), 1e-9)
+    again = " → ".join(f"{sum(d.bytes * bits(d) for d in documents) / size:.3f}" for bits in (_before, _after))
+    tiles = [
+        (
+            f"{record.known_before:.3f} → {known:.3f}",
+            f"{record.known_name}, known before ({_percent(known, record.known_before)})",
+        ),
+        (f"{documents[0].after:.3f} → {documents[-1].first:.3f}", "the first document, right after and at the end"),
+        (again, "the same documents again, before and after each was learned; the text is no longer unseen"),
+        (f"{size / seconds / 1000:.1f} KB/s", "learned on this machine"),
+    ]
+    pairs = [
+        (d.bytes, d.online.off, d.online.bits_per_byte) for d in documents if d.online and d.online.off is not None
+    ]
+    if pairs:
+        total = sum(count for count, _, _ in pairs)
+        off, on = (sum(pair[0] * pair[place] for pair in pairs) / total for place in (1, 2))
+        unseen = f"unseen text: each segment before it is learned, without and with the writes ({_percent(on, off)})"
+        tiles.insert(0, (f"{off:.3f} → {on:.3f}", unseen))
+    return tiles
+
+
+def _before(document: DocumentRecord) -> float:
+    return document.before
+
+
+def _after(document: DocumentRecord) -> float:
+    return document.after
+
+
+def _percent(now: float, before: float) -> str:
+    return f"{100 * (now / before - 1):+.1f} %"
 
 
 def _documents(record: StreamRecord) -> list[str]:
@@ -66,15 +94,13 @@ def _documents(record: StreamRecord) -> list[str]:
     )
     rows = [_row(document) for document in documents]
     header = ("document", "bytes", "before", "while reading", "without writes", "after", "known text", "seconds")
-    return [
-        page.heading("Document by document"),
-        page.figure(
-            chart([learned, kept]),
-            "Left: each document before and after it was learned, with a fresh context each time. Right: the known "
-            "text and the first document as the stream goes on. A rising line is forgetting.",
-        ),
-        page.table(header, rows),
-    ]
+    figure = page.figure(
+        chart([learned, kept]),
+        "Left: each document before and after it was learned, with a fresh context each time. Right: the known "
+        "text and the first document as the stream goes on. A rising line is forgetting.",
+    )
+    # The chart of one document would be single dots, and the table says the same.
+    return [page.heading("Document by document"), *([figure] if len(documents) > 1 else []), page.table(header, rows)]
 
 
 def _whole(place: float) -> str:
@@ -123,20 +149,26 @@ def _levels(record: StreamRecord) -> list[str]:
     read = [document for document in record.documents if document.online is not None and document.online.by_level]
     if not read:
         return []
-    numbers = list(range(1, len(read) + 1))
     levels = sorted({level for d in read if d.online is not None for level in d.online.by_level})
-    lines = []
-    for index, level in enumerate(levels):
-        cost = [
+    cost = {
+        level: [
             None if d.online is None or level not in d.online.by_level
             else d.online.by_level[level] - d.online.bits_per_byte
             for d in read
-        ]  # fmt: skip
-        lines.append(Line(f"level {level}", numbers, cost, _LEVEL_COLORS[index % len(_LEVEL_COLORS)], "o-"))
+        ]
+        for level in levels
+    }  # fmt: skip
+    heading, what = page.heading("What each level contributes"), "bits per byte lost without it"
+    if len(read) == 1:
+        rows = [(f"level {level}", "" if values[0] is None else f"{values[0]:.4f}") for level, values in cost.items()]
+        return [heading, page.table(("level (0 is the fastest)", what), rows)]
+    numbers, lines = list(range(1, len(read) + 1)), []
+    for index, (level, values) in enumerate(cost.items()):
+        lines.append(Line(f"level {level}", numbers, values, _LEVEL_COLORS[index % len(_LEVEL_COLORS)], "o-"))
     return [
-        page.heading("What each level contributes"),
+        heading,
         page.figure(
-            chart([Panel(lines, "document of the stream", "bits per byte lost without it", x_format=_whole)]),
+            chart([Panel(lines, "document of the stream", what, x_format=_whole)]),
             "How much worse each document is predicted when one level is left at the model's own weights. Level 0 is "
             "the fastest.",
         ),
