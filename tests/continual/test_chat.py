@@ -81,6 +81,14 @@ def test_a_chat_template_is_used_where_there_is_one(tmp_path: Path) -> None:
     ]
 
 
+def test_a_templated_turn_is_learned_as_the_template_writes_it(tmp_path: Path) -> None:
+    chat = Chat(Memory(template="x"), tmp_path / "mine", learns=True)
+    chat.handle("Hello")
+    assert chat.session.texts == [
+        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I have read 0."}]
+    ]
+
+
 def test_files_are_read_and_errors_leave_everything(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "a b.txt").write_text("hello")
     said = []

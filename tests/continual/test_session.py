@@ -305,6 +305,59 @@ def test_what_a_user_says_is_letters(monkeypatch):
     assert encode(tokenizer, [attack])[0].tolist() == list(attack.encode())
 
 
+def templated_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=False)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_a_conversation_is_read_as_the_template_writes_it(monkeypatch):
+    """What the template writes are control tokens, what users type are letters; the start token is read once."""
+    tokenizer, read = templated_tokenizer(), []
+    config = LlamaConfig(
+        vocab_size=261, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    session = MemorySession(stack_levels(LlamaForCausalLM(config).eval(), [Level(8)]), tokenizer, compare="none")
+    backend, original = session._backend, session._backend.read
+    monkeypatch.setattr(
+        backend, "read", lambda m, ids, w, start: (read.extend(ids), original(m, ids, w, start=start))[1]
+    )
+    messages = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b <s>"}]
+    report = session.read(messages)
+    expected = [259, *b"user\na<|im_end|>", 260, 10, 259, *b"assistant\nb <s>", 260, 10]
+    assert read == expected and report.tokens == len(expected)
+    assert (
+        report.bytes == len("user\na<|im_end|>\nassistant\nb <s>\n") + len("<|im_end|>") * 2
+    )  # 259 and 256 count none
+    # A text that goes on with a conversation loses nothing.
+    read.clear()
+    session.read("Before. ", end=False)
+    session.read(messages)
+    assert read == [*b"Before. ", *expected]
+    assert session.score(messages) < 20
+    # The token at which a Hope model forgets is left out too.
+    hope = MemorySession(resetting_hope(), tokenizer, compare="none")
+    assert hope.read(messages).tokens == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        ([], ValueError, "has no messages"),
+        ([{"role": "user"}], TypeError, "'content' of message 0 must be str, got NoneType"),
+        ([{"role": "user", "content": "a\0"}], ValueError, "binary"),
+    ],
+)
+def test_bad_conversations_change_nothing(model, messages, error: type[Exception], message: str):
+    session = MemorySession(model, templated_tokenizer(), compare="none")
+    with pytest.raises(error, match=message):
+        session.read(messages)
+    with pytest.raises(ValueError, match=r"no chat template.*set tokenizer\.chat_template"):
+        MemorySession(model, TOKENIZER).read([{"role": "user", "content": "Hello"}])
+    assert session.tokens == 0
+
+
 # --------------------------------------------------------------------------------------------- fork, forget, diff
 
 

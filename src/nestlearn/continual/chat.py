@@ -111,13 +111,19 @@ class Chat:
         before = "".join(f"You: {question}\nModel: {answer}\n" for question, answer in self.turns)
         return f"{before}You: {message}\nModel:"
 
+    def turn(self, message: str, answer: str) -> str | list[dict[str, str]]:
+        """A message and its answer in the form of `prompt`, to be read."""
+        if getattr(self.session.tokenizer, "chat_template", None):
+            return [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+        return f"You: {message}\nModel: {answer}\n"
+
     def _answer(self, message: str) -> str:
         self.answered += 1
         answer = self._generate(message)
         self.turns.append((message, answer))
         if self.learns:
             self.unsaved = True
-            self.session.read(f"You: {message}\nModel: {answer}\n")
+            self.session.read(self.turn(message, answer))
         return answer or "(the model said nothing)"
 
     def _generate(self, message: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -86,7 +86,7 @@ class LiteralText:
         whole = (*found, rest) if rest or not found else tuple(found)
         return [part for piece in whole for part in (piece if self._sees_control(piece) else [piece])]
 
-    def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation by the tokenizer's chat template, up to the start of the answer.
 
         Args:
@@ -95,12 +95,30 @@ class LiteralText:
         Raises:
             ValueError: the tokenizer has no chat template.
         """
+        return [
+            token for piece in self.templated(messages, answer=True) for token in control_ids(self.tokenizer, piece)
+        ]
+
+    def templated(self, messages: Sequence[Mapping[str, str]], *, answer: bool) -> list[str]:
+        """The text of a conversation by the chat template, cut so that `control_ids` of each piece finds the control
+        tokens that the template wrote, and no others.
+
+        Args:
+            messages: see `conversation`.
+            answer: whether the text ends with the start of an answer.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
         if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template; pass the prompt as a str.")
+            raise ValueError(
+                "the tokenizer has no chat template, by which a conversation becomes text. Give the text itself, or "
+                "set tokenizer.chat_template as the model was trained with."
+            )
         cut = _absent_character(message["content"] for message in messages)
         given = [{**message, "content": cut.join(self.pieces(message["content"]))} for message in messages]
-        text = self.tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
-        return [token for piece in text.split(cut) for token in control_ids(self.tokenizer, piece)]
+        text: str = self.tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=answer)
+        return text.split(cut)
 
     def _encode(self, piece: str) -> list[int]:
         encoded = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)

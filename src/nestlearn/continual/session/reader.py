@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from nestlearn.data.control_tokens import LiteralText
+from nestlearn.data.control_tokens import LiteralText, control_ids
 from nestlearn.data.text_files import find_files, read_text
 from nestlearn.data.tokenizers import bytes_per_token
 
 from .backends import Backend
 from .report import SegmentScore
 
+Conversation = Sequence[Mapping[str, str]]
+"""Messages ``{"role": ..., "content": ...}``."""
+Tokens = list[tuple[int, float]]
+"""Tokens of a text, each with its number of bytes."""
 READ_BLOCK = 1_024
 """A text is cut at the first end of a word after so many characters, and tokenized block by block."""
 
@@ -66,8 +70,12 @@ class DocumentReader:
         ignored: list[int | None] = {"none": [], "off": [None], "levels": [None, *backend.levels]}[compare]
         self._views: dict[int | None, Any] = dict.fromkeys(ignored, memory)
 
-    def take(self, cursor: Cursor, piece: str | None) -> Cursor:
-        """Tokenize a piece of the document as far as it completes blocks; None, the end, completes the last one."""
+    def take(self, cursor: Cursor, piece: str | Tokens | None) -> Cursor:
+        """Tokenize a piece of the document as far as it completes blocks. None, the end, completes the last one, and so
+        do tokens, which follow it."""
+        if isinstance(piece, list):
+            before = self.take(cursor, None)
+            return replace(before, waiting=(*before.waiting, *piece), blocks=before.blocks + 1)
         blocks, rest = ([cursor.text], "") if piece is None else cut_read_blocks(cursor.text + piece)
         for block in filter(None, blocks):
             tokens = self.tokens_of(block, first=cursor.blocks == 0)
@@ -122,8 +130,9 @@ class SourceFailed(Exception):
     """An error of the source of a text (its cause), told apart from errors of the model."""
 
 
-def pieces_of(documents: Iterable[Iterable[str]], end: bool) -> Iterator[str | None]:
-    """Pieces of at most `READ_BLOCK` characters; None where a document ends, the last one with ``end`` only.
+def pieces_of(documents: Iterable[Iterable[str | Tokens]], end: bool) -> Iterator[str | Tokens | None]:
+    """Pieces of at most `READ_BLOCK` characters, and tokens as they are; None where a document ends, the last one with
+    ``end`` only.
 
     Raises:
         SourceFailed: the source raised an error, or gave something that is no text.
@@ -135,7 +144,11 @@ def pieces_of(documents: Iterable[Iterable[str]], end: bool) -> Iterator[str | N
         started, pieces = True, iter(document)
         while True:
             try:
-                piece = check_text(next(pieces), "a piece of the stream")
+                piece = next(pieces)
+                if isinstance(piece, list):
+                    yield piece
+                    continue
+                piece = check_text(piece, "a piece of the stream")
             except StopIteration:
                 break
             except Exception as error:
@@ -181,6 +194,8 @@ class BlockTokenizer:
         self._literal = LiteralText(tokenizer)
         try:
             self._bytes = bytes_per_token(tokenizer).tolist()
+            for token in self._literal.controls:
+                self._bytes[token] = 0
         except TypeError:
             self._bytes = None  # its tokens do not spell out bytes: a block's bytes are spread evenly
         # SentencePiece puts a blank before what it is given, so a block must come without its own.
@@ -191,7 +206,7 @@ class BlockTokenizer:
         # A control token spelled out in a text is its letters: a document cannot end itself.
         return self._literal.ids(text)
 
-    def __call__(self, block: str, first: bool) -> list[tuple[int, float]]:
+    def __call__(self, block: str, first: bool) -> Tokens:
         """``(token, bytes)`` of a block; ``first`` if a document starts with it.
 
         Example:
@@ -199,10 +214,34 @@ class BlockTokenizer:
             [(104, 1), (195, 1), (169, 1)]
         """
         given = block[1:] if self._drop_blank and not first and block.startswith(" ") else block
-        ids = self._ids(given)
+        return self._with_bytes(self._ids(given), block)
+
+    def conversation(self, messages: Conversation) -> Tokens:
+        """``(token, bytes)`` of a conversation by the chat template. Control tokens count no bytes where tokens spell
+        out their text.
+
+        Raises:
+            ValueError: no messages, or a tokenizer without chat template.
+            TypeError: a message without text as role and content.
+        """
+        if not messages:
+            raise ValueError("the conversation has no messages. Give at least one: {'role': 'user', 'content': ...}.")
+        for number, message in enumerate(messages):
+            for key in ("role", "content"):
+                check_text(message.get(key), f"{key!r} of message {number}")
+        pieces = self._literal.templated(messages, answer=False)
+        found = [self._with_bytes(control_ids(self._literal.tokenizer, piece), piece) for piece in pieces]
+        return [token for piece in found for token in piece]
+
+    def _with_bytes(self, ids: list[int], text: str) -> Tokens:
         if self._bytes is not None:
             return [(token, self._bytes[token]) for token in ids]
-        return [(token, len(block.encode()) / len(ids)) for token in ids]
+        return [(token, len(text.encode()) / len(ids)) for token in ids]
+
+
+def is_conversation(source: object) -> TypeGuard[Conversation]:
+    """Whether a source is a list of messages; other sequences are pieces of text."""
+    return isinstance(source, list | tuple) and all(isinstance(message, Mapping) for message in source)
 
 
 def check_text(text: object, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,12 +19,23 @@ from nestlearn.nn.state import flatten_state, unflatten_state
 from .backends import Backend, HopeBackend, StackedBackend
 from .file import SESSION_FILE, check_fingerprint, fingerprint
 from .levels import LevelRow
-from .reader import BlockTokenizer, Cursor, DocumentReader, SourceFailed, check_text, documents_of, pieces_of
+from .reader import (
+    BlockTokenizer,
+    Conversation,
+    Cursor,
+    DocumentReader,
+    SourceFailed,
+    Tokens,
+    check_text,
+    documents_of,
+    is_conversation,
+    pieces_of,
+)
 from .report import ReadReport
 
 Compare = Literal["levels", "off", "none"]
 OnRead = Callable[[ReadReport], None]
-Source = str | Path | Iterable[str]
+Source = str | Path | Iterable[str] | Conversation
 
 # The rotary embedding of some models keeps a table that longer inputs change: their sessions take turns.
 _TURNS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
@@ -116,8 +127,10 @@ class MemorySession:
         ``read(a + b)``.
 
         Args:
-            source: a text; a `pathlib.Path` of a file or folder (each file is a document); or an iterable of pieces of
-                one document (an open text file, a generator).
+            source: a text; a `pathlib.Path` of a file or folder (each file is a document); an iterable of pieces of
+                one document (an open text file, a generator); or a conversation, a list of messages
+                ``{"role": ..., "content": ...}``, which the chat template of the tokenizer makes one document. Control
+                tokens that the template writes are such; those spelled out in contents are letters.
             end: whether the last document ends here.
             progress: called after every segment with the report so far.
 
@@ -145,7 +158,7 @@ class MemorySession:
 
     def _read(self, source: Source, reader: DocumentReader, end: bool, progress: OnRead | None) -> ReadReport:
         """The loop of a reading: score a segment, write it, move the cursor."""
-        documents, size = documents_of(source)
+        documents, size = self._documents(source)
         report, began = ReadReport(total_bytes=size), time.monotonic()
         with self._turn():
             try:
@@ -167,11 +180,21 @@ class MemorySession:
                 raise
         return report
 
+    def _documents(self, source: Source) -> tuple[Iterator[Iterable[str | Tokens]], int | None]:
+        """See `documents_of`. A conversation comes without the start token, which the backend reads, and without tokens
+        at which the model forgets."""
+        if not is_conversation(source):
+            return documents_of(source)  # pyright: ignore[reportReturnType, reportArgumentType]
+        forgetting, start = self._backend.forgetting_tokens(), self._backend.start_tokens
+        tokens = [pair for pair in self._tokens_of.conversation(source) if pair[0] not in forgetting]
+        again = bool(start) and tuple(token for token, _ in tokens[: len(start)]) == start
+        return iter([[tokens[len(start) * again :]]]), None
+
     # -- generation ---------------------------------------------------------------------------------------------
 
     def generate(
         self,
-        prompt: str | Sequence[dict[str, str]],
+        prompt: str | Conversation,
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -214,7 +237,7 @@ class MemorySession:
         """
         return self._backend.active(self._cursor.memory)
 
-    def _prompt_ids(self, prompt: str | Sequence[dict[str, str]], special_tokens: bool) -> list[int]:
+    def _prompt_ids(self, prompt: str | Conversation, special_tokens: bool) -> list[int]:
         if not isinstance(prompt, str | bytes) and isinstance(prompt, Sequence):
             for message in prompt:
                 check_text(message["content"], "a message of the prompt")
