@@ -327,9 +327,7 @@ def test_a_conversation_is_read_as_the_template_writes_it(monkeypatch):
     report = session.read(messages)
     expected = [259, *b"user\na<|im_end|>", 260, 10, 259, *b"assistant\nb <s>", 260, 10]
     assert read == expected and report.tokens == len(expected)
-    assert (
-        report.bytes == len("user\na<|im_end|>\nassistant\nb <s>\n") + len("<|im_end|>") * 2
-    )  # 259 and 256 count none
+    assert report.bytes == len("user\na<|im_end|>\nassistant\nb <s>\n")  # control tokens count none
     # A text that goes on with a conversation loses nothing.
     read.clear()
     session.read("Before. ", end=False)
