@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nestlearn.memory.types import Weights
 from nestlearn.models import HopeCache
 from nestlearn.models.stacking import KeyValues, LevelFast, LevelState, read_segment, reading, stacked_model
+from nestlearn.models.stacking.practice import PracticeRows, practise
 from nestlearn.nn.state import Tree
 
 from .levels import LevelRow, compare_layers, compare_states
@@ -143,6 +144,11 @@ class StackedBackend:
             seen=memory.seen + len(ids),
         )  # fmt: skip
         return PieceRead(_nats(memory.last, logs, row[0]), after)
+
+    def practise(self, memory: StackedMemory, rows: list[PracticeRows], lr: float) -> tuple[StackedMemory, list[float]]:
+        """The memory after one step on the rows, and the loss of each batch."""
+        levels, losses = practise(self.model, rows, memory.levels, lr=lr, protect=self.protect)
+        return StackedMemory(levels), losses
 
     def _row(self, ids: list[int]) -> Int[Tensor, "1 t"]:
         return torch.tensor([ids], device=self.model.device)

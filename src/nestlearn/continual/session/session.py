@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from nestlearn.nn.state import flatten_state, unflatten_state
 from .backends import Backend, HopeBackend, StackedBackend
 from .file import SESSION_FILE, check_fingerprint, fingerprint
 from .levels import LevelRow
+from .practice import PROMPT, QUESTIONS, Budget, OnPractice, Practice, PracticeReport, mean_loss
 from .reader import (
     BlockTokenizer,
     Conversation,
@@ -189,6 +191,70 @@ class MemorySession:
         tokens = [pair for pair in self._tokens_of.conversation(source) if pair[0] not in forgetting]
         again = bool(start) and tuple(token for token, _ in tokens[: len(start)]) == start
         return iter([[tokens[len(start) * again :]]]), None
+
+    # -- practice -----------------------------------------------------------------------------------------------
+
+    def practice(
+        self,
+        *sources: Source,
+        passes: int = 20,
+        questions: int = QUESTIONS,
+        lr: float = 1.0,
+        minutes: float | None = None,
+        prompt: str = PROMPT,
+        seed: int = 0,
+        progress: OnPractice | None = None,
+    ) -> PracticeReport:
+        """Learn documents by heart: read them many times, and answer questions made from them (stacked models).
+
+        Reading once tells a model what a text is about; asked without the text, it answers hardly better. Here every
+        step learns four windows of 256 tokens and eight questions, sentences of the documents in which a name or a
+        number is left out (`nestlearn.data.clozes`), with their answers. Steps fall linearly to a tenth. What was
+        learned is kept after every step, so an interrupt loses nothing.
+
+        The effect of one step is that of a segment in `read`, see `nestlearn.models.stacking.practice.practise`. With a
+        memory of general inputs (`nestlearn.continual.protect`) other text is left alone.
+
+        Args:
+            sources: each as in `read`; a first line that is short and no sentence is the title of its document.
+            passes: how often every window is read.
+            questions: of one step; 0 reads the text only.
+            lr: factor of the steps of all levels.
+            minutes: stop after this time.
+            prompt: of the questions, with ``{sentence}`` and ``{topic}``.
+            seed: of the order and the choice of questions.
+            progress: called after every step with the report so far.
+
+        Raises:
+            ValueError: a Hope model, no text, or arguments out of range; nothing was learned.
+        """
+        if not isinstance(self._backend, StackedBackend):
+            raise ValueError("a Hope model learns in its forward pass and cannot practise; let it read the text again.")
+        if passes < 1 or questions < 0 or not lr > 0:
+            raise ValueError(
+                f"practice needs passes >= 1, questions >= 0 and lr > 0, got passes={passes}, questions={questions}, "
+                f"lr={lr}."
+            )
+        budget = Budget(minutes)
+        texts = ["".join(pieces) for source in sources for pieces in documents_of(source)[0]]
+        start = self._backend.start_tokens
+        made = Practice(self.tokenizer, texts, start, questions=questions, prompt=prompt, seed=seed)
+        report = PracticeReport(made.steps(passes), len(made.questions))
+        with self._lock, self._turn():
+            self._cursor = self._cursor.end_document()
+            for text, asked in made.draws(passes):
+                fall = 1 - 0.9 * report.steps / report.total
+                memory, losses = self._backend.practise(self._cursor.memory, [*text, *asked], lr * fall)
+                self._cursor = replace(self._cursor, memory=memory)
+                report.text.append(mean_loss(text, losses[: len(text)]))
+                if asked:
+                    report.answers.append(mean_loss(asked, losses[len(text) :]))
+                report.steps, report.seconds = report.steps + 1, budget.seconds
+                if progress is not None:
+                    progress(report)
+                if not budget.left():
+                    break
+        return report
 
     # -- generation ---------------------------------------------------------------------------------------------
 

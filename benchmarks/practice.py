@@ -1,0 +1,203 @@
+"""Does a real pretrained model know what it has read? SmolLM2-135M-Instruct on SQuAD passages, asked without them.
+
+    make pretrained
+    python benchmarks/practice.py --data ../shared/data                       # all arms, about an hour on two cores
+    python benchmarks/practice.py --data ../shared/data --arms practice --passages 4 --passes 20
+
+One passage of each of some articles is learned, then five questions about each are asked in a fresh context. Reported:
+
+- ``right``: mean log probability per token of the right answer;
+- ``margin``: the same minus the mean of three answers to questions about other passages, ``same``: about this passage;
+- ``MC``: how often the right answer is the most likely of the four, for both kinds;
+- ``way``: how far the margin goes from the model as it is to the model with the passage in its context;
+- ``damage``: change of bits per byte of unrelated text, in percent: Wikipedia, Python source, a play.
+
+Only questions count that the model answers, and better than before, with the passage in its context. Arms: the model as
+it is and with the passage in context; ``read``: a session reads the passages once; ``again``: windows of the passages
+only, as often as practice takes in time; ``practice``; ``unprotected``: practice without the memory of general inputs.
+The general text is the start of Wikipedia's file, the damage is measured on another part of it and on other kinds.
+"""
+
+from __future__ import annotations
+
+import argparse as source_of_code
+import inspect
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from common import RESULTS, Record, Records, parse, parser, table
+from nestlearn import Level, MemorySession, pretrained, stack_levels
+from nestlearn.continual import protect
+from nestlearn.data.control_tokens import LiteralText
+from nestlearn.models.stacking import LevelState
+
+GENERAL_BYTES = 300_000
+ARMS = ("base", "context", "read", "again", "practice", "unprotected")
+
+
+def probes_of(data: Path, seed: int, count: int) -> tuple[list[Record], list[Record]]:
+    """Passages, one of each of ``count`` articles, and five questions about each with two kinds of wrong answers."""
+    by_title: dict[str, list[Record]] = {}
+    for record in json.loads((data / "squad" / "passages.json").read_text()):
+        by_title.setdefault(record["title"], []).append(record)
+    draw = random.Random(seed)
+    titles = draw.sample(sorted(by_title), len(by_title))[:count]
+    fit = [[r for r in by_title[t] if len(r["questions"]) >= 5 and 500 < len(r["context"]) < 1000] for t in titles]
+    passages, probes = [draw.choice(found) for found in fit], []
+    for i, passage in enumerate(passages):
+        for asked in draw.sample(passage["questions"], 5):
+            other = [q["answer"] for j, p in enumerate(passages) if j != i for q in p["questions"]]
+            same = sorted({q["answer"] for q in passage["questions"]} - {asked["answer"]})
+            wrong = {"other": draw.sample(other, 3), "same": draw.sample(same, min(3, len(same)))}
+            probes.append({**asked, **wrong, "title": passage["title"], "context": passage["context"]})
+    return passages, probes
+
+
+class Examiner:
+    """Asks a model the questions and reads unrelated text, with what a session has learned."""
+
+    def __init__(self, model: Any, tokenizer: Any, probes: list[Record], data: Path) -> None:
+        self.model, self.tokenizer, self.literal, self.probes = model, tokenizer, LiteralText(tokenizer), probes
+        wiki, play = (data / "wikitext2/valid.txt").read_text(), (data / "tinyshakespeare/input.txt").read_text()
+        texts = {"wiki": wiki[400_000:], "code": inspect.getsource(source_of_code), "play": play[50_000:]}
+        self.unrelated = {name: self._rows(text[:40_000], 4 if name == "wiki" else 2) for name, text in texts.items()}
+
+    def _rows(self, text: str, count: int) -> torch.Tensor:
+        return torch.tensor(self.literal.ids(text)[: 1_000 * count]).view(count, 1_000)
+
+    @torch.no_grad()
+    def scores(self, probe: Record, state: LevelState, with_context: bool) -> tuple[float, list[float], list[float]]:
+        """Mean log probability per token of the right answer, of wrong ones about other passages, and about this."""
+        before = f"{probe['context']}\n\n" if with_context else ""
+        asked = f"{before}Topic: {probe['title']}. Question: {probe['question']} Answer in a few words."
+        prompt = self.literal.conversation([{"role": "user", "content": asked}])
+        answers = [self.literal.ids(text) for text in (probe["answer"], *probe["other"], *probe["same"])]
+        width = max(map(len, answers))
+        rows = torch.tensor([[*prompt, *ids, *[0] * (width - len(ids))] for ids in answers])
+        logits = self.model(rows, level_state=state, logits_to_keep=width + 1, use_cache=False).logits[:, :-1].float()
+        found = F.log_softmax(logits, -1).gather(-1, rows[:, len(prompt) :, None])[..., 0]
+        means = [found[i, : len(ids)].mean().item() for i, ids in enumerate(answers)]
+        return means[0], means[1:4], means[4:]
+
+    @torch.no_grad()
+    def examine(self, state: LevelState | None = None, with_context: bool = False) -> Record:
+        """Scores of all questions, and nats per token of unrelated text."""
+        state = LevelState() if state is None else state
+        nats = {
+            name: sum(self.model(row[None], labels=row[None], level_state=state).loss.item() for row in rows) / len(rows)
+            for name, rows in self.unrelated.items()
+        }
+        return {"scores": [self.scores(probe, state, with_context) for probe in self.probes], "nats": nats}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def kept_probes(base: Record, context: Record) -> list[int]:
+    """Questions that the model answers with the passage in context, with a larger margin than without it."""
+    pairs = list(zip(base["scores"], context["scores"], strict=True))
+    good = [with_text[0] > max(with_text[1]) for _, with_text in pairs]
+    gains = [(b[0] - _mean(b[1])) - (a[0] - _mean(a[1])) for a, b in pairs]
+    return [i for i, (right, gain) in enumerate(zip(good, gains, strict=True)) if right and gain > 0]
+
+
+def summary(found: Record, kept: list[int]) -> dict[str, float]:
+    """Means over the questions that count."""
+    scores = [found["scores"][i] for i in kept]
+    return {
+        "right": _mean([right for right, _, _ in scores]),
+        "margin": _mean([right - _mean(other) for right, other, _ in scores]),
+        "MC": _mean([float(right > max(other)) for right, other, _ in scores]),
+        "same": _mean([right - _mean(same) for right, _, same in scores]),
+        "MC same": _mean([float(right > max(same)) for right, _, same in scores if same]),
+    }
+
+
+def learn(arm: str, model: Any, tokenizer: Any, passages: list[Record], options: Any, seed: int) -> tuple[Any, Record]:
+    """The session of an arm, and what it cost."""
+    guard = None if arm == "unprotected" else options.protect
+    session = MemorySession(model, tokenizer, compare="none", protect=guard)
+    texts = [f"{p['title']}\n{p['context']}" for p in passages]
+    began, cpu = time.monotonic(), time.process_time()
+    if arm == "read":
+        for text in texts:
+            session.read(text)
+    else:
+        passes, questions = options.passes, 8
+        if arm == "again":
+            passes, questions = round(passes * options.again), 0
+        session.practice(*texts, passes=passes, questions=questions, lr=options.lr, seed=seed, progress=_show)
+    spent = {"seconds": time.monotonic() - began, "processor": time.process_time() - cpu, "bytes": session.nbytes}
+    return session, spent
+
+
+def _show(report: Any) -> None:
+    if report.steps % 10 == 0:
+        answers = f", answers {report.answers[-1]:.2f}" if report.answers else ""
+        print(f"  step {report.steps}/{report.total}: text {report.text[-1]:.2f}{answers}, {report.seconds:.0f} s", flush=True)
+
+
+def run(arm: str, options: Any, seed: int) -> Record:
+    """Learn by an arm and examine."""
+    model, tokenizer = pretrained("smollm2-135m", dtype=torch.bfloat16)
+    level = Level(64, rank=options.rank, rule=options.rule, retain=1.0, momentum=0.9)
+    model = stack_levels(model.eval(), [level], mode="split")
+    passages, probes = probes_of(options.data, seed, options.passages)
+    examiner = Examiner(model, tokenizer, probes, options.data)
+    if arm in ("base", "context"):
+        return examiner.examine(with_context=arm == "context")
+    if arm != "unprotected":
+        text = (options.data / "wikitext2/valid.txt").read_text()[:GENERAL_BYTES]
+        protect(model, tokenizer, text)
+    session, spent = learn(arm, model, tokenizer, passages, options, seed)
+    return {**examiner.examine(session._cursor.memory.levels), **spent}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the arms and print a table; records go to docs/results/practice.jsonl."""
+    made = parser(__doc__, RESULTS / "practice.jsonl", seeds=[0])
+    made.add_argument("--data", type=Path, default=Path("../shared/data"))
+    made.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    made.add_argument("--passages", type=int, default=8)
+    made.add_argument("--passes", type=int, default=40)
+    made.add_argument("--again", type=float, default=1.75, help="Passes of the arm `again` for one of practice.")
+    made.add_argument("--lr", type=float, default=4.0)
+    made.add_argument("--rank", type=int, default=16)
+    made.add_argument("--rule", default="orthogonalized")
+    made.add_argument("--protect", type=float, default=0.03)
+    options = parse(made, words)
+    records, rows = Records(Path(options.out)), []
+    for seed in options.seeds:
+        found: dict[str, Record] = {}
+        for arm in dict.fromkeys(("base", "context", *options.arms)):
+            key: Record = {"arm": arm, "passages": options.passages, "seed": seed}
+            if arm not in ("base", "context"):
+                key |= {name: getattr(options, name) for name in ("passes", "lr", "rank", "rule", "protect")}
+            found[arm] = records.get(key, lambda arm=arm, seed=seed: run(arm, options, seed))
+            kept = kept_probes(found["base"], found["context"]) if "context" in found else []
+            if kept:
+                rows.append([str(seed), arm, *_row(found, arm, kept)])
+                print(rows[-1], flush=True)
+    heads = ("seed", "arm", "right", "margin", "MC", "same", "MC same", "way", "wiki", "code", "play", "processor s", "MB")
+    print("\n" + table(heads, rows))
+
+
+def _row(found: dict[str, Record], arm: str, kept: list[int]) -> list[str]:
+    base, context, here = (summary(found[name], kept) for name in ("base", "context", arm))
+    way = 100 * (here["margin"] - base["margin"]) / (context["margin"] - base["margin"])
+    damage = [100 * (nats / found["base"]["nats"][name] - 1) for name, nats in found[arm]["nats"].items()]
+    cost = [f"{found[arm]['processor']:.0f}", f"{found[arm]['bytes'] / 1e6:.1f}"] if "bytes" in found[arm] else ["", ""]
+    return [*(f"{x:.2f}" for x in here.values()), f"{way:.0f} %", *(f"{x:+.2f} %" for x in damage), *cost]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
