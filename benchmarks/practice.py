@@ -92,7 +92,8 @@ class Examiner:
         """Scores of all questions, and nats per token of unrelated text."""
         state = LevelState() if state is None else state
         nats = {
-            name: sum(self.model(row[None], labels=row[None], level_state=state).loss.item() for row in rows) / len(rows)
+            name: sum(self.model(row[None], labels=row[None], level_state=state).loss.item() for row in rows)
+            / len(rows)
             for name, rows in self.unrelated.items()
         }
         return {"scores": [self.scores(probe, state, with_context) for probe in self.probes], "nats": nats}
@@ -143,7 +144,10 @@ def learn(arm: str, model: Any, tokenizer: Any, passages: list[Record], options:
 def _show(report: Any) -> None:
     if report.steps % 10 == 0:
         answers = f", answers {report.answers[-1]:.2f}" if report.answers else ""
-        print(f"  step {report.steps}/{report.total}: text {report.text[-1]:.2f}{answers}, {report.seconds:.0f} s", flush=True)
+        print(
+            f"  step {report.steps}/{report.total}: text {report.text[-1]:.2f}{answers}, {report.seconds:.0f} s",
+            flush=True,
+        )
 
 
 def run(arm: str, options: Any, seed: int) -> Record:
@@ -187,7 +191,21 @@ def main(words: Sequence[str] | None = None) -> None:
             if kept:
                 rows.append([str(seed), arm, *_row(found, arm, kept)])
                 print(rows[-1], flush=True)
-    heads = ("seed", "arm", "right", "margin", "MC", "same", "MC same", "way", "wiki", "code", "play", "processor s", "MB")
+    heads = (
+        "seed",
+        "arm",
+        "right",
+        "margin",
+        "MC",
+        "same",
+        "MC same",
+        "way",
+        "wiki",
+        "code",
+        "play",
+        "processor s",
+        "MB",
+    )
     print("\n" + table(heads, rows))
 
 

@@ -13,6 +13,8 @@ _NUMBER = r"\d[\d,.:–-]*\d|\d"
 _NAME = r"[^\W\d_a-z][\w'’.-]*\w|[^\W\d_a-z]"
 # Names and numbers, and what joins them: "Bank of England", "24-10", "7 February 2016".
 _SPAN = re.compile(rf"(?:{_NAME}|{_NUMBER})(?:\s+(?:of |the |de |and )?(?:{_NAME}|{_NUMBER}))*")
+# "In 1683", "The Bank of England": a short first word has its capital from the sentence.
+_OPENING = re.compile(r"[^\W\d_]{1,3}\s+(?:(?:of|the|de|and)\s+)*")
 _WORD = re.compile(r"[^\W\d_]{6,}")
 
 
@@ -39,7 +41,8 @@ def clozes(text: str) -> list[Cloze]:
     """All practice questions of a text, in its order.
 
     Names and numbers are left out one at a time. The first word of a sentence has a capital anyway, so that it counts
-    only within a longer name. A sentence without any has its longest word left out, if that has six letters or more.
+    only within a longer name, and not if it has three letters or fewer. A sentence without any has its longest word
+    left out, if that has six letters or more.
 
     Example:
         >>> [cloze.answer for cloze in clozes("The town was founded by Ilsabet Krone in 1683. Rain falls everywhere.")]
@@ -50,13 +53,17 @@ def clozes(text: str) -> list[Cloze]:
         body = body.partition("\n")[2]
     found: list[Cloze] = []
     for sentence in filter(None, map(str.strip, _SENTENCE.split(body))):
-        spans = [m for m in _SPAN.finditer(sentence) if not _is_plain_start(m)]
+        spans = [span for span in map(_span, _SPAN.finditer(sentence)) if span is not None]
         if not spans:
-            spans = sorted(_WORD.finditer(sentence), key=lambda m: -len(m.group()))[:1]
-        found += [Cloze(f"{sentence[: m.start()]}____{sentence[m.end() :]}", m.group()) for m in spans]
+            spans = sorted((m.span() for m in _WORD.finditer(sentence)), key=lambda span: span[0] - span[1])[:1]
+        found += [Cloze(f"{sentence[:start]}____{sentence[end:]}", sentence[start:end]) for start, end in spans]
     return [cloze for cloze in found if cloze.sentence.strip("_ .!?\"'")]
 
 
-def _is_plain_start(match: re.Match[str]) -> bool:
-    """Whether the span is the first word of the sentence and nothing else."""
-    return match.start() == 0 and not match.group()[0].isdigit() and " " not in match.group()
+def _span(match: re.Match[str]) -> tuple[int, int] | None:
+    """Where a name or number is; None for a plain first word of a sentence."""
+    start, end = match.span()
+    if start == 0 and (opening := _OPENING.match(match.group())):
+        return opening.end(), end
+    plain = start == 0 and not match.group()[0].isdigit() and " " not in match.group()
+    return None if plain else (start, end)

@@ -187,12 +187,22 @@ class StackedLevel(nn.Module):
         return dict(self.named_parameters())
 
     def initial(self, like: Tensor, protect: float | None = None) -> Weights:
-        """``{map: [out, in]}`` of the weights that learn, before the first write: ``A P``, and zero for D or B."""
+        """``{map: [out, in]}`` of the weights that learn, before the first write: zero for D or B, and A.
+
+        With a memory of general inputs it is ``A P``, each row with its former norm: else P would slow learning down.
+        """
         own, zero = self(), like.new_zeros(())
         return {
-            name: self.open_part(name, own[name], protect) if name.endswith("_A") else zero.expand(shape)
+            name: self._opened_start(name, own[name], protect) if name.endswith("_A") else zero.expand(shape)
             for name, shape in self.shapes.items()
         }
+
+    def _opened_start(self, name: str, a: Float[Tensor, "r in"], protect: float | None) -> Float[Tensor, "r in"]:
+        opened = self.open_part(name, a, protect)
+        if opened is a:
+            return a
+        norm = opened.norm(dim=1, keepdim=True)
+        return opened * (a.norm(dim=1, keepdim=True) / norm.clamp(min=torch.finfo(norm.dtype).tiny))
 
     def remember(self, name: str, directions: Float[Tensor, "r in"]) -> None:
         """Keep the directions of the general inputs of a map, ``up`` or ``down``."""

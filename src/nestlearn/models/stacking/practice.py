@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from nestlearn.nn.common import wide_dtype
 
 from .learn import KEPT, PROTECT, STEP
 from .model import stacked_model
-from .network import LevelFast, LevelState, StackedLevel, StackedMLP, reading
+from .network import LevelFast, LevelState, StackedMLP, reading
 
 Gradients = dict[tuple[str, int], Weights]
 """``{(path of the MLP, level): {map: [out, in]}}``."""
