@@ -187,10 +187,9 @@ def main(words: Sequence[str] | None = None) -> None:
             if arm not in ("base", "context"):
                 key |= {name: getattr(options, name) for name in ("passes", "lr", "rank", "rule", "protect")}
             found[arm] = records.get(key, lambda arm=arm, seed=seed: run(arm, options, seed))
-            kept = kept_probes(found["base"], found["context"]) if "context" in found else []
-            if kept:
-                rows.append([str(seed), arm, *_row(found, arm, kept)])
-                print(rows[-1], flush=True)
+        kept = kept_probes(found["base"], found["context"])
+        print(f"seed {seed}: {len(kept)} of {len(found['base']['scores'])} questions count")
+        rows += [[str(seed), arm, *_row(found, arm, kept)] for arm in found]
     heads = (
         "seed",
         "arm",

@@ -196,7 +196,7 @@ class MemorySession:
 
     def practice(
         self,
-        *sources: Source,
+        *sources: str | Path | Iterable[str],
         passes: int = 20,
         questions: int = QUESTIONS,
         lr: float = 1.0,
@@ -216,7 +216,7 @@ class MemorySession:
         memory of general inputs (`nestlearn.continual.protect`) other text is left alone.
 
         Args:
-            sources: each as in `read`; a first line that is short and no sentence is the title of its document.
+            sources: texts, paths or pieces of one document, as in `read`; a first line that is short and no sentence is the title of its document.
             passes: how often every window is read.
             questions: of one step; 0 reads the text only.
             lr: factor of the steps of all levels.
