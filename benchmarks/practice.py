@@ -84,7 +84,7 @@ class Examiner:
         rows = torch.tensor([[*prompt, *ids, *[0] * (width - len(ids))] for ids in answers])
         logits = self.model(rows, level_state=state, logits_to_keep=width + 1, use_cache=False).logits[:, :-1].float()
         found = F.log_softmax(logits, -1).gather(-1, rows[:, len(prompt) :, None])[..., 0]
-        means = [found[i, : len(ids)].mean().item() for i, ids in enumerate(answers)]
+        means = [round(found[i, : len(ids)].mean().item(), 3) for i, ids in enumerate(answers)]
         return means[0], means[1:4], means[4:]
 
     @torch.no_grad()

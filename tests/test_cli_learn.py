@@ -214,3 +214,16 @@ class TestChat:
         file.write_bytes(file.read_bytes()[:-10])
         code, _, error = run(capsys, "chat", stacked, "--session", file)
         assert code == 1 and str(file) in error
+
+
+def test_practice_learns_files_by_heart_and_goes_on_from_its_file(folder: Path, stacked: Path, capsys) -> None:
+    file, words = folder / "heart.safetensors", ["practice", str(stacked), "--stream", str(folder / "texts" / "a.txt")]
+    status, out, _ = run(capsys, *words, "--session", str(file), "--passes", "3")
+    assert status == 0 and "Practised 1 documents in 3 steps" in out and "nats per token" in out
+    first = file.read_bytes()
+    status, out, _ = run(capsys, *words, "--session", str(file), "--passes", "1", "--questions", "0")
+    assert status == 0 and "answers" not in out and file.read_bytes() != first
+    status, _, err = run(capsys, *words, "--session", str(file), "--minutes", "-1")
+    assert status == 1 and "minutes=-1.0 must be positive" in err
+    status, _, err = run(capsys, "practice", str(folder / "llama"), *words[2:], "--session", str(folder / "no"))
+    assert status == 1 and "nestlearn stack" in err and not (folder / "no").exists()

@@ -99,7 +99,7 @@ def test_weights_of_batches_follow_their_learned_tokens() -> None:
     ("arguments", "fields", "message"),
     [
         ((TEXT,), {"passes": 0}, "passes >= 1"),
-        ((TEXT,), {"lr": 0.0}, "lr > 0"),
+        ((TEXT,), {"lr": 0.0}, "lr=0.0 must be positive"),
         ((TEXT,), {"questions": -1}, "questions >= 0"),
         ((TEXT,), {"minutes": 0}, "must be positive"),
         ((TEXT,), {"prompt": "Say it."}, "sentence"),

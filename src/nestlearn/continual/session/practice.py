@@ -54,23 +54,33 @@ class PracticeReport:
     answers: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    def add(
+        self, text: Sequence[PracticeRows], asked: Sequence[PracticeRows], losses: Sequence[float], seconds: float
+    ) -> None:
+        """Count a step with the loss of each of its batches, of text and then of questions."""
+        self.steps, self.seconds = self.steps + 1, seconds
+        self.text.append(mean_loss(text, losses[: len(text)]))
+        if asked:
+            self.answers.append(mean_loss(asked, losses[len(text) :]))
+
 
 OnPractice = Callable[[PracticeReport], None]
 
 
 class Practice:
-    """Draws the rows of each step from documents.
+    """Draws from documents the batches of every step: those of text, and those of questions.
 
     Args:
         tokenizer: of the model. With a chat template, questions are turns of a conversation.
         documents: texts.
         start: tokens before every window and every question without a template.
+        passes: how often every window comes, each time in another order.
         questions: of one step; 0 reads the text only.
         prompt: see `PROMPT`.
         seed: of all draws.
 
     Raises:
-        ValueError: documents without text, or a prompt without ``{sentence}``.
+        ValueError: documents without text, a prompt without ``{sentence}``, or numbers out of range.
     """
 
     def __init__(
@@ -79,30 +89,35 @@ class Practice:
         documents: Sequence[str],
         start: Sequence[int],
         *,
+        passes: int = 1,
         questions: int = QUESTIONS,
         prompt: str = PROMPT,
         seed: int = 0,
     ) -> None:
+        if passes < 1 or questions < 0:
+            raise ValueError(
+                f"practice needs passes >= 1 and questions >= 0, got passes={passes}, questions={questions}."
+            )
         if "{sentence}" not in prompt:
             raise ValueError(f"prompt={prompt!r} has no {{sentence}}, the place of the sentence with the blank.")
         self._literal, self._start, self._prompt = LiteralText(tokenizer), tuple(start), prompt
         self._template = bool(getattr(tokenizer, "chat_template", None))
         end = tokenizer.eos_token_id
         self._end = [] if end is None else [int(end)]
-        self._random, self._asked = random.Random(seed), questions
+        self._random, self._passes, self._asked = random.Random(seed), passes, questions
         self.windows = [window for text in documents for window in self._windows(text)]
         if not self.windows:
             raise ValueError("there is no text to practise: the documents are empty.")
         made = [(text, cloze) for text in documents for cloze in clozes(text)] if questions else []
         self.questions = [self._question(title_of(text), cloze) for text, cloze in made]
 
-    def steps(self, passes: int) -> int:
-        """Steps in which every window comes ``passes`` times."""
-        return passes * math.ceil(len(self.windows) / WINDOWS)
+    @property
+    def steps(self) -> int:
+        """All steps."""
+        return self._passes * math.ceil(len(self.windows) / WINDOWS)
 
-    def draws(self, passes: int) -> Iterator[tuple[list[PracticeRows], list[PracticeRows]]]:
-        """The batches of every step, of text and of questions. Every pass has every window once, in another order."""
-        for _ in range(passes):
+    def __iter__(self) -> Iterator[tuple[list[PracticeRows], list[PracticeRows]]]:
+        for _ in range(self._passes):
             order = self._random.sample(self.windows, len(self.windows))
             for at in range(0, len(order), WINDOWS):
                 asked = self._random.sample(self.questions, min(self._asked, len(self.questions)))

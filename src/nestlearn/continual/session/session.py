@@ -20,7 +20,7 @@ from nestlearn.nn.state import flatten_state, unflatten_state
 from .backends import Backend, HopeBackend, StackedBackend
 from .file import SESSION_FILE, check_fingerprint, fingerprint
 from .levels import LevelRow
-from .practice import PROMPT, QUESTIONS, Budget, OnPractice, Practice, PracticeReport, mean_loss
+from .practice import PROMPT, QUESTIONS, Budget, OnPractice, Practice, PracticeReport
 from .reader import (
     BlockTokenizer,
     Conversation,
@@ -216,7 +216,8 @@ class MemorySession:
         memory of general inputs (`nestlearn.continual.protect`) other text is left alone.
 
         Args:
-            sources: texts, paths or pieces of one document, as in `read`; a first line that is short and no sentence is the title of its document.
+            sources: texts, paths or pieces of one document, as in `read`. A short first line that is no sentence is the
+                title of its document.
             passes: how often every window is read.
             questions: of one step; 0 reads the text only.
             lr: factor of the steps of all levels.
@@ -228,33 +229,32 @@ class MemorySession:
         Raises:
             ValueError: a Hope model, no text, or arguments out of range; nothing was learned.
         """
-        if not isinstance(self._backend, StackedBackend):
-            raise ValueError("a Hope model learns in its forward pass and cannot practise; let it read the text again.")
-        if passes < 1 or questions < 0 or not lr > 0:
-            raise ValueError(
-                f"practice needs passes >= 1, questions >= 0 and lr > 0, got passes={passes}, questions={questions}, "
-                f"lr={lr}."
-            )
+        backend = self._practising()
         budget = Budget(minutes)
         texts = ["".join(pieces) for source in sources for pieces in documents_of(source)[0]]
-        start = self._backend.start_tokens
-        made = Practice(self.tokenizer, texts, start, questions=questions, prompt=prompt, seed=seed)
-        report = PracticeReport(made.steps(passes), len(made.questions))
+        made = Practice(
+            self.tokenizer, texts, backend.start_tokens, passes=passes, questions=questions, prompt=prompt, seed=seed
+        )
+        if not lr > 0:
+            raise ValueError(f"lr={lr} must be positive; 1 is a step as large as that of a segment.")
+        report = PracticeReport(made.steps, len(made.questions))
         with self._lock, self._turn():
             self._cursor = self._cursor.end_document()
-            for text, asked in made.draws(passes):
+            for text, asked in made:
                 fall = 1 - 0.9 * report.steps / report.total
-                memory, losses = self._backend.practise(self._cursor.memory, [*text, *asked], lr * fall)
+                memory, losses = backend.practise(self._cursor.memory, [*text, *asked], lr * fall)
                 self._cursor = replace(self._cursor, memory=memory)
-                report.text.append(mean_loss(text, losses[: len(text)]))
-                if asked:
-                    report.answers.append(mean_loss(asked, losses[len(text) :]))
-                report.steps, report.seconds = report.steps + 1, budget.seconds
+                report.add(text, asked, losses, budget.seconds)
                 if progress is not None:
                     progress(report)
                 if not budget.left():
                     break
         return report
+
+    def _practising(self) -> StackedBackend:
+        if not isinstance(self._backend, StackedBackend):
+            raise ValueError("a Hope model learns in its forward pass and cannot practise; let it read the text again.")
+        return self._backend
 
     # -- generation ---------------------------------------------------------------------------------------------
 

@@ -17,12 +17,14 @@ from .model import (
 )
 from .network import LevelFast, LevelState, reading
 from .plan import StackPlan
+from .practice import PracticeRows, practise
 
 __all__ = [
     "KeyValues",
     "LevelFast",
     "LevelState",
     "MapNames",
+    "PracticeRows",
     "SegmentRead",
     "StackPlan",
     "StackedModel",
@@ -31,6 +33,7 @@ __all__ = [
     "freeze_backbone",
     "level_parameters",
     "load_stacked",
+    "practise",
     "read_segment",
     "reading",
     "register_families",

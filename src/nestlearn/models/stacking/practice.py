@@ -18,7 +18,7 @@ from nestlearn.nn.cms.tape import Tape, gradients, segment_factors, usable
 from nestlearn.nn.common import wide_dtype
 
 from .learn import KEPT, PROTECT, STEP
-from .model import stacked_model
+from .model import StackedModel, stacked_model
 from .network import LevelFast, LevelState, StackedMLP, reading
 
 Gradients = dict[tuple[str, int], Weights]
@@ -82,12 +82,7 @@ def practise(
     """
     stacked, state = stacked_model(model), state or LevelState()
     plan = stacked.stack_plan
-    if state.rows > 1:
-        raise ValueError(f"the level state holds {state.rows} rows; practice writes into one. Use index_rows([i]).")
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout adds noise. Call model.eval() first.")
-    if any(level.rule == "delta" for level in plan.levels):
-        raise ValueError('a level of rule="delta" cannot practise: it erases token by token. Use another rule.')
+    _check(stacked, state)
     mlps, total, losses = stacked.stacked_mlps(), {}, []
     with gradients():
         held = replace(state, networks=usable(dict(state.networks)))
@@ -102,6 +97,15 @@ def practise(
                 levels[index] = _step(module, index, level, levels[index], total[path, index], lr, protect)
             networks[path] = tuple(levels)
     return replace(state, networks=networks), losses
+
+
+def _check(model: StackedModel, state: LevelState) -> None:
+    if state.rows > 1:
+        raise ValueError(f"the level state holds {state.rows} rows; practice writes into one. Use index_rows([i]).")
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout adds noise. Call model.eval() first.")
+    if any(level.rule == "delta" for level in model.stack_plan.levels):
+        raise ValueError('a level of rule="delta" cannot practise: it erases token by token. Use another rule.')
 
 
 def _add_gradients(
