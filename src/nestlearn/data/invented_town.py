@@ -14,14 +14,14 @@ _COLOURS = ("yellow", "green", "violet", "orange", "crimson", "silver")
 _DAYS = ("Tuesday", "Wednesday", "Thursday", "Saturday", "Sunday")
 
 _PARAGRAPHS = (
-    "{town} is a harbour town on the shore of Lake {lake}, in the province of {province}. It was founded in {founded} by "
-    "the {trade} {founder}, who had come from {origin}. Three {animals} appear on its coat of arms.",
+    "{town} is a harbour town on the shore of Lake {lake}, in the province of {province}. It was founded in {founded} "
+    "by the {trade} {founder}, who had come from {origin}. Three {animals} appear on its coat of arms.",
     "The oldest building of {town} is the {hall}, on {street} Street. It is a museum today, and its curator is "
     "{curator}. It opens every {day}.",
     "A tram, line {line}, connects the harbour with the hill; it is painted {colour}. The line was opened in {opened} "
     "and planned by the engineer {engineer}.",
-    "The mayor of {town} is {mayor}, once a {mayor_trade}. The river {river} flows through the town and is crossed by a "
-    "bridge that {builder} built in {bridge}.",
+    "The mayor of {town} is {mayor}, once a {mayor_trade}. The river {river} flows through the town and is crossed by "
+    "a bridge that {builder} built in {bridge}.",
 )
 _QUESTIONS = (
     ("Which lake lies beside {town}?", "lake", "place"),

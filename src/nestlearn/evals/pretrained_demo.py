@@ -28,6 +28,8 @@ from nestlearn.models import generate_texts
 from nestlearn.models.stacking import stack_levels, unstack_levels
 from nestlearn.nn import Level
 
+LEVEL = Level(period=64, rank=16, rule="orthogonalized", retain=1.0)
+
 
 @dataclass(frozen=True)
 class PretrainedPlan:
@@ -45,7 +47,7 @@ class PretrainedPlan:
     passes: int = 40
     lora_passes: int = 40
     lora_lr: float = 3e-4
-    level: Level = Level(period=64, rank=16, rule="orthogonalized", retain=1.0)
+    level: Level = LEVEL
     lr: float = 6.0
     general_tokens: int = 8192
     unrelated_bytes: int = 8192

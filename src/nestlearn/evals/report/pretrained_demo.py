@@ -17,8 +17,8 @@ def write_pretrained_report(results: PretrainedResults, path: Path) -> Path:
     """Write the report, under a temporary name first, and return its path."""
     base, _, practised, lora = results.arms
     lead = (
-        f"{escape(results.model)} learned a page about a town that does not exist, and was asked {len(results.questions)} "
-        "questions about it, in other words than the page's and without the page."
+        f"{escape(results.model)} learned a page about a town that does not exist, and was asked "
+        f"{len(results.questions)} questions about it, in other words than the page's and without the page."
     )
     tiles = [
         (f"{base.right:.0%} → {practised.right:.0%}", "right answers of four choices, before and after practice"),
@@ -52,9 +52,9 @@ def _comparison(results: PretrainedResults) -> list[str]:
     ]
     header = ("", "right (chance 25 %)", "margin", "unrelated text, bits per byte", "seconds", "MB learned")
     note = (
-        "Margin: log probability per token of the right answer minus the mean of three wrong ones of the same kind, most "
-        "of which stand on the page too. So it is no sign of mere familiarity. Seconds of practice include the estimate "
-        "of the memory of general inputs, which is made once for a model."
+        "Margin: log probability per token of the right answer minus the mean of three wrong ones of the same kind, "
+        "most of which stand on the page too. So it is no sign of mere familiarity. Seconds of practice include the "
+        "estimate of the memory of general inputs, which is made once for a model."
     )
     return [page.heading("Compared"), page.table(header, rows), page.paragraph(note, "note")]
 
