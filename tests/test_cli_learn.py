@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nestlearn import HopeConfig, HopeForCausalLM, cli
+from nestlearn import HopeConfig, HopeForCausalLM, MemorySession, cli, pretrained
 from nestlearn.cli.stack import parse_levels
 from nestlearn.data import byte_tokenizer
 from nestlearn.nn import Level
@@ -155,6 +161,74 @@ class TestLearn:
     ) -> None:
         code, _, error = run(capsys, "learn", folder / "llama", "--stream", folder / "texts", "--out", tmp_path / "out")
         assert code == 1 and "stack" in error
+
+
+class TestResume:
+    """A run that was killed inside a document goes on there, and ends as if nothing had happened."""
+
+    def words(self, folder: Path, stacked: Path, out: Path, *more: object) -> list[str]:
+        long, short = folder / "long.txt", folder / "short.txt"
+        long.write_text("".join(f"The {n}th lamp is {'red' if n % 3 else 'blue'}. " for n in range(100)))
+        short.write_text(STORY[:200])
+        known = ("--known", f"text:{folder / 'known.txt'}", "--known-bytes", 200)
+        words = ("learn", stacked, "--stream", short, long, *known, "--save-every", 0, "--out", out)
+        return [str(word) for word in (*words, *more)]
+
+    def record(self, out: Path) -> dict[str, Any]:
+        return json.loads((out / "results.json").read_text())
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(os.name != "posix", reason="kills a process")
+    def test_a_killed_run_goes_on_inside_the_document(
+        self, capsys: pytest.CaptureFixture[str], folder: Path, stacked: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        command = [sys.executable, "-m", "nestlearn", *self.words(folder, stacked, out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            counts = set()
+            # The session is saved after the record: once a second record is there, the first session is too.
+            while len(counts) < 2:
+                found = self.record(out) if (out / "results.json").exists() else {}
+                if found.get("documents"):
+                    counts |= {len((found["reading"] or {}).get("segments", ()))} - {0}
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.02)
+            process.kill()
+        unfinished = self.record(out)
+        assert len(unfinished["documents"]) == 1 and not (out / "report.html").exists()
+        session = MemorySession.load(out / "session.safetensors", *pretrained(stacked))
+        assert session.unfinished is not None and 0 < session.unfinished[0] <= 100 * 24
+        # The same command alone would overwrite what was learned.
+        code, _, error = run(capsys, *self.words(folder, stacked, out))
+        assert code == 1 and "Add --resume to go on with it" in error
+        code, _, error = run(capsys, *self.words(folder, stacked, out, "--seed", 1, "--resume"))
+        assert code == 1 and "was begun with another settings" in error
+        code, text, error = run(capsys, *self.words(folder, stacked, out, "--resume"))
+        assert code == 0 and "Going on after 1 of 2 documents" in text, error
+        code, _, error = run(capsys, *self.words(folder, stacked, tmp_path / "whole"))
+        assert code == 0, error
+        resumed, whole = self.record(out)["documents"], self.record(tmp_path / "whole")["documents"]
+        for mine, theirs in zip(resumed, whole, strict=True):
+            for name in ("name", "before", "after", "known", "first"):
+                assert mine[name] == theirs[name]
+            assert mine["online"]["segments"] == theirs["online"]["segments"]
+        # The comparison with writes ignored from the start of the document was lost with the process.
+        assert whole[1]["online"]["off"] is not None and resumed[1]["online"]["off"] is None
+        tensors = [load_file(place / "session.safetensors") for place in (out, tmp_path / "whole")]
+        assert tensors[0].keys() == tensors[1].keys()
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+        code, _, error = run(capsys, *self.words(folder, stacked, out, "--resume"))
+        assert code == 1 and "holds a finished run" in error
+
+    def test_a_record_that_is_damaged_is_named(
+        self, capsys: pytest.CaptureFixture[str], folder: Path, stacked: Path, tmp_path: Path
+    ) -> None:
+        code, _, error = run(capsys, *self.words(folder, stacked, tmp_path, "--resume"))
+        assert code == 1 and "results.json is no record of `nestlearn learn`" in error
+        (tmp_path / "results.json").write_text('{"documents": [1]}')
+        code, _, error = run(capsys, *self.words(folder, stacked, tmp_path))
+        assert code == 1 and "begin again in another folder" in error
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 class TestChat:

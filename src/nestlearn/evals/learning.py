@@ -1,12 +1,11 @@
-"""A model learns from a stream of documents by one of several methods; records of what it learns and keeps."""
+"""A model learns from a stream of documents by one of several methods."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,75 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.atomic import write_text
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.continual.methods import EWC, ExperienceReplay, FineTuning, Method
 from nestlearn.continual.readers import windows
-from nestlearn.continual.session import MemorySession, at_most_every
+from nestlearn.continual.session import MemorySession, ReadReport, SegmentScore, at_most_every
 from nestlearn.data.documents import Document
 from nestlearn.data.synthetic import IGNORE
+from nestlearn.evals.stream_record import DocumentRecord, Online, Reading
 from nestlearn.fields import unknown_name
 
+SaveReading = Callable[[Callable[[], Reading]], None]
+"""May save where a method stands inside a document. It gets a function, because a record costs time to make."""
 METHODS = ("cms", "finetune", "ewc", "replay", "lora")
-
-
-@dataclass(frozen=True)
-class Online:
-    """How a document was read: bits per byte of its segments, each scored before it is learned.
-
-    Attributes:
-        bits_per_byte: of the whole document, while it is learned.
-        off: of the same text without learning any of this document.
-        segments, segments_off: the curves; a segment is the text between two writes.
-        by_level: by a level's number, the bits per byte without what this level has learned.
-    """
-
-    bits_per_byte: float
-    off: float | None = None
-    segments: tuple[float, ...] = ()
-    segments_off: tuple[float, ...] = ()
-    by_level: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class DocumentRecord:
-    """One document of the stream; all figures in bits per byte.
-
-    Attributes:
-        name: of the document.
-        bytes: of its text.
-        before, after: its score before and after it was learned.
-        known: score of the known text after this document.
-        first: score of the stream's first document after this one, which shows forgetting.
-        seconds: of learning it.
-        online: for methods that score while they learn, how it was read.
-    """
-
-    name: str
-    bytes: int
-    before: float
-    after: float
-    known: float
-    first: float
-    seconds: float
-    online: Online | None = None
-
-
-@dataclass(frozen=True)
-class StreamRecord:
-    """A whole stream: the content of results.json and of the report of `nestlearn learn`."""
-
-    model: str
-    method: str
-    settings: dict[str, Any]
-    known_name: str
-    known_before: float
-    documents: tuple[DocumentRecord, ...]
-    command: str = ""
-
-    def save(self, path: Path) -> None:
-        """Write as JSON, at first under a temporary name."""
-        write_text(path, json.dumps(asdict(self), indent=1))
 
 
 class StreamMethod(Protocol):
@@ -113,15 +55,34 @@ class SessionMethod:
     def __init__(self, session: MemorySession, passes: int = 1, file: str = "session.safetensors") -> None:
         self.session, self.passes, self.file = session, passes, file
 
-    def learn(self, document: Document, progress: Callable[[str], None]) -> Online:
-        """Read the document."""
-        size = max(1, len(document.text.encode()))
-        report = self.session.read(
-            document.text,
-            progress=at_most_every(0.5, lambda now: progress(f"{document.name}: {now.bytes / size:.0%} read, {now}")),
-        )
-        for _ in range(self.passes - 1):
-            self.session.read(document.text)
+    def begin(self, before: float) -> Reading:
+        """The record of a document that is about to be read."""
+        return Reading(before, self.session.tokens)
+
+    def learn(
+        self,
+        document: Document,
+        progress: Callable[[str], None],
+        reading: Reading | None = None,
+        save: SaveReading = lambda _: None,
+    ) -> Online:
+        """Read the document.
+
+        Args:
+            document: to be read.
+            progress: called with what is being done.
+            reading: where the session stands in the document, if it has begun it; see `begin`.
+            save: called after every segment with the record by which the reading can go on.
+        """
+        session, reading = self.session, reading or self.begin(math.nan)
+        done = session.tokens - reading.tokens
+        if reading.pass_tokens is None and done and session.unfinished is None:
+            reading = replace(reading, pass_tokens=done)  # the first pass ended, and its end was not recorded
+        # A pass whose last segment was read, but whose end was not, is still that pass.
+        ended = done - (session.unfinished is not None)
+        for number in range(max(ended, 0) // reading.pass_tokens if reading.pass_tokens else 0, self.passes):
+            reading = self._pass(document, number, progress, reading, save)
+        report = ReadReport(list(reading.segments))
         scored = [segment for segment in report.segments if segment.bytes]
         return Online(
             report.bits_per_byte,
@@ -130,6 +91,32 @@ class SessionMethod:
             tuple(segment.off / math.log(2) / segment.bytes for segment in scored if segment.off is not None),
             report.by_level,
         )
+
+    def _pass(
+        self, document: Document, number: int, progress: Callable[[str], None], reading: Reading, save: SaveReading
+    ) -> Reading:
+        """Read the document once, from where the session stands in it."""
+        place, size = self.session.unfinished, max(1, len(document.text))
+        start, earlier = (0, 0) if place is None else place
+        kept, seconds, first = reading.segments[:earlier], reading.seconds, number == 0
+
+        def now(report: ReadReport) -> Reading:
+            scores = (*kept, *map(_uncompared if start else _same, report.segments)) if first else reading.segments
+            return replace(reading, segments=scores, seconds=seconds + report.seconds)
+
+        def tell(report: ReadReport) -> None:
+            share = (start + report.bytes) / size
+            progress(f"{document.name}: {min(share, 1):.0%} of pass {number + 1} of {self.passes} read, {report}")
+
+        often = at_most_every(0.5, tell)
+
+        def after_segment(report: ReadReport) -> None:
+            often(report)
+            save(lambda: now(report))
+
+        end = now(self.session.read(document.text[start:], progress=after_segment))
+        tokens = self.session.tokens - reading.tokens
+        return replace(end, pass_tokens=reading.pass_tokens or tokens)
 
     def score(self, text: str) -> float:
         """By the current memory."""
@@ -140,6 +127,15 @@ class SessionMethod:
         path = out / self.file
         self.session.save(path)
         return path
+
+
+def _same(score: SegmentScore) -> SegmentScore:
+    return score
+
+
+def _uncompared(score: SegmentScore) -> SegmentScore:
+    """After a resume writes are ignored since then only, and no longer since the start of the document."""
+    return replace(score, off=None, without={})
 
 
 class TrainingMethod:
@@ -235,6 +231,9 @@ def learn_stream(
     known: str,
     *,
     progress: Callable[[str], None] = lambda _: None,
+    learned: int = 0,
+    reading: Reading | None = None,
+    save: SaveReading = lambda _: None,
 ) -> Iterator[DocumentRecord]:
     """Learn documents in order, and yield a record after each.
 
@@ -243,13 +242,22 @@ def learn_stream(
         documents: the stream.
         known: text that the model knew before; its score measures retention.
         progress: called with what is being done.
+        learned: documents at the start of the stream that the method has learned in an earlier run.
+        reading: where a `SessionMethod` stands in the document after these.
+        save: called with where a `SessionMethod` stands, before a document and after every segment.
     """
-    for document in documents:
+    for document in documents[learned:]:
         progress(f"{document.name}: scoring before")
-        before = method.score(document.text)
-        started = time.perf_counter()
-        online = method.learn(document, progress)
-        seconds = time.perf_counter() - started
+        before = method.score(document.text) if reading is None else reading.before
+        started, earlier = time.perf_counter(), 0.0 if reading is None else reading.seconds
+        if isinstance(method, SessionMethod):
+            if reading is None:
+                begun = reading = method.begin(before)
+                save(lambda begun=begun: begun)
+            online = method.learn(document, progress, reading, save)
+        else:
+            online = method.learn(document, progress)
+        seconds, reading = earlier + time.perf_counter() - started, None
         progress(f"{document.name}: scoring after")
         after, known_now, first = map(method.score, (document.text, known, documents[0].text))
         yield DocumentRecord(

@@ -28,7 +28,7 @@ class Cursor:
 
     ``memory`` is what it has learned. ``text`` is the start of a block of text that is not complete, ``waiting`` the
     tokens (with their bytes) of a segment that is not complete. ``blocks`` and ``segments`` count those of the current
-    document, ``tokens`` counts all tokens read.
+    document, ``characters`` the text of it that was taken over. ``tokens`` counts all tokens read.
     """
 
     memory: Any
@@ -37,6 +37,7 @@ class Cursor:
     blocks: int = 0
     segments: int = 0
     tokens: int = 0
+    characters: int = 0
 
     def end_document(self) -> Cursor:
         """The cursor after the end of the document; incomplete blocks and segments are dropped."""
@@ -80,7 +81,7 @@ class DocumentReader:
         for block in filter(None, blocks):
             tokens = self.tokens_of(block, first=cursor.blocks == 0)
             cursor = replace(cursor, waiting=(*cursor.waiting, *tokens), blocks=cursor.blocks + 1)
-        return replace(cursor, text=rest)
+        return replace(cursor, text=rest, characters=cursor.characters + len(piece or ""))
 
     def next_segment(self, cursor: Cursor, *, ending: bool) -> int:
         """Tokens of the next segment, 0 if it is not complete; at the end of a document it may be shorter."""

@@ -335,6 +335,14 @@ class MemorySession:
         """Tokens read."""
         return self._cursor.tokens
 
+    @property
+    def unfinished(self) -> tuple[int, int] | None:
+        """Characters and segments read of a document that has not ended, as in a file that was saved while it was read.
+
+        ``read(text[characters:])`` goes on with it. None between documents.
+        """
+        return (self._cursor.characters, self._cursor.segments) if self._cursor.characters else None
+
     def describe(self) -> list[LevelRow]:
         """Every level of every layer: period, writes, distance from its initial weights, bytes."""
         return self.diff()
@@ -390,7 +398,7 @@ class MemorySession:
         with self._lock:
             cursor = self._cursor
         memory = self._backend.to_tree(cursor.memory)
-        rest = (cursor.text, cursor.waiting, cursor.blocks, cursor.segments, cursor.tokens)
+        rest = (cursor.text, cursor.waiting, cursor.blocks, cursor.segments, cursor.tokens, cursor.characters)
         tensors, spec = flatten_state((memory, *rest), "cursor")
         header = {
             "model": type(self.model).__name__,

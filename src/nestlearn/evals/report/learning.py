@@ -6,9 +6,9 @@ from html import escape
 from itertools import accumulate
 from pathlib import Path
 
-from nestlearn.evals.learning import DocumentRecord, StreamRecord
 from nestlearn.evals.report import page
 from nestlearn.evals.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Line, Panel, chart
+from nestlearn.evals.stream_record import DocumentRecord, StreamRecord
 
 _WHAT_CHANGED = {
     "cms": "the levels of its memory changed; the pretrained weights did not",
