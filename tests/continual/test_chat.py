@@ -20,13 +20,17 @@ class Memory:
     texts: list[str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     forgotten: list[Any] = field(default_factory=list)
+    log: tuple[Any, ...] = ()
 
     @property
     def tokenizer(self) -> Any:
         return SimpleNamespace(chat_template=self.template)
 
     def generate(self, prompt: str, **options: Any) -> str:
+        on_text = options.pop("on_text", None)
         self.asked.append({"prompt": prompt, **options})
+        for piece in (" ", "\n I ha", f"ve read {len(self.texts)}.") if on_text else ():
+            on_text(piece)
         return f" I have read {len(self.texts)}.\n"
 
     def read(self, source: str | Path, progress: Any = None) -> str:
@@ -34,13 +38,14 @@ class Memory:
         if progress is not None:
             progress("reading")
         self.texts.append(text)
+        self.log = (*self.log, SimpleNamespace(what=str(source)))
         return f"{len(text)} bytes"
 
     def save(self, path: Path) -> None:
         path.write_text("\n".join(self.texts))
 
     def fork(self) -> Memory:
-        return Memory(self.template, list(self.texts))
+        return Memory(self.template, list(self.texts), log=self.log)
 
     def forget(self, levels: list[int] | None) -> None:
         if levels and max(levels) > 1:
@@ -152,10 +157,33 @@ def test_levels_are_listed_and_forgotten(chat: Chat) -> None:
     assert chat.session.forgotten == [[0, 1], None]
 
 
+def test_an_answer_comes_piece_by_piece(chat: Chat) -> None:
+    said: list[str] = []
+    chat.say = said.append
+    assert chat.handle("Hello") == "" and said == ["I ha", "ve read 0.", "\n"]
+    assert chat.turns == [("Hello", "I have read 0.")]
+
+
+def test_the_last_reading_is_undone(chat: Chat, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    assert "nothing to undo" in chat.handle("/undo")
+    chat.handle(f"/read {tmp_path}/a {tmp_path}/b")
+    assert chat.handle("/undo") == f"Undone: {tmp_path}/b." and chat.session.texts == ["a"] and chat.unsaved
+    assert "nothing to undo" in chat.handle("/undo")
+    chat.handle("/learn on")
+    chat.handle("Hello")
+    assert len(chat.session.texts) == 2
+    assert chat.handle("/undo").startswith("Undone: You: Hello") and chat.session.texts == ["a"]
+    chat.handle(f"/read {tmp_path}/b")
+    chat.handle("/forget")
+    assert "nothing to undo" in chat.handle("/undo")
+
+
 def test_other_lines(chat: Chat) -> None:
     assert chat.handle("/help") == COMMANDS_HELP
     assert chat.handle("  ") == ""
-    assert "Unknown command /what" in chat.handle("/what")
+    assert "Unknown command /why" in chat.handle("/why")
     assert chat.session.asked == []
-    chat.handle(" /what")
-    assert chat.session.asked[-1]["prompt"] == "You: /what\nModel:"
+    chat.handle(" /why")
+    assert chat.session.asked[-1]["prompt"] == "You: /why\nModel:"

@@ -772,3 +772,36 @@ def test_levels_count_the_tokens_that_were_read() -> None:
     assert [row.tokens for row in session.describe()] == [0, 226]
     session.read("z" * 10)
     assert [row.tokens for row in session.describe()] == [10, 236]
+
+
+def test_the_log_tells_what_was_read_and_is_saved(model, tmp_path: Path) -> None:
+    session = MemorySession(model, TOKENIZER, compare="none")
+    (tmp_path / "a.txt").write_text("From a file. " * 3)
+    session.read(tmp_path / "a.txt")
+    before = session.fork()
+    session.read(TEXT[:64])
+    session.read(iter(["pieces", " of it"]), name="my notes")
+    session.score(TEXT[:64])
+    assert [entry.what for entry in session.log] == [
+        str(tmp_path / "a.txt"),
+        repr(TEXT[:40].rstrip() + "..."),
+        "my notes",
+    ]
+    assert [entry.bytes for entry in session.log] == [39, 64, 12] and session.log[0].when.startswith("20")
+    session.save(tmp_path / "session")
+    assert MemorySession.load(tmp_path / "session", model, TOKENIZER).log == session.log
+    assert len(before.log) == 1
+    session.forget([0])
+    assert len(session.log) == 3
+    session.forget()
+    assert session.log == ()
+
+
+def test_a_continuation_comes_piece_by_piece(model) -> None:
+    session, pieces = MemorySession(model, TOKENIZER, compare="none"), []
+    text = session.generate("The ", max_new_tokens=12, on_text=pieces.append)
+    assert "".join(pieces) == text == session.generate("The ", max_new_tokens=12) and len(pieces) > 3
+    stop = text[5:7]
+    pieces.clear()
+    assert session.generate("The ", max_new_tokens=12, stop=stop, on_text=pieces.append) == "".join(pieces)
+    assert stop not in "".join(pieces)

@@ -14,6 +14,7 @@ from nestlearn.cli.common import (
     Dtype,
     MaxNewTokens,
     ModelName,
+    Progress,
     Seed,
     Temperature,
     TopP,
@@ -23,7 +24,7 @@ from nestlearn.cli.common import (
     tune,
 )
 
-HELP = """Talk to a model in the terminal, and let it learn: /read FILE, /save, /fork, /forget, /levels, /help.
+HELP = """Talk to a model in the terminal, and let it learn: /read FILE, /learn on, /what, /undo, /save, /forget, /help.
 
 [bold]Example[/bold]
 
@@ -49,18 +50,27 @@ def run(
     tune(verbose)
     hide_progress_bars()
     from nestlearn.continual.chat import Chat, Sampling
-    from nestlearn.continual.session import open_session
+    from nestlearn.continual.session import at_most_every, open_session
 
     memory = open_session(model, session, dtype=dtype, device=device)
     console = plain_console()
+    seldom = at_most_every(Progress.seconds, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
 
     def report(text: str) -> None:
-        """Progress: on a terminal each text replaces the one before; elsewhere nothing is printed."""
+        """Progress: on a terminal each text replaces the one before; elsewhere standard error gets a line now and
+        then."""
         if console.is_terminal:
             console.print(text[: console.width - 1].ljust(console.width - 1), end="\r")
+        else:
+            seldom(text)
+
+    def say(text: str) -> None:
+        """A piece of an answer, at once."""
+        console.print(text, end="")
+        sys.stdout.flush()
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    conversation = Chat(memory, session, sampling, learn_conversation, report=report)
+    conversation = Chat(memory, session, sampling, learn_conversation, report=report, say=say)
     state = f"{session} ({memory.nbytes:,} bytes)" if session.exists() else f"a new memory, to be saved as {session}"
     console.print(f"{model} with {state}. /help lists the commands.")
     if sys.stdin.isatty():

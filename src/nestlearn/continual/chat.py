@@ -16,6 +16,8 @@ from nestlearn.continual.session import PromptTooLong, at_most_every, format_lev
 COMMANDS_HELP = """Type a message to get an answer. Commands:
   /read FILE...        learn from text files; prints bits per byte with and without the writes
   /learn on|off        whether the model also learns from this conversation (off at first)
+  /what                what was read, when, and how many bytes
+  /undo                return to the memory before the last reading
   /levels              the levels of the memory, and what each has read
   /forget [LEVEL...]   return levels (all, if none is named) to the model's own weights
   /fork FILE           save a copy of the memory to FILE and go on with the copy
@@ -45,10 +47,13 @@ class Chat:
         sampling: how answers are drawn.
         learns: whether each message and its answer are read into the memory.
         report: called with the progress of a long command.
+        say: called with each piece of an answer as soon as it is known; `handle` then returns an empty text. None:
+            `handle` returns the answer.
         turns: (message, answer) of the conversation so far.
         unsaved: whether the memory differs from its file.
         done: whether the user has left.
         answered: answers so far, which vary the seed.
+        before: the memory before the last reading, for /undo.
     """
 
     session: Any
@@ -56,10 +61,12 @@ class Chat:
     sampling: Sampling = field(default_factory=Sampling)
     learns: bool = False
     report: Callable[[str], None] = lambda _: None
+    say: Callable[[str], None] | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)
     unsaved: bool = False
     done: bool = False
     answered: int = 0
+    before: Any = None
 
     def handle(self, line: str) -> str:
         """The answer to a line. An error of a command is an answer too, and leaves everything as it was."""
@@ -75,6 +82,8 @@ class Chat:
         commands: dict[str, Callable[[list[str]], str]] = {
             "/read": self._read,
             "/learn": self._learn,
+            "/what": self._what,
+            "/undo": self._undo,
             "/levels": lambda _: self.levels(),
             "/forget": self._forget,
             "/fork": self._fork,
@@ -122,13 +131,23 @@ class Chat:
         answer = self._generate(message)
         self.turns.append((message, answer))
         if self.learns:
-            self.unsaved = True
-            self.session.read(self.turn(message, answer))
+            self._learn_text(self.turn(message, answer))
+        if self.say is not None and answer:
+            self.say("\n")
+            return ""
         return answer or "(the model said nothing)"
+
+    def _learn_text(self, source: Any, **options: Any) -> Any:
+        """Read into the memory, so that /undo can return to the one before."""
+        # Set first: what was read before an error or Ctrl-C stays learned.
+        self.unsaved, self.before = True, self.session.fork()
+        return self.session.read(source, **options)
 
     def _generate(self, message: str) -> str:
         """The answer. If the conversation is too long for the model, its oldest turns are dropped."""
         options = asdict(self.sampling) | {"seed": self.sampling.seed + self.answered, "stop": "\nYou:"}
+        if self.say is not None:
+            options["on_text"] = self._say_without_blanks_first()
         while True:
             try:
                 return self.session.generate(self.prompt(message), **options).strip()
@@ -137,14 +156,24 @@ class Chat:
                     raise
                 del self.turns[0]
 
+    def _say_without_blanks_first(self) -> Callable[[str], None]:
+        begun = False
+
+        def say(text: str) -> None:
+            nonlocal begun
+            shown = text if begun else text.lstrip()
+            begun = begun or bool(shown)
+            if shown and self.say is not None:
+                self.say(shown)
+
+        return say
+
     def _read(self, arguments: list[str]) -> str:
         if not arguments:
             return "Name at least one text file: /read FILE..."
         lines = []
         for name in arguments:
-            # Set first: what was read before an error or Ctrl-C stays learned.
-            self.unsaved = True
-            result = self.session.read(
+            result = self._learn_text(
                 Path(name).expanduser(), progress=at_most_every(0.5, lambda report: self.report(str(report)))
             )
             lines.append(f"{name}: {result}")
@@ -155,6 +184,16 @@ class Chat:
             return f"The conversation is {'' if self.learns else 'not '}being learned; /learn on or /learn off."
         self.learns = arguments == ["on"]
         return f"From now on the conversation is {'' if self.learns else 'not '}learned."
+
+    def _what(self, _: list[str]) -> str:
+        return "\n".join(map(str, self.session.log)) or "Nothing has been read yet."
+
+    def _undo(self, _: list[str]) -> str:
+        if self.before is None:
+            return "There is nothing to undo: only the last reading since the start of this program can be undone."
+        undone = self.session.log[len(self.before.log) :]
+        self.session, self.before, self.unsaved = self.before, None, True
+        return "Undone: " + ("; ".join(entry.what for entry in undone) or "a reading that was stopped") + "."
 
     def levels(self) -> str:
         """What each level has learned, as a table."""
@@ -167,7 +206,7 @@ class Chat:
                 return f"{word!r} is no number of a level; /levels shows them."
             levels.append(int(word))
         self.session.forget(levels or None)
-        self.unsaved = True
+        self.unsaved, self.before = True, None
         return "Forgotten: " + (f"level {', '.join(map(str, levels))}." if levels else "all levels.")
 
     def _fork(self, arguments: list[str]) -> str:
@@ -178,7 +217,7 @@ class Chat:
             return f"{file} already exists; choose another name, or load it with --session {file}."
         copy = self.session.fork()
         copy.save(file)
-        before, self.session, self.file, self.unsaved = self.file, copy, file, False
+        before, self.session, self.file, self.unsaved, self.before = self.file, copy, file, False, None
         return f"The conversation goes on with a copy in {file}; {before} stays as it was last saved."
 
     def _save(self, arguments: list[str]) -> str:

@@ -114,7 +114,7 @@ class SessionMethod:
             often(report)
             save(lambda: now(report))
 
-        end = now(self.session.read(document.text[start:], progress=after_segment))
+        end = now(self.session.read(document.text[start:], progress=after_segment, name=document.name))
         tokens = self.session.tokens - reading.tokens
         return replace(end, pass_tokens=reading.pass_tokens or tokens)
 

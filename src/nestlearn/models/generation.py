@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 
 @torch.inference_mode()
@@ -29,6 +30,7 @@ def generate_texts(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue prompts, given as tokens; returns the continuations alone.
@@ -45,6 +47,8 @@ def generate_texts(
         top_p: draw from the smallest set of tokens with this much probability.
         seed: of the samples. With it, the random state of the process does not change.
         stop: a word, or several.
+        on_text: of a single prompt, called with each new piece of the continuation as soon as it is known. The pieces
+            together are the result.
         options: further arguments of ``model.generate`` (``streamer``, ``repetition_penalty``, ...).
 
     Raises:
@@ -68,6 +72,10 @@ def generate_texts(
         arguments["eos_token_id"] = ends
     if words:
         arguments["stopping_criteria"] = StoppingCriteriaList([StopAt(tokenizer, words, length)])
+    if on_text is not None:
+        if len(prompts) != 1:
+            raise ValueError(f"on_text follows one prompt, and {len(prompts)} were given. Leave it out.")
+        arguments["streamer"] = TextPieces(tokenizer, words, on_text)
     output = model.generate(ids.to(model.device), **{**arguments, **options})
     texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
     return [cut_at(text, words) for text in texts]
@@ -105,6 +113,50 @@ def cut_at(text: str, words: Sequence[str]) -> str:
     """
     ends = [text.index(word) for word in words if word in text]
     return text[: min(ends)] if ends else text
+
+
+class TextPieces(BaseStreamer):
+    """Passes new text on while `generate` runs. It holds back what may turn out to be a stop word or half a character.
+
+    Example:
+        >>> from nestlearn.data import byte_tokenizer
+        >>> said = []
+        >>> pieces = TextPieces(byte_tokenizer(), ["\\nYou:"], said.append)
+        >>> for token in (b"prompt", b"a", b"\\n", b"Y", b"es", "\u00e9".encode()[:1], "\u00e9".encode()[1:]):
+        ...     pieces.put(torch.tensor(list(token)))
+        >>> pieces.end()
+        >>> said
+        ['a', '\\nYes', '\u00e9']
+    """
+
+    def __init__(self, tokenizer: Any, words: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._words, self._on_text = tokenizer, words, on_text
+        self._ids: list[int] | None = None
+        self._said = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take new tokens; the first call brings the prompt."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        text = self._text()
+        open_ends = [word[:length] for word in self._words for length in range(1, len(word))]
+        held = max((len(end) for end in open_ends if text.endswith(end)), default=0)
+        # A token may hold a part of a character, which is decoded as U+FFFD until the rest comes.
+        self._say(text[: len(text) - held].rstrip("\ufffd"))
+
+    def end(self) -> None:
+        """The continuation is complete."""
+        self._say(self._text())
+
+    def _text(self) -> str:
+        return cut_at(self._tokenizer.decode(self._ids or [], skip_special_tokens=True), self._words)
+
+    def _say(self, text: str) -> None:
+        if len(text) > self._said:
+            self._on_text(text[self._said :])
+            self._said = len(text)
 
 
 class StopAt(StoppingCriteria):

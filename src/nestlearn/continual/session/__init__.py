@@ -3,11 +3,12 @@
 from nestlearn.continual.session.levels import LevelRow, format_levels
 from nestlearn.continual.session.open import open_session
 from nestlearn.continual.session.practice import PracticeReport
-from nestlearn.continual.session.report import ReadReport, SegmentScore, at_most_every
+from nestlearn.continual.session.report import LogEntry, ReadReport, SegmentScore, at_most_every
 from nestlearn.continual.session.session import MemorySession, PromptTooLong, ReadInterrupted
 
 __all__ = [
     "LevelRow",
+    "LogEntry",
     "MemorySession",
     "PracticeReport",
     "PromptTooLong",

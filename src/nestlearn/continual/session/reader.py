@@ -245,6 +245,23 @@ def is_conversation(source: object) -> TypeGuard[Conversation]:
     return isinstance(source, list | tuple) and all(isinstance(message, Mapping) for message in source)
 
 
+def name_of_source(source: object) -> str:
+    """A name for what was read: the path of a file, or the beginning of a text or of a conversation.
+
+    Example:
+        >>> name_of_source("The lamp is red. " * 9)
+        "'The lamp is red. The lamp is red. The la...'"
+    """
+    if isinstance(source, Path):
+        return str(source)
+    if is_conversation(source):
+        return f"conversation {name_of_source(str(source[0]['content']))}"
+    if not isinstance(source, str):
+        return "a stream"
+    text = " ".join(source.split())
+    return repr(text if len(text) <= 40 else f"{text[:40].rstrip()}...")
+
+
 def check_text(text: object, where: str) -> str:
     """The text, if it is one.
 

@@ -6,6 +6,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,24 @@ class SegmentScore:
     @property
     def bits_per_byte(self) -> float:
         return _bits(self.nats, self.bytes)
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One reading of a session.
+
+    Attributes:
+        what: the name of a file, or the beginning of a text.
+        when: the end of the reading, in UTC, as ISO 8601.
+        bytes: of the text that was read.
+    """
+
+    what: str
+    when: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.when}  {self.bytes:>10,} bytes  {self.what}"
 
 
 @dataclass
@@ -93,14 +114,14 @@ class ReadReport:
         return text
 
 
-def at_most_every(seconds: float, progress: Callable[[ReadReport], None]) -> Callable[[ReadReport], None]:
-    """A progress function for `MemorySession.read` that calls another one at most every so many seconds.
+def at_most_every(seconds: float, progress: Callable[[T], None]) -> Callable[[T], None]:
+    """A progress function that calls another one at most every so many seconds.
 
-    A report sums over all its segments, which costs more than reading one when there are many.
+    A report of `MemorySession.read` sums over all its segments, which costs more than reading one if there are many.
     """
     last = -math.inf
 
-    def call(report: ReadReport) -> None:
+    def call(report: T) -> None:
         nonlocal last
         if time.monotonic() - last >= seconds:
             progress(report)

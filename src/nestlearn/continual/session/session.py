@@ -7,7 +7,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,9 +32,10 @@ from .reader import (
     check_text,
     documents_of,
     is_conversation,
+    name_of_source,
     pieces_of,
 )
-from .report import ReadReport
+from .report import LogEntry, ReadReport
 
 Compare = Literal["levels", "off", "none"]
 OnRead = Callable[[ReadReport], None]
@@ -113,11 +115,14 @@ class MemorySession:
         self._backend: Backend = kind(model, tokenizer, context_length, protect)
         self._tokens_of = BlockTokenizer(tokenizer)
         self._cursor = Cursor(self._backend.fresh())
+        self.log: tuple[LogEntry, ...] = ()
         self._lock = threading.RLock()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def read(self, source: Source, *, end: bool = True, progress: OnRead | None = None) -> ReadReport:
+    def read(
+        self, source: Source, *, end: bool = True, progress: OnRead | None = None, name: str | None = None
+    ) -> ReadReport:
         """Learn from a text, and report how well each of its segments was predicted before it was written.
 
         A document is read in segments of the smallest period. The last one may be shorter: it is written like the
@@ -135,6 +140,7 @@ class MemorySession:
                 tokens that the template writes are such; those spelled out in contents are letters.
             end: whether the last document ends here.
             progress: called after every segment with the report so far.
+            name: of the source in ``log``; by default its path, or its beginning.
 
         Raises:
             ValueError, TypeError: the source is no text; nothing was learned. All files of a folder are checked before
@@ -143,7 +149,19 @@ class MemorySession:
         """
         with self._lock:
             reader = DocumentReader(self._backend, self._tokens_of, self._cursor.memory, compare=self.compare)
-            return self._read(source, reader, end, progress)
+            name = name or name_of_source(source)
+            try:
+                report = self._read(source, reader, end, progress)
+            except ReadInterrupted as error:
+                self._note(name, error.report.bytes)
+                raise
+            self._note(name, report.bytes)
+            return report
+
+    def _note(self, name: str, count: float) -> None:
+        """Write a reading into the log."""
+        now = datetime.now(timezone.utc).isoformat(" ", "seconds").removesuffix("+00:00")
+        self.log = (*self.log, LogEntry(name, now, round(count)))
 
     def score(self, source: Source) -> float:
         """Bits per byte of a text with what was learned up to now. Nothing is written, nothing changes.
@@ -249,6 +267,8 @@ class MemorySession:
                     progress(report)
                 if not budget.left():
                     break
+            for text in texts:
+                self._note(f"practised {name_of_source(text)}", len(text.encode()))
         return report
 
     def _practising(self) -> StackedBackend:
@@ -366,7 +386,7 @@ class MemorySession:
         """
         with self._lock:
             if levels is None:
-                self._cursor = Cursor(self._backend.fresh())
+                self._cursor, self.log = Cursor(self._backend.fresh()), ()
                 return
             chosen, learning = list(levels), self._backend.levels
             if wrong := [level for level in chosen if level not in learning]:
@@ -405,6 +425,7 @@ class MemorySession:
             "fingerprint": fingerprint(self.model),
             "context_length": self._backend.context_length,
             "compare": self.compare,
+            "log": [asdict(entry) for entry in self.log],
             "spec": spec,
         }
         SESSION_FILE.write(
@@ -425,6 +446,7 @@ class MemorySession:
             session = cls(model, tokenizer, context_length=header["context_length"], compare=header["compare"])
             memory, *rest = unflatten_state(tensors, header["spec"])
             session._cursor = Cursor(session._backend.from_tree(memory), *rest)
+            session.log = tuple(LogEntry(**entry) for entry in header["log"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} has an incomplete session header ({error!r}). Restore it from a copy.") from error
         return session
