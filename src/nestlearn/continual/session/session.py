@@ -149,13 +149,13 @@ class MemorySession:
         """
         with self._lock:
             reader = DocumentReader(self._backend, self._tokens_of, self._cursor.memory, compare=self.compare)
-            name = name or name_of_source(source)
             try:
                 report = self._read(source, reader, end, progress)
             except ReadInterrupted as error:
-                self._note(name, error.report.bytes)
+                self._note(name or name_of_source(source), error.report.bytes)
                 raise
-            self._note(name, report.bytes)
+            # Only now is it known that the source can be read, and so named.
+            self._note(name or name_of_source(source), report.bytes)
             return report
 
     def _note(self, name: str, count: float) -> None:
