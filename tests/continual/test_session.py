@@ -22,6 +22,7 @@ from transformers import AddedToken, DynamicCache, LlamaConfig, LlamaForCausalLM
 from nestlearn import HopeConfig, HopeForCausalLM, Level, MemorySession, stack_levels
 from nestlearn.continual import ReadInterrupted, ReadReport, SegmentScore
 from nestlearn.continual.chat import Chat, Sampling
+from nestlearn.continual.general import protect
 from nestlearn.continual.session.reader import READ_BLOCK, BlockTokenizer, cut_read_blocks
 from nestlearn.data import byte_tokenizer, train_bpe
 from nestlearn.data.documents import Document
@@ -79,7 +80,7 @@ def states_equal(a: MemorySession, b: MemorySession) -> bool:
 def test_the_report_is_that_of_reading_by_hand(model):
     """Scores before each write, with writes off, and without each level, from `read_segment` and its parts."""
     text = TEXT[:150]
-    report = MemorySession(model, TOKENIZER, context_length=64).read(text)
+    report = MemorySession(model, TOKENIZER, context_length=64, compare="levels").read(text)
     ids, start = torch.tensor([list(text.encode())]), torch.tensor([[256]])
     names = ["full", "off", 0, 1]
     state, views, nats = None, {}, {name: [] for name in names}
@@ -411,7 +412,7 @@ def nats_of(report):
 def test_a_hope_models_levels_are_reported_one_by_one():
     """Without level l is the text read by a model whose level l never writes."""
     model, text = hope_levels(), TEXT[:300]
-    report = MemorySession(model, TOKENIZER).read(text)
+    report = MemorySession(model, TOKENIZER, compare="levels").read(text)
     assert report.by_level.keys() == {0, 1} and len(report.segments) == 3
     for level in (0, 1):
         still = MemorySession(hope_levels(still=(level,)), TOKENIZER, compare="none").read(text)
@@ -425,7 +426,7 @@ def test_a_hope_models_levels_are_reported_one_by_one():
 def test_a_hope_models_only_level_taught_by_the_loss_is_its_writes():
     """... also where a piece ends inside a segment of the loss."""
     levels = [{"period": 24, "hidden": 6, "lr": 0.05}, {"period": None, "expansion": 1}]
-    session = MemorySession(hope_levels(cms=levels, cms_signal="loss"), TOKENIZER)
+    session = MemorySession(hope_levels(cms=levels, cms_signal="loss"), TOKENIZER, compare="levels")
     for text in (TEXT[:100], TEXT[100:400]):
         before = session.fork()
         report = session.read(text)
@@ -805,3 +806,66 @@ def test_a_continuation_comes_piece_by_piece(model) -> None:
     pieces.clear()
     assert session.generate("The ", max_new_tokens=12, stop=stop, on_text=pieces.append) == "".join(pieces)
     assert stop not in "".join(pieces)
+
+
+# ----------------------------------------------------------------------------------------------- settings of levels
+
+
+def test_settings_of_levels_are_the_sessions(tmp_path):
+    """They equal the same settings of the model, are saved, and need no other model."""
+    settings = {"lr": [8.0, 2.0], "retain": 0.9, "clip": 3.0}
+    given = [Level(16, lr=8.0, retain=0.9, clip=3.0), Level(48, lr=2.0, retain=0.9, clip=3.0)]
+    shared = stack_levels(llama(), LEVELS, mode="split")
+    session, other = MemorySession(shared, TOKENIZER, **settings), MemorySession(shared, TOKENIZER)
+    stacked = MemorySession(stack_levels(llama(), given, mode="split"), TOKENIZER)
+    for one in (session, other, stacked):
+        one.read(TEXT[:300])
+    assert all(row.change == 0 for row in session.diff(stacked)) and session.diff(other)[0].change > 0
+    session.save(tmp_path / "a.session")
+    for model in (shared, stacked.model, stack_levels(llama(), [Level(16), Level(48)], mode="split")):
+        loaded = MemorySession.load(tmp_path / "a.session", model, TOKENIZER)
+        slower = MemorySession.load(tmp_path / "a.session", model, TOKENIZER, lr=0.1)
+        for one in (loaded, slower):
+            one.read(TEXT[300:500])
+        rest = session.fork()
+        rest.read(TEXT[300:500])
+        assert all(row.change == 0 for row in loaded.diff(rest)) and slower.diff(rest)[0].change > 0
+
+
+def test_rules_of_levels_are_the_sessions(model, tmp_path):
+    session = MemorySession(model, TOKENIZER, rule="momentum", momentum=0.5)
+    stacked = stack_levels(llama(), [Level(p, lr=4, rule="momentum", momentum=0.5) for p in (16, 48)], mode="split")
+    other = MemorySession(stacked, TOKENIZER)
+    for one in (session, other):
+        one.read(TEXT[:200])
+    assert all(row.change == 0 and row.rule == "momentum" for row in session.diff(other))
+    session.save(tmp_path / "a.session")
+    assert MemorySession.load(tmp_path / "a.session", model, TOKENIZER).describe()[0].rule == "momentum"
+    with pytest.raises(ValueError, match="cannot change later"):
+        MemorySession.load(tmp_path / "a.session", model, TOKENIZER, rule="descent")
+
+
+def test_bad_settings(model, hope):
+    with pytest.raises(TypeError, match="period is no setting"):
+        MemorySession(model, TOKENIZER, period=8)
+    with pytest.raises(ValueError, match="each of the 2 levels"):
+        MemorySession(model, TOKENIZER, lr=[1.0])
+    with pytest.raises(ValueError, match="lr"):
+        MemorySession(model, TOKENIZER, lr=-1.0)
+    with pytest.raises(ValueError, match="Hope model"):
+        MemorySession(hope, TOKENIZER, lr=1.0)
+
+
+def test_a_session_goes_on_over_a_model_that_was_protected_since(tmp_path):
+    """The memory of general inputs is no part of what a session belongs to; its c_0 is kept with the session."""
+    plain = stack_levels(llama(), LEVELS, mode="split")
+    session = MemorySession(plain, TOKENIZER, protect=0.2)
+    session.read(TEXT[:200])
+    session.save(tmp_path / "a.session")
+    protect(plain, TOKENIZER, TEXT, tokens=256, length=32)
+    loaded, without = (
+        MemorySession.load(tmp_path / "a.session", plain, TOKENIZER, **given) for given in ({}, {"protect": None})
+    )
+    for one in (session, loaded, without):
+        one.read(TEXT[200:400])
+    assert all(row.change == 0 for row in loaded.diff(session)) and loaded.diff(without)[0].change > 0

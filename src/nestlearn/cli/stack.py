@@ -79,24 +79,34 @@ def run(
     mode: Annotated[str, typer.Option(help="add, split or copy.")] = "add",
     layers: Annotated[str, typer.Option(help="all, last:N, or numbers joined by commas.")] = "all",
     mlp: Annotated[str | None, typer.Option(help="Pattern of the MLP modules' paths, for other models.")] = None,
+    general: Annotated[
+        Path | None,
+        typer.Option(help="Text file: what is learned leaves answers to such text alone. 'own': the model writes it."),
+    ] = None,
     dtype: Dtype = None,
     verbose: Verbose = False,
 ) -> None:
     """Stack the levels and save the model."""
     tune(verbose)
     hide_progress_bars()
+    from nestlearn.continual.general import protect
     from nestlearn.continual.pretrained import pretrained
+    from nestlearn.data.text_files import read_text
     from nestlearn.models.stacking import level_parameters, stack_levels
 
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is a file or a folder that is not empty; choose another folder, or remove it first.")
     chosen_levels = parse_levels(levels)
+    text = None if general is None or str(general) == "own" else read_text(general)
     chosen = [int(n) for n in layers.split(",")] if layers.replace(",", "").isdecimal() else layers
     with Progress() as progress:
         progress(f"loading {model}")
         loaded, tokenizer = pretrained(model, dtype=dtype)
         progress("stacking levels")
         stacked = stack_levels(loaded, chosen_levels, layers=chosen, mode=cast(Any, mode), mlp=mlp)
+        if general is not None:
+            progress(f"remembering general inputs ({general})")
+            protect(stacked, tokenizer, text)
         progress(f"saving {out}")
         with atomic_write(out, "the stacked model") as folder:
             stacked.save_pretrained(folder)

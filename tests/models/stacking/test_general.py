@@ -7,7 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from nestlearn import Level, LevelState, stack_levels
-from nestlearn.models.stacking import estimate_general, learn, read_segment
+from nestlearn.continual.general import protect
+from nestlearn.data import byte_tokenizer
+from nestlearn.models.stacking import estimate_general, load_stacked, read_segment, write
+from nestlearn.models.stacking.general import leading_directions
+from nestlearn.models.stacking.network import times_open
 
 EXACT = {"rtol": 1e-8, "atol": 1e-12}
 C0 = 0.03
@@ -50,7 +54,7 @@ def test_whole_maps_learn_the_gradient_times_p(make, levels):
             size_of, typical = (sum(w.square().sum() for w in found.values()).sqrt() for found in (weights, whole))
             written = state.networks[path][index].weights.params
             for name, g in moved.items():
-                torch.testing.assert_close(written[name][0], -learn.STEP * size_of / typical * g, **EXACT)
+                torch.testing.assert_close(written[name][0], -write.STEP * size_of / typical * g, **EXACT)
 
 
 def test_low_rank_maps_stay_in_the_span_of_p(make):
@@ -100,3 +104,55 @@ def test_without_general_inputs_nothing_changes(make):
     for path in stacked.stack_plan.paths:
         for name, w in one.networks[path][0].weights.params.items():
             assert torch.equal(w, two.networks[path][0].weights.params[name])
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_directions_that_are_left_out_count_by_their_mean(rank):
+    """The closed form equals the inverse of C with the smaller eigenvalues replaced by their mean."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 12, dtype=torch.float64, generator=generator) * torch.arange(1.0, 13, dtype=torch.float64)
+    c = x.T @ x
+    values, vectors = torch.linalg.eigh(c / (c.trace() / 12))
+    values[: 12 - rank] = values[: 12 - rank].mean() if rank < 12 else values[:0]
+    p = torch.linalg.inv(torch.eye(12, dtype=torch.float64) + (vectors * values) @ vectors.T / C0)
+    torch.testing.assert_close(times_open(x, leading_directions(c, rank), C0), x @ p, **EXACT)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_folder_keeps_the_memory(make, tmp_path, rank):
+    stacked = stack_levels(make("llama"), [Level(8, rank=2), Level(16)], mode="split")
+    estimate_general(stacked, GENERAL, rank=rank)
+    stacked.save_pretrained(tmp_path)
+    loaded = load_stacked(tmp_path).eval()
+    for c0 in (C0, 0.3, None):  # c_0 is no part of the folder
+        one, two = (read_segment(m, NEW, protect=c0).state for m in (stacked, loaded))
+        for path, levels in one.networks.items():
+            for a, b in zip(levels, two.networks[path], strict=True):
+                assert all(torch.equal(w, b.weights.params[name]) for name, w in a.weights.params.items())
+    unprotected = read_segment(loaded, NEW, protect=None).state
+    assert not torch.equal(*(s.networks[path][1].weights.params["up"] for s in (one, read_segment(loaded, NEW).state)))
+    assert torch.equal(*(s.networks[path][1].weights.params["up"] for s in (one, unprotected)))
+
+
+def test_general_text_of_the_caller_or_of_the_model(make):
+    """Tokens come from all of a text; without one the model writes it, the same for a seed."""
+    tokenizer = byte_tokenizer()
+    stacked = stack_levels(make("llama", vocab_size=len(tokenizer)), [Level(8)], mode="split")
+    found = []
+    for text, seed in (("one two three " * 40, 0), ("four five six " * 40, 0), (None, 0), (None, 0), (None, 1)):
+        protect(stacked, tokenizer, text, tokens=64, length=16, seed=seed)
+        found.append(stacked.stacked_mlps()["model.layers.0.mlp"].level(0).general_up.clone())
+    assert torch.equal(found[2], found[3])
+    assert all(not torch.equal(a, b) for a, b in ((found[0], found[1]), (found[1], found[2]), (found[3], found[4])))
+
+
+def test_bad_general_text(make):
+    stacked, tokenizer = stack_levels(make("llama"), [Level(8)], mode="split"), byte_tokenizer()
+    with pytest.raises(ValueError, match="no tokens"):
+        protect(stacked, tokenizer, "")
+    with pytest.raises(ValueError, match="has no levels"):
+        protect(make("llama"), tokenizer, "some text")
+    with pytest.raises(ValueError, match="no tokens"):
+        estimate_general(stacked, GENERAL[:, :0])
+    with pytest.raises(ValueError, match="0 directions"):
+        estimate_general(stacked, GENERAL, rank=0)

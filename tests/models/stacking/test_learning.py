@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from nestlearn import Level, LevelState, stack_levels
-from nestlearn.models.stacking import learn, read_segment
+from nestlearn.memory import Factor
+from nestlearn.models.stacking import read_segment, write
+from nestlearn.nn.cms.tape import write as write_dense
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 LEVELS = [Level(4, lr=28, retain=1.0), Level(8, lr=12, retain=1.0), Level(None)]
@@ -97,7 +99,7 @@ class Oracle:
         gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
         history = self.squares[i][level]
         history.append(sum((g * g).sum() for g in gradients))
-        decay = learn.ENERGY_DECAY
+        decay = write.ENERGY_DECAY
         ages = [decay ** (len(history) - 1 - k) for k in range(len(history))]
         typical = (sum(a * s for a, s in zip(ages, history, strict=True)) / sum(ages)) ** 0.5
         size = 0
@@ -106,7 +108,7 @@ class Oracle:
                 size = size + (self._weight(self.mlps[i], self.down) ** 2).mean() * w.numel()
             else:
                 size = size + (w**2).sum()
-        step = spec.lr * learn.STEP * size**0.5 / typical
+        step = spec.lr * write.STEP * size**0.5 / typical
         for (name, w), g in zip(list(self.params[i][level].items()), gradients, strict=True):
             self.params[i][level][name] = w - step * g
 
@@ -294,3 +296,27 @@ def test_forgetting_and_merging_levels(make, ids):
     # The clock goes on, so the forgotten level learns again in step with the other.
     _, again, _ = read(model, ids[:, :4], part)
     assert again.networks[path][0].weights.position.tolist() == [0, 0] and again.tokens == 20
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(("retain", "clip"), [(1.0, None), (0.5, None), (0.0, None), (0.7, 1e-3)])
+def test_descent_in_one_product_is_the_write_of_the_memory(make, ids, rank, retain, clip):
+    """... token after token with retention, whole and short segments, two periods of two segments."""
+    level = Level(8, rank=rank, lr=20, retain=retain, clip=clip)
+    stacked = stack_levels(make("llama", torch.float64), [Level(4), level], mode="split")
+    own = stacked.stacked_mlps()["model.layers.1.mlp"].level(1)
+    generator = torch.Generator().manual_seed(0)
+    initial = {n: w.detach() for n, w in own.initial(torch.zeros(1, dtype=torch.float64)).items()}
+    state = own.memory_of(level).init_state((2,), 16, 16, initial, dtype=torch.float64)
+    params = state.params
+    for count in (4, 3, 4, 1):
+        factors = {
+            name: Factor(*(torch.randn(2, count, n, dtype=torch.float64, generator=generator) for n in (width, out)))
+            for name, (out, width) in own.shapes.items()
+        }
+        step = torch.rand(2, dtype=torch.float64, generator=generator) / 100
+        params = write._descend(level, params, factors, step, initial)
+        state = write_dense(own.memory_of(level), state, factors, write._gates(level, factors, step), clip, initial)
+        for name, w in params.items():
+            torch.testing.assert_close(w, state.params[name], **EXACT)
+            assert (w - initial[name]).abs().max() > 1e-9

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nestlearn.memory.types import Weights
 from nestlearn.models import HopeCache
 from nestlearn.models.stacking import KeyValues, LevelFast, LevelState, read_segment, reading, stacked_model
+from nestlearn.models.stacking.plan import SETTINGS
 from nestlearn.models.stacking.practice import PracticeRows, practise
 from nestlearn.nn.state import Tree
 
@@ -63,6 +64,10 @@ class Backend(Protocol):
 
     def forgetting_tokens(self) -> tuple[int, ...]:
         """Tokens that would erase the memory; no prompt and no answer may hold one."""
+        ...
+
+    def settings_of_file(self) -> dict[str, Any]:
+        """Arguments of `MemorySession` by which another session reads in the same way."""
         ...
 
     def rows(self, memory: Any, other: Any) -> list[LevelRow]:
@@ -117,8 +122,11 @@ class StackedMemory:
 class StackedBackend:
     """Reads with `read_segment`, in blocks of ``context_length`` tokens; a new block starts without keys and values."""
 
-    def __init__(self, model: Any, tokenizer: Any, context_length: int | None, protect: float | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, context_length: int | None, protect: float | None, settings: Mapping[str, Any]
+    ) -> None:
         self.model, self.plan, self.protect = model, stacked_model(model).stack_plan, protect
+        self.settings = self.plan.with_settings(**settings)
         self.segment, self.levels = self.plan.segment, tuple(self.plan.learning())
         self.start_tokens = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
         self.positions = getattr(model.config, "max_position_embeddings", None)
@@ -137,7 +145,9 @@ class StackedBackend:
             first = read_segment(self.model, self._row(list(self.start_tokens)), memory.levels, writes=False)
             memory = replace(memory, keys=first.keys, last=_log_probabilities(first.logits)[-1])
         row = self._row(ids)
-        found = read_segment(self.model, row, memory.levels, memory.keys, writes=writes, protect=self.protect)
+        found = read_segment(
+            self.model, row, memory.levels, memory.keys, writes=writes, levels=self.settings, protect=self.protect
+        )
         logs = _log_probabilities(found.logits)
         after = replace(
             memory, levels=found.state, keys=found.keys, used=memory.used + len(ids), last=logs[-1],
@@ -147,7 +157,7 @@ class StackedBackend:
 
     def practise(self, memory: StackedMemory, rows: list[PracticeRows], lr: float) -> tuple[StackedMemory, list[float]]:
         """The memory after one step on the rows, and the loss of each batch."""
-        levels, losses = practise(self.model, rows, memory.levels, lr=lr, protect=self.protect)
+        levels, losses = practise(self.model, rows, memory.levels, lr=lr, levels=self.settings, protect=self.protect)
         return StackedMemory(levels), losses
 
     def _row(self, ids: list[int]) -> Int[Tensor, "1 t"]:
@@ -156,8 +166,13 @@ class StackedBackend:
     def forgetting_tokens(self) -> tuple[int, ...]:
         return ()
 
+    def settings_of_file(self) -> dict[str, Any]:
+        learning = [self.settings[index] for index in self.levels]
+        levels = {name: [getattr(level, name) for level in learning] for name in SETTINGS}
+        return {"protect": self.protect, **levels}
+
     def rows(self, memory: StackedMemory, other: StackedMemory) -> list[LevelRow]:
-        return compare_states(self.model, memory.levels, other.levels, memory.seen, memory.began)
+        return compare_states(self.model, memory.levels, other.levels, memory.seen, memory.began, self.settings)
 
     @contextmanager
     def generating(self, memory: StackedMemory, prompt_length: int) -> Iterator[dict[str, Any]]:
@@ -226,8 +241,15 @@ class HopeBackend:
     context_length: int | None = None
     positions: int | None = None
 
-    def __init__(self, model: Any, tokenizer: Any, context_length: int | None, protect: float | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, context_length: int | None, protect: float | None, settings: Mapping[str, Any]
+    ) -> None:
         del tokenizer, protect
+        if settings:
+            raise ValueError(
+                f"{', '.join(settings)} can be set for levels on a pretrained model (stack_levels); the levels of a "
+                "Hope model were trained with theirs."
+            )
         if context_length is not None:
             raise ValueError(
                 f"context_length={context_length} is for stacked models; a Hope model has no context to drop. "
@@ -250,6 +272,9 @@ class HopeBackend:
     def forgetting_tokens(self) -> tuple[int, ...]:
         reset = self.model.config.reset_token_id
         return () if reset is None else (reset,)
+
+    def settings_of_file(self) -> dict[str, Any]:
+        return {}
 
     def rows(self, memory: HopeMemory, other: HopeMemory) -> list[LevelRow]:
         return compare_layers(self.model, memory.cache, other.cache, memory.began)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nestlearn.models.files import TensorFile, add_tensors
+from nestlearn.models.stacking.plan import SETTINGS
 
 SESSION_FILE = TensorFile("nestlearn.MemorySession", 1, "session", "MemorySession.save")
 
@@ -24,20 +25,32 @@ _VOLATILE = {
 def fingerprint(model: nn.Module) -> str:
     """A digest of the configuration and of all weights of a model.
 
+    Settings of stacked levels that belong to a session, and the memory of general inputs, do not count: what was
+    learned with others is still a change of the same weights.
+
     It reads every weight, which takes about a second per gigabyte.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = getattr(model, "config", None)
     if config is not None:
         kept = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
+        kept["stacking"] = _shapes_of(kept.get("stacking"))
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    weights = model.state_dict()
+    weights = {name: w for name, w in model.state_dict().items() if ".general_" not in name}
     if any(w.is_meta for w in weights.values()):
         from accelerate.utils.modeling import get_state_dict_offloaded_model  # takes long to import, and few need it
 
         weights = get_state_dict_offloaded_model(model)
     add_tensors(digest, weights)
     return digest.hexdigest()
+
+
+def _shapes_of(stacking: Any) -> Any:
+    """The description of a stacked model without what a session may change."""
+    if not isinstance(stacking, dict):
+        return stacking
+    levels = [{name: x for name, x in level.items() if name not in SETTINGS} for level in stacking["levels"]]
+    return {name: levels if name == "levels" else x for name, x in stacking.items() if name != "general"}
 
 
 def check_fingerprint(path: Path, header: Mapping[str, Any], model: nn.Module) -> None:

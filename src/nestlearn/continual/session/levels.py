@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from nestlearn.models import HopeCache
 from nestlearn.models.cache import LayerState
 from nestlearn.models.stacking import LevelState, stacked_model
 from nestlearn.nn.cms import ContinuumMemory
-from nestlearn.nn.cms.level import LevelWeights
+from nestlearn.nn.cms.level import Level, LevelWeights
 from nestlearn.nn.cms.nested import NestedState
 from nestlearn.nn.state import Tree, state_bytes, tensors_of
 
@@ -39,11 +39,17 @@ class LevelRow:
 
 @torch.no_grad()
 def compare_states(
-    model: Any, state: LevelState, other: LevelState, seen: int, began: Mapping[int, int]
+    model: Any,
+    state: LevelState,
+    other: LevelState,
+    seen: int,
+    began: Mapping[int, int],
+    settings: Sequence[Level],
 ) -> list[LevelRow]:
     """The distance of two states, for every stacked MLP and learning level in order.
 
-    ``seen`` counts the tokens read, ``began`` gives the token at which a level started to learn (0 by default).
+    ``seen`` counts the tokens read, ``began`` gives the token at which a level started to learn (0 by default), and
+    ``settings`` are the levels as the session has them.
     """
     stacked = stacked_model(model)
     plan, rows = stacked.stack_plan, []
@@ -54,7 +60,7 @@ def compare_states(
             squares = [(mine[name].double() - theirs[name].double()).square().sum() for name in mine]
             change = torch.stack(squares).sum().sqrt()
             change = change / module.size(index, change.device).clamp(min=1e-30)
-            level, tokens = plan.levels[index], 0 if held is None else seen - began.get(index, 0)
+            level, tokens = settings[index], 0 if held is None else seen - began.get(index, 0)
             rows.append(LevelRow(path, index, level.period, level.rule, tokens, float(change), state_bytes(held)))
     return rows
 

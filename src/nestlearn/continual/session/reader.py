@@ -67,9 +67,11 @@ class DocumentReader:
         writes: bool = True,
         compare: str = "none",
     ) -> None:
-        self.backend, self.tokens_of, self.writes, self._before = backend, tokens_of, writes, memory
+        self.backend, self.tokens_of, self.writes = backend, tokens_of, writes
         ignored: list[int | None] = {"none": [], "off": [None], "levels": [None, *backend.levels]}[compare]
         self._views: dict[int | None, Any] = dict.fromkeys(ignored, memory)
+        # Without a comparison nobody needs the memory of the start, which may be large.
+        self._before = memory if ignored else None
 
     def take(self, cursor: Cursor, piece: str | Tokens | None) -> Cursor:
         """Tokenize a piece of the document as far as it completes blocks. None, the end, completes the last one, and so

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from nestlearn.data.control_tokens import LiteralText, control_ids
 from nestlearn.models import HopeForCausalLM
 from nestlearn.models.generation import generate_texts
-from nestlearn.models.stacking.learn import PROTECT
+from nestlearn.models.stacking.write import PROTECT
 from nestlearn.nn.state import flatten_state, unflatten_state
 
 from .backends import Backend, HopeBackend, StackedBackend
@@ -37,7 +37,7 @@ from .reader import (
 )
 from .report import LogEntry, ReadReport
 
-Compare = Literal["levels", "off", "none"]
+Compare = Literal["off", "levels", "none"]
 OnRead = Callable[[ReadReport], None]
 Source = str | Path | Iterable[str] | Conversation
 
@@ -75,12 +75,17 @@ class MemorySession:
             (default: the model's positions, at most 1,024). What was learned stays.
         compare: what `read` measures for comparison. ``"off"``: the same text with all writes ignored, those of the
             mixers of a Hope model too. ``"levels"``: also with the writes of each level ignored. ``"none"``: nothing.
-            Each comparison costs one more forward pass.
+            Each comparison costs one more forward pass, a third of the time of a segment that is written.
         protect: ``c_0`` of a stacked model's memory of general inputs (`nestlearn.models.stacking.protect`): a smaller
             one keeps writes further from general inputs. None writes without it.
+        settings: ``rule``, ``lr``, ``retain``, ``clip`` and ``momentum`` of the levels of a stacked model, in place of
+            those with which it was stacked: one value for all, or a sequence with one for each level that learns. See
+            `nestlearn.nn.Level`.
 
     Raises:
-        ValueError: a model without levels or in training mode, or a context too short for a segment.
+        ValueError: a model without levels or in training mode, a context too short for a segment, or a setting that
+            cannot work.
+        TypeError: an unknown setting.
 
     Example:
         >>> from nestlearn.data import byte_tokenizer
@@ -103,16 +108,17 @@ class MemorySession:
         tokenizer: Any,
         *,
         context_length: int | None = None,
-        compare: Compare = "levels",
+        compare: Compare = "off",
         protect: float | None = PROTECT,
+        **settings: Any,
     ) -> None:
         if compare not in get_args(Compare):
-            raise ValueError(f"compare={compare!r} does not exist; use 'levels', 'off' or 'none'.")
+            raise ValueError(f"compare={compare!r} does not exist; use 'off', 'levels' or 'none'.")
         if model.training:
             raise ValueError("the model is in training mode. Call model.eval() before it reads.")
         self.model, self.tokenizer, self.compare = model, tokenizer, compare
         kind = HopeBackend if isinstance(model, HopeForCausalLM) else StackedBackend
-        self._backend: Backend = kind(model, tokenizer, context_length, protect)
+        self._backend: Backend = kind(model, tokenizer, context_length, protect, settings)
         self._tokens_of = BlockTokenizer(tokenizer)
         self._cursor = Cursor(self._backend.fresh())
         self.log: tuple[LogEntry, ...] = ()
@@ -426,6 +432,7 @@ class MemorySession:
             "context_length": self._backend.context_length,
             "compare": self.compare,
             "log": [asdict(entry) for entry in self.log],
+            "settings": self._backend.settings_of_file(),
             "spec": spec,
         }
         SESSION_FILE.write(
@@ -433,8 +440,14 @@ class MemorySession:
         )
 
     @classmethod
-    def load(cls, path: str | Path, model: Any, tokenizer: Any) -> MemorySession:
+    def load(cls, path: str | Path, model: Any, tokenizer: Any, **settings: Any) -> MemorySession:
         """A session from a file, over the model with which it was learned.
+
+        Args:
+            path: of the file.
+            model: with which it was learned. It may have been stacked with other settings, or protected since.
+            tokenizer: of the model.
+            settings: ``protect`` and settings of levels, in place of those in the file; see `MemorySession`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -443,8 +456,15 @@ class MemorySession:
         tensors, header = SESSION_FILE.read(Path(path))
         check_fingerprint(Path(path), header, model)
         try:
-            session = cls(model, tokenizer, context_length=header["context_length"], compare=header["compare"])
-            memory, *rest = unflatten_state(tensors, header["spec"])
+            options = {name: header[name] for name in ("context_length", "compare", "settings", "spec")}
+        except KeyError as error:
+            raise ValueError(f"{path} has an incomplete session header ({error!r}). Restore it from a copy.") from error
+        known, spec = options.pop("settings"), options.pop("spec")
+        session = cls(model, tokenizer, **options, **{**known, **settings})
+        if session._backend.settings_of_file().get("rule") != known.get("rule"):
+            raise ValueError(f"{path} was learned by the rules {known.get('rule')}, which cannot change later.")
+        try:
+            memory, *rest = unflatten_state(tensors, spec)
             session._cursor = Cursor(session._backend.from_tree(memory), *rest)
             session.log = tuple(LogEntry(**entry) for entry in header["log"])
         except (KeyError, TypeError) as error:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from nestlearn.memory import Factor, Gates, State
-from nestlearn.memory.types import Weights
 from nestlearn.models.segments import learn_segment, next_token_nats
-from nestlearn.nn.cms.level import Level, loss_gates
-from nestlearn.nn.cms.tape import Factors, Tape, gradients, squared_norm, usable, write
-from nestlearn.nn.common import wide_dtype
-from nestlearn.nn.state import detach, map_tensors
+from nestlearn.nn.cms.level import Level
+from nestlearn.nn.cms.tape import Tape, gradients, usable
+from nestlearn.nn.state import detach
 
 from .model import StackedModel, stacked_model
-from .network import LevelFast, LevelState, StackedLevel, StackedMLP, reading
+from .network import LevelState, reading
+from .write import PROTECT, Writing, write_levels
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of every attention layer, ``[b, heads, t, d_head]``."""
-
-STEP = 5e-4
-"""Change of a level's weights by a typical segment, relative to the norm of its initial network, at ``Level.lr`` 1."""
-
-KEPT = 0.97
-"""What a level without ``retain`` keeps, over one period, of what it has written."""
-
-PROTECT = 0.03
-"""``c_0`` of the memory of general inputs, by default."""
-
-ENERGY_DECAY = 0.95
-"""Kept fraction, per segment, of the moving average of squared gradient norms, the size of a typical gradient."""
 
 
 class SegmentRead(NamedTuple):
@@ -55,6 +41,7 @@ def read_segment(
     *,
     writes: bool = True,
     meta: Literal["first", "second"] | None = None,
+    levels: Sequence[Level] | None = None,
     protect: float | None = PROTECT,
 ) -> SegmentRead:
     """Read up to one segment (the smallest period) after the context in ``keys``, and learn from it.
@@ -76,6 +63,7 @@ def read_segment(
         writes: False only reads.
         meta: None detaches everything. ``first`` keeps the graph from initial weights to outputs, with the written
             gradients as constants; ``second`` differentiates through them as well.
+        levels: the levels of the model with other settings (see `StackPlan.with_settings`); None takes the model's.
         protect: ``c_0`` of the memory of general inputs (`nestlearn.models.stacking.general`), if the model has one;
             None writes without it.
 
@@ -95,9 +83,10 @@ def read_segment(
     stacked, state = stacked_model(model), state or LevelState()
     _check(stacked, ids, state)
     learns = writes and ids.shape[1] > 1
+    how = Writing(stacked.stack_plan.levels if levels is None else tuple(levels), protect, meta is not None)
     with gradients(), torch.set_grad_enabled(learns or meta is not None):
         ids, keys, networks = usable((ids, keys, dict(state.networks)))
-        found = _read(model, stacked, ids, replace(state, networks=networks), keys, learns, meta, protect)
+        found = _read(model, stacked, ids, replace(state, networks=networks), keys, learns, how, meta)
     if meta is not None:
         return found
     logits, keys, loss = detach((found.logits, found.keys, found.loss))
@@ -111,23 +100,23 @@ def _read(
     state: LevelState,
     keys: KeyValues,
     learns: bool,
+    how: Writing,
     meta: str | None,
-    protect: float | None,
 ) -> SegmentRead:
     cache = DynamicCache(keys) if keys else DynamicCache()
 
     def run(tape: Tape | None) -> tuple[Tensor, LevelState]:
-        with reading(stacked.stack_plan, state, tape, protect):
+        with reading(stacked.stack_plan, state, tape, how.protect):
             return model(input_ids=ids, past_key_values=cache, use_cache=True).logits, state
 
     if learns:
         logits, loss, after = learn_segment(
             run,
             lambda logits: logits,
-            lambda state, factors: _write(stacked, state, factors, meta is not None, protect),
+            lambda state, factors: write_levels(stacked, state, factors, how),
             ids,
             second_order=meta == "second",
-            keep_graph=meta is not None,
+            keep_graph=how.keep_graph,
         )
     else:
         logits, after = run(None)
@@ -148,95 +137,3 @@ def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:
         )
     if model.training:
         raise ValueError("the model is in training mode, where dropout adds noise. Call model.eval() first.")
-
-
-def _write(
-    model: StackedModel, state: LevelState, factors: dict[Any, Factors], keep_graph: bool, protect: float | None
-) -> LevelState:
-    """The state after the factors of a segment are written into every level."""
-    plan, networks = model.stack_plan, dict(state.networks)
-    for path, module in model.stacked_mlps().items():
-        held = list(networks.get(path, (None,) * len(plan.levels)))
-        for index in plan.learning():
-            held[index] = _write_level(
-                module, index, held[index], factors[path, index], state.tokens, keep_graph, protect
-            )
-        networks[path] = tuple(held)
-    return replace(state, networks=networks, tokens=state.tokens + plan.segment)
-
-
-def _write_level(
-    module: StackedMLP,
-    index: int,
-    held: LevelFast | None,
-    factors: Factors,
-    clock: int,
-    keep_graph: bool,
-    protect: float | None,
-) -> LevelFast:
-    level, segment, memory = module.stack_plan.levels[index], module.stack_plan.segment, module.level(index).memory
-    assert memory is not None
-    error = next(iter(factors.values())).error
-    rows, dtype = error.shape[0], wide_dtype(error)
-    initial = {name: w.to(dtype) for name, w in module.level(index).initial(error, protect).items()}
-    if not keep_graph:
-        initial = {name: w.detach() for name, w in initial.items()}
-    if held is None:
-        width = module.level(index).width
-        state = memory.init_state((rows,), width, width, initial, dtype=dtype, device=error.device)
-        state = state._replace(position=state.position + clock % memory.chunk_size, aligned=False)
-        held = LevelFast(state, error.new_zeros(rows, dtype=dtype), 0)
-    # The layers of a model, and the state, may be on different devices.
-    held = cast(LevelFast, map_tensors(lambda x: x.to(error.device), held))
-    factors = {name: Factor(x.to(dtype), e.to(dtype)) for name, (x, e) in factors.items()}
-    energy = ENERGY_DECAY * held.energy + (1 - ENERGY_DECAY) * squared_norm(factors).detach()
-    typical = (energy / (1 - ENERGY_DECAY ** (held.writes + 1))).sqrt()
-    gates = _gates(level, segment, factors, module.size(index, error.device).to(dtype), typical)
-    opened = module.level(index).open_part
-    factors = {name: Factor(opened(name, x, protect), e) for name, (x, e) in factors.items()}
-    factors, gates = _fill(level, segment, factors, gates)
-    state = write(memory, held.weights, factors, gates, level.clip, initial)
-    if level.rule == "orthogonalized" and protect is not None:
-        state = state._replace(params=_open_writes(module.level(index), held.weights, state, gates, initial, protect))
-    position = (clock + segment) % memory.chunk_size
-    state = state._replace(position=torch.full_like(state.position, position), aligned=position == 0)
-    if position == 0:
-        # The last segment of a document may be shorter than its period, which ends with it.
-        state = state._replace(anchor=state.params)
-    return LevelFast(state, energy, held.writes + 1)
-
-
-def _open_writes(
-    level: StackedLevel, before: State, after: State, gates: Gates, initial: Weights, protect: float
-) -> Weights:
-    """The weights, with P applied to what was written: an orthogonalized write loses the scale of its keys."""
-    kept = gates.retain.prod(1)[:, None, None]
-    found = dict(after.params)
-    for name, w in after.params.items():
-        base = initial[name] + kept * (before.params[name] - initial[name])
-        found[name] = base + level.open_part(name, w - base, protect)
-    return found
-
-
-def _gates(level: Level, segment: int, factors: Factors, size: Tensor, typical: Float[Tensor, "b"]) -> Gates:
-    """Steps that change the weights of a level by ``lr`` times ``size`` in a typical segment."""
-    tokens = next(iter(factors.values())).error.shape[1]
-    if level.rule == "orthogonalized":
-        # An orthogonalized [out, in] has the Frobenius norm sqrt(min(out, in)); `loss_gates` divides by the period.
-        rank = sum(min(x.shape[-1], e.shape[-1]) for x, e in factors.values())
-        step = (STEP * size * cast(int, level.period) / (segment * rank**0.5)).expand(typical.shape)
-    else:
-        step = torch.where(typical > 0, STEP * size / typical.clamp(min=torch.finfo(typical.dtype).tiny), 0)
-    kept = step.new_tensor(KEPT if level.retain is None else level.retain)
-    return loss_gates(level, step.unsqueeze(1).expand(-1, tokens), kept)
-
-
-def _fill(level: Level, segment: int, factors: Factors, gates: Gates) -> tuple[Factors, Gates]:
-    """Fill a short last segment, if the rule writes at the end of a period: its clock must reach it."""
-    missing = segment - gates.lr.shape[1]
-    if level.rule != "orthogonalized" or missing == 0:
-        return factors, gates
-    factors = {name: Factor(*(F.pad(x, (0, 0, 0, missing)) for x in factor)) for name, factor in factors.items()}
-    kept = F.pad(gates.retain, (0, missing), value=1)
-    momentum = None if gates.momentum is None else F.pad(gates.momentum, (0, missing), value=1)
-    return factors, Gates(F.pad(gates.lr, (0, missing)), kept, momentum)

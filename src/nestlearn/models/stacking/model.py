@@ -35,7 +35,13 @@ class StackedModel(NotCopied, PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.install_levels(StackPlan.from_dict(getattr(config, "stacking", None)))
+        stacking = getattr(config, "stacking", None)
+        known = {**stacking} if isinstance(stacking, dict) else stacking
+        directions = known.pop("general", None) if isinstance(known, dict) else None
+        self.install_levels(StackPlan.from_dict(known))
+        if directions is not None:
+            for module in self.stacked_mlps().values():
+                module.reserve_general(directions)
         self.post_init()
 
     def install_levels(self, plan: StackPlan) -> None:

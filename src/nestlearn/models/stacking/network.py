@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nestlearn.memory import State
+from nestlearn.memory import AssociativeMemory, State
 from nestlearn.memory.architectures import Linear
 from nestlearn.memory.types import Weights
 from nestlearn.nn.cms.level import Level, level_memory
@@ -29,6 +29,9 @@ from nestlearn.nn.state import detach, index_rows, map_tensors, record, state_by
 
 from .families import map_shape, squares_by_unit
 from .plan import StackPlan
+
+CAST_TOKENS = 16
+"""From so many tokens on, casting the weights to bfloat16 costs less than a product in their own dtype."""
 
 
 @record("stacking.level")
@@ -173,8 +176,9 @@ class StackedLevel(nn.Module):
         # It gives the number of maps; the function is the model's own.
         activation: FFNActivation = "swiglu" if gated else "gelu"
         architecture = level.architecture(units, activation)
-        self.level, self.width = level, width
+        self.level, self.width, self.units = level, width, units
         self.memory = None if level.period is None else level_memory(level, architecture)
+        self.architecture = architecture
         self.shapes = architecture.shapes(width, width)
         maps = Level(hidden=units).shapes(width, activation) if own else {}
         if level.rank is not None:
@@ -185,6 +189,11 @@ class StackedLevel(nn.Module):
     def forward(self) -> Weights:
         """The parameters by name."""
         return dict(self.named_parameters())
+
+    def memory_of(self, level: Level) -> AssociativeMemory:
+        """The memory of this level with other settings."""
+        known = self.memory is not None and level.rule == self.level.rule
+        return cast(AssociativeMemory, self.memory) if known else level_memory(level, self.architecture)
 
     def initial(self, like: Tensor, protect: float | None = None) -> Weights:
         """``{map: [out, in]}`` of the weights that learn, before the first write: zero for D or B, and A.
@@ -211,10 +220,7 @@ class StackedLevel(nn.Module):
     def open_part(self, name: str, x: Float[Tensor, "*b in"], protect: float | None) -> Float[Tensor, "*b in"]:
         """``x P`` of rows x that are inputs of a map (of A, in a low-rank map)."""
         kept = getattr(self, "general_down" if name.startswith("down") else "general_up", None)
-        if kept is None or protect is None or name.endswith("_B"):
-            return x
-        kept = kept.to(x)
-        return x - (x @ kept.mT) / (protect + kept.square().sum(1)) @ kept
+        return x if kept is None or protect is None or name.endswith("_B") else times_open(x, kept.to(x), protect)
 
     def change(
         self, held: LevelFast | None, tape: Tape | None, key: tuple[str, int], x: Tensor, protect: float | None
@@ -228,6 +234,8 @@ class StackedLevel(nn.Module):
         if held is not None:
             fast = {name: for_rows(w, x.shape[0]).to(x.device) for name, w in fast.items()}
         dtype = next(iter(fast.values())).dtype
+        if x.dtype == torch.bfloat16 and x.shape[-2] >= CAST_TOKENS:
+            dtype = x.dtype
         learned = fast_linear({name: w.to(dtype) for name, w in fast.items()}, recorded, key)
         learned = learned if self.level.rank is None else low_rank_linear(learned)
 
@@ -273,7 +281,7 @@ class StackedMLP(nn.Module):
             sizes = [level.units(width, "swiglu" if gated else "gelu") for level in plan.levels]
         else:
             sizes = [units.stop - units.start for units in self._units()]
-        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        like = self._like()
         first = {"add": 0, "copy": 1, "split": len(sizes)}[plan.mode]  # the first level with parameters O
         self.levels = nn.ModuleList(
             StackedLevel(level, size, width, gated, i >= first, like)
@@ -283,6 +291,20 @@ class StackedMLP(nn.Module):
     def remove(self) -> None:
         """Undo `install`."""
         del self.levels, self.stack_plan, self.stack_path, self._squares
+
+    def reserve_general(self, directions: int) -> None:
+        """Room for the memory of general inputs that a file holds, of at most so many directions per map."""
+        for level in (self.level(i) for i in self.stack_plan.learning()):
+            for name, width in (("up", level.width), ("down", level.units)):
+                level.remember(name, self._like().new_zeros(min(directions, width), width))
+
+    def remember(self, index: int, name: str, directions: Float[Tensor, "r in"]) -> None:
+        """Keep the directions of the general inputs of a map of a level, in the dtype of the model."""
+        self.level(index).remember(name, directions.to(self._like()))
+
+    def _like(self) -> Tensor:
+        """A tensor with the dtype and device of the pretrained maps."""
+        return next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
 
     def level(self, index: int) -> StackedLevel:
         """The level with this number."""
@@ -378,14 +400,25 @@ class StackedMLP(nn.Module):
         return linear
 
 
-def for_rows(w: Float[Tensor, "r out in"], batch: int) -> Float[Tensor, "b out in"]:
+def times_open(x: Float[Tensor, "*b in"], kept: Float[Tensor, "r in"], protect: float) -> Float[Tensor, "*b in"]:
+    """``x P`` by the leading directions of C; see equation 2 of `nestlearn.models.stacking.general`."""
+    squares = kept.square().sum(1)
+    rest = (1 - squares.sum() / kept.shape[1]).clamp(min=0)
+    return protect / (protect + rest) * (x - (x @ kept.mT) / (protect + rest + squares) @ kept)
+
+
+def for_rows(w: Float[Tensor, "r out in"], batch: int) -> Float[Tensor, "*b out in"]:
     """Weights of ``r`` rows for a batch: one row serves all, and each of several serves as many beams or samples.
+
+    Those of one row have no row dimension: a product with one matrix is faster than one with a batch of them.
 
     Raises:
         ValueError: the batch is no multiple of the rows.
     """
     rows = w.shape[0]
-    if rows in (1, batch):
+    if rows == 1:
+        return w[0]
+    if rows == batch:
         return w
     if batch % rows:
         raise ValueError(

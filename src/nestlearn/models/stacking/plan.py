@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from nestlearn.nn.cms.level import Level, check_order, check_segments
@@ -10,6 +11,9 @@ from nestlearn.nn.cms.level import Level, check_order, check_segments
 from .families import MapNames
 
 Mode = Literal["add", "split", "copy"]
+
+SETTINGS = ("rule", "lr", "retain", "clip", "momentum")
+"""Fields of `Level` that change no shape of a model: a session may have its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,34 @@ class StackPlan:
     def learning(self) -> list[int]:
         """Indices of the levels that have a period."""
         return [i for i, period in enumerate(self.periods) if period is not None]
+
+    def with_settings(self, **settings: Any) -> tuple[Level, ...]:
+        """The levels with other settings: each is one value, or a sequence with one for every level that has a period.
+
+        Raises:
+            TypeError: a name that is no setting (`SETTINGS`).
+            ValueError: a sequence of another length, or a value that cannot work.
+
+        Example:
+            >>> plan = StackPlan((Level(8), Level(16)), "split", ("mlp",), MapNames("up", "down"))
+            >>> [(level.lr, level.retain) for level in plan.with_settings(lr=[4.0, 1.0], retain=1.0)]
+            [(4.0, 1.0), (1.0, 1.0)]
+        """
+        if unknown := sorted(set(settings) - set(SETTINGS)):
+            raise TypeError(
+                f"{', '.join(unknown)} is no setting of a level that a session can change; those are "
+                f"{', '.join(SETTINGS)}. Periods, ranks and sizes belong to the model: stack_levels(model, levels)."
+            )
+        learning, levels = self.learning(), list(self.levels)
+        for name, value in settings.items():
+            values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+            if values is not None and len(values) != len(learning):
+                raise ValueError(
+                    f"{name}={value!r} needs one value, or one for each of the {len(learning)} levels that learn."
+                )
+            for i, index in enumerate(learning):
+                levels[index] = replace(levels[index], **{name: value if values is None else values[i]})
+        return tuple(levels)
 
     def units(self, hidden: int) -> list[range]:
         """Hidden units of each level in mode ``split``, for an MLP with ``hidden`` units. Other units stay frozen.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +17,9 @@ from nestlearn.nn.cms.level import Level
 from nestlearn.nn.cms.tape import Tape, gradients, segment_factors, usable
 from nestlearn.nn.common import wide_dtype
 
-from .learn import KEPT, PROTECT, STEP
 from .model import StackedModel, stacked_model
 from .network import LevelFast, LevelState, StackedMLP, reading
+from .write import KEPT, PROTECT, STEP
 
 Gradients = dict[tuple[str, int], Weights]
 """``{(path of the MLP, level): {map: [out, in]}}``."""
@@ -45,6 +45,7 @@ def practise(
     state: LevelState | None = None,
     *,
     lr: float = 1.0,
+    levels: Sequence[Level] | None = None,
     protect: float | None = PROTECT,
 ) -> tuple[LevelState, list[float]]:
     """One step of every level on the loss of all batches together, which share one memory.
@@ -60,6 +61,7 @@ def practise(
         batches: rows, each batch read in one forward and backward pass.
         state: of one row, at the end of a document.
         lr: factor of every level's step.
+        levels: the levels of the model with other settings, as in `read_segment`.
         protect: ``c_0`` of the memory of general inputs, as in `read_segment`.
 
     Returns:
@@ -82,7 +84,8 @@ def practise(
     """
     stacked, state = stacked_model(model), state or LevelState()
     plan = stacked.stack_plan
-    _check(stacked, state)
+    chosen = plan.levels if levels is None else tuple(levels)
+    _check(stacked, state, chosen)
     mlps, total, losses = stacked.stacked_mlps(), {}, []
     with gradients():
         held = replace(state, networks=usable(dict(state.networks)))
@@ -91,20 +94,19 @@ def practise(
     networks = dict(state.networks)
     with torch.no_grad():
         for path, module in mlps.items():
-            levels = list(networks.get(path, (None,) * len(plan.levels)))
+            now = list(networks.get(path, (None,) * len(plan.levels)))
             for index in plan.learning():
-                level = plan.levels[index]
-                levels[index] = _step(module, index, level, levels[index], total[path, index], lr, protect)
-            networks[path] = tuple(levels)
+                now[index] = _step(module, index, chosen[index], now[index], total[path, index], lr, protect)
+            networks[path] = tuple(now)
     return replace(state, networks=networks), losses
 
 
-def _check(model: StackedModel, state: LevelState) -> None:
+def _check(model: StackedModel, state: LevelState, levels: Sequence[Level]) -> None:
     if state.rows > 1:
         raise ValueError(f"the level state holds {state.rows} rows; practice writes into one. Use index_rows([i]).")
     if model.training:
         raise ValueError("the model is in training mode, where dropout adds noise. Call model.eval() first.")
-    if any(level.rule == "delta" for level in model.stack_plan.levels):
+    if any(level.rule == "delta" for level in levels):
         raise ValueError('a level of rule="delta" cannot practise: it erases token by token. Use another rule.')
 
 
@@ -139,8 +141,7 @@ def _step(
 ) -> LevelFast:
     """A level after one step along the gradients of its maps."""
     part = module.level(index)
-    memory = part.memory
-    assert memory is not None
+    memory = part.memory_of(level)
     like = next(iter(total.values()))
     initial = {name: w.to(like) for name, w in part.initial(like, protect).items()}
     if held is None:
