@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nestlearn import Level, LevelState, stack_levels
-from nestlearn.models.stacking import estimate_general, learn, read_segment
+from nestlearn.models.stacking import estimate_general, read_segment, write
 from nestlearn.models.stacking.practice import PracticeRows, practise
 
 from .test_general import C0, GENERAL, MAPS, dense_projection
@@ -55,7 +55,7 @@ def test_a_step_is_the_gradient_of_the_weighted_losses(make, protect):
         norm = sum(g.square().sum() for g in opened.values()).sqrt()
         written = state.networks[path][0].weights
         for name, g in opened.items():
-            torch.testing.assert_close(written.params[name][0], -6.0 * learn.STEP * size / norm * g, **EXACT)
+            torch.testing.assert_close(written.params[name][0], -6.0 * write.STEP * size / norm * g, **EXACT)
             assert torch.equal(written.params[name], written.anchor[name])
 
 
