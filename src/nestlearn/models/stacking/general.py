@@ -19,8 +19,8 @@ C is kept by its r leading eigenvectors. Along all other directions it counts as
     X P = c_0 / (c_0 + m) (X - (X Bᵀ) / (c_0 + m + |b|²) B),    m = 1 - |B|² / width                        (2)
 
 It is exact for r = width. It costs ``4 r width`` operations per token and input. A level keeps two matrices B in the
-dtype of the model, for the inputs of the MLP (gate and up) and of down: ``r (width + units)`` numbers. With 256
-directions that is 1.1 MB per layer of SmolLM2-135M in bfloat16 (32 MB in all), and 4.1 MB with all of them.
+dtype of the model, for the inputs of the MLP (gate and up) and of down: ``r (width + units)`` numbers. With 512
+directions that is 2.2 MB per layer of SmolLM2-135M in bfloat16 (65 MB in all), and 5.4 MB with all of them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def own_text(model: Any, tokenizer: Any, tokens: int = TOKENS, length: int = 256
     return model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=noise, **options)
 
 
-DIRECTIONS = 256
+DIRECTIONS = 512
 """Directions kept of the inputs of a map, by default."""
 
 
