@@ -15,7 +15,7 @@ One passage of each of some articles is learned, then five questions about each 
 Only questions count that the model answers, and better than before, with the passage in its context. Arms: the model as
 it is and with the passage in context; ``read``: a session reads the passages once; ``again``: windows of the passages
 only, as often as practice takes in time; ``practice``; ``unprotected``: practice without the memory of general inputs.
-The general text is the start of Wikipedia's file, the damage is measured on another part of it and on other kinds.
+The general text is the start of Wikipedia's file, of a novel and of a module of Python; damage is measured on others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse as source_of_code
 import inspect
 import json
+import logging
 import random
 import sys
 import time
@@ -38,7 +39,8 @@ from nestlearn.continual import protect
 from nestlearn.data.control_tokens import LiteralText
 from nestlearn.evals.probes import answer_scores, question_ids
 
-GENERAL_BYTES = 300_000
+GENERAL_BYTES = 40_000
+"""Of each kind of general text."""
 ARMS = ("base", "context", "read", "again", "practice", "unprotected")
 
 
@@ -114,6 +116,12 @@ def summary(found: Record, kept: list[int]) -> dict[str, float]:
     }
 
 
+def general_text(data: Path) -> str:
+    """An encyclopedia, a novel and source code."""
+    texts = [(data / name).read_text() for name in ("wikitext2/valid.txt", "gutenberg_books/alice.txt")]
+    return "\n\n".join(text[:GENERAL_BYTES] for text in (*texts, inspect.getsource(logging)))
+
+
 def learn(arm: str, model: Any, tokenizer: Any, passages: list[Record], options: Any, seed: int) -> tuple[Any, Record]:
     """The session of an arm, and what it cost."""
     guard = None if arm == "unprotected" else options.protect
@@ -151,8 +159,7 @@ def run(arm: str, options: Any, seed: int) -> Record:
     if arm in ("base", "context"):
         return examiner.examine(with_context=arm == "context")
     if arm != "unprotected":
-        text = (options.data / "wikitext2/valid.txt").read_text()[:GENERAL_BYTES]
-        protect(model, tokenizer, text)
+        protect(model, tokenizer, general_text(options.data))
     session, spent = learn(arm, model, tokenizer, passages, options, seed)
     with session.active():
         return {**examiner.examine(), **spent}
@@ -164,9 +171,9 @@ def main(words: Sequence[str] | None = None) -> None:
     made.add_argument("--data", type=Path, default=Path("../shared/data"))
     made.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     made.add_argument("--passages", type=int, default=8)
-    made.add_argument("--passes", type=int, default=40)
+    made.add_argument("--passes", type=int, default=30)
     made.add_argument("--again", type=float, default=1.75, help="Passes of the arm `again` for one of practice.")
-    made.add_argument("--lr", type=float, default=4.0)
+    made.add_argument("--lr", type=float, default=3.0)
     made.add_argument("--rank", type=int, default=16)
     made.add_argument("--rule", default="orthogonalized")
     made.add_argument("--protect", type=float, default=0.03)
