@@ -29,7 +29,7 @@ Nothing but a session file changes. It is created if it does not exist, and save
 
   nestlearn practice runs/smollm2 --session mine.safetensors --stream handbook.md
 
-  nestlearn practice runs/smollm2 --session mine.safetensors --stream notes/ --passes 40 --minutes 30
+  nestlearn practice runs/smollm2 --session mine.safetensors --stream notes/ --passes 60 --minutes 30
 """
 
 _SAVE_SECONDS = 60.0
@@ -40,9 +40,9 @@ def run(
     model: ModelName,
     session: Annotated[Path, typer.Option(help="File of the memory. The first save creates it.")],
     stream: Annotated[list[str], typer.Option(help="Text file, folder or pattern; may be repeated.")],
-    passes: Annotated[int, typer.Option(min=1, help="Times each document is read.")] = 20,
+    passes: Annotated[int, typer.Option(min=1, help="Times each document is read.")] = 30,
     questions: Annotated[int, typer.Option(min=0, help="Questions in each step; 0 reads the text only.")] = 8,
-    lr: Annotated[float, typer.Option(help="Factor of the steps of all levels.")] = 1.0,
+    lr: Annotated[float, typer.Option(help="Factor of the steps of all levels.")] = 3.0,
     minutes: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
     seed: Seed = 0,
     dtype: Dtype = None,

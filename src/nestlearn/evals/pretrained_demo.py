@@ -44,11 +44,11 @@ class PretrainedPlan:
         unrelated_bytes: of text that is scored before and after.
     """
 
-    passes: int = 40
-    lora_passes: int = 40
+    passes: int = 30
+    lora_passes: int = 30
     lora_lr: float = 3e-4
     level: Level = LEVEL
-    lr: float = 6.0
+    lr: float = 3.0
     general_tokens: int = 8192
     unrelated_bytes: int = 8192
     seed: int = 0

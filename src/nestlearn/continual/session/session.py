@@ -221,9 +221,9 @@ class MemorySession:
     def practice(
         self,
         *sources: str | Path | Iterable[str],
-        passes: int = 20,
+        passes: int = 30,
         questions: int = QUESTIONS,
-        lr: float = 1.0,
+        lr: float = 3.0,
         minutes: float | None = None,
         prompt: str = PROMPT,
         seed: int = 0,
