@@ -159,7 +159,7 @@ def run(arm: str, options: Any, seed: int) -> Record:
     if arm in ("base", "context"):
         return examiner.examine(with_context=arm == "context")
     if arm != "unprotected":
-        protect(model, tokenizer, general_text(options.data))
+        protect(model, tokenizer, general_text(options.data), rank=None)
     session, spent = learn(arm, model, tokenizer, passages, options, seed)
     with session.active():
         return {**examiner.examine(), **spent}

@@ -154,7 +154,7 @@ _METHODS_OF = {
 """Methods that use an option; the others refuse it."""
 _FIXES = {
     "session": "leave it out; the method trains the model's weights.",
-    "learning_rate": "leave it out; each level has a rate of its own: nestlearn stack MODEL --levels 64:lr=0.5 ...",
+    "learning_rate": "leave it out; each level has its own. In Python: MemorySession(model, tokenizer, lr=0.5).",
 }
 
 
