@@ -31,7 +31,9 @@ def test_a_page_answers_its_questions(seed: int) -> None:
     assert page != invent_town(seed + 1)[0]
     for question in questions:
         assert question.answer in page and len(question.wrong) == 3
-        assert len({question.answer, *question.wrong}) == 4
+        assert len({question.answer, *question.wrong, *question.near}) == 4 + len(question.near)
+        assert all(near in page for near in question.near)
+        assert not any(wrong in page for wrong in question.wrong if not wrong.isdigit())
         assert question.text not in page
 
 

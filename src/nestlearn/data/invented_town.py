@@ -5,9 +5,37 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-_ONSETS, _VOWELS, _CODAS = "b d f g k l m n p r s t v z br dr kr st tr".split(), "aeiou", ["", "l", "n", "r", "s", "sk"]
-_ENDINGS = ("mere", "wick", "holm", "stad", "ford", "dale", "by", "mouth")
-_FIRST = ("Ilsabet", "Oda", "Tomas", "Pell", "Sigrun", "Rufus", "Marit", "Jorun", "Kasper", "Linnea", "Edda", "Bram")
+_FIRST = ("Alice", "Martin", "Clara", "Victor", "Helen", "Oscar", "Nora", "Felix", "Irene", "Hugo", "Marta", "Simon")
+_LAST = (
+    "Carter",
+    "Novak",
+    "Brandt",
+    "Moreau",
+    "Hughes",
+    "Petrov",
+    "Vidal",
+    "Sorensen",
+    "Okafor",
+    "Tanaka",
+    "Reyes",
+    "Kemp",
+)
+_PLACE = (
+    "Amber",
+    "Stone",
+    "Silver",
+    "Oak",
+    "Raven",
+    "Copper",
+    "Winter",
+    "Fox",
+    "Maple",
+    "Iron",
+    "Heron",
+    "Salt",
+    "Birch",
+)
+_ENDINGS = ("wick", "mere", "ford", "dale", "field", "bury", "haven", "gate")
 _TRADES = ("salt merchant", "lens grinder", "ferry captain", "dentist", "beekeeper", "clockmaker", "glassblower")
 _ANIMALS = ("goats", "otters", "herons", "hedgehogs", "storks", "badgers")
 _COLOURS = ("yellow", "green", "violet", "orange", "crimson", "silver")
@@ -46,14 +74,16 @@ _QUESTIONS = (
 
 
 class Question(NamedTuple):
-    """A question in other words than the page, the right answer, and three wrong ones of the same kind.
+    """A question in other words than the page, the right answer, and wrong ones of the same kind.
 
-    Wrong answers stand on the page too where it has some of their kind.
+    ``wrong``: three that are not on the page. ``near``: up to three that answer other questions about it, so that what
+    is merely familiar does not help.
     """
 
     text: str
     answer: str
     wrong: tuple[str, ...]
+    near: tuple[str, ...]
 
 
 def invent_town(seed: int) -> tuple[str, list[Question]]:
@@ -65,36 +95,27 @@ def invent_town(seed: int) -> tuple[str, list[Question]]:
         True
     """
     draw = random.Random(f"town {seed}")
-    people = [f"{first} {_word(draw)}" for first in draw.sample(_FIRST, len(_FIRST))]
-    places = [_word(draw) + draw.choice(_ENDINGS) for _ in range(12)]
-    # The town is older than its bridge and its tram.
-    years = sorted(draw.sample(range(1612, 1990), 8))
-    trades = draw.sample(_TRADES, len(_TRADES))
+    first, last = draw.sample(_FIRST, len(_FIRST)), draw.sample(_LAST, len(_LAST))
+    town, *places = [f"{word}{draw.choice(_ENDINGS)}" for word in draw.sample(_PLACE, len(_PLACE))]
     kinds = {
-        "person": people,
+        "person": [" ".join(name) for name in zip(first, last, strict=True)],
         "place": places,
-        "year": list(map(str, years)),
-        "trade": trades,
+        # The town is older than its tram and its bridge.
+        "year": list(map(str, sorted(draw.sample(range(1612, 1990), 8)))),
+        "trade": draw.sample(_TRADES, len(_TRADES)),
         "animals": draw.sample(_ANIMALS, len(_ANIMALS)),
         "colour": draw.sample(_COLOURS, len(_COLOURS)),
         "day": draw.sample(_DAYS, len(_DAYS)),
         "number": list(map(str, draw.sample(range(2, 40), 6))),
     }
-    town, left = _word(draw) + draw.choice(_ENDINGS), {kind: iter(values) for kind, values in kinds.items()}
+    left = {kind: iter(values) for kind, values in kinds.items()}
     found = {name: next(left[kind]) for _, name, kind in _QUESTIONS}
     others = {"street": next(left["place"]), "bridge": next(left["year"])}
+    fresh = {kind: list(values) for kind, values in left.items()}
     page = "\n\n".join(paragraph.format(town=town, **found, **others) for paragraph in _PARAGRAPHS)
-    used = {kind: [found[name] for _, name, k in _QUESTIONS if k == kind] for kind in kinds}
     questions = []
     for text, name, kind in _QUESTIONS:
-        wrong = [value for value in used[kind] if value != found[name]]
-        draw.shuffle(wrong)
-        wrong += [value for value in kinds[kind] if value not in used[kind]]
-        questions.append(Question(text.format(town=town), found[name], tuple(wrong[:3])))
+        near = [found[other] for _, other, k in _QUESTIONS if k == kind and other != name]
+        wrong, near = draw.sample(fresh[kind], 3), draw.sample(near, min(3, len(near)))
+        questions.append(Question(text.format(town=town), found[name], tuple(wrong), tuple(near)))
     return f"{town}: a town and its people\n\n{page}\n", questions
-
-
-def _word(draw: random.Random) -> str:
-    """An invented name of two syllables."""
-    syllables = (draw.choice(_ONSETS) + draw.choice(_VOWELS) + draw.choice(_CODAS) for _ in range(2))
-    return "".join(syllables).capitalize()

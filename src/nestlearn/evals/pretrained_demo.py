@@ -44,12 +44,12 @@ class PretrainedPlan:
         unrelated_bytes: of text that is scored before and after.
     """
 
-    passes: int = 30
-    lora_passes: int = 30
+    passes: int = 60
+    lora_passes: int = 60
     lora_lr: float = 3e-4
     level: Level = LEVEL
     lr: float = 3.0
-    general_tokens: int = 8192
+    general_tokens: int = 4096
     unrelated_bytes: int = 8192
     seed: int = 0
 
@@ -62,7 +62,8 @@ class ArmResult:
     """How a model did: on the questions, on unrelated text, and what learning cost.
 
     Attributes:
-        scores: of each question, mean log probability per token of the right answer and of each wrong one.
+        scores: of each question, mean log probability per token of the right answer, of each wrong one, and of each
+            near one.
         answers: what the model said.
         unrelated: bits per byte of text that has nothing to do with the page.
         seconds: of learning.
@@ -70,7 +71,7 @@ class ArmResult:
     """
 
     label: str
-    scores: list[list[float]]
+    scores: list[tuple[float, list[float], list[float]]]
     answers: list[str]
     unrelated: float
     seconds: float = 0.0
@@ -79,13 +80,21 @@ class ArmResult:
     @property
     def right(self) -> float:
         """Share of the questions whose right answer is the likeliest of four."""
-        return sum(scores[0] > max(scores[1:]) for scores in self.scores) / len(self.scores)
+        return sum(right > max(wrong) for right, wrong, _ in self.scores) / len(self.scores)
 
     @property
     def margin(self) -> float:
         """Right answer minus the mean of the wrong ones, nats per token, mean over the questions."""
-        margins = [scores[0] - sum(scores[1:]) / len(scores[1:]) for scores in self.scores]
-        return sum(margins) / len(margins)
+        return _mean([right - _mean(wrong) for right, wrong, _ in self.scores])
+
+    @property
+    def near(self) -> float:
+        """The same against answers to other questions about the page, for questions that have some."""
+        return _mean([right - _mean(near) for right, _, near in self.scores if near])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def run_pretrained_demo(name: str, out: Path, plan: PretrainedPlan, console: Con
     write_text(out / "results.json", json.dumps(asdict(results), indent=1, ensure_ascii=False))
     for arm in arms:
         console.print(
-            f"{arm.label}: {arm.right:.0%} right (chance 25 %), margin {arm.margin:+.2f}, "
+            f"{arm.label}: {arm.right:.0%} right (chance 25 %), margin {arm.margin:+.2f}, near {arm.near:+.2f}, "
             f"unrelated text {arm.unrelated:.3f} bits per byte, {arm.seconds:.0f} s"
         )
     return write_pretrained_report(results, out / "report.html")
@@ -156,12 +165,18 @@ def _ask(
     """Scores and answers of a model, with the page in its context or without."""
     asked = [question_ids(tokenizer, f"{q.text} Answer in a few words.", page) for q in questions]
     with active():
-        scores = [
-            answer_scores(model, tokenizer, ids, (q.answer, *q.wrong)) for ids, q in zip(asked, questions, strict=True)
-        ]
+        scores = [_scores(model, tokenizer, ids, question) for ids, question in zip(asked, questions, strict=True)]
         said = generate_texts(model, tokenizer, asked, max_new_tokens=24)
         bits = _bits(model, tokenizer, unrelated)
     return ArmResult(label, scores, [text.strip() for text in said], bits, seconds, nbytes)
+
+
+def _scores(
+    model: Any, tokenizer: Any, asked: Sequence[int], question: Question
+) -> tuple[float, list[float], list[float]]:
+    answers = (question.answer, *question.wrong, *question.near)
+    right, *rest = answer_scores(model, tokenizer, asked, answers)
+    return right, rest[: len(question.wrong)], rest[len(question.wrong) :]
 
 
 @torch.no_grad()

@@ -44,17 +44,19 @@ def _comparison(results: PretrainedResults) -> list[str]:
             arm.label,
             f"{arm.right:.0%}",
             f"{arm.margin:+.2f}",
+            f"{arm.near:+.2f}",
             f"{arm.unrelated:.3f} ({_change(arm.unrelated, before)})",
             f"{arm.seconds:.0f}" if arm.seconds else "",
             f"{arm.nbytes / 1e6:.1f}" if arm.nbytes else "",
         ]
         for arm in results.arms
     ]
-    header = ("", "right (chance 25 %)", "margin", "unrelated text, bits per byte", "seconds", "MB learned")
+    header = ("", "right (chance 25 %)", "margin", "near", "unrelated text, bits/byte", "seconds", "MB learned")
     note = (
         "Margin: log probability per token of the right answer minus the mean of three wrong ones of the same kind, "
-        "most of which stand on the page too. So it is no sign of mere familiarity. Seconds of practice include the "
-        "estimate of the memory of general inputs, which is made once for a model."
+        "which are not on the page. Near: the same against answers to other questions about the page, where mere "
+        "familiarity helps nobody. Seconds of practice include the estimate of the memory of general inputs, made once "
+        "for a model."
     )
     return [page.heading("Compared"), page.table(header, rows), page.paragraph(note, "note")]
 
