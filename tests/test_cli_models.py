@@ -102,7 +102,10 @@ def test_info_of_a_model_with_levels_and_a_session(capsys: pytest.CaptureFixture
         (("eval", "no/such/folder"), "there is no file or folder 'no/such/folder'"),
         (("train", "--preset", "llama"), "nestlearn learn --method finetune"),
         (("learn", "llama", "--stream", "texts", "--out", "out"), "nestlearn stack llama --levels 64,512"),
-        (("learn", "stacked", "--stream", "texts", "--out", "out", "--learning-rate", "1"), "--levels 64:lr=0.5"),
+        (
+            ("learn", "stacked", "--stream", "texts", "--out", "out", "--learning-rate", "1"),
+            "MemorySession(model, tokenizer, lr=0.5)",
+        ),
         (
             ("learn", "llama", "--stream", "texts", "--out", "out", "--method", "lora", "--strength", "1"),
             "--method ewc",
