@@ -185,6 +185,8 @@ def main(words: Sequence[str] | None = None) -> None:
             key: Record = {"arm": arm, "passages": options.passages, "seed": seed}
             if arm not in ("base", "context"):
                 key |= {name: getattr(options, name) for name in ("passes", "lr", "rank", "rule", "protect")}
+            if arm == "again":
+                key["again"] = options.again
             found[arm] = records.get(key, lambda arm=arm, seed=seed: run(arm, options, seed))
         kept = kept_probes(found["base"], found["context"])
         print(f"seed {seed}: {len(kept)} of {len(found['base']['scores'])} questions count")
