@@ -142,11 +142,7 @@ def learn(arm: str, model: Any, tokenizer: Any, passages: list[Record], options:
 
 def _show(report: Any) -> None:
     if report.steps % 10 == 0:
-        answers = f", answers {report.answers[-1]:.2f}" if report.answers else ""
-        print(
-            f"  step {report.steps}/{report.total}: text {report.text[-1]:.2f}{answers}, {report.seconds:.0f} s",
-            flush=True,
-        )
+        print(f"  {report}", flush=True)
 
 
 def run(arm: str, options: Any, seed: int) -> Record:

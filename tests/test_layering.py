@@ -126,7 +126,7 @@ def test_modules_and_functions_are_small(trees: dict[Path, ast.Module]) -> None:
 # What would hide state or wait for the device, where it is not allowed, and the reason.
 FORBIDDEN = [
     # The memory of general inputs is estimated once, and a constant of the model from then on.
-    (r"\.register_buffer\((?!f\"general_)", SOURCE, "fast weights are arguments and results, never buffers"),
+    (r"\.register_buffer\((?!\"general_)", SOURCE, "fast weights are arguments and results, never buffers"),
     (r"\.data\b(?!\.|_)(?=\s*[=.\[)])", SOURCE, "writing through .data goes around autograd"),
     (r"except\s*:", SOURCE, "a bare except hides errors"),
     (r"\b(TODO|FIXME|XXX)\b|NotImplementedError", SOURCE, "nothing is left half done"),

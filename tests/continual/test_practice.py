@@ -53,6 +53,11 @@ def test_files_are_documents_and_a_session_goes_on(model, tmp_path: Path) -> Non
     one.practice(tmp_path, passes=2)
     two.practice(TEXT, OTHER, passes=2)
     assert all(torch.equal(a, b) for a, b in zip(written(one), written(two), strict=True))
+    assert one.tokens == two.tokens == 0
+    one.read(OTHER)
+    known = one.describe()[0].tokens
+    one.practice(OTHER, passes=1)
+    assert one.describe()[0].tokens == known > 0
     one.save(tmp_path / "mine.session")
     again = MemorySession.load(tmp_path / "mine.session", model, byte_tokenizer())
     for each in (one, again):

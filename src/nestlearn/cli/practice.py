@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -52,26 +51,19 @@ def run(
     """Practise the documents and save the session."""
     tune(verbose)
     hide_progress_bars()
-    from nestlearn.continual.session import open_session
+    from nestlearn.continual.session import PracticeReport, at_most_every, open_session
     from nestlearn.evals.learning_setup import stream_documents
 
     texts = [document.text for document in stream_documents(stream)]
-    saved = time.monotonic()
     with Progress() as progress:
         progress(f"loading {model}")
         memory = open_session(model, session, dtype=dtype, device=device)
 
-        def show(report: Any) -> None:
-            nonlocal saved
-            left = report.seconds / report.steps * (report.total - report.steps)
-            answers = f", answers {report.answers[-1]:.2f}" if report.answers else ""
-            progress(
-                f"step {report.steps} of {report.total}: text {report.text[-1]:.2f}{answers} nats per token; "
-                f"at most {left:.0f} s left"
-            )
-            if time.monotonic() - saved > _SAVE_SECONDS:
-                memory.save(session)
-                saved = time.monotonic()
+        save = at_most_every(_SAVE_SECONDS, lambda _: memory.save(session))
+
+        def show(report: PracticeReport) -> None:
+            progress(str(report))
+            save(report)
 
         try:
             report = memory.practice(

@@ -20,7 +20,9 @@ from nestlearn.atomic import write_text
 from nestlearn.continual import LoRA, MemorySession, protect
 from nestlearn.continual.pretrained import pretrained
 from nestlearn.continual.readers import FineTuningReader
+from nestlearn.data.documents import Document
 from nestlearn.data.invented_town import Question, invent_town
+from nestlearn.evals.language import bits_per_byte
 from nestlearn.evals.learning_setup import known_text
 from nestlearn.evals.probes import answer_scores, question_ids
 from nestlearn.evals.report.pretrained_demo import write_pretrained_report
@@ -167,7 +169,7 @@ def _ask(
     with active():
         scores = [_scores(model, tokenizer, ids, question) for ids, question in zip(asked, questions, strict=True)]
         said = generate_texts(model, tokenizer, asked, max_new_tokens=24)
-        bits = _bits(model, tokenizer, unrelated)
+        bits = bits_per_byte(model, tokenizer, [Document(unrelated, "unrelated")], context=512, batch_size=1).value
     return ArmResult(label, scores, [text.strip() for text in said], bits, seconds, nbytes)
 
 
@@ -177,15 +179,6 @@ def _scores(
     answers = (question.answer, *question.wrong, *question.near)
     right, *rest = answer_scores(model, tokenizer, asked, answers)
     return right, rest[: len(question.wrong)], rest[len(question.wrong) :]
-
-
-@torch.no_grad()
-def _bits(model: Any, tokenizer: Any, text: str) -> float:
-    """Bits per byte of a text in windows of 512 tokens."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)
-    windows = [row for row in ids.split(512) if len(row) > 1]
-    nats = sum(model(row[None], labels=row[None]).loss.item() * (len(row) - 1) for row in windows)
-    return nats / torch.log(torch.tensor(2.0)).item() / len(text.encode())
 
 
 def _practise(
@@ -199,12 +192,7 @@ def _practise(
 
     def show(report: Any) -> None:
         if report.steps % 10 == 0 or report.steps == report.total:
-            left = report.seconds / report.steps * (report.total - report.steps)
-            answers = f", answers {report.answers[-1]:.2f}" if report.answers else ""
-            console.print(
-                f"  step {report.steps} of {report.total}: text {report.text[-1]:.2f}{answers} nats per token; "
-                f"{left:.0f} s left"
-            )
+            console.print(f"  {report}")
 
     report = session.practice(page, passes=plan.passes, lr=plan.lr, seed=plan.seed, progress=show)
     seconds = time.monotonic() - began

@@ -158,7 +158,7 @@ class StackedBackend:
     def practise(self, memory: StackedMemory, rows: list[PracticeRows], lr: float) -> tuple[StackedMemory, list[float]]:
         """The memory after one step on the rows, and the loss of each batch."""
         levels, losses = practise(self.model, rows, memory.levels, lr=lr, levels=self.settings, protect=self.protect)
-        return StackedMemory(levels), losses
+        return replace(memory.end_document(), levels=levels), losses
 
     def _row(self, ids: list[int]) -> Int[Tensor, "1 t"]:
         return torch.tensor([ids], device=self.model.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +61,12 @@ class PracticeReport:
         self.text.append(mean_loss(text, losses[: len(text)]))
         if asked:
             self.answers.append(mean_loss(asked, losses[len(text) :]))
+
+    def __str__(self) -> str:
+        answers = f", answers {self.answers[-1]:.2f}" if self.answers else ""
+        left = self.seconds / self.steps * (self.total - self.steps)
+        losses = f"text {self.text[-1]:.2f}{answers} nats per token"
+        return f"step {self.steps} of {self.total}: {losses}; at most {left:.0f} s left"
 
 
 OnPractice = Callable[[PracticeReport], None]
@@ -166,19 +171,3 @@ def mean_loss(rows: Sequence[PracticeRows], losses: Sequence[float]) -> float:
     """Mean loss per learned token over several batches."""
     total = sum(batch.weight for batch in rows)
     return sum(batch.weight * loss for batch, loss in zip(rows, losses, strict=True)) / total
-
-
-class Budget:
-    """Whether time is left. ``minutes=None`` has no end."""
-
-    def __init__(self, minutes: float | None) -> None:
-        if minutes is not None and not minutes > 0:
-            raise ValueError(f"minutes={minutes} must be positive; leave it out for no limit.")
-        self._began, self._limit = time.monotonic(), math.inf if minutes is None else 60 * minutes
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def left(self) -> bool:
-        return self.seconds < self._limit

@@ -21,7 +21,7 @@ from nestlearn.nn.state import flatten_state, unflatten_state
 from .backends import Backend, HopeBackend, StackedBackend
 from .file import SESSION_FILE, check_fingerprint, fingerprint
 from .levels import LevelRow
-from .practice import PROMPT, QUESTIONS, Budget, OnPractice, Practice, PracticeReport
+from .practice import PROMPT, QUESTIONS, OnPractice, Practice, PracticeReport
 from .reader import (
     BlockTokenizer,
     Conversation,
@@ -254,13 +254,15 @@ class MemorySession:
             ValueError: a Hope model, no text, or arguments out of range; nothing was learned.
         """
         backend = self._practising()
-        budget = Budget(minutes)
+        began = time.monotonic()
         texts = ["".join(pieces) for source in sources for pieces in documents_of(source)[0]]
         made = Practice(
             self.tokenizer, texts, backend.start_tokens, passes=passes, questions=questions, prompt=prompt, seed=seed
         )
         if not lr > 0:
             raise ValueError(f"lr={lr} must be positive; 1 is a step as large as that of a segment.")
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes={minutes} must be positive; leave it out for no limit.")
         report = PracticeReport(made.steps, len(made.questions))
         with self._lock, self._turn():
             self._cursor = self._cursor.end_document()
@@ -268,10 +270,10 @@ class MemorySession:
                 fall = 1 - 0.9 * report.steps / report.total
                 memory, losses = backend.practise(self._cursor.memory, [*text, *asked], lr * fall)
                 self._cursor = replace(self._cursor, memory=memory)
-                report.add(text, asked, losses, budget.seconds)
+                report.add(text, asked, losses, time.monotonic() - began)
                 if progress is not None:
                     progress(report)
-                if not budget.left():
+                if minutes is not None and report.seconds >= 60 * minutes:
                     break
             for text in texts:
                 self._note(f"practised {name_of_source(text)}", len(text.encode()))

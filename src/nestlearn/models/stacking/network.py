@@ -171,6 +171,9 @@ class StackedLevel(nn.Module):
         like: a tensor with the dtype and device of the parameters.
     """
 
+    general_up: Float[Tensor, "r in"] | None
+    general_down: Float[Tensor, "r in"] | None
+
     def __init__(self, level: Level, units: int, width: int, gated: bool, own: bool, like: Tensor) -> None:
         super().__init__()
         # It gives the number of maps; the function is the model's own.
@@ -185,6 +188,9 @@ class StackedLevel(nn.Module):
             maps |= {name: shape for name, shape in self.shapes.items() if name.endswith("_A")}
         for name, shape in maps.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device)))
+        # Directions of the general inputs of gate and up, and of down (`nestlearn.models.stacking.general`).
+        self.register_buffer("general_up", None)
+        self.register_buffer("general_down", None)
 
     def forward(self) -> Weights:
         """The parameters by name."""
@@ -215,11 +221,11 @@ class StackedLevel(nn.Module):
 
     def remember(self, name: str, directions: Float[Tensor, "r in"]) -> None:
         """Keep the directions of the general inputs of a map, ``up`` or ``down``."""
-        self.register_buffer(f"general_{name}", directions)
+        setattr(self, f"general_{name}", directions)
 
     def open_part(self, name: str, x: Float[Tensor, "*b in"], protect: float | None) -> Float[Tensor, "*b in"]:
         """``x P`` of rows x that are inputs of a map (of A, in a low-rank map)."""
-        kept = getattr(self, "general_down" if name.startswith("down") else "general_up", None)
+        kept = self.general_down if name.startswith("down") else self.general_up
         return x if kept is None or protect is None or name.endswith("_B") else times_open(x, kept.to(x), protect)
 
     def change(

@@ -114,9 +114,9 @@ def _add_gradients(
     model: PreTrainedModel, plan: Any, state: LevelState, rows: PracticeRows, protect: float | None, total: Gradients
 ) -> float:
     """Add the gradients of a batch to ``total``; returns the mean loss."""
-    ids, learned, tape = rows.ids.to(model.device), rows.learned[:, 1:].to(model.device), Tape()
-    if not bool(learned.any()):
+    if not bool(rows.learned[:, 1:].any()):
         raise ValueError("the rows have no learned token behind their first one; nothing can be practised.")
+    ids, learned, tape = rows.ids.to(model.device), rows.learned[:, 1:].to(model.device), Tape()
     with reading(plan, state, tape, protect):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1][learned]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
