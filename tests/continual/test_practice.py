@@ -78,6 +78,19 @@ def test_an_interrupt_keeps_the_steps_taken(model) -> None:
     assert session(model).practice(TEXT, passes=500, minutes=1e-9).steps == 1
 
 
+def test_steps_fall_linearly(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, steps = session(model), []
+    step = one._backend.practise
+
+    def watch(memory, rows, lr):
+        steps.append(lr)
+        return step(memory, rows, lr)
+
+    monkeypatch.setattr(one._backend, "practise", watch)
+    one.practice(TEXT, passes=4, lr=2.0)
+    assert steps == pytest.approx([2.0, 1.55, 1.1, 0.65])
+
+
 def test_the_answer_of_a_question_is_learned_and_nothing_else() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT

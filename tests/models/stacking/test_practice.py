@@ -125,3 +125,16 @@ def test_what_cannot_be_practised_is_refused(make):
     erasing = stack_levels(make("llama"), [Level(8, rule="delta")], mode="split")
     with pytest.raises(ValueError, match="cannot practise"):
         practise(erasing, [ROWS])
+
+
+def test_rows_of_a_keep_their_norm_under_general_inputs(make):
+    stacked = stack_levels(make("llama", torch.float64), [Level(8, rank=3)], mode="split")
+    estimate_general(stacked, GENERAL)
+    for module in stacked.stacked_mlps().values():
+        level = module.level(0)
+        for name, a in level().items():
+            start = level.initial(a, C0)[name]
+            torch.testing.assert_close(start.norm(dim=1), a.norm(dim=1))
+            opened = level.open_part(name, a, C0)
+            torch.testing.assert_close(F.cosine_similarity(start, opened), torch.ones(3, dtype=a.dtype))
+            assert (opened.norm(dim=1) < 0.9 * a.norm(dim=1)).any()
