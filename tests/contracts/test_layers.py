@@ -54,6 +54,8 @@ LAYERS: dict[str, MixerConfig | Callable[[], nn.Module]] = {
         for name, memory in MEMORIES.items()
         if name not in catalog
     },
+    "mixer with a cache": MemoryMixerConfig("gated_deltanet", chunk_size=4, cache=3, learn_initial=True),
+    "mixer with recent tokens": MemoryMixerConfig("deltanet", chunk_size=4, cache=5, cache_keep="recent"),
     **{f"mac {name}": TitansMACConfig(name, segment_length=5, persistent_tokens=3, **SMALL) for name in catalog},
     "mac bare": TitansMACConfig(segment_length=5, **SMALL, **BARE),
     "mag bare": TitansMAGConfig(window=4, **SMALL, **BARE),

@@ -7,7 +7,16 @@ from .algorithms import Algorithm, Descent, Momentum, OrthogonalizedMomentum
 from .architectures import MLP, Architecture, Matrix
 from .associative import AssociativeMemory
 from .catalog import catalog
-from .engine import Explanation, absorb, explain, scan, surprise, use_engine
+from .engine import (
+    Explanation,
+    absorb,
+    explain,
+    has_write_sizes,
+    scan,
+    scan_with_sizes,
+    surprise,
+    use_engine,
+)
 from .kernels.newton_schulz import newton_schulz
 from .objectives import L2, DotProduct, Huber, Lp, Objective, ThresholdObjective, ValueShiftRobust
 from .retention import KL, Bregman, Decay, Delta, ElasticNet, Lq, LqDual, Retention
@@ -45,8 +54,10 @@ __all__ = [
     "absorb",
     "catalog",
     "explain",
+    "has_write_sizes",
     "newton_schulz",
     "scan",
+    "scan_with_sizes",
     "surprise",
     "use_engine",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .algorithms import Descent
@@ -126,6 +127,7 @@ def run(
     return_state: bool = True,
     prepared: Sequence[Prepared] | None = None,
     solve: Solve = open_span,
+    sizes: bool = False,
 ) -> tuple[Tensor, State]:
     """Read rows ``[b, t, d]`` of tokens, span by span.
 
@@ -139,6 +141,7 @@ def run(
         return_state: False skips the state after the last token; the returned one is then unspecified.
         prepared: of every span, where a memory of the same gates and keys has it.
         solve: how the tokens of a span are solved. Any other than `open_span` gets whole chunks as spans.
+        sizes: outputs have one more column, the norm of what each token wrote (`write_sizes`).
     """
     q, k, v, gates, mask, reset = tokens
     how = memory.read if read_mode is None else read_mode
@@ -149,7 +152,7 @@ def run(
     pieces = cut_tokens(clock, q, k, v, gates)
     ready = prepared
     if ready is None:
-        alone = how == "token" and is_plain_delta(memory)
+        alone = how == "token" and is_plain_delta(memory) and not sizes
         ready = prepare_ahead(memory, clock, pieces) if own and not alone else [None] * len(pieces)
     now = enter(memory, state, initial, fresh=fresh)
     # Writes from this token on are never read: a chunk read sees only the chunks before it.
@@ -158,7 +161,7 @@ def run(
     for i, (span, (q_i, k_i, v_i, gates_i), ahead) in enumerate(zip(clock.spans, pieces, ready, strict=True)):
         now = begin(now, span)
         update = return_state or clock.grid is not None or i * length < needed
-        y, now = run_span(memory, now, span, q_i, k_i, v_i, gates_i, how, update, ahead, solve)
+        y, now = run_span(memory, now, span, q_i, k_i, v_i, gates_i, how, update, ahead, solve, sizes)
         outputs.append(y)
     y = clock.join(outputs)
     if not return_state:
@@ -227,20 +230,27 @@ def run_span(
     update: bool,
     prepared: Prepared | None,
     solve: Solve = open_span,
+    sizes: bool = False,
 ) -> tuple[Tensor, Running]:
-    """Outputs of one span and the memory after it; ``update=False`` skips the latter."""
+    """Outputs of one span and the memory after it; ``update=False`` skips the latter.
+
+    ``sizes``: outputs have one more column, as in `run`.
+    """
     initial = seen_weights(memory, running.initial) if span.reset is not None else {}
     linear, adjoint = at_anchor(seen_weights(memory, running.anchor), initial, span.reset)
     y = memory.architecture(linear, q) if read_mode == "chunk" else None
-    if y is not None and not update:
+    if y is not None and not update and not sizes:
         return y, running
     factors = find_factors(memory, linear, adjoint, k, v, gates.threshold)
-    if solve is open_span and y is None and span.valid is None and span.reset is None and is_plain_delta(memory):
+    kernel = solve is open_span and not sizes and y is None and span.valid is None and span.reset is None
+    if kernel and is_plain_delta(memory):
         return read_delta(memory, running, span, q, k, factors, gates)
     asked = Update(factors, gates, span.valid, span.reset, find_closing(memory, span, gates), prepared)
     opened = solve(memory, running, asked)
     if y is None:
         y = memory.architecture(opened.read, q)
+    if sizes:
+        y = torch.cat([y, write_sizes(memory, opened).to(y)], -1)
     if update:
         running = finish(memory, opened.advance(), span.ends, span.reset)
     return y, running
@@ -269,6 +279,13 @@ def read_delta(
     if running.base is not None:
         y = y + product(q, running.base[name].mT)
     return y, finish(memory, running._replace(weights={name: weights}), span.ends, None)
+
+
+@torch.no_grad()
+def write_sizes(memory: AssociativeMemory, opened: Opened) -> Float[Tensor, "*b c 1"]:
+    """``‖p_t‖`` of every token of a span, where its write into the map that sees keys is ``p_t k_t^T``."""
+    assert opened.written is not None
+    return torch.linalg.vector_norm(opened.written(memory.architecture.query_map), dim=-1, keepdim=True)
 
 
 def finish(memory: AssociativeMemory, running: Running, ends: Rows, reset: Tensor | None) -> Running:

@@ -1,10 +1,11 @@
-"""The public functions of an associative memory: `scan`, `surprise`, `absorb`, `explain`."""
+"""The public functions of an associative memory: `scan`, `scan_with_sizes`, `surprise`, `absorb`, `explain`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -117,12 +118,10 @@ def scan(
         True
     """
     how = memory.read if read is None else read
-    check_tensors(q=q, k=k, v=v)
-    fresh = state is None
-    state = _start(memory, initial, q, k, v) if state is None else state
-    check_scan(memory, state, q, k, v, gates, mask, reset, how)
+    tokens, fresh = Tokens(q, k, v, gates, mask, reset), state is None
+    state = _checked(memory, state, tokens, initial, how)
     chosen = _choose(engine, memory, k, state, restarts=reset is not None and initial is not None)
-    y, end = _scan(memory, state, Tokens(q, k, v, gates, mask, reset), initial, how, chosen, fresh, return_state)
+    y, end = _scan(memory, state, tokens, initial, how, chosen, fresh, return_state)
     return y.to(q.dtype), end
 
 
@@ -151,6 +150,62 @@ def span_solver(memory: AssociativeMemory, like: Tensor, state: State, *, restar
     return fla.open_kernel if _choose("auto", memory, like, state, restarts=restarts) == "fla" else open_span
 
 
+def scan_with_sizes(
+    memory: AssociativeMemory,
+    state: State | None,
+    q: Float[Tensor, "*b t d_key"],
+    k: Float[Tensor, "*b t d_key"],
+    v: Float[Tensor, "*b t d_value"],
+    gates: Gates,
+    *,
+    initial: Weights | None = None,
+    mask: Bool[Tensor, "*b t"] | None = None,
+    reset: Bool[Tensor, "*b t"] | None = None,
+    return_state: bool = True,
+) -> tuple[Float[Tensor, "*b t d_value"], State, Float[Tensor, "*b t"]]:
+    """`scan`, and how much each token changed the memory: ``‖p_t‖`` of its write ``p_t k_t^T``.
+
+    Under the delta rule ``p_t = eta_t (v_t - W_{t-1} k_t)`` for the dot-product objective: the step times what the
+    memory did not know of the value yet. It is 0 at masked tokens, NaN where outputs are, and passes no gradient.
+    The engine is always ``chunked``: the others do not tell it.
+
+    Raises:
+        ValueError: a memory whose writes are not of this form (`has_write_sizes`), and as `scan`.
+
+    Example:
+        >>> from nestlearn.memory import Gates, catalog
+        >>> k = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # the second token brings nothing new
+        >>> gates = Gates(lr=torch.ones(2), retain=torch.ones(2))
+        >>> scan_with_sizes(catalog["deltanet"], None, k, k, 3 * k, gates)[2]
+        tensor([3., 0.])
+    """
+    if not has_write_sizes(memory):
+        raise ValueError(
+            f"{memory!r} has no size of a single write; it needs Matrix(), Delta() retention and Descent(), as "
+            'catalog["deltanet"] and catalog["gated_deltanet"] have.'
+        )
+    tokens, fresh = Tokens(q, k, v, gates, mask, reset), state is None
+    state = _checked(memory, state, tokens, initial, memory.read)
+    y, end = _scan(memory, state, tokens, initial, memory.read, "chunked", fresh, return_state, sizes=True)
+    return y[..., :-1].to(q.dtype), end, y[..., -1]
+
+
+def has_write_sizes(memory: AssociativeMemory) -> bool:
+    """Whether `scan_with_sizes` can run the memory: one matrix under the delta rule, without momentum."""
+    return chunked.is_plain_delta(memory)
+
+
+def _checked(
+    memory: AssociativeMemory, state: State | None, tokens: Tokens, initial: Weights | None, read_mode: str
+) -> State:
+    """The state of a call, a fresh one for None, after the checks of its arguments."""
+    q, k, v, gates, mask, reset = tokens
+    check_tensors(q=q, k=k, v=v)
+    state = _start(memory, initial, q, k, v) if state is None else state
+    check_scan(memory, state, q, k, v, gates, mask, reset, read_mode)
+    return state
+
+
 def _scan(
     memory: AssociativeMemory,
     state: State,
@@ -160,8 +215,12 @@ def _scan(
     engine: str,
     fresh: bool,
     keep: bool,
+    sizes: bool = False,
 ) -> tuple[Tensor, State]:
-    """`scan` of checked arguments: what is not finite is taken out, and put back where it belongs."""
+    """`scan` of checked arguments: what is not finite is taken out, and put back where it belongs.
+
+    ``sizes``: outputs have one more column, as in `chunked.run`.
+    """
     reset, mask = tokens.reset, tokens.mask
     whole = memory.full_initial(initial, state.params, needed=reset is not None or memory.retain_to == "initial")
     # A state may come from a variant with larger chunks.
@@ -171,7 +230,7 @@ def _scan(
     if engine == "reference":
         y, end = reference.scan(memory, state, tokens, whole, read_mode)
     else:
-        run = chunked.run
+        run = partial(chunked.run, sizes=True) if sizes else chunked.run
         if engine == "fla":
             # The dtype of q is that of the kernel's products.
             run, tokens = fla.run, tokens._replace(q=q)

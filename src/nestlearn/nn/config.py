@@ -54,6 +54,11 @@ class MixerConfig(ABC):
             )
 
     @property
+    def shortest_text(self) -> int:
+        """Tokens that a text needs at least for every part of the layer to have something to do."""
+        return 1
+
+    @property
     def stored_tokens(self) -> int | None:
         """How many of the last tokens the state keeps one by one; None for all, 0 for none."""
         return 0

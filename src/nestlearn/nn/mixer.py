@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.fields import Count, Positive, Size, from_mapping, unknown_name
-from nestlearn.memory import MLP, AssociativeMemory, Delta, DotProduct, Gates, State, catalog, scan
+from nestlearn.memory import (
+    MLP,
+    AssociativeMemory,
+    Delta,
+    DotProduct,
+    Gates,
+    State,
+    catalog,
+    has_write_sizes,
+    scan,
+    scan_with_sizes,
+)
 from nestlearn.memory.objectives import needs_threshold
 from nestlearn.memory.retention import is_per_channel
 from nestlearn.memory.types import Weights
@@ -40,6 +51,7 @@ from .common import (
 )
 from .config import MixerConfig, register_mixer
 from .conv import ShortConv
+from .exact_cache import CacheState, ExactCache, Keep
 from .flops import scan_flops
 from .state import record
 
@@ -146,16 +158,36 @@ class FastMemoryConfig(MixerConfig):
 @register_mixer("memory")
 @dataclass(frozen=True)
 class MemoryMixerConfig(FastMemoryConfig):
-    """Configuration of `MemoryMixer`: the fields of `FastMemoryConfig`, and two more.
+    """Configuration of `MemoryMixer`: the fields of `FastMemoryConfig`, and four more.
 
     Args:
         output_gate: multiply what is read by ``silu(W_g x)``.
         learn_initial: train the initial weights of a matrix memory as well (they start at zero). Those of an MLP
             are always trained.
+        cache: tokens that an `ExactCache` keeps per head beside the memory; 0 for none. A matrix memory with delta
+            retention and no momentum can have one.
+        cache_keep: which ones: those that wrote most (``surprise``), or the most recent ones (``recent``).
     """
 
     output_gate: bool = False
     learn_initial: bool = False
+    cache: Count = 0
+    cache_keep: Keep = "surprise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        memory, _ = self.resolved()
+        if self.cache and not has_write_sizes(memory):
+            known = ", ".join(repr(name) for name in catalog if has_write_sizes(catalog[name]))
+            raise ValueError(
+                f"cache={self.cache} keeps the tokens that wrote most into the memory, and memory={self.memory!r} has "
+                f"no size of a single write. Use a matrix memory with delta retention and no momentum ({known}), or "
+                "cache=0."
+            )
+
+    @property
+    def shortest_text(self) -> int:
+        return self.cache + self.resolved()[0].chunk_size + 1 if self.cache else 1
 
     def build(self, d_model: int, num_heads: int) -> MemoryMixer:
         return MemoryMixer(d_model, num_heads, self)
@@ -163,10 +195,11 @@ class MemoryMixerConfig(FastMemoryConfig):
 
 @record("memory_mixer")
 class MixerState(NamedTuple):
-    """Streaming state of a `MemoryMixer`: fast weights and the tail of the convolution (None without one)."""
+    """Streaming state of a `MemoryMixer`: fast weights, the tail of the convolution and the cache (None without)."""
 
     memory: State
     conv: Float[Tensor, "b w ch"] | None
+    cache: CacheState | None = None
 
 
 class MemoryMixer(Mixer):
@@ -215,6 +248,9 @@ class MemoryMixer(Mixer):
         self.initial: InitialWeights | None = None
         if is_deep(self.memory) or config.learn_initial:
             self.initial = InitialWeights(self.memory, (num_heads,), self.d_head, self.d_head)
+        self.cache: ExactCache | None = None
+        if config.cache:
+            self.cache = ExactCache(config.cache, self.memory.chunk_size, num_heads, config.cache_keep)
         self.norm = RMSNorm(self.d_head, eps=config.norm_eps)
         self.output_gate = nn.Linear(d_model, d_model, bias=False) if config.output_gate else None
         self.out = nn.Linear(d_model, d_model, bias=False)
@@ -237,26 +273,25 @@ class MemoryMixer(Mixer):
         with full_precision(x):
             initial = self.initial_weights(q)
             gates = self._gates(x, initial, writes)
-            heads = (-1, self.num_heads, -1)
-            y, end = scan(
-                self.memory,
-                None if state is None else state.memory,
-                q,
-                k,
-                v,
-                gates,
-                initial=None if self.initial is None else initial,  # None: known to be zero
-                mask=None if mask is None else mask.unsqueeze(1).expand(heads),
-                reset=None if reset is None else reset.unsqueeze(1).expand(heads),
-                return_state=return_state,
-            )
+            heads, before = (-1, self.num_heads, -1), None if state is None else state.memory
+            flags = {"mask": mask, "reset": reset}
+            flags = {name: None if flag is None else flag.unsqueeze(1).expand(heads) for name, flag in flags.items()}
+            start = None if self.initial is None else initial  # None: known to be zero
+            settings: Any = {"initial": start, "return_state": return_state, **flags}
+            cached = None
+            if self.cache is None:
+                y, end = scan(self.memory, before, q, k, v, gates, **settings)
+            else:
+                y, end, sizes = scan_with_sizes(self.memory, before, q, k, v, gates, **settings)
+                read, cached = self.cache(q, k, v, sizes, None if state is None else state.cache, mask, reset)
+                y = y + read
             y = self.norm(y)
         y = y.transpose(1, 2).flatten(2).to(x.dtype)
         if self.output_gate is not None:
             y = y * F.silu(self.output_gate(x))
         # A copy: the tail is a view that would keep all tokens of this call alive.
         tail = tail.clone() if tail is not None and return_state else tail
-        return self.out(y), MixerState(end, tail) if return_state else None
+        return self.out(y), MixerState(end, tail, cached) if return_state else None
 
     def _heads(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
@@ -310,6 +345,7 @@ class MemoryMixer(Mixer):
         slow = sum(2 * linear.weight.numel() for linear in linears)
         slow += 0 if self.conv is None else self.conv.flops_per_token(context_length)
         slow += 0 if self.gates is None else 2 * self.gates.weight.numel()
+        slow += 0 if self.cache is None else self.cache.flops_per_token(context_length, self.d_head)
         return slow + self.num_heads * scan_flops(self.memory, self.d_head, self.d_head, context_length)
 
 

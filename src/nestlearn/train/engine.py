@@ -139,6 +139,7 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
     tokenizer = load_tokenizer(out) if last else prepare_tokenizer(config)
     # The model first: this finds a wrong setting at once, and reading a corpus may take long.
     model = prepare_model(config, prepare_model_config(config, tokenizer))
+    _check_texts(model.config, config.sequence_length)
     data = load_data(config, tokenizer)
     if last:
         check_corpus(config, data.digest)
@@ -168,6 +169,17 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
             raise _interrupted(trainer, stop.received, out)
         export(trainer, out)
     return _result(trainer, out, trainer.state.global_step)
+
+
+def _check_texts(config: HopeConfig, sequence_length: int) -> None:
+    """Raise ValueError for a cache that would hold every token of a training sequence: it would never choose."""
+    mixer = max(config.mixers, key=lambda mixer: mixer.shortest_text)
+    if mixer.shortest_text > sequence_length:
+        raise ValueError(
+            f"sequence_length={sequence_length} is too short for {mixer!r}: its cache and the current chunk hold "
+            f"{mixer.shortest_text - 1} tokens, so that it would never have to choose. Use a smaller cache or chunk, "
+            f"or a sequence_length of at least {mixer.shortest_text}."
+        )
 
 
 def _warn_of_idle_memories(model: nn.Module, sequence_length: int, console: Console) -> None:

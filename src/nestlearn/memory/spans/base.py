@@ -101,10 +101,12 @@ class Opened(NamedTuple):
     """A span whose writes are known.
 
     ``read(name, x)`` applies one map with the weights of each token; ``advance()`` gives the memory after the span.
+    ``written(name)`` is p_t of every token, where a token's write is ``p_t x_t^T`` (None: writes are not of this form).
     """
 
     read: Callable[[str, Tensor], Tensor]
     advance: Callable[[], Running]
+    written: Callable[[str], Float[Tensor, "*b c out"]] | None = None
 
 
 class Kernels(NamedTuple):
@@ -216,7 +218,16 @@ def open_span(run: Running, update: Update, kernels: Kernels, write: Callable[[s
         momentum = {name: s for name, (_, s) in ends.items() if s is not None}
         return run._replace(weights={name: w for name, (w, _) in ends.items()}, momentum=momentum or None)
 
-    return Opened(lambda name, q: read_map(kernels, writes[name], starts[name], q), advance)
+    def written(name: str) -> Tensor:
+        change = writes[name].change
+        assert change is not None
+        return change
+
+    # Only under delta retention without momentum is the change all that a token writes, at its full size.
+    single = kernels.decay_before is not None and kernels.impulse is None
+    return Opened(
+        lambda name, q: read_map(kernels, writes[name], starts[name], q), advance, written if single else None
+    )
 
 
 def open_decay(run: Running, update: Update) -> Opened:
