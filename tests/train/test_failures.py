@@ -218,6 +218,17 @@ def test_bad_data_is_refused(tiny: Make, tmp_path: Path):
     assert not Path(tiny().out).exists()
 
 
+def test_a_cache_that_holds_a_whole_training_sequence_is_refused_before_anything_is_written(tiny: Make, tmp_path: Path):
+    mixer = {"type": "memory", "memory": "deltanet", "chunk_size": 8, "cache": 8}
+    config = tiny(steps=1, sequence_length=16, model={"mixer": mixer}, out=str(tmp_path / "run"))
+    with pytest.raises(
+        ValueError, match=r"sequence_length=16 is too short for .*cache=8.* hold 16 tokens.*at least 17"
+    ):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    train(replace(config, sequence_length=17))
+
+
 def test_memories_that_learn_nothing_are_named_by_a_run_that_starts_only(tiny: Make, tmp_path: Path):
     """Before an error of the preparation the warning would look like its cause."""
     levels = [{"period": 64, "hidden": 4}, {"hidden": 4}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ class ExactCache(nn.Module):
 
     def reset_parameters(self) -> None:
         """A scale at which a key that equals the query has e^8 times the weight of an orthogonal one."""
-        nn.init.constant_(self.log_scale, torch.tensor(8.0).log().item())
+        nn.init.constant_(self.log_scale, math.log(8.0))
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nestlearn import atomic
 from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_corpus, pack
-from nestlearn.models import flops
+from nestlearn.models import HopeConfig, flops
 from nestlearn.nn import ContinuumMemory, SelfModifyingTitans
 from nestlearn.train import checkpoint
 from nestlearn.train.config import SCHEDULES, TrainConfig
