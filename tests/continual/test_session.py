@@ -134,6 +134,19 @@ def test_reading_helps_and_progress_is_told(model, hope, kind):
         assert session.score(text) < report.off - 0.1
 
 
+def test_reading_step_by_step_is_reading(model):
+    """... and a reading that is closed keeps what it has learned, as one that is interrupted."""
+    whole, steps, closed = (MemorySession(model, TOKENIZER) for _ in range(3))
+    told = list(steps.reading(TEXT[:300], name="x"))
+    assert whole.read(TEXT[:300]).segments == told[-1].segments and states_equal(whole, steps)
+    assert [entry.what for entry in steps.log] == ["x"]
+    part = closed.reading(TEXT[:300])
+    next(part), next(part)
+    part.close()
+    assert closed.tokens == 32 and closed.unfinished is None
+    closed.read(TEXT[:16])
+
+
 def test_score_changes_nothing_and_sees_only_what_was_learned(model):
     session = MemorySession(model, TOKENIZER, compare="none")
     text = TEXT[:700]

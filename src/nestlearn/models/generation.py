@@ -68,7 +68,7 @@ def generate_texts(
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     arguments: dict[str, Any] = {"attention_mask": mask.to(model.device), "pad_token_id": pad}
     arguments |= _sampling(max_new_tokens, temperature, top_p, seed, model.device)
-    if ends := _end_tokens(model, tokenizer):
+    if ends := end_tokens(model, tokenizer):
         arguments["eos_token_id"] = ends
     if words:
         arguments["stopping_criteria"] = StoppingCriteriaList([StopAt(tokenizer, words, length)])
@@ -91,14 +91,20 @@ def _sampling(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1.")
     greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    if not temperature:
-        return greedy
     # The largest of the scores with noise is the draw, so `generate` itself need not sample.
-    drawing = [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p), GumbelNoise(seed, device)]
-    return {**greedy, "logits_processor": LogitsProcessorList(drawing)}
+    return {**greedy, "logits_processor": drawing(temperature, top_p, seed, device)} if temperature else greedy
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def drawing(temperature: float, top_p: float, seed: int | None, device: torch.device) -> LogitsProcessorList:
+    """Scores whose largest is a draw at this temperature; at 0 they stay as they are."""
+    if not temperature:
+        return LogitsProcessorList()
+    return LogitsProcessorList(
+        [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p), GumbelNoise(seed, device)]
+    )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The end of a text; instruction-tuned models end a turn by further tokens (Gemma's <end_of_turn>, for example)."""
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return sorted({*(known if isinstance(known, list) else []), tokenizer.eos_token_id} - {None})
@@ -115,8 +121,78 @@ def cut_at(text: str, words: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
+class GrowingText:
+    """The text of tokens that come one by one, in pieces that are final.
+
+    It holds back what may turn out to be a stop word or half a character. Each token costs the same, however long the
+    text has become: only the newest tokens are decoded again.
+
+    Args:
+        tokenizer: of the tokens.
+        words: the text ends before the first of them.
+
+    Example:
+        >>> from nestlearn.data import byte_tokenizer
+        >>> text = GrowingText(byte_tokenizer(), ["stop"])
+        >>> [text.add(token) for token in b"a stool, stop"]
+        ['a', ' ', '', '', '', 'stoo', 'l', ',', ' ', '', '', '', '']
+        >>> text.stopped, text.text
+        (True, 'a stool, ')
+    """
+
+    def __init__(self, tokenizer: Any, words: Sequence[str]) -> None:
+        self._tokenizer, self._words = tokenizer, [word for word in words if word]
+        self._longest = max(map(len, self._words), default=0)
+        self._window: list[int] = []
+        self._known = 0  # tokens of the window whose text is in `_decoded`
+        self._decoded = ""
+        self.stopped = False
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        """Take a token; returns the text that is final by now and was not returned before."""
+        if self.stopped:
+            return ""
+        self._window.append(token)
+        before, now = self._decode(self._window[: self._known]), self._decode(self._window)
+        # A token may hold a part of a character, which is decoded as U+FFFD until the rest comes.
+        if now.endswith("\ufffd") or len(now) <= len(before):
+            return ""
+        self._take(now[len(before) :])
+        self._window, self._known = self._window[self._known :], len(self._window) - self._known
+        return self._say(len(self._decoded) - self._held())
+
+    def end(self) -> str:
+        """The rest of the text: no more tokens come."""
+        if not self.stopped:
+            before, now = self._decode(self._window[: self._known]), self._decode(self._window)
+            self._take(now[len(before) :])
+        return self._say(len(self._decoded))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _take(self, new: str) -> None:
+        start = max(len(self._decoded) - self._longest + 1, 0)
+        self._decoded += new
+        ends = [at for word in self._words if (at := self._decoded.find(word, start)) >= 0]
+        if ends:
+            self._decoded, self.stopped = self._decoded[: min(ends)], True
+
+    def _held(self) -> int:
+        if self.stopped:
+            return 0
+        open_ends = (word[:length] for word in self._words for length in range(1, len(word)))
+        return max((len(end) for end in open_ends if self._decoded.endswith(end)), default=0)
+
+    def _say(self, end: int) -> str:
+        new = self._decoded[len(self.text) : end]
+        self.text += new
+        return new
+
+
 class TextPieces(BaseStreamer):
-    """Passes new text on while `generate` runs. It holds back what may turn out to be a stop word or half a character.
+    """Passes new text on while `generate` runs; see `GrowingText`.
 
     Example:
         >>> from nestlearn.data import byte_tokenizer
@@ -126,37 +202,27 @@ class TextPieces(BaseStreamer):
         ...     pieces.put(torch.tensor(list(token)))
         >>> pieces.end()
         >>> said
-        ['a', '\\nYes', '\u00e9']
+        ['a', '\\nYe', 's', '\u00e9']
     """
 
     def __init__(self, tokenizer: Any, words: Sequence[str], on_text: Callable[[str], None]) -> None:
-        self._tokenizer, self._words, self._on_text = tokenizer, words, on_text
-        self._ids: list[int] | None = None
-        self._said = 0
+        self._text, self._on_text = GrowingText(tokenizer, words), on_text
+        self._begun = False
 
     def put(self, value: Tensor) -> None:
         """Take new tokens; the first call brings the prompt."""
-        if self._ids is None:
-            self._ids = []
-            return
-        self._ids += value.flatten().tolist()
-        text = self._text()
-        open_ends = [word[:length] for word in self._words for length in range(1, len(word))]
-        held = max((len(end) for end in open_ends if text.endswith(end)), default=0)
-        # A token may hold a part of a character, which is decoded as U+FFFD until the rest comes.
-        self._say(text[: len(text) - held].rstrip("\ufffd"))
+        if self._begun:
+            for token in value.flatten().tolist():
+                self._say(self._text.add(token))
+        self._begun = True
 
     def end(self) -> None:
         """The continuation is complete."""
-        self._say(self._text())
-
-    def _text(self) -> str:
-        return cut_at(self._tokenizer.decode(self._ids or [], skip_special_tokens=True), self._words)
+        self._say(self._text.end())
 
     def _say(self, text: str) -> None:
-        if len(text) > self._said:
-            self._on_text(text[self._said :])
-            self._said = len(text)
+        if text:
+            self._on_text(text)
 
 
 class StopAt(StoppingCriteria):

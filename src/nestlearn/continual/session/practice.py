@@ -83,6 +83,7 @@ class Practice:
         questions: of one step; 0 reads the text only.
         prompt: see `PROMPT`.
         seed: of all draws.
+        lr, minutes: of `MemorySession.practice`, to be checked.
 
     Raises:
         ValueError: documents without text, a prompt without ``{sentence}``, or numbers out of range.
@@ -98,11 +99,17 @@ class Practice:
         questions: int = QUESTIONS,
         prompt: str = PROMPT,
         seed: int = 0,
+        lr: float = 1.0,
+        minutes: float | None = None,
     ) -> None:
         if passes < 1 or questions < 0:
             raise ValueError(
                 f"practice needs passes >= 1 and questions >= 0, got passes={passes}, questions={questions}."
             )
+        if not lr > 0:
+            raise ValueError(f"lr={lr} must be positive; 1 is a step as large as that of a segment.")
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes={minutes} must be positive; leave it out for no limit.")
         if "{sentence}" not in prompt:
             raise ValueError(f"prompt={prompt!r} has no {{sentence}}, the place of the sentence with the blank.")
         self._literal, self._start, self._prompt = LiteralText(tokenizer), tuple(start), prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -128,6 +128,26 @@ def at_most_every(seconds: float, progress: Callable[[T], None]) -> Callable[[T]
             last = time.monotonic()
 
     return call
+
+
+def run_steps(steps: Generator[T, None, T], progress: Callable[[T], None] | None = None) -> T:
+    """Run a generator that gives a report after every step; returns what it returns.
+
+    Example:
+        >>> def count():
+        ...     yield 1
+        ...     return 2
+        >>> run_steps(count(), print)
+        1
+        2
+    """
+    while True:
+        try:
+            report = next(steps)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(report)
 
 
 def _bits(nats: float, count: float) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,15 +34,12 @@ from .reader import (
     name_of_source,
     pieces_of,
 )
-from .report import LogEntry, ReadReport
+from .report import LogEntry, ReadReport, run_steps
+from .turns import turn_of
 
 Compare = Literal["off", "levels", "none"]
 OnRead = Callable[[ReadReport], None]
 Source = str | Path | Iterable[str] | Conversation
-
-# The rotary embedding of some models keeps a table that longer inputs change: their sessions take turns.
-_TURNS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
-_TURNS_LOCK = threading.Lock()
 
 
 class ReadInterrupted(RuntimeError):
@@ -153,10 +149,25 @@ class MemorySession:
                 the first is read.
             ReadInterrupted: the source failed later; what was read before is learned.
         """
+        with closing(self.reading(source, end=end, name=name)) as steps:
+            return run_steps(steps, progress)
+
+    def reading(
+        self, source: Source, *, end: bool = True, name: str | None = None
+    ) -> Generator[ReadReport, None, ReadReport]:
+        """`read` as a generator: it gives the report after every segment, and returns it at the end.
+
+        One thread can so do other work between two segments. It has to run the generator to its end or close it, on the
+        thread that began it: until then other readings of the session wait. What was read before it is closed is
+        learned.
+
+        Raises:
+            ValueError, TypeError, ReadInterrupted: see `read`.
+        """
         with self._lock:
             reader = DocumentReader(self._backend, self._tokens_of, self._cursor.memory, compare=self.compare)
             try:
-                report = self._read(source, reader, end, progress)
+                report = yield from self._read(source, reader, end)
             except ReadInterrupted as error:
                 self._note(name or name_of_source(source), error.report.bytes)
                 raise
@@ -180,13 +191,13 @@ class MemorySession:
         other = self.fork()
         other._cursor = other._cursor.end_document()
         reader = DocumentReader(self._backend, self._tokens_of, other._cursor.memory, writes=False)
-        return other._read(source, reader, True, None).bits_per_byte
+        return run_steps(other._read(source, reader, True)).bits_per_byte
 
-    def _read(self, source: Source, reader: DocumentReader, end: bool, progress: OnRead | None) -> ReadReport:
+    def _read(self, source: Source, reader: DocumentReader, end: bool) -> Generator[ReadReport, None, ReadReport]:
         """The loop of a reading: score a segment, write it, move the cursor."""
         documents, size = self._documents(source)
         report, began = ReadReport(total_bytes=size), time.monotonic()
-        with self._turn():
+        with turn_of(self.model):
             try:
                 for piece in pieces_of(documents, end):
                     self._cursor = reader.take(self._cursor, piece)
@@ -194,8 +205,7 @@ class MemorySession:
                         self._cursor, score = reader.read(self._cursor, count)
                         report.segments.append(score)
                         report.seconds = time.monotonic() - began
-                        if progress is not None:
-                            progress(report)
+                        yield report
                     if piece is None:
                         self._cursor = reader.end_document(self._cursor)
             except BaseException as error:
@@ -253,36 +263,44 @@ class MemorySession:
         Raises:
             ValueError: a Hope model, no text, or arguments out of range; nothing was learned.
         """
-        backend = self._practising()
+        steps = self.practising(
+            *sources, passes=passes, questions=questions, lr=lr, minutes=minutes, prompt=prompt, seed=seed
+        )
+        with closing(steps):
+            return run_steps(steps, progress)
+
+    def practising(
+        self,
+        *sources: str | Path | Iterable[str],
+        passes: int = 30,
+        questions: int = QUESTIONS,
+        lr: float = 3.0,
+        minutes: float | None = None,
+        prompt: str = PROMPT,
+        seed: int = 0,
+    ) -> Generator[PracticeReport, None, PracticeReport]:
+        """`practice` as a generator: it gives the report after every step, as `reading` does after every segment."""
+        backend = self._backend
+        if not isinstance(backend, StackedBackend):
+            raise ValueError("a Hope model learns in its forward pass and cannot practise; let it read the text again.")
         began = time.monotonic()
         texts = ["".join(pieces) for source in sources for pieces in documents_of(source)[0]]
-        made = Practice(
-            self.tokenizer, texts, backend.start_tokens, passes=passes, questions=questions, prompt=prompt, seed=seed
-        )
-        if not lr > 0:
-            raise ValueError(f"lr={lr} must be positive; 1 is a step as large as that of a segment.")
-        if minutes is not None and not minutes > 0:
-            raise ValueError(f"minutes={minutes} must be positive; leave it out for no limit.")
+        options: dict[str, Any] = {"passes": passes, "questions": questions, "prompt": prompt, "seed": seed}
+        made = Practice(self.tokenizer, texts, backend.start_tokens, lr=lr, minutes=minutes, **options)
         report = PracticeReport(made.steps, len(made.questions))
-        with self._lock, self._turn():
+        with self._lock, turn_of(self.model):
             self._cursor = self._cursor.end_document()
             for text, asked in made:
                 fall = 1 - 0.9 * report.steps / report.total
                 memory, losses = backend.practise(self._cursor.memory, [*text, *asked], lr * fall)
                 self._cursor = replace(self._cursor, memory=memory)
                 report.add(text, asked, losses, time.monotonic() - began)
-                if progress is not None:
-                    progress(report)
+                yield report
                 if minutes is not None and report.seconds >= 60 * minutes:
                     break
             for text in texts:
                 self._note(f"practised {name_of_source(text)}", len(text.encode()))
         return report
-
-    def _practising(self) -> StackedBackend:
-        if not isinstance(self._backend, StackedBackend):
-            raise ValueError("a Hope model learns in its forward pass and cannot practise; let it read the text again.")
-        return self._backend
 
     # -- generation ---------------------------------------------------------------------------------------------
 
@@ -314,12 +332,11 @@ class MemorySession:
         Raises:
             ValueError: an empty prompt, one too long for the model (`PromptTooLong`), or arguments out of range.
         """
-        forgetting = self._backend.forgetting_tokens()
-        ids = [token for token in self._prompt_ids(prompt, special_tokens) if token not in forgetting]
-        self._check_prompt(ids, max_new_tokens)
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        with self._lock, self._turn(), self._backend.generating(self._cursor.memory, len(ids)) as state:
-            options = {**sampling, "stop": stop, **state, **options}
+        ids = self.prompt_ids(prompt, special_tokens)
+        self.check_prompt(ids, max_new_tokens)
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
+        with self._lock, turn_of(self.model), self._backend.generating(self._cursor.memory, len(ids)) as state:
+            options = {"max_new_tokens": max_new_tokens, **sampling, **state, **options}
             return generate_texts(self.model, self.tokenizer, [ids], **options)[0]
 
     def active(self) -> AbstractContextManager[None]:
@@ -331,17 +348,22 @@ class MemorySession:
         """
         return self._backend.active(self._cursor.memory)
 
-    def _prompt_ids(self, prompt: str | Conversation, special_tokens: bool) -> list[int]:
+    def prompt_ids(self, prompt: str | Conversation, special_tokens: bool = False) -> list[int]:
+        """Tokens of a prompt of `generate`, without those at which the model forgets."""
         if not isinstance(prompt, str | bytes) and isinstance(prompt, Sequence):
             for message in prompt:
                 check_text(message["content"], "a message of the prompt")
-            return LiteralText(self.tokenizer).conversation(prompt)
-        text = check_text(prompt, "the prompt")
-        if special_tokens:
-            return control_ids(self.tokenizer, text)
-        return [*self._backend.start_tokens, *(token for token, _ in self._tokens_of(text, first=True))]
+            ids = LiteralText(self.tokenizer).conversation(prompt)
+        elif special_tokens:
+            ids = control_ids(self.tokenizer, check_text(prompt, "the prompt"))
+        else:
+            tokens = self._tokens_of(check_text(prompt, "the prompt"), first=True)
+            ids = [*self._backend.start_tokens, *(token for token, _ in tokens)]
+        forgetting = self._backend.forgetting_tokens()
+        return [token for token in ids if token not in forgetting]
 
-    def _check_prompt(self, ids: list[int], max_new_tokens: int) -> None:
+    def check_prompt(self, ids: list[int], max_new_tokens: int) -> None:
+        """Raise ValueError for an empty prompt, `PromptTooLong` for one that leaves no room for so many tokens."""
         if not ids:
             raise ValueError("the prompt is empty, and the tokenizer has no token that a text starts with.")
         room = self._backend.positions
@@ -473,19 +495,5 @@ class MemorySession:
             raise ValueError(f"{path} has an incomplete session header ({error!r}). Restore it from a copy.") from error
         return session
 
-    def _turn(self) -> AbstractContextManager[Any]:
-        """The lock of a model whose forward pass changes the model itself; nothing for others."""
-        if not _has_changing_table(self.model):
-            return nullcontext()
-        with _TURNS_LOCK:
-            return _TURNS.setdefault(self.model, threading.RLock())
-
     def __repr__(self) -> str:
         return f"MemorySession({type(self.model).__name__}, tokens={self.tokens}, bytes={self.nbytes})"
-
-
-def _has_changing_table(model: Any) -> bool:
-    """Whether the rotary frequencies depend on the longest input so far."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)

@@ -1,0 +1,59 @@
+"""Level states of several sessions as one state, so that one forward pass serves them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nestlearn.memory.types import Weights
+
+from .model import StackedModel
+from .network import LevelFast, LevelState, StackedLevel
+
+
+def join_rows(model: StackedModel, states: Sequence[LevelState]) -> LevelState:
+    """A state whose row i reads as ``states[i]``; it is for reading, not for writing.
+
+    Where some rows have learned nothing in a level, they get its initial weights. Equal states share one row, which
+    serves a batch of any size.
+
+    Args:
+        model: the stacked model.
+        states: of one row each, or empty.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from nestlearn.models.stacking import read_segment, stack_levels
+        >>> config = LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> model = stack_levels(LlamaForCausalLM(config), [Level(period=8)], mode="split").eval()
+        >>> read = read_segment(model, torch.arange(8)[None])
+        >>> join_rows(model, [LevelState(), read.state]).rows, join_rows(model, [read.state, read.state]).rows
+        (2, 1)
+    """
+    if all(state is states[0] for state in states) or not any(state.rows for state in states):
+        return states[0] if states else LevelState()
+    nothing = (None,) * len(model.stack_plan.levels)
+    networks = {}
+    for path, module in model.stacked_mlps().items():
+        columns = zip(*(state.networks.get(path, nothing) for state in states), strict=True)
+        networks[path] = tuple(_join(module.level(i), column) for i, column in enumerate(columns))
+    return LevelState(networks)
+
+
+def _join(level: StackedLevel, rows: tuple[LevelFast | None, ...]) -> LevelFast | None:
+    held = next((row for row in rows if row is not None), None)
+    if held is None:
+        return None
+    like = next(iter(held.weights.anchor.values()))
+    start = {name: w.to(like)[None] for name, w in level.initial(like).items()}
+    read: list[Weights] = [start if row is None else row.weights.anchor for row in rows]
+    joined = {name: _rows([weights[name] for weights in read]) for name in start}
+    weights = held.weights._replace(params=joined, anchor=joined, momentum=None)
+    return LevelFast(weights, held.energy.new_zeros(len(rows)), held.writes)
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.to(parts[0].device) for part in parts])

@@ -1,0 +1,82 @@
+"""Rows of many sessions decoded together answer as each of them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.mixers import SMALL
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nestlearn import HopeConfig, HopeForCausalLM, Level, MemorySession, stack_levels
+from nestlearn.continual.session.decoding import decoder_of
+from nestlearn.data import byte_tokenizer
+
+TEXT = "".join(f"The {n}th sheep of the {n % 3} herds is called {chr(65 + n % 26) * 3}. " for n in range(12))
+TOKENIZER = byte_tokenizer()
+
+
+def stacked(mode: str, **level: object) -> object:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.3,
+    )  # fmt: skip
+    return stack_levels(LlamaForCausalLM(config).eval(), [Level(16, lr=40, **level), Level(48, lr=40)], mode=mode)
+
+
+def hope() -> object:
+    torch.manual_seed(0)
+    config = HopeConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        mixer=SMALL["self_modifying"], initializer_range=0.3,
+    )  # fmt: skip
+    return HopeForCausalLM(config).eval()
+
+
+MODELS = {
+    "split": lambda: stacked("split"),
+    "low rank": lambda: stacked("split", rank=4),
+    "add": lambda: stacked("add", hidden=8),
+    "hope": hope,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_rows_that_come_and_go_equal_each_alone(kind: str) -> None:
+    """Five sessions, one of which has read nothing, with prompts of five lengths, joined at different steps."""
+    model = MODELS[kind]()
+    base = MemorySession(model, TOKENIZER, compare="none")
+    sessions = [base]
+    for n in range(4):
+        sessions.append(base.fork())
+        sessions[-1].read(TEXT[16 * n :])
+    prompts = [session.prompt_ids(TEXT[n : 9 * n + 5]) for n, session in enumerate(sessions)]
+    expected = [alone(session, ids, 6 + n) for n, (session, ids) in enumerate(zip(sessions, prompts, strict=True))]
+    assert len({tuple(tokens) for tokens in expected}) > 3
+
+    decoder, rows, found = decoder_of(base), [], [[] for _ in sessions]
+    for turn in range(20):
+        if rows:
+            logits = decoder.step([found[n][-1] for n in rows])
+            for n, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+                found[n].append(token)
+        left = [place for place, n in enumerate(rows) if len(found[n]) < len(expected[n])]
+        decoder.keep(left)
+        rows = [rows[place] for place in left]
+        if turn < len(sessions):
+            row, ids = decoder.begin(sessions[turn]), prompts[turn]
+            decoder.read(row, ids[:3]) if len(ids) > 3 else None
+            found[turn].append(int(decoder.read(row, ids[3:] if len(ids) > 3 else ids).argmax()))
+            decoder.join(row)
+            rows.append(turn)
+    assert found == expected and not rows
+
+
+def alone(session: MemorySession, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens by the library's own loop."""
+    with session._backend.generating(session._cursor.memory, len(ids)) as state, torch.inference_mode():
+        options = {"attention_mask": torch.ones(1, len(ids), dtype=torch.long), **state, "eos_token_id": None}
+        output = session.model.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=count, pad_token_id=258, **options
+        )
+    return output[0, len(ids) :].tolist()
