@@ -10,10 +10,10 @@ from tests.interpreter import interpret_fla, kernel_device
 from torch import Tensor
 
 from nestlearn.memory import use_engine
+from nestlearn.memory.algorithms import GRADIENT_LIMIT
 from nestlearn.nn import SelfModifyingConfig
-from nestlearn.nn.bounds import GRADIENT_LIMIT
 from nestlearn.nn.self_modifying import kernel
-from nestlearn.nn.self_modifying.kernel import Maps, Settings, refusal, walk
+from nestlearn.nn.self_modifying.kernel import KernelSettings, Maps, kernel_refusal, walk
 from nestlearn.nn.self_modifying.layer import SelfModifyingState
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,7 +39,7 @@ def by_kernel(layer, streams: Tensor, start: Tensor, limit: float) -> tuple[Tens
     maps = Maps(
         layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
     )
-    settings = Settings((0, 1, 2), layer.memory.chunk_size, layer.max_step, limit, "ieee")
+    settings = KernelSettings((0, 1, 2), layer.memory.chunk_size, layer.max_step, limit, "ieee")
     y, end, anchor = walk(streams, start, maps, settings)
     return torch.einsum("bthd,hed->bthe", y, layer.maps["memory"]).flatten(2), end, anchor
 
@@ -124,7 +124,7 @@ def test_narrow_products_on_the_device(dtype: torch.dtype, precision: str, devic
         maps = Maps(
             layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
         )
-        y, end, _ = walk(streams, start, maps, Settings((0, 1, 2), 64, layer.max_step, 1e6, precision))
+        y, end, _ = walk(streams, start, maps, KernelSettings((0, 1, 2), 64, layer.max_step, 1e6, precision))
         _, want, _ = eagerly(layer, streams.float(), start, 1e6)
     assert y.dtype == dtype and end.dtype == torch.float32
     assert 1e-7 < (end - want).norm() / want.norm() < 2e-2
@@ -197,7 +197,7 @@ def test_a_layer_on_the_kernels_of_fla(adaptive: tuple, monkeypatch: pytest.Monk
 )
 def test_other_layers_are_not_taken(settings: dict, reason: str):
     layer = SelfModifyingConfig(architecture="matrix", **settings).build(32, num_heads=2)
-    assert reason in str(refusal(layer))
+    assert reason in str(kernel_refusal(layer))
 
 
 @pytest.mark.parametrize("size", ["small", "340m", "760m", "1.3b"])
@@ -207,4 +207,4 @@ def test_the_presets_of_hope_are_taken(size: str):
     config = HopeConfig.from_preset(f"hope-{size}")
     with torch.device("meta"):
         layer = config.mixers[0].build(config.hidden_size, config.num_attention_heads)
-    assert refusal(layer) is None
+    assert kernel_refusal(layer) is None

@@ -73,7 +73,7 @@ _QUESTIONS = (
 )
 
 
-class Question(NamedTuple):
+class TownQuestion(NamedTuple):
     """A question in other words than the page, the right answer, and wrong ones of the same kind.
 
     ``wrong``: three that are not on the page. ``near``: up to three that answer other questions about it, so that what
@@ -86,7 +86,7 @@ class Question(NamedTuple):
     near: tuple[str, ...]
 
 
-def invent_town(seed: int) -> tuple[str, list[Question]]:
+def invent_town(seed: int) -> tuple[str, list[TownQuestion]]:
     """A page of about 200 words, its first line a title, and 18 questions about it.
 
     Example:
@@ -117,5 +117,5 @@ def invent_town(seed: int) -> tuple[str, list[Question]]:
     for text, name, kind in _QUESTIONS:
         near = [found[other] for _, other, k in _QUESTIONS if k == kind and other != name]
         wrong, near = draw.sample(fresh[kind], 3), draw.sample(near, min(3, len(near)))
-        questions.append(Question(text.format(town=town), found[name], tuple(wrong), tuple(near)))
+        questions.append(TownQuestion(text.format(town=town), found[name], tuple(wrong), tuple(near)))
     return f"{town}: a town and its people\n\n{page}\n", questions

@@ -24,7 +24,7 @@ from nestlearn.data.synthetic import IGNORE
 from nestlearn.data.tokenizers import encode
 
 PackedWindow = dict[str, Tensor]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def pack(
@@ -206,7 +206,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> tuple[int
     return (None if bos == eos else bos), eos
 
 
-def _token_id(tokenizer: PreTrainedTokenizerBase, kind: str, default: T) -> int | T:
+def _token_id(tokenizer: PreTrainedTokenizerBase, kind: str, default: _T) -> int | _T:
     value = getattr(tokenizer, f"{kind}_token_id")
     return default if value is None else int(value)
 

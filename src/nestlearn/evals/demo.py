@@ -28,7 +28,7 @@ PROMPTS = {
     "chronicles": "Velmar Dorin was the keeper of Keshan. Tosun Aldrix was the mender of Hothis. Then Velmar ",
     "python-docs": "The for statement is used to",
 }
-PROMPT = "In the beginning"
+DEFAULT_PROMPT = "In the beginning"
 """Of any other text."""
 
 # Held-out bits per byte that DemoPlan() reaches, and the tolerance for other machines and threads.
@@ -84,7 +84,7 @@ def run_demo(out: Path, corpus: str, plan: DemoPlan, console: Console, note: str
     runs = {name: _train(out / name, preset, steps, corpus, plan, console) for name, preset, steps in began}
     held_out = load_corpus(corpus, "validation")
     evaluations, states, samples = {}, {}, {}
-    prompt = PROMPTS.get(corpus, PROMPT)
+    prompt = PROMPTS.get(corpus, DEFAULT_PROMPT)
     for name, run in runs.items():
         console.print(f"Evaluating {run.label} on held-out documents")
         evaluations[name] = _evaluate(run, held_out, corpus, plan)

@@ -21,7 +21,7 @@ from nestlearn.continual import LoRA, MemorySession, protect
 from nestlearn.continual.pretrained import pretrained
 from nestlearn.continual.readers import FineTuningReader
 from nestlearn.data.documents import Document
-from nestlearn.data.invented_town import Question, invent_town
+from nestlearn.data.invented_town import TownQuestion, invent_town
 from nestlearn.evals.language import bits_per_byte
 from nestlearn.evals.learning_setup import known_text
 from nestlearn.evals.probes import answer_scores, question_ids
@@ -105,7 +105,7 @@ class PretrainedResults:
 
     model: str
     page: str
-    questions: list[Question]
+    questions: list[TownQuestion]
     arms: list[ArmResult]
     practice: dict[str, list[float]]
     machine: str
@@ -157,7 +157,7 @@ def _ask(
     model: Any,
     *,
     tokenizer: Any,
-    questions: Sequence[Question],
+    questions: Sequence[TownQuestion],
     unrelated: str,
     page: str = "",
     active: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -174,7 +174,7 @@ def _ask(
 
 
 def _scores(
-    model: Any, tokenizer: Any, asked: Sequence[int], question: Question
+    model: Any, tokenizer: Any, asked: Sequence[int], question: TownQuestion
 ) -> tuple[float, list[float], list[float]]:
     answers = (question.answer, *question.wrong, *question.near)
     right, *rest = answer_scores(model, tokenizer, asked, answers)

@@ -17,7 +17,7 @@ from .kernels.newton_schulz import newton_schulz
 from .kernels.products import limit_gradient
 
 GRADIENT_LIMIT = 1e6
-"""Largest norm of the outer gradient that passes through one orthogonalization of `OrthogonalizedMomentum`."""
+"""Largest norm of an outer gradient through one orthogonalization, and from span to span where it can be chaotic."""
 
 _Matrix = Float[Tensor, "*b out in"]
 Scalar = Float[Tensor, "*b 1 1"]

@@ -34,7 +34,7 @@ from .spans import Opened, Running, Update
 from .spans.delta import step_size
 from .types import Gates, State, Tokens, Weights
 
-WIDEST = 256
+WIDEST_KEY = 256
 """Widest keys of fla's delta rule."""
 
 SMALLEST = 1e-30
@@ -72,8 +72,8 @@ def refusal(memory: AssociativeMemory, k: Tensor, state: State, *, restarts: boo
         return f"this memory has no kernel there: {reason}. Of the catalog {known} have one; use engine='chunked'."
     if next(iter(state.params.values())).dtype == torch.float64:
         return "its kernels compute in float32, but the state is float64. Use engine='chunked', or a float32 state."
-    if isinstance(memory.retention, Delta) and k.shape[-1] > WIDEST:
-        return f"its delta rule takes keys of at most {WIDEST} entries, got {k.shape[-1]}. Use engine='chunked'."
+    if isinstance(memory.retention, Delta) and k.shape[-1] > WIDEST_KEY:
+        return f"its delta rule takes keys of at most {WIDEST_KEY} entries, got {k.shape[-1]}. Use engine='chunked'."
     if restarts:
         return (
             "its kernels forget at a reset, but cannot bring initial weights back. "

@@ -74,7 +74,7 @@ from nestlearn.memory import (
     Momentum,
     ValueShiftRobust,
 )
-from nestlearn.memory.algorithms import SteepAlgorithm
+from nestlearn.memory.algorithms import GRADIENT_LIMIT, SteepAlgorithm
 from nestlearn.memory.architectures import SteepArchitecture
 from nestlearn.memory.objectives import SteepObjective
 from nestlearn.memory.retention import SteepRetention, is_linear, is_per_channel
@@ -86,8 +86,6 @@ MAX_FOLLOWED_MOMENTUM = 0.5
 """Times retain, the largest momentum of proximal steps: momentum at most doubles a write."""
 DEFAULT_PROXIMAL_STEP = 4.0
 """The largest step of proximal memories: one write moves the read of a unit key by up to 4/5 of the model's step."""
-GRADIENT_LIMIT = 1e6
-"""Norm beyond which the gradient of weights that pass from span to span is scaled down, where it can be chaotic."""
 MAX_THRESHOLD = 2.0
 """Twice the norm of the values, which are normalized where an objective has a threshold."""
 

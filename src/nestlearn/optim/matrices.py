@@ -144,7 +144,7 @@ def weight_of(parameter: Tensor, kernels: bool) -> Stack:
     return as_matrices(own.to(wide(own.dtype)).contiguous(), kernels)
 
 
-def batches(parameters: Sequence[Tensor], steps: Sequence[int]) -> Iterator[list[Tensor]]:
+def parameter_batches(parameters: Sequence[Tensor], steps: Sequence[int]) -> Iterator[list[Tensor]]:
     """Parameters that are updated together: of one shape, type, device, distribution and step, up to a limit."""
     alike: dict[tuple[object, ...], list[Tensor]] = {}
     for parameter, step in zip(parameters, steps, strict=True):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from nestlearn.optim.checks import fractions, not_negative, one_of
-from nestlearn.optim.matrices import Matrices, as_matrices, batches, weight_of, wide
+from nestlearn.optim.matrices import Matrices, as_matrices, parameter_batches, weight_of, wide
 from nestlearn.optim.sharding import local
 from nestlearn.optim.wrapper import evaluate, not_compiled
 
@@ -169,7 +169,7 @@ class MatrixOptimizer(Optimizer):
                 if name not in state:
                     state[name] = zeros(parameter)
         steps = [int(self.state[parameter]["step"]) for parameter in parameters]
-        self._update_all(group, (self._matrices(group, members) for members in batches(parameters, steps)))
+        self._update_all(group, (self._matrices(group, members) for members in parameter_batches(parameters, steps)))
 
     def _matrices(self, group: Mapping[str, Any], members: list[Tensor]) -> Matrices:
         """Parameters as matrices, at their next step."""

@@ -293,12 +293,12 @@ def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
     if delta is None:
         torch._foreach_mul_(momenta, group["momentum"])
     else:
-        erase(matrices, momenta, keys, group["momentum"], delta)
+        erase_keys(matrices, momenta, keys, group["momentum"], delta)
     torch._foreach_add_(momenta, values)
     return list(torch._foreach_add(values, momenta, alpha=group["momentum"])) if group["nesterov"] else momenta
 
 
-def erase(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: float, delta: DeltaRule) -> None:
+def erase_keys(matrices: Matrices, momenta: list[Stack], keys: list[Stack], alpha: float, delta: DeltaRule) -> None:
     """``m ← m (α I - ρ k̂ᵀk̂)`` in place, through the smaller of ``m kᵀ`` and ``kᵀk``."""
     complete = momenta if matrices.undivided else matrices.whole(momenta)
     complete_keys = keys if matrices.undivided else matrices.whole(keys)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from nestlearn.evals.bench.cells import Cell
-from nestlearn.evals.bench.training import Progress, run_cell
+from nestlearn.evals.bench.training import CellProgress, run_cell
 from nestlearn.evals.result import EvalResult
 from nestlearn.plugins import load_plugins
 
@@ -34,7 +34,7 @@ class Job(NamedTuple):
     limit: float | None
 
 
-class Settings(NamedTuple):
+class WorkerSettings(NamedTuple):
     """How cells are run: threads per worker, the device, and the command recorded with every result."""
 
     threads: int = 1
@@ -42,14 +42,14 @@ class Settings(NamedTuple):
     command: str = ""
 
 
-Report = Callable[[Cell, Progress], None]
+Report = Callable[[Cell, CellProgress], None]
 
 
 def run_jobs(
     cells: Sequence[Cell],
     limit: Callable[[int], float | None],
     workers: int,
-    settings: Settings,
+    settings: WorkerSettings,
     report: Report,
 ) -> Iterator[EvalResult]:
     """Run the cells and yield every result when it is ready.
@@ -73,7 +73,7 @@ def run_jobs(
 
 
 def _one_process(
-    cells: Sequence[Cell], limit: Callable[[int], float | None], settings: Settings, report: Report
+    cells: Sequence[Cell], limit: Callable[[int], float | None], settings: WorkerSettings, report: Report
 ) -> Iterator[EvalResult]:
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -97,7 +97,7 @@ def _failed(cell: Cell, why: str) -> CellError:
 class _Pool:
     """Processes that wait for jobs. The end of the ``with`` block ends them, even at work."""
 
-    def __init__(self, workers: int, settings: Settings) -> None:
+    def __init__(self, workers: int, settings: WorkerSettings) -> None:
         context = multiprocessing.get_context("spawn")
         self._processes: list[SpawnProcess] = []
         self._idle: list[Connection] = []
@@ -145,7 +145,7 @@ class _Pool:
             message = connection.recv()
         except EOFError as error:
             raise _failed(cell, "its process ended, perhaps for lack of memory; use fewer --workers") from error
-        if isinstance(message, Progress):
+        if isinstance(message, CellProgress):
             report(cell, message)
             return None
         del self._busy[connection]
@@ -168,14 +168,14 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(connection: Connection, settings: Settings) -> None:
+def _work(connection: Connection, settings: WorkerSettings) -> None:
     """The body of a worker: receives jobs, sends progress, results and texts of errors, and ends with its parent."""
     warnings.filterwarnings("ignore")
     load_plugins()
     torch.set_num_threads(settings.threads)
     last = 0.0
 
-    def report(progress: Progress) -> None:
+    def report(progress: CellProgress) -> None:
         nonlocal last
         if time.monotonic() - last > 0.2:
             last = time.monotonic()

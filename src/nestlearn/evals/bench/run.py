@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nestlearn.evals.bench.cells import Cell, plan
-from nestlearn.evals.bench.pool import Settings, run_jobs
+from nestlearn.evals.bench.pool import WorkerSettings, run_jobs
 from nestlearn.evals.bench.store import ResultStore
 from nestlearn.evals.bench.suites import Suite
 from nestlearn.evals.bench.tables import write_table
-from nestlearn.evals.bench.training import Progress
+from nestlearn.evals.bench.training import CellProgress
 from nestlearn.evals.report import bench as html_report
 from nestlearn.evals.result import EvalResult
 
@@ -114,7 +113,7 @@ def _run(missing: list[Cell], store: ResultStore, options: BenchOptions, console
     if not missing:
         return
     workers = min(options.workers or max(1, (os.cpu_count() or 1) // options.threads), len(missing))
-    settings = Settings(options.threads, options.device, options.command)
+    settings = WorkerSettings(options.threads, options.device, options.command)
     with _Display(console, missing, workers) as display:
         limit = share_out(options.budget, workers)
         for result in run_jobs(missing, limit, workers, settings, display.progress):
@@ -165,7 +164,7 @@ class _Display:
 
     def __init__(self, console: Console, cells: list[Cell], workers: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._all = self._bars.add_task(f"cells, {workers} at a time", total=len(cells))
         self._running: dict[str, TaskID] = {}
 
@@ -176,7 +175,7 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def progress(self, cell: Cell, progress: Progress) -> None:
+    def progress(self, cell: Cell, progress: CellProgress) -> None:
         """Show how far a cell is."""
         if cell.key not in self._running:
             self._running[cell.key] = self._bars.add_task("", total=cell.training.steps)

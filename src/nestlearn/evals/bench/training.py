@@ -26,7 +26,7 @@ _EVAL_ROWS = 128
 _RANGES = 10
 
 
-class Progress(NamedTuple):
+class CellProgress(NamedTuple):
     """The step of a training run, and the last score of the headline split."""
 
     step: int
@@ -62,7 +62,7 @@ class Run:
 def run_cell(
     cell: Cell,
     limit: float | None = None,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[CellProgress], None] = lambda _: None,
     command: str = "",
     device: str = "cpu",
 ) -> EvalResult:
@@ -120,7 +120,7 @@ def train_cell(
     cell: Cell,
     splits: dict[str, Batch],
     limit: float | None = None,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[CellProgress], None] = lambda _: None,
     device: str = "cpu",
 ) -> tuple[Solver, Run]:
     """Train the cell's model from its seed, with evaluations on ``splits``; see `run_cell`."""
@@ -150,7 +150,7 @@ def train_cell(
             look = {name: _score(solver, part, cell.task).value for name, part in few.items()}
             seconds = time.perf_counter() - start
             run.curve.append({"step": run.step, "tokens": run.tokens, "seconds": seconds, "loss": value, **look})
-            report(Progress(run.step, look[cell.task.splits[-1].name]))
+            report(CellProgress(run.step, look[cell.task.splits[-1].name]))
             if run.status == "finished" and _solved(solver, cell, look, splits):
                 run.status = "solved"
     run.seconds = time.perf_counter() - start

@@ -208,7 +208,7 @@ def write_kept(kernels: Kernels, x: Tensor, error: Tensor, lr: Tensor) -> Writes
     return Writes(x, None, error, -lr) if kernels.impulse is not None else Writes(x, error, None, -lr)
 
 
-def open_span(run: Running, update: Update, kernels: Kernels, write: Callable[[str, Entering], Writes]) -> Opened:
+def open_scalar(run: Running, update: Update, kernels: Kernels, write: Callable[[str, Entering], Writes]) -> Opened:
     """A span of scalar kernels; ``write(name, start)`` gives the writes of one map."""
     starts = {name: run.entering(name, update.reset) for name in update.factors}
     writes = {name: write(name, start) for name, start in starts.items()}
@@ -234,7 +234,7 @@ def open_decay(run: Running, update: Update) -> Opened:
     """A span under `Decay`."""
     kernels = update.prepared.kernels if update.prepared else decay_kernels(run, update)
     lr = update.gates.lr
-    return open_span(run, update, kernels, lambda name, _: write_kept(kernels, *update.factors[name], lr))
+    return open_scalar(run, update, kernels, lambda name, _: write_kept(kernels, *update.factors[name], lr))
 
 
 def decay_kernels(run: Running, update: Update) -> Kernels:

@@ -27,7 +27,7 @@ from .base import (
     add_product,
     is_erasing,
     make_kernels,
-    open_span,
+    open_scalar,
     sources,
 )
 
@@ -88,7 +88,7 @@ def erase(kernels: Kernels, x: Tensor, kind: str, lr: Tensor, retain: Tensor) ->
     return Erasure(solved_erasure(x, kernels.decay_before, eta), -eta)
 
 
-def write(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: Entering) -> Writes:
+def write_delta(kernels: Kernels, x: Tensor, error: Tensor, erasure: Erasure, start: Entering) -> Writes:
     """The writes of one map; ``x: [*b, c, in]``, ``error: [*b, c, out]``."""
     solved, gain = erasure
     if is_erasing(kernels, start) and start.weights is not None and kernels.entry_before is not None:
@@ -116,6 +116,6 @@ def open_delta(memory: AssociativeMemory, retention: Delta, run: Running, update
     def written(name: str, start: Entering) -> Writes:
         x, error = update.factors[name]
         erasure = erasures.get(name) or erase(kernels, x, memory.step_size_of(name), gates.lr, gates.retain)
-        return write(kernels, x, error, erasure, start)
+        return write_delta(kernels, x, error, erasure, start)
 
-    return open_span(run, update, kernels, written)
+    return open_scalar(run, update, kernels, written)

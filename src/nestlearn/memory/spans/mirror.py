@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..associative import AssociativeMemory
 from ..retention import Lq, Retention
-from .base import Entering, Kernels, Opened, Running, Update, Writes, decay_kernels, open_span, read_map, write_kept
+from .base import Entering, Kernels, Opened, Running, Update, Writes, decay_kernels, open_scalar, read_map, write_kept
 from .proximal import following
 
 DENSE_ENTRIES = 2**21
@@ -41,7 +41,7 @@ def open_mirror(memory: AssociativeMemory, run: Running, update: Update) -> Open
             scale = torch.where(after.unsqueeze(-1), retention.scale(run.initial[name]), scale)
         return scale * read_map(kernels, writes[name], start, x)
 
-    return Opened(read, open_span(run, update, kernels, lambda name, _: writes[name]).advance)
+    return Opened(read, open_scalar(run, update, kernels, lambda name, _: writes[name]).advance)
 
 
 def read_dense(

@@ -18,13 +18,13 @@ from ..associative import AssociativeMemory
 from ..kernels.products import product, segment_products
 from ..retention import slope_at
 from ..types import Gates
-from .base import Entering, Kernels, Opened, Running, Update, Writes, make_kernels, open_span, sources
+from .base import Entering, Kernels, Opened, Running, Update, Writes, make_kernels, open_scalar, sources
 from .delta import erase
 
 
 def open_proximal(memory: AssociativeMemory, run: Running, update: Update) -> Opened:
     """A span under `Decay`."""
-    return open_span(run, update, *following(memory, run, update))
+    return open_scalar(run, update, *following(memory, run, update))
 
 
 def following_kernels(gates: Gates, valid: Tensor | None, reset: Tensor | None, *, restart: bool = False) -> Kernels:

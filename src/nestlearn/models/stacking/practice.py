@@ -21,7 +21,7 @@ from .model import StackedModel, stacked_model
 from .network import LevelFast, LevelState, StackedMLP, reading
 from .write import KEPT, PROTECT, STEP
 
-Gradients = dict[tuple[str, int], Weights]
+WeightGradients = dict[tuple[str, int], Weights]
 """``{(path of the MLP, level): {map: [out, in]}}``."""
 
 
@@ -111,7 +111,12 @@ def _check(model: StackedModel, state: LevelState, levels: Sequence[Level]) -> N
 
 
 def _add_gradients(
-    model: PreTrainedModel, plan: Any, state: LevelState, rows: PracticeRows, protect: float | None, total: Gradients
+    model: PreTrainedModel,
+    plan: Any,
+    state: LevelState,
+    rows: PracticeRows,
+    protect: float | None,
+    total: WeightGradients,
 ) -> float:
     """Add the gradients of a batch to ``total``; returns the mean loss."""
     if not bool(rows.learned[:, 1:].any()):

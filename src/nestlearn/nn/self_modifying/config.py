@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nestlearn.fields import Count, Positive, Size
 from nestlearn.memory import L2, MLP, AssociativeMemory, Decay, Delta, Descent, DotProduct, Matrix, Momentum
+from nestlearn.memory.algorithms import GRADIENT_LIMIT
 from nestlearn.memory.associative import Read, RetainTo, StepSize
 from nestlearn.memory.kernels.products import Activation
-from nestlearn.nn.bounds import GRADIENT_LIMIT, check_self_modifying_step
+from nestlearn.nn.bounds import check_self_modifying_step
 from nestlearn.nn.config import MixerConfig, register_mixer
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import Delta, Descent, DotProduct, State
+from nestlearn.memory.algorithms import GRADIENT_LIMIT
 from nestlearn.memory.engine import current_engine
-from nestlearn.nn.bounds import GRADIENT_LIMIT
 
 from .layer import SelfModifyingState, SelfModifyingTitans
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 CHUNKS = (16, 32, 64, 128)
 """Lengths of chunks that the kernel takes."""
 
-WIDEST = 128
+WIDEST_HEAD = 128
 """Widest head whose matrices fit on chip."""
 
 SOLVE = 16
 """Tokens of a triangular block that is solved row by row."""
 
 
-def refusal(layer: SelfModifyingTitans) -> str | None:
+def kernel_refusal(layer: SelfModifyingTitans) -> str | None:
     """Why the kernel does not know a layer; None if it does."""
     memory = layer.memory
     known = {
@@ -48,8 +48,8 @@ def refusal(layer: SelfModifyingTitans) -> str | None:
             return f"{name} is {have!r}, and the kernel knows {wanted!r}"
     if memory.chunk_size not in CHUNKS:
         return f"chunk_size is {memory.chunk_size}, and the kernel knows {', '.join(map(str, CHUNKS))}"
-    if layer.d_head > WIDEST:
-        return f"a head has width {layer.d_head}, and the kernel holds {WIDEST}"
+    if layer.d_head > WIDEST_HEAD:
+        return f"a head has width {layer.d_head}, and the kernel holds {WIDEST_HEAD}"
     return None
 
 
@@ -74,7 +74,7 @@ def takes(
     if current_engine() != "auto" or mask is not None or reset is not None or streams.dtype == torch.float64:
         return False
     aligned = state is None or state.memory.aligned
-    return aligned and runs_here(streams) and refusal(layer) is None
+    return aligned and runs_here(streams) and kernel_refusal(layer) is None
 
 
 def read(
@@ -83,7 +83,7 @@ def read(
     """`SelfModifyingMatrix._read` by the kernel."""
     batch, count, _, heads, width = streams.shape
     q, k, v = (layer.streams_order.index(name) for name in ("q", "k", "v"))
-    settings = Settings((q, k, v), layer.memory.chunk_size, layer.max_step, GRADIENT_LIMIT)
+    settings = KernelSettings((q, k, v), layer.memory.chunk_size, layer.max_step, GRADIENT_LIMIT)
     maps = Maps(
         layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
     )
@@ -111,7 +111,7 @@ class Maps(NamedTuple):
     alpha_bias: Float[Tensor, "h"]
 
 
-class Settings(NamedTuple):
+class KernelSettings(NamedTuple):
     """What is no tensor.
 
     Args:
@@ -146,7 +146,9 @@ class Walk(torch.autograd.Function):
     """`walk`, with D in place of H."""
 
     @staticmethod
-    def forward(ctx: Any, streams: Tensor, start: Tensor, settings: Settings, *maps: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, streams: Tensor, start: Tensor, settings: KernelSettings, *maps: Tensor
+    ) -> tuple[Tensor, ...]:
         from nestlearn.memory.kernels.self_modifying import forward_kernel
 
         kernel: Any = forward_kernel
@@ -209,7 +211,7 @@ def walk(
     streams: Float[Tensor, "b t n h d"],
     start: Float[Tensor, "b h d d"],
     maps: Maps,
-    settings: Settings,
+    settings: KernelSettings,
 ) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b h d d"], Float[Tensor, "b h d d"]]:
     """Read t tokens from the start of a chunk on, and write them: the equations above.
 

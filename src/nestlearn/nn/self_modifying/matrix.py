@@ -31,7 +31,7 @@ from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 
 GATES = ("eta", "alpha")
 
-NOISE = 0.1
+INITIAL_NOISE = 0.1
 """What is random in the maps at the start, beside the identity."""
 
 
@@ -82,7 +82,7 @@ class SelfModifyingMatrix(SelfModifyingTitans):
     def _reset_memories(self) -> None:
         """Near the identity, as the residual makes it for networks: what was written is read as it is."""
         for weights in self.maps.values():
-            weights.normal_(0, NOISE * self.d_head**-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
+            weights.normal_(0, INITIAL_NOISE * self.d_head**-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
 
     def reset_parameters(self) -> None:
         """Initial values with which a memory already answers with what followed; see `align_streams`."""
