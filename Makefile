@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 # neighbouring tests, which share what they set up (worksteal).
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: setup check quick test test-all pretrained demo demo-pretrained docs clean
+.PHONY: setup lint check quick test test-all pretrained demo demo-pretrained docs clean
 
 setup: $(STAMP)
 
@@ -35,9 +35,11 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: lint
 	$(BIN)/pyright
 
 # Changed files since the branch left BASE, and their tests: src/nestlearn/nn/conv.py -> tests/nn, tests/contracts/test_layers.py.
@@ -46,13 +48,12 @@ TESTS_OF = sed -nE 'h; s,^(src/nestlearn|tests)/([a-z_]+)/.*,tests/\2,p; g; s,^t
   s,^src/nestlearn/nn/.*,tests/contracts/test_layers.py,p; s,^src/nestlearn/optim/.*,tests/contracts/test_optimizers.py,p; \
   s,^src/nestlearn/cli/.*,tests/test_cli*.py,p; s,^src/nestlearn/[a-z_]+\.py$$,tests/test_startup.py,p'
 
-quick: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+quick: lint
 	$(PYTEST) -x -m 'not slow' $$(ls -d tests/test_layering.py $$($(CHANGED) | $(TESTS_OF) | sort -u) 2>/dev/null | sort -u)
 
-test: check
-	$(PYTEST) -m 'not slow'
+# Types are checked while the tests run: pyright keeps one core busy for a minute, and leaves the other idle.
+test: lint
+	$(BIN)/pyright & types=$$!; $(PYTEST) -m 'not slow'; tests=$$?; wait $$types && exit $$tests
 
 test-all: check
 	$(PYTEST)

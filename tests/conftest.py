@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -45,10 +46,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _ctrl_c_arrives() -> None:
-    """A shell without job control starts background processes with Ctrl-C ignored, which their children inherit."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _signals_arrive() -> None:
+    """A shell without job control starts background processes with Ctrl-C ignored, `nohup` with SIGHUP ignored."""
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -92,3 +95,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection() -> None:
+    """What collection makes lives as long as the process: searching it for garbage again and again takes seconds."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Neither do the tests search it."""
+    gc.freeze()
+    gc.enable()

@@ -35,8 +35,3 @@ def slow_unless(quick: bool, *values: object) -> object:
 
 
 MIXERS = [slow_unless(name in KINDS, name) for name in SMALL]
-
-
-def small_mixer(name: str, **fields: Any) -> dict[str, Any]:
-    """A mixer of `SMALL` with some fields changed."""
-    return SMALL[name] | fields

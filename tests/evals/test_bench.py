@@ -499,7 +499,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, workers
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130, (out, err)
     assert "Stopped: finished cells are in" in err and "Continue with: nestlearn bench quick --mixers" in err
     assert "Traceback" not in err

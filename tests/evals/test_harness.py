@@ -1,6 +1,7 @@
 """The lm-evaluation-harness on our models: each number against a plain loop, without network."""
 
 import functools
+import importlib.util
 import json
 import math
 import random
@@ -8,12 +9,9 @@ import re
 import sys
 from pathlib import Path
 
-import lm_eval
 import numpy as np
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.tasks.ruler import prepare_niah
 from tests.mixers import SMALL
 
 from nestlearn import HopeConfig, HopeForCausalLM
@@ -24,7 +22,8 @@ from nestlearn.evals.harness_model import DocumentLM
 
 TOKENIZER = byte_tokenizer()
 BOS, EOS, PAD = 256, 257, 258
-RULER = Path(lm_eval.__file__).parent / "tasks" / "ruler"
+(HARNESS,) = importlib.util.find_spec("lm_eval").submodule_search_locations  # not imported here: it takes seconds
+RULER = Path(HARNESS) / "tasks" / "ruler"
 SENTENCES = ["the cat sat on the mat", "a dog ran to the old house", "we read it again", "so it was, at last, over"]
 
 
@@ -38,7 +37,9 @@ def make_model(mixer: str = "self_modifying", **options) -> HopeForCausalLM:
     return HopeForCausalLM(config).double().eval()
 
 
-def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+def requests(kind: str, arguments: list[tuple]) -> list:
+    from lm_eval.api.instance import Instance
+
     return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
 
 
@@ -200,8 +201,11 @@ def copying_generate(input_ids: torch.Tensor, max_length: int, **_options: objec
     return torch.tensor(rows)
 
 
+@pytest.mark.slow  # the harness's needles take 8 seconds to import
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_niah_single_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lm_eval.tasks.ruler import prepare_niah
+
     # The harness makes 500 prompts whatever the limit, for 20 seconds; these are its first four.
     few = functools.partial(prepare_niah.generate_samples, num_samples=4)
     monkeypatch.setattr(prepare_niah, "generate_samples", lambda *args, **kwargs: few(*args, **kwargs | few.keywords))

@@ -50,7 +50,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "chunk_size": (1, 4, 16, 64, 128, 192),
     "read": ("token", "chunk"),
     "flags": ("none", "mask", "reset", "both"),
-    "tokens": (1, 31, 70),
+    "tokens": (1, 17, 70),
     "batch": (1, 3),
 }
 
@@ -87,7 +87,7 @@ MIRAS_AXES: dict[str, tuple[Any, ...]] = {
     "chunk_size": (1, 4, 16, 37, 64, 192),
     "read": ("token", "chunk"),
     "flags": ("none", "mask", "reset", "both"),
-    "tokens": (1, 31, 70),
+    "tokens": (1, 17, 70),
     "batch": (1, 3),
 }
 

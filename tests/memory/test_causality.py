@@ -85,9 +85,7 @@ def test_a_masked_token_may_hold_anything(case: Case, engine: str):
             assert not gradient[~inputs.mask].any()
 
 
-@pytest.mark.parametrize(
-    ("engine", "splits"), [("reference", ()), ("chunked", ()), ("chunked", (10,)), ("chunked", (9, 15, 20))]
-)
+@pytest.mark.parametrize(("engine", "splits"), [("reference", ()), ("chunked", ()), ("chunked", (9, 15, 20))])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_nan_lasts_from_its_token_to_the_next_reset(case: Case, engine: str, splits: tuple[int, ...]):

@@ -19,7 +19,7 @@ LINEAR = Case(Matrix(), step_size="raw", momentum=False, read="chunk", flags="ma
 CASES = [
     pytest.param(replace(DEEP, momentum=True, chunk_size=4), "eager", id="aligned", marks=pytest.mark.slow),
     pytest.param(DEEP, "aot_eager", id="aligned-aot"),
-    pytest.param(replace(DEEP, flags="both"), "eager", id="grid"),
+    pytest.param(replace(DEEP, flags="both"), "eager", id="grid", marks=pytest.mark.slow),
     pytest.param(LINEAR, "aot_eager", id="grid-aot"),
     pytest.param(MIRAS, "eager", id="lq", marks=pytest.mark.slow),
     pytest.param(replace(MIRAS, retention=KL(), flags="both"), "eager", id="kl-grid"),

@@ -11,7 +11,7 @@ from nestlearn.memory import absorb, scan, surprise
 
 from .cases import MIRAS_AXES, Case, assert_same, covering, legal, make_inputs, product, results, run, state_tensors
 from .test_engines import check
-from .test_resume import assert_equal_runs
+from .test_resume import assert_equal_runs, check_splits
 
 COVERING = [Case(**setting) for setting in covering(MIRAS_AXES, 2)]
 
@@ -47,14 +47,10 @@ def test_engines_agree_on_the_full_product_of_parts(group):
         )
 
 
-@pytest.mark.parametrize("engine", ["reference", "chunked"])
 @pytest.mark.parametrize("case", STREAMS, ids=str)
 @torch.no_grad()
-def test_every_split_equals_one_scan(case: Case, engine: str):
-    inputs = make_inputs(case)
-    whole = run(case, inputs, engine)
-    for split in (1, 4, 6, 11):  # within a chunk, and at its end
-        assert_equal_runs(run(case, inputs, engine, (split,)), whole, split)
+def test_every_split_equals_one_scan(case: Case):
+    check_splits(case, (1, 4, 6, 11))  # within a chunk, and at its end
 
 
 @pytest.mark.parametrize("case", STREAMS, ids=str)

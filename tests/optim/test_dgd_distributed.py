@@ -89,7 +89,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, str(path)), nprocs=RANKS)
+    # Both are forks of one process, which imports this module once.
+    torch.multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(work, (port, str(path)), RANKS, start_method="forkserver")
     return path
 
 

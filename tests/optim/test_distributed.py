@@ -58,7 +58,7 @@ pytestmark = [
 REPLICAS = {"whole": None, "low rank": 8, "low rank, exceeded": 2, "models of their own": None}
 """The rank of the memory of inputs."""
 
-PROCESSES, STEPS, STOP = 2, 15, 10  # it stops within a slow period, and within a period of every level
+PROCESSES, STEPS, STOP = 2, 9, 5  # it stops within a slow period, and within a period of every level
 
 
 class Mixed(nn.Module):
@@ -254,7 +254,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_cases, (folder, port), nprocs=PROCESSES)
+    # Both are forks of one process, which imports this module once.
+    torch.multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(run_cases, (folder, port), PROCESSES, start_method="forkserver")
     return folder
 
 

@@ -30,7 +30,15 @@ OPTIMIZERS: dict[str, Make] = {
     "input-projection": lambda model: InputProjection(M3(param_groups(model), lr=0.02), model, period=3),
     "nested-transfer": lambda model: NestedTransfer(M3(param_groups(model), lr=0.02), period=3),
 }
-pytestmark = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def optimizers(*quick: str) -> pytest.MarkDecorator:
+    """All optimizers in one framework, those that are not named in the slow suite."""
+    cases = [
+        pytest.param(make, id=name, marks=[] if name in quick else pytest.mark.slow)
+        for name, make in OPTIMIZERS.items()
+    ]
+    return pytest.mark.parametrize("make", cases)
 
 
 class Texts(torch.utils.data.Dataset):
@@ -69,6 +77,7 @@ def run_trainer(make: Make, folder: Path, resume: str | None = None) -> nn.Modul
     return model
 
 
+@optimizers("m3", "multi-timescale-dgd", "input-projection")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # theirs
 def test_transformers_trainer_trains_and_resumes_to_the_bit(make: Make, tmp_path: Path):
     whole = run_trainer(make, tmp_path / "whole")
@@ -77,6 +86,7 @@ def test_transformers_trainer_trains_and_resumes_to_the_bit(make: Make, tmp_path
     assert same(whole, resumed)
 
 
+@optimizers("delta-momentum", "dgd", "nested-transfer")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # theirs
 def test_accelerate_trains_as_the_plain_loop_and_loads_its_state(make: Make, tmp_path: Path):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -119,6 +129,7 @@ def test_accelerate_trains_as_the_plain_loop_and_loads_its_state(make: Make, tmp
     assert not same(prepared, language_model())
 
 
+@optimizers("m3", "dgd-inverse", "multi-timescale")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # theirs
 def test_lightning_trains_as_the_plain_loop_and_resumes_to_the_bit(make: Make, tmp_path: Path):
     lightning = pytest.importorskip("pytorch_lightning")

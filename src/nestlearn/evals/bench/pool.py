@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import NamedTuple
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,9 @@ from nestlearn.evals.bench.cells import Cell
 from nestlearn.evals.bench.training import CellProgress, run_cell
 from nestlearn.evals.result import EvalResult
 from nestlearn.plugins import load_plugins
+
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+"""Where it can be, workers are forks of one process that has imported the package; an import takes seconds."""
 
 ERRORS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, LookupError, MemoryError)
 
@@ -98,8 +101,10 @@ class _Pool:
     """Processes that wait for jobs. The end of the ``with`` block ends them, even at work."""
 
     def __init__(self, workers: int, settings: WorkerSettings) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._processes: list[SpawnProcess] = []
+        context: Any = multiprocessing.get_context(START_METHOD)
+        if START_METHOD == "forkserver":
+            context.set_forkserver_preload([__name__])
+        self._processes: list[BaseProcess] = []
         self._idle: list[Connection] = []
         self._busy: dict[Connection, Cell] = {}
         with _interrupts_ignored():
@@ -170,6 +175,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def _work(connection: Connection, settings: WorkerSettings) -> None:
     """The body of a worker: receives jobs, sends progress, results and texts of errors, and ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore")
     load_plugins()
     torch.set_num_threads(settings.threads)
