@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tests.llama import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM, MemorySession, cli, pretrained
 from nestlearn.cli.stack import parse_levels
@@ -33,12 +34,8 @@ STORY = "The lamp is red. The door is blue. The king has a parrot.\n" * 12
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and its tokenizer, a stream of two texts, and a text known before."""
     path = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path / "llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    tiny_llama(**sizes).save_pretrained(path / "llama")
     byte_tokenizer().save_pretrained(path / "llama")
     (path / "texts").mkdir()
     (path / "texts" / "a.txt").write_text(STORY)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.llama import tiny_llama
+from transformers import LlamaForCausalLM
 
 from nestlearn import Level, MemorySession, stack_levels
 from nestlearn.data import byte_tokenizer
@@ -23,13 +23,11 @@ TEXT = "The lamp is red. The door is blue. The king has a parrot.\n"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama, the same stacked, a session that has read, and texts."""
     path = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, bos_token_id=256, eos_token_id=257, initializer_range=0.2,
-        tie_word_embeddings=True,
+    model = tiny_llama(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=256, initializer_range=0.2,
+        tie_word_embeddings=True, pad_token_id=None,
     )  # fmt: skip
-    model, tokenizer = LlamaForCausalLM(config).eval(), byte_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.pad_token = None  # as of many models
     for name in ("llama", "stacked"):
         if name == "stacked":

@@ -7,21 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.llama import tiny_llama
 
 from nestlearn import cli
 from nestlearn.data import byte_tokenizer
 from nestlearn.data.invented_town import invent_town
 from nestlearn.evals.probes import answer_scores, question_ids
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=2048, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -38,7 +29,7 @@ def test_a_page_answers_its_questions(seed: int) -> None:
 
 
 def test_scores_are_mean_log_probabilities_of_each_answer_alone() -> None:
-    model, tokenizer = llama(), byte_tokenizer()
+    model, tokenizer = tiny_llama(), byte_tokenizer()
     asked = question_ids(tokenizer, "Who?", "Ann lives here.")
     assert bytes(asked[1:]) == b"Ann lives here.\n\nWho?\n"
     for answer, score in zip(["Ann", "Robert"], answer_scores(model, tokenizer, asked, ["Ann", "Robert"]), strict=True):
@@ -49,7 +40,7 @@ def test_scores_are_mean_log_probabilities_of_each_answer_alone() -> None:
 
 
 def test_the_demonstration_compares_four_ways_to_know_a_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    llama().save_pretrained(tmp_path / "model")
+    tiny_llama().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", "--pretrained", str(tmp_path / "model"), "--quick", "--out", str(tmp_path / "out")])
