@@ -48,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stacked(folder: Path) -> Path:
     with pytest.raises(SystemExit) as stop:
         cli.main(
-            ["stack", str(folder / "llama"), "--levels", "16:rank=4,64:hidden=8", "--out", str(folder / "stacked")]
+            ["stack", str(folder / "llama"), "--levels", "16:rank=4,64:hidden=8", "--mode", "add", "--general", "none"]
+            + ["--out", str(folder / "stacked")]
         )
     assert not stop.value.code
     return folder / "stacked"
@@ -102,6 +103,17 @@ class TestStack:
             capsys, "stack", folder / "llama", "--levels", "16", "--out", tmp_path / "x", "--general", "no.txt"
         )
         assert missing[0] == 1 and "no.txt" in missing[2] and not (tmp_path / "x").exists()
+
+    def test_the_default_is_one_protected_level_without_new_maps(
+        self, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+    ) -> None:
+        general = ("--general", folder / "known.txt")
+        code, _, error = run(capsys, "stack", folder / "llama", "--out", tmp_path / "new", *general)
+        assert code == 0, error
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+        assert model.stack_plan.levels == (Level(64, rank=16, rule="orthogonalized", lr=4),)
+        assert model.stack_plan.mode == "split"
+        assert model.stacked_mlps()["model.layers.0.mlp"].level(0).general_up is not None
 
     def test_errors_name_the_fix(self, capsys: pytest.CaptureFixture[str], folder: Path, stacked: Path) -> None:
         code, _, error = run(capsys, "stack", folder / "llama", "--levels", "16", "--out", stacked)
@@ -296,7 +308,7 @@ class TestChat:
         file = tmp_path / "mine"
         self.talk(monkeypatch, f"/read {folder / 'texts' / 'a.txt'}")
         run(capsys, "chat", stacked, "--session", file)
-        run(capsys, "stack", folder / "llama", "--levels", "32", "--out", tmp_path / "other")
+        run(capsys, "stack", folder / "llama", "--levels", "32", "--general", "none", "--out", tmp_path / "other")
         self.talk(monkeypatch, "/quit")
         code, _, error = run(capsys, "chat", tmp_path / "other", "--session", file)
         assert code == 1 and "another model" in error

@@ -128,7 +128,7 @@ def test_a_command_without_a_terminal_says_what_it_does(
     one = folder / "texts" / "1.txt"
     known = ("--known", f"text:{folder / 'texts'}", "--known-bytes", 200)
     for words, said in (
-        (("stack", folder / "llama", "--levels", "16", "--out", tmp_path / "new"), "0 s: "),
+        (("stack", folder / "llama", "--levels", "16", "--general", "none", "--out", tmp_path / "new"), "0 s: "),
         (
             ("eval", folder / "llama", "--corpus", f"text:{folder / 'texts'}", "--task", "bits_per_byte"),
             "s: bits per byte: 0%",

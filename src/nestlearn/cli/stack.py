@@ -23,18 +23,21 @@ from nestlearn.cli.common import (
 HELP = """Put levels of memory on a pretrained language model, and save it.
 
 The output of the model stays the same until it reads. LEVELS are joined by commas, fastest first: a period in tokens,
-then options of the level, each after a colon: 64,512:rank=8:lr=0.5,frozen.
+then options of the level, each after a colon: 64,512:rank=8:lr=0.5,frozen. The default is the setting that read best
+in docs/results/pretrained-reading.md.
 
 [bold]Examples[/bold]
 
-  nestlearn stack smollm2-135m --levels 64,512 --out runs/smollm2
+  nestlearn stack smollm2-135m --out runs/smollm2
 
-  nestlearn stack Qwen/Qwen3-0.6B --levels 64,512 --out runs/qwen --dtype bf16
+  nestlearn stack Qwen/Qwen3-0.6B --out runs/qwen --dtype bf16
 
-  nestlearn stack model.gguf --levels 64:rank=8 --out runs/mine
+  nestlearn stack model.gguf --levels 64:rank=8 --general manual.txt --out runs/mine
 
   nestlearn stack runs/llama --levels 32:rank=8,256:rank=8 --mode add --layers last:4 --out runs/stacked
 """
+
+LEVELS = "64:rank=16:rule=orthogonalized:lr=4"
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "expansion": float, "rule": str, "lr": float, "retain": float, "clip": float, "hidden": int, "rank": int,
@@ -74,15 +77,17 @@ def parse_levels(text: str) -> list[Any]:
 
 def run(
     model: ModelName,
-    levels: Annotated[str, typer.Option(help="Levels, fastest first, such as 64,512:rank=8.")],
     out: Annotated[Path, typer.Option(help="Folder for the stacked model.")],
-    mode: Annotated[str, typer.Option(help="add, split or copy.")] = "add",
+    levels: Annotated[str, typer.Option(help="Levels, fastest first, such as 64,512:rank=8.")] = LEVELS,
+    mode: Annotated[str, typer.Option(help="split, add or copy.")] = "split",
     layers: Annotated[str, typer.Option(help="all, last:N, or numbers joined by commas.")] = "all",
     mlp: Annotated[str | None, typer.Option(help="Pattern of the MLP modules' paths, for other models.")] = None,
     general: Annotated[
-        Path | None,
-        typer.Option(help="Text file: what is learned leaves answers to such text alone. 'own': the model writes it."),
-    ] = None,
+        Path,
+        typer.Option(
+            help="Text file: what is learned leaves answers to such text alone. 'own': the model writes it. 'none'."
+        ),
+    ] = Path("own"),
     dtype: Dtype = None,
     verbose: Verbose = False,
 ) -> None:
@@ -97,14 +102,14 @@ def run(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is a file or a folder that is not empty; choose another folder, or remove it first.")
     chosen_levels = parse_levels(levels)
-    text = None if general is None or str(general) == "own" else read_text(general)
+    text = None if str(general) in ("own", "none") else read_text(general)
     chosen = [int(n) for n in layers.split(",")] if layers.replace(",", "").isdecimal() else layers
     with Progress() as progress:
         progress(f"loading {model}")
         loaded, tokenizer = pretrained(model, dtype=dtype)
         progress("stacking levels")
         stacked = stack_levels(loaded, chosen_levels, layers=chosen, mode=cast(Any, mode), mlp=mlp)
-        if general is not None:
+        if str(general) != "none":
             progress(f"remembering general inputs ({general})")
             protect(stacked, tokenizer, text)
         progress(f"saving {out}")

@@ -233,7 +233,7 @@ def stack_levels(
     model: PreTrainedModel,
     levels: Sequence[Level],
     layers: str | Sequence[int] | None = None,
-    mode: Mode = "add",
+    mode: Mode = "split",
     split: Sequence[float] | None = None,
     mlp: MlpFilter = None,
 ) -> Any:
@@ -249,9 +249,9 @@ def stack_levels(
         levels: fastest first, periods in tokens; see `nestlearn.nn.Level`. ``hidden`` and ``rank`` bound the bytes of
             a row. In ``split``, ``hidden`` sets a level's share; hidden units of no level stay frozen.
         layers: None or "all", "last:4", or a list of the numbers of layers.
-        mode: ``add``: networks with output zero alongside the MLP. ``split``: the hidden units of the MLP are divided
-            over the levels, without new parameters. ``copy``: every level starts as the whole MLP, and the outputs of
-            all levels are averaged.
+        mode: ``split``: the hidden units of the MLP are divided over the levels, without new parameters. ``add``:
+            networks with output zero alongside the MLP. ``copy``: every level starts as the whole MLP, and the outputs
+            of all levels are averaged.
         split: fractions of the hidden units, one for each level; even by default.
         mlp: the modules that are MLPs, for models whose maps have other names than those of the Llama, Qwen, Mistral,
             Gemma, GPT-2 and GPT-NeoX families; see `nestlearn.models.stacking.find_networks`.
