@@ -46,11 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stacked(folder: Path) -> Path:
+    options = ["--levels", "16:rank=4,64:hidden=8", "--mode", "add", "--general", "none"]
     with pytest.raises(SystemExit) as stop:
-        cli.main(
-            ["stack", str(folder / "llama"), "--levels", "16:rank=4,64:hidden=8", "--mode", "add", "--general", "none"]
-            + ["--out", str(folder / "stacked")]
-        )
+        cli.main(["stack", str(folder / "llama"), *options, "--out", str(folder / "stacked")])
     assert not stop.value.code
     return folder / "stacked"
 
@@ -111,7 +109,7 @@ class TestStack:
         code, _, error = run(capsys, "stack", folder / "llama", "--out", tmp_path / "new", *general)
         assert code == 0, error
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
-        assert model.stack_plan.levels == (Level(64, rank=16, rule="orthogonalized", lr=4),)
+        assert model.stack_plan.levels == (Level(64, rank=16, rule="orthogonalized", lr=3, retain=1),)
         assert model.stack_plan.mode == "split"
         assert model.stacked_mlps()["model.layers.0.mlp"].level(0).general_up is not None
 

@@ -41,7 +41,7 @@ def run(
     stream: Annotated[list[str], typer.Option(help="Text file, folder or pattern; may be repeated.")],
     passes: Annotated[int, typer.Option(min=1, help="Times each document is read.")] = 30,
     questions: Annotated[int, typer.Option(min=0, help="Questions in each step; 0 reads the text only.")] = 8,
-    lr: Annotated[float, typer.Option(help="Factor of the steps of all levels.")] = 3.0,
+    lr: Annotated[float, typer.Option(help="Factor of the steps of all levels.")] = 1.0,
     minutes: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
     seed: Seed = 0,
     dtype: Dtype = None,

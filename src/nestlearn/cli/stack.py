@@ -37,7 +37,7 @@ in docs/results/pretrained-reading.md.
   nestlearn stack runs/llama --levels 32:rank=8,256:rank=8 --mode add --layers last:4 --out runs/stacked
 """
 
-LEVELS = "64:rank=16:rule=orthogonalized:lr=4"
+LEVELS = "64:rank=16:rule=orthogonalized:lr=3:retain=1"
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "expansion": float, "rule": str, "lr": float, "retain": float, "clip": float, "hidden": int, "rank": int,

@@ -30,7 +30,7 @@ from nestlearn.models import generate_texts
 from nestlearn.models.stacking import stack_levels, unstack_levels
 from nestlearn.nn import Level
 
-LEVEL = Level(period=64, rank=16, rule="orthogonalized", retain=1.0)
+LEVEL = Level(period=64, rank=16, rule="orthogonalized", lr=3.0, retain=1.0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PretrainedPlan:
     lora_passes: int = 60
     lora_lr: float = 3e-4
     level: Level = LEVEL
-    lr: float = 3.0
+    lr: float = 1.0
     general_tokens: int = 4096
     unrelated_bytes: int = 8192
     seed: int = 0

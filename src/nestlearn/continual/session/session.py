@@ -233,7 +233,7 @@ class MemorySession:
         *sources: str | Path | Iterable[str],
         passes: int = 30,
         questions: int = QUESTIONS,
-        lr: float = 3.0,
+        lr: float = 1.0,
         minutes: float | None = None,
         prompt: str = PROMPT,
         seed: int = 0,
@@ -254,7 +254,7 @@ class MemorySession:
                 title of its document.
             passes: how often every window is read.
             questions: of one step; 0 reads the text only.
-            lr: factor of the steps of all levels.
+            lr: factor of the steps of all levels; 1 suits an orthogonalized level of ``lr`` 3 (`nestlearn stack`'s).
             minutes: stop after this time.
             prompt: of the questions, with ``{sentence}`` and ``{topic}``.
             seed: of the order and the choice of questions.
@@ -274,7 +274,7 @@ class MemorySession:
         *sources: str | Path | Iterable[str],
         passes: int = 30,
         questions: int = QUESTIONS,
-        lr: float = 3.0,
+        lr: float = 1.0,
         minutes: float | None = None,
         prompt: str = PROMPT,
         seed: int = 0,
