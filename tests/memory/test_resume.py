@@ -32,9 +32,9 @@ def test_every_split_equals_one_scan(case: Case):
 def check_splits(case: Case, splits: Sequence[int]) -> None:
     """The chunked engine is cut in two at each of ``splits``, the token loop after every token at once."""
     inputs = make_inputs(case)
-    whole, loop = run(case, inputs), run(case, inputs, "reference")
+    whole, loop = run(case, inputs, "chunked"), run(case, inputs, "reference")
     for split in splits:
-        assert_equal_runs(run(case, inputs, splits=(split,)), whole, split)
+        assert_equal_runs(run(case, inputs, "chunked", (split,)), whole, split)
     assert_equal_runs(run(case, inputs, "reference", range(1, case.tokens)), loop, "after every token")
 
 
