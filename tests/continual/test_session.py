@@ -23,6 +23,7 @@ from nestlearn import HopeConfig, HopeForCausalLM, Level, MemorySession, stack_l
 from nestlearn.continual import ReadInterrupted, ReadReport, SegmentScore
 from nestlearn.continual.chat import Chat, Sampling
 from nestlearn.continual.general import protect
+from nestlearn.continual.session.file import fingerprint
 from nestlearn.continual.session.reader import READ_BLOCK, BlockTokenizer, cut_read_blocks
 from nestlearn.data import byte_tokenizer, train_bpe
 from nestlearn.data.documents import Document
@@ -133,6 +134,23 @@ def test_reading_helps_and_progress_is_told(model, hope, kind):
     if kind == "stacked":
         assert report.part(0.5, 1).bits_per_byte < report.part(0.5, 1).off - 0.1
         assert session.score(text) < report.off - 0.1
+
+
+def test_a_fingerprint_follows_the_weights():
+    """It is computed once, and again after a weight was changed or replaced."""
+    mine, hashed = llama(), []
+    from nestlearn.continual.session import file
+
+    digest = file._digest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file, "_digest", lambda *given: hashed.append(1) or digest(*given))
+        first = fingerprint(mine)
+        assert fingerprint(mine) == first and len(hashed) == 1
+        with torch.no_grad():
+            mine.lm_head.weight.add_(1)
+        second = fingerprint(mine)
+        mine.lm_head.weight = torch.nn.Parameter(mine.lm_head.weight + 1)
+        assert len({first, second, fingerprint(mine)}) == len(hashed) == 3
 
 
 def test_reading_step_by_step_is_reading(model):

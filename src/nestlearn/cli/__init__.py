@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from nestlearn import __version__
-from nestlearn.cli import bench, chat, demo, evaluate, generate, info, learn, practice, stack, train
+from nestlearn.cli import bench, chat, demo, evaluate, generate, info, learn, practice, serve, stack, train
 from nestlearn.cli.common import ANY_FIELD, print_error
 from nestlearn.plugins import load_plugins
 
@@ -53,6 +53,7 @@ app.command("stack", help=stack.HELP)(stack.run)
 app.command("learn", help=learn.HELP, context_settings={"allow_extra_args": True})(learn.run)
 app.command("practice", help=practice.HELP)(practice.run)
 app.command("chat", help=chat.HELP)(chat.run)
+app.command("serve", help=serve.HELP)(serve.run)
 app.command("demo", help=demo.HELP)(demo.run)
 
 

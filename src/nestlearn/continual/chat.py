@@ -27,6 +27,29 @@ COMMANDS_HELP = """Type a message to get an answer. Commands:
   /quit                save and leave;  /quit! leaves without saving"""
 
 
+def as_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """A conversation up to the start of the next answer: as it is if the tokenizer has a chat template, else a text.
+
+    Example:
+        >>> from nestlearn.data import byte_tokenizer
+        >>> as_prompt(byte_tokenizer(), [{"role": "user", "content": "Hello"}])
+        'You: Hello\\nModel:'
+    """
+    return messages if getattr(tokenizer, "chat_template", None) else f"{_as_text(messages)}Model:"
+
+
+def as_turn(tokenizer: Any, message: dict[str, str], answer: str) -> str | list[dict[str, str]]:
+    """A message and its answer in the form of `as_prompt`, to be read."""
+    said = [message, {"role": "assistant", "content": answer}]
+    return said if getattr(tokenizer, "chat_template", None) else _as_text(said)
+
+
+def _as_text(messages: list[dict[str, str]]) -> str:
+    """Lines of a conversation; those of the system stand alone."""
+    names = {"user": "You: ", "assistant": "Model: "}
+    return "".join(f"{names.get(message['role'], '')}{message['content']}\n" for message in messages)
+
+
 @dataclass
 class Sampling:
     """How answers are drawn; at temperature 0 each token is the most likely one."""
@@ -109,29 +132,19 @@ class Chat:
 
         A control token spelled out in a message reaches the model as letters.
         """
-        if getattr(self.session.tokenizer, "chat_template", None):
-            said = [
-                {"role": role, "content": text}
-                for turn in self.turns
-                for role, text in zip(("user", "assistant"), turn, strict=True)
-            ]
-            said.append({"role": "user", "content": message})
-            return said
-        before = "".join(f"You: {question}\nModel: {answer}\n" for question, answer in self.turns)
-        return f"{before}You: {message}\nModel:"
-
-    def turn(self, message: str, answer: str) -> str | list[dict[str, str]]:
-        """A message and its answer in the form of `prompt`, to be read."""
-        if getattr(self.session.tokenizer, "chat_template", None):
-            return [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-        return f"You: {message}\nModel: {answer}\n"
+        said = [
+            {"role": role, "content": text}
+            for turn in self.turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return as_prompt(self.session.tokenizer, [*said, {"role": "user", "content": message}])
 
     def _answer(self, message: str) -> str:
         self.answered += 1
         answer = self._generate(message)
         self.turns.append((message, answer))
         if self.learns:
-            self._learn_text(self.turn(message, answer))
+            self._learn_text(as_turn(self.session.tokenizer, {"role": "user", "content": message}, answer))
         if self.say is not None and answer:
             self.say("\n")
             return ""

@@ -34,7 +34,13 @@ class Row:
 
 
 class Decoder(Protocol):
-    """The rows that are decoded together. Logits are those of the next token."""
+    """The rows that are decoded together. Logits are those of the next token.
+
+    ``positions`` limits prompt and answer together (None: no limit), and no answer may hold a token of ``never``.
+    """
+
+    positions: int | None
+    never: tuple[int, ...]
 
     def begin(self, session: MemorySession) -> Row:
         """A row of its own, with what the session has learned up to now."""
@@ -75,11 +81,17 @@ def decoder_of(session: MemorySession) -> Decoder:
         >>> decoder.step([32, 32]).shape
         torch.Size([2, 259])
     """
-    return StackedDecoder(session.model) if isinstance(session._backend, StackedBackend) else HopeDecoder(session.model)
+    kind = StackedDecoder if isinstance(session._backend, StackedBackend) else HopeDecoder
+    decoder: Decoder = kind(session.model)
+    decoder.positions, decoder.never = session._backend.positions, session._backend.forgetting_tokens()
+    return decoder
 
 
 class HopeDecoder:
     """Rows of a Hope model, one forward pass each: the clocks of its memories belong to a cache, not to a row."""
+
+    positions: int | None = None
+    never: tuple[int, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -108,6 +120,9 @@ class StackedDecoder:
 
     Keys and values of shorter rows are padded on the left, and the padding is masked.
     """
+
+    positions: int | None = None
+    never: tuple[int, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self.model, self.stacked = model, stacked_model(model)

@@ -1,0 +1,74 @@
+"""Errors in the form of the OpenAI API: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+
+class ErrorBody(BaseModel):
+    """The content of an error."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response that is no success."""
+
+    error: ErrorBody
+
+
+class ApiError(HTTPException):
+    """An error that the client is told.
+
+    Args:
+        status: of HTTP.
+        message: what was received, the cause and the usual fix.
+        code: a short name of the cause.
+        param: the field that is wrong.
+        retry_after: seconds after which the client may try again.
+
+    Example:
+        >>> ApiError(404, "there is no session 'a'.", "session_not_found").body()["error"]["type"]
+        'invalid_request_error'
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(status, message)
+        self.code, self.param, self.retry_after = code, param, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """As a response of HTTP."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status_code == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status_code, headers)
+
+
+def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """Status 400."""
+    return ApiError(400, message, code, param=param)
+
+
+def busy(message: str, seconds: int = 1) -> ApiError:
+    """Status 429: try again."""
+    return ApiError(429, message, "server_busy", retry_after=seconds)
+
+
+def disk_error(error: Exception) -> ApiError:
+    """Status 507: the memory could not be saved, so the request had no effect."""
+    return ApiError(507, f"the session could not be saved, and is as it was before: {error}", "not_saved")
