@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ def guarded(start: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     from nestlearn.serve.keys import Keys
 
     folder = tmp_path_factory.mktemp("guarded")
-    keys = Keys(folder)
-    found = {name: {"authorization": f"Bearer {keys.add(name)}"} for name in ("alice", "bob", "carol")}
-    keys.revoke("carol")
+    with closing(Keys(folder)) as keys:
+        found = {name: {"authorization": f"Bearer {keys.add(name)}"} for name in ("alice", "bob", "carol")}
+        keys.revoke("carol")
     return start(folder), found
 
 
@@ -76,12 +77,13 @@ def test_other_addresses_need_keys_and_a_free_port(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="there are no keys. Make one first"):
         bind("0.0.0.0", 0, tmp_path)
-    Keys(tmp_path).add("alice")
-    with bind("0.0.0.0", 0, tmp_path) as first:
-        first.listen()
-        with pytest.raises(ValueError, match="cannot be used: Address already in use"):
-            bind("0.0.0.0", first.getsockname()[1], tmp_path)
-    Keys(tmp_path).revoke("alice")
+    with closing(Keys(tmp_path)) as keys:
+        keys.add("alice")
+        with bind("0.0.0.0", 0, tmp_path) as first:
+            first.listen()
+            with pytest.raises(ValueError, match="cannot be used: Address already in use"):
+                bind("0.0.0.0", first.getsockname()[1], tmp_path)
+        keys.revoke("alice")
     with pytest.raises(ValueError, match="there are no keys"):
         bind("0.0.0.0", 0, tmp_path)
 

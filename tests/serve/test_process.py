@@ -12,12 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nestlearn import cli
+from nestlearn import cli, unstack_levels
 from nestlearn.data import byte_tokenizer
 
 from .conftest import TEXT, forked, tiny_model
@@ -148,6 +149,23 @@ def test_killed_in_the_middle_of_many_writers(saved: Path, tmp_path: Path) -> No
             found = httpx2.get(f"{again.url}/v1/sessions/s{number}", trust_env=False).json()
             assert found["tokens"] - tokens in (0, 50)
         again.end(signal.SIGKILL)
+
+
+def test_a_model_without_levels_gets_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nestlearn.continual.session.file import fingerprint
+    from nestlearn.serve import run
+
+    plain, sessions = tmp_path / "plain", tmp_path / "sessions"
+    unstack_levels(tiny_model()).save_pretrained(plain)
+    byte_tokenizer().save_pretrained(plain)
+    monkeypatch.setattr(run, "protect", partial(run.protect, tokens=64, length=16))
+    model, _ = run.open_model(str(plain), sessions, dtype=None, device=None)
+    assert [level.rank for level in model.stack_plan.levels] == [16]
+    monkeypatch.delattr(run, "protect")  # the second start finds the result of the first
+    again, _ = run.open_model(str(plain), sessions, dtype=None, device=None)
+    assert fingerprint(again) == fingerprint(model)
+    with pytest.raises(ValueError, match="Give that model, or another folder"):
+        run.open_model("smollm2-135m", sessions, dtype=None, device=None)
 
 
 def test_keys_are_made_shown_and_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

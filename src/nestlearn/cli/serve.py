@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,18 +99,18 @@ def _keys(words: list[str], folder: Path) -> None:
     _require_extra()
     from nestlearn.serve.keys import Keys
 
-    match words:
-        case ["add", name]:
-            secret = Keys(folder).add(name)
-            plain_console().print(f"{secret}\nThis key of {name} is shown once; only a digest of it is kept.")
-        case ["revoke", name]:
-            Keys(folder).revoke(name)
-            plain_console().print(f"The key of {name} has ended; its sessions stay.")
-        case ["list"]:
-            for key in Keys(folder).all():
-                plain_console().print(_shown(key))
-        case _:
-            raise ValueError(f"keys {' '.join(words)}: write keys add NAME, keys list or keys revoke NAME.")
+    with closing(Keys(folder)) as keys:
+        match words:
+            case ["add", name]:
+                said = f"{keys.add(name)}\nThis key of {name} is shown once; only a digest of it is kept."
+            case ["revoke", name]:
+                keys.revoke(name)
+                said = f"The key of {name} has ended; its sessions stay."
+            case ["list"]:
+                said = "\n".join(map(_shown, keys.all())) or "There are no keys."
+            case _:
+                raise ValueError(f"keys {' '.join(words)}: write keys add NAME, keys list or keys revoke NAME.")
+    plain_console().print(said)
 
 
 def _shown(key: Any) -> str:

@@ -21,7 +21,7 @@ from .access import explain
 from .errors import bad_request
 from .schemas import ChatRequest, CompletionRequest, Generation
 from .server import OwnerOf, Server, ServerOf
-from .streams import Events, while_connected
+from .streams import JSON_OR_EVENTS, Events, to_the_end, while_connected
 from .worker import Piece, Stream, TokenScore
 
 router = APIRouter()
@@ -45,7 +45,7 @@ def _model(server: Server) -> dict[str, Any]:
     return {"id": server.name, "object": "model", "created": server.created, "owned_by": "nestlearn"}
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=JSON_OR_EVENTS)
 async def chat(
     body: ChatRequest, request: Request, server: ServerOf, owner: OwnerOf, x_session: SessionHeader = None
 ) -> dict[str, Any] | Response:
@@ -68,7 +68,7 @@ async def chat(
     return await while_connected(request, lambda: _chat_answer(call, shape, stream, count, source), call.held)
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=JSON_OR_EVENTS)
 async def completions(
     body: CompletionRequest, request: Request, server: ServerOf, owner: OwnerOf, x_session: SessionHeader = None
 ) -> dict[str, Any] | Response:
@@ -156,9 +156,9 @@ class Call:
             self.server.metrics.tokens.labels("answer").inc(piece.tokens)
 
     async def learn(self, source: Any) -> None:
-        """Let the session read what was said, if it learns."""
+        """Let the session read what was said, if it learns, even if the client has gone by now."""
         if self.learns and self.name is not None:
-            await self.server.learn(self.owner, self.name, source)
+            await to_the_end(self.server.learn(self.owner, self.name, source))
 
     @property
     def with_usage(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 SCHEMA = """
@@ -82,6 +82,7 @@ class Index:
         >>> index.put(Entry("local", "a", "local/a.1", False, 0.0, 0.0, 12, 1, 400))
         >>> [entry.tokens for entry in index.page("local", None, 10)], index.used("local")
         ([12], (1, 400))
+        >>> index.close()
     """
 
     def __init__(self, path: Path) -> None:
@@ -122,4 +123,4 @@ class Index:
     def _select(self, where: str, *values: object) -> Iterator[Entry]:
         columns = ", ".join(field.name for field in fields(Entry))
         rows = self._db.execute(f"SELECT {columns} FROM sessions {where}", values).fetchall()
-        return (Entry(*row[:3], bool(row[3]), *row[4:]) for row in rows)
+        return (replace(Entry(*row), learn=bool(row[3])) for row in rows)

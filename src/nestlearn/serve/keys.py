@@ -46,6 +46,7 @@ class Keys:
         >>> secret = keys.add("alice")
         >>> keys.owner_of(secret), keys.owner_of("nl-guess"), [key.name for key in keys.all()]
         ('alice', None, ['alice'])
+        >>> keys.close()
     """
 
     def __init__(self, folder: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-import anyio
 from fastapi import Depends, Request
 
 from nestlearn.continual.session import MemorySession
@@ -70,18 +69,14 @@ class Server:
             yield step
 
     async def learn(self, owner: str, name: str, source: Any) -> Entry:
-        """Let a session read something, and save it. It is made if it does not exist.
-
-        Once begun, this goes on even if the client has gone.
-        """
-        with anyio.CancelScope(shield=True):
-            async with self.store.writing(owner, name, wait=True):
-                _, session = await self.session_or_base(owner, name)
-                work = session.fork()
-                async for _ in self.steps(work.reading(source)):
-                    pass
-                self.metrics.tokens.labels("learned").inc(work.tokens - session.tokens)
-                return await self.store.call(self.store.commit, owner, name, work)
+        """Let a session read something, and save it. It is made if it does not exist."""
+        async with self.store.writing(owner, name, wait=True):
+            _, session = await self.session_or_base(owner, name)
+            work = session.fork()
+            async for _ in self.steps(work.reading(source)):
+                pass
+            self.metrics.tokens.labels("learned").inc(work.tokens - session.tokens)
+            return await self.store.call(self.store.commit, owner, name, work)
 
 
 def the_server(request: Request) -> Server:

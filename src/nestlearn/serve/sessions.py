@@ -28,7 +28,7 @@ from .index import Entry
 from .schemas import ChangeSession, ForgetRequest, ForkRequest, NewSession, PracticeRequest, ReadRequest
 from .server import OwnerOf, Server, ServerOf
 from .store import check_name
-from .streams import Events, while_connected
+from .streams import JSON_OR_EVENTS, Events, to_the_end, while_connected
 
 router = APIRouter(prefix="/v1/sessions")
 FILE_PIECE = 2**20
@@ -94,7 +94,7 @@ _READ_BODY: dict[str, Any] = {
 }
 
 
-@router.post("/{id}/read", response_model=None, openapi_extra=_READ_BODY)
+@router.post("/{id}/read", response_model=None, openapi_extra=_READ_BODY, responses=JSON_OR_EVENTS)
 async def read(
     name: SessionId,
     request: Request,
@@ -118,7 +118,7 @@ async def read(
     return await _change(server, owner, name, request, steps, stream=asked.stream)
 
 
-@router.post("/{id}/practice", response_model=None)
+@router.post("/{id}/practice", response_model=None, responses=JSON_OR_EVENTS)
 async def practice(
     name: SessionId, body: PracticeRequest, request: Request, server: ServerOf, owner: OwnerOf
 ) -> dict[str, Any] | Response:
@@ -166,7 +166,12 @@ async def diff(
     return {"object": "session.diff", "id": name, "other": other, "levels": _levels(rows)}
 
 
-@router.get("/{id}/file", response_class=Response)
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+@router.get("/{id}/file", response_class=Response, responses=_FILE)
 async def download(name: SessionId, server: ServerOf, owner: OwnerOf) -> Response:
     """The session as a safetensors file, which `MemorySession.load` reads as well."""
     entry, file = await server.store.call(server.store.read_file, owner, name)
@@ -251,8 +256,7 @@ async def _change(
         yield first
         async for last in events:
             yield last
-        with anyio.CancelScope(shield=True):
-            entry = await server.store.call(server.store.commit, owner, name, work)
+        entry = await to_the_end(server.store.call(server.store.commit, owner, name, work))
         server.metrics.tokens.labels("learned").inc(work.tokens - session.tokens)
         total = {field: value for field, value in last.items() if field != "segment"}
         yield {**total, "object": last["object"].removesuffix(".progress"), "session": _view(entry)}

@@ -15,6 +15,10 @@ from starlette.types import Receive, Scope, Send
 from .errors import ApiError
 
 T = TypeVar("T")
+JSON_OR_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
+}
+"""What the OpenAPI document says of an operation that answers as a whole or as a stream."""
 
 
 class ClientGone(Exception):
@@ -45,6 +49,14 @@ async def while_connected(request: Request, work: Callable[[], Awaitable[T]], he
         raise errors[0]
     if not found:
         raise ClientGone
+    return found[0]
+
+
+async def to_the_end(work: Awaitable[T]) -> T:
+    """The result of some work that goes on even if the client goes meanwhile."""
+    found: list[T] = []
+    with anyio.CancelScope(shield=True):
+        found.append(await work)
     return found[0]
 
 
