@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from nestlearn import cli, unstack_levels
+from nestlearn.cli.stack import LEVELS, parse_levels
 from nestlearn.data import byte_tokenizer
 
 from .conftest import TEXT, forked, tiny_model
@@ -159,13 +160,14 @@ def test_a_model_without_levels_gets_them_once(tmp_path: Path, monkeypatch: pyte
     unstack_levels(tiny_model()).save_pretrained(plain)
     byte_tokenizer().save_pretrained(plain)
     monkeypatch.setattr(run, "protect", partial(run.protect, tokens=64, length=16))
-    model, _ = run.open_model(str(plain), sessions, dtype=None, device=None)
-    assert [level.rank for level in model.stack_plan.levels] == [16]
+    levels = parse_levels(LEVELS)
+    model, _ = run.open_model(str(plain), sessions, levels)
+    assert list(model.stack_plan.levels) == levels
     monkeypatch.delattr(run, "protect")  # the second start finds the result of the first
-    again, _ = run.open_model(str(plain), sessions, dtype=None, device=None)
+    again, _ = run.open_model(str(plain), sessions, levels)
     assert fingerprint(again) == fingerprint(model)
     with pytest.raises(ValueError, match="Give that model, or another folder"):
-        run.open_model("smollm2-135m", sessions, dtype=None, device=None)
+        run.open_model("smollm2-135m", sessions, levels)
 
 
 def test_keys_are_made_shown_and_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nestlearn.cli.common import Device, Dtype, Verbose, hide_progress_bars, plain_console, tune
+from nestlearn.cli.stack import LEVELS, parse_levels
 
 HELP = """Serve a model to many users, each with a memory, over the API of OpenAI.
 
@@ -63,7 +64,7 @@ def run(
         memory=parse_bytes(memory), body=parse_bytes(body), tokens=tokens, rows=rows, waiting=waiting, seconds=seconds,
         quota=None if quota is None else parse_bytes(quota),
     )  # fmt: skip
-    serve(model, sessions, host=host, port=port, limits=limits, dtype=dtype, device=device)
+    serve(model, sessions, parse_levels(LEVELS), host=host, port=port, limits=limits, dtype=dtype, device=device)
 
 
 def parse_bytes(text: str) -> int:

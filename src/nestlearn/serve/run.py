@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ from .limits import Limits
 
 GRACE = 30
 """Seconds that requests have to end when the server stops."""
-LEVELS = (Level(64, rank=16, rule="orthogonalized", retain=1.0),)
-"""Put on a pretrained model that has no levels."""
 _HERE = ("127.0.0.1", "localhost", "::1")
 
 
-def open_model(name: str, folder: Path, *, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+def open_model(
+    name: str, folder: Path, levels: Sequence[Level], *, dtype: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
     """A model with a memory, and its tokenizer.
 
-    A pretrained model without levels gets `LEVELS` and a memory of general inputs. This takes a minute or more, so the
+    A pretrained model without levels gets these and a memory of general inputs. This takes a minute or more, so the
     result is kept in ``folder/model``: sessions belong to its exact weights.
 
     Raises:
@@ -51,10 +52,10 @@ def open_model(name: str, folder: Path, *, dtype: str | None, device: str | None
     model, tokenizer = pretrained(name, dtype=dtype, device=device)
     if isinstance(model, HopeForCausalLM) or _has_levels(model):
         return model, tokenizer
-    log("stack", model=str(name), levels="64:rank=16:rule=orthogonalized:retain=1", mode="split", general="own")
+    log("stack", model=str(name), periods=[level.period for level in levels])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        stacked = protect(stack_levels(model, list(LEVELS), mode="split"), tokenizer)
+        stacked = protect(stack_levels(model, levels, mode="split"), tokenizer)
     with atomic_write(kept, "the model with levels") as temporary:
         stacked.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -99,15 +100,9 @@ def bind(host: str, port: int, folder: Path) -> socket.socket:
 
 
 def serve(
-    name: str,
-    folder: Path,
-    *,
-    host: str,
-    port: int,
-    limits: Limits,
-    dtype: str | None = None,
+    name: str, folder: Path, levels: Sequence[Level], *, host: str, port: int, limits: Limits, dtype: str | None = None,
     device: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Serve a model until SIGINT or SIGTERM. Requests then have `GRACE` seconds to end.
 
     Raises:
@@ -116,7 +111,7 @@ def serve(
     write_log()
     listening = bind(host, port, folder)
     with listening:
-        model, tokenizer = open_model(name, folder, dtype=dtype, device=device)
+        model, tokenizer = open_model(name, folder, levels, dtype=dtype, device=device)
         application = app(model, tokenizer, folder, name=Path(name).name, limits=limits)
         config = uvicorn.Config(
             application, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
