@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nestlearn import Level, stack_levels
 from nestlearn.data import byte_tokenizer
 
-pytest.importorskip("fastapi", reason="needs the extra serve: pip install -e '.[serve]'")
-
+NEEDS = "needs the extra serve: pip install -e '.[serve]'"
 TEXT = "".join(f"The {n}th sheep of the {n % 3} herds is called {chr(65 + n % 26) * 3}. " for n in range(8))
 
 

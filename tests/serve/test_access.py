@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import TEXT
+from .conftest import NEEDS, TEXT
 from .test_completions import HELLO, chat
+
+pytest.importorskip("fastapi", reason=NEEDS)
 
 
 @pytest.fixture(scope="module")

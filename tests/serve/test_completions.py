@@ -11,7 +11,9 @@ import pytest
 from nestlearn import MemorySession
 from nestlearn.data import byte_tokenizer
 
-from .conftest import TEXT
+from .conftest import NEEDS, TEXT
+
+pytest.importorskip("fastapi", reason=NEEDS)
 
 HELLO = [{"role": "user", "content": "Which sheep?"}]
 

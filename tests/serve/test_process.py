@@ -22,7 +22,9 @@ from nestlearn import cli, unstack_levels
 from nestlearn.cli.stack import LEVELS, parse_levels
 from nestlearn.data import byte_tokenizer
 
-from .conftest import TEXT, forked, tiny_model
+from .conftest import NEEDS, TEXT, forked, tiny_model
+
+pytest.importorskip("fastapi", reason=NEEDS)
 
 httpx2 = pytest.importorskip("httpx2", reason="pip install httpx2")
 

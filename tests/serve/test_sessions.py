@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from nestlearn import MemorySession
 from nestlearn.data import byte_tokenizer
 
-from .conftest import TEXT
+from .conftest import NEEDS, TEXT
+
+pytest.importorskip("fastapi", reason=NEEDS)
 
 
 def new(client: Any, name: str, text: str = "") -> str:

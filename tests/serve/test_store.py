@@ -15,8 +15,10 @@ import pytest
 from nestlearn import MemorySession
 from nestlearn.data import byte_tokenizer
 
-from .conftest import TEXT, forked
+from .conftest import NEEDS, TEXT, forked
 from .test_sessions import bytes_of, new
+
+pytest.importorskip("fastapi", reason=NEEDS)
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.007])

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import anyio
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
@@ -92,7 +93,7 @@ class Access:
             self._admit(scope)
             with anyio.fail_after(self.limits.seconds):
                 await self.app(scope, _Body(scope, receive, self._body_limit(scope), self.limits.idle), sending)
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             pass
         except Exception as error:  # noqa: BLE001 - the server goes on, and the client is told
             found = explain(error)
@@ -110,11 +111,11 @@ class Access:
     def _admit(self, scope: Scope) -> None:
         """Note the owner in the scope, or refuse the request."""
         headers = Headers(scope=scope)
-        scope["owner"] = LOCAL
         if scope["path"] in OPEN_PATHS:
             return
         if not self.keys.needed:
             _refuse_foreign_pages(headers)
+            scope["owner"] = LOCAL
             return
         scheme, _, secret = headers.get("authorization", "").partition(" ")
         owner = self.keys.owner_of(secret.strip()) if scheme.lower() == "bearer" else None

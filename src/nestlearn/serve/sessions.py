@@ -156,9 +156,7 @@ async def forget(name: SessionId, body: ForgetRequest, server: ServerOf, owner: 
 
 
 @router.get("/{id}/diff/{other}")
-async def diff(
-    name: SessionId, other: Annotated[str, Path(max_length=64)], server: ServerOf, owner: OwnerOf
-) -> dict[str, Any]:
+async def diff(name: SessionId, other: OtherId, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """How far the levels of two sessions are apart, relative to the initial weights."""
     _, mine = await server.store.call(server.store.open, owner, name)
     _, theirs = await server.store.call(server.store.open, owner, other)
