@@ -29,7 +29,7 @@ LAYERS = {
     "levels": 3,
     "train": 3,
     "evals": 3.5,
-    "serve": 3.6,
+    "serve": 3.8,
     "cli": 4,
     "__main__": 5,
     "__init__": 3.7,  # the public names; the packages below import each other, never these

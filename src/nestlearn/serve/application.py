@@ -79,28 +79,10 @@ def app(model: Any, tokenizer: Any, folder: Path, *, name: str = "nestlearn", li
     base = MemorySession(model, tokenizer, compare="none")
     keys = Keys(folder)
 
-    @asynccontextmanager
-    async def lifespan(application: FastAPI) -> AsyncIterator[None]:
-        store = Store(folder, base, limits)
-        decoder = decoder_of(base)
-        worker = Worker(decoder, tokenizer, end_tokens(model, tokenizer), decoder.never, limits)
-        application.state.server = Server(name, int(time.time()), base, store, worker, limits, metrics)
-        metrics.watch("nestlearn_answers", "Answers that are generated or wait.", lambda: worker.answers)
-        metrics.watch("nestlearn_resident_bytes", "Bytes of sessions in memory.", lambda: store.resident_bytes)
-        for sentence in store.repaired:
-            log("repair", what=sentence)
-        worker.start()
-        log("start", model=name, version=__version__)
-        try:
-            yield
-        finally:
-            worker.stop()
-            store.close()
-            keys.close()
-            log("stop")
-
-    made = FastAPI(title="nestlearn serve", version=__version__, lifespan=lifespan, responses=ERRORS, redoc_url=None,
-                   docs_url=None)  # fmt: skip
+    made = FastAPI(
+        title="nestlearn serve", version=__version__, responses=ERRORS, redoc_url=None, docs_url=None,
+        lifespan=lambda made: _running(made, base, folder, name, limits, metrics, keys),
+    )  # fmt: skip
     for router in (completions.router, sessions.router, _health(metrics)):
         made.include_router(router)
     made.add_exception_handler(RequestValidationError, _invalid)
@@ -108,6 +90,29 @@ def app(model: Any, tokenizer: Any, folder: Path, *, name: str = "nestlearn", li
     made.add_middleware(Access, keys=keys, limits=limits, metrics=metrics)
     _describe(made)
     return made
+
+
+@asynccontextmanager
+async def _running(
+    made: FastAPI, base: MemorySession, folder: Path, name: str, limits: Limits, metrics: Metrics, keys: Keys
+) -> AsyncIterator[None]:
+    """The parts of the server, from its start to its stop."""
+    store, decoder = Store(folder, base, limits), decoder_of(base)
+    worker = Worker(decoder, base.tokenizer, end_tokens(base.model, base.tokenizer), decoder.never, limits)
+    made.state.server = Server(name, int(time.time()), base, store, worker, limits, metrics)
+    metrics.watch("nestlearn_answers", "Answers that are generated or wait.", lambda: worker.answers)
+    metrics.watch("nestlearn_resident_bytes", "Bytes of sessions in memory.", lambda: store.resident_bytes)
+    for sentence in store.repaired:
+        log("repair", what=sentence)
+    worker.start()
+    log("start", model=name, version=__version__)
+    try:
+        yield
+    finally:
+        worker.stop()
+        store.close()
+        keys.close()
+        log("stop")
 
 
 def _health(metrics: Metrics) -> APIRouter:
