@@ -144,7 +144,7 @@ class PracticeRequest(Closed):
     texts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=100)]
     passes: Annotated[int, Field(ge=1, le=1000)] = 30
     questions: Annotated[int, Field(ge=0, le=64)] = 8
-    lr: Annotated[float, Field(gt=0, le=100)] = 3.0
+    lr: Annotated[float, Field(gt=0, le=100)] = 1.0
     minutes: Annotated[float, Field(gt=0, le=1440)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     stream: bool = False
