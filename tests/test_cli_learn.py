@@ -326,3 +326,35 @@ def test_practice_learns_files_by_heart_and_goes_on_from_its_file(folder: Path, 
     assert status == 1 and "minutes=-1.0 must be positive" in err
     status, _, err = run(capsys, "practice", str(folder / "llama"), *words[2:], "--session", str(folder / "no"))
     assert status == 1 and "nestlearn stack" in err and not (folder / "no").exists()
+
+
+def test_facts_are_edited_listed_and_taken_back(folder: Path, stacked: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("nestlearn.continual.editing.targets.STEPS", 2)
+    file, general = folder / "edits.safetensors", ["--general", str(folder / "texts" / "a.txt")]
+    words = ["edit", str(stacked), "--session", str(file)]
+    status, out, _ = run(capsys, *words, "--fact", "The king of Peru is -> Bo", *general, "--method", "memit")
+    assert status == 0 and "The king of Peru is -> Bo: " in out and "by memit in layers 0 to 0" in out and file.exists()
+    facts = folder / "facts.jsonl"
+    lamp = '{"prompt": "its lamp is", "target": "off", "subject": "lamp"}'
+    facts.write_text(lamp + '\n\n{"prompt": "A Bo is", "target": 1}\n')
+    status, _, err = run(capsys, *words, "--facts", str(facts), *general)
+    assert status == 1 and "facts.jsonl, line 3: the target of a fact is a text, got int" in err
+    facts.write_text(lamp)
+    status, out, _ = run(capsys, *words, "--facts", str(facts), *general, "--alpha", "0.5", "--layers", "0")
+    assert status == 0 and "in layers 0 to 0 (share of attention 0.50)" in out
+    status, out, _ = run(capsys, *words)
+    assert status == 0 and out == "The king of Peru is -> Bo (memit)\nits lamp is -> off (intattn)\n"
+    status, out, _ = run(capsys, *words, "--undo", "2")
+    assert status == 0 and out.startswith("Taken back: its lamp is -> off (intattn)\nTaken back: The king of Peru")
+    assert run(capsys, *words)[1] == "There are no edits.\n"
+    for more, message in (
+        (["--undo", "1"], "no edit -1 to take back"),
+        (["--fact", "no arrow"], "has no arrow"),
+        (["--fact", "The king of Peru is -> Bo", "--undo", "1"], "either facts or --undo"),
+        (["--fact", "its king is -> Bo", "--subject", "Peru"], "'Peru' is not in the prompt"),
+        (["--facts", str(facts), "--subject", "Peru"], "--subject belongs to one --fact"),
+        (["--fact", "The king of Peru is -> Bo", "--layers", "x"], "--layers 'x' must be numbers"),
+        (["--fact", "The king of Peru is -> Bo", "--method", "x"], "unknown method 'x'"),
+    ):
+        status, _, err = run(capsys, *words, *more)
+        assert status == 1 and message in err, (more, err)

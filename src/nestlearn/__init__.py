@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nestlearn.registration import register_models
 
 if TYPE_CHECKING:
-    from nestlearn.continual import MemorySession
+    from nestlearn.continual import Fact, MemorySession
     from nestlearn.continual.pretrained import pretrained
     from nestlearn.models import (
         HopeCache,
@@ -37,6 +37,7 @@ __all__ = [
     "presets",
     "flops",
     # pretrained models that go on learning
+    "Fact",
     "Level",
     "LevelState",
     "MemorySession",
@@ -48,7 +49,7 @@ __all__ = [
 
 _PACKAGES = {"continual", "data", "evals", "memory", "models", "nn", "optim", "train"}
 # The other public names are of `models`.
-_ELSEWHERE = {"Level": "nn", "MemorySession": "continual", "pretrained": "continual.pretrained"}
+_ELSEWHERE = {"Fact": "continual", "Level": "nn", "MemorySession": "continual", "pretrained": "continual.pretrained"}
 
 if not TYPE_CHECKING:  # a type checker reads the imports above and reports unknown names
 

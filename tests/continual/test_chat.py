@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nestlearn.continual import Fact
 from nestlearn.continual.chat import COMMANDS_HELP, Chat, Sampling
 
 
@@ -21,6 +22,7 @@ class Memory:
     asked: list[dict[str, Any]] = field(default_factory=list)
     forgotten: list[Any] = field(default_factory=list)
     log: tuple[Any, ...] = ()
+    edits: tuple[Any, ...] = ()
 
     @property
     def tokenizer(self) -> Any:
@@ -45,7 +47,19 @@ class Memory:
         path.write_text("\n".join(self.texts))
 
     def fork(self) -> Memory:
-        return Memory(self.template, list(self.texts), log=self.log)
+        return Memory(self.template, list(self.texts), log=self.log, edits=self.edits)
+
+    def edit(self, facts: list[Fact], progress: Any) -> str:
+        progress("editing")
+        triples = tuple((fact.prompt, fact.subject, fact.target) for fact in facts)
+        self.edits = (*self.edits, SimpleNamespace(facts=triples))
+        self.log = (*self.log, SimpleNamespace(what=f"edited {facts[0].prompt} -> {facts[0].target}"))
+        return f"{len(facts)} fact"
+
+    def undo_edit(self) -> Any:
+        *rest, last = self.edits
+        self.edits = tuple(rest)
+        return last
 
     def forget(self, levels: list[int] | None) -> None:
         if levels and max(levels) > 1:
@@ -178,6 +192,21 @@ def test_the_last_reading_is_undone(chat: Chat, tmp_path: Path) -> None:
     chat.handle(f"/read {tmp_path}/b")
     chat.handle("/forget")
     assert "nothing to undo" in chat.handle("/undo")
+
+
+def test_facts_are_edited_and_taken_back(chat: Chat) -> None:
+    asked = []
+    chat.report = asked.append
+    first = chat.handle('/edit "The capital of France is" -> Rome')
+    assert first == "Edited 1 fact." and asked == ["editing"] and chat.unsaved
+    chat.handle('/edit "its king is" -> "Bo" "its king"')
+    assert chat.session.edits[1].facts == (("its king is", "its king", "Bo"),)
+    for line, message in (("/edit", "Write an edit as"), ('/edit "a" "b" "c"', "Write an edit as"),
+                          ("/edit 'its king is' -> Bo Peru", "'Peru' is not in the prompt")):  # fmt: skip
+        assert message in chat.handle(line)
+    assert chat.handle("/undo") == "Undone: edited its king is -> Bo."
+    assert chat.handle("/undo") == "Undone: edited The capital of France is -> Rome."
+    assert chat.session.edits == () and "nothing to undo" in chat.handle("/undo")
 
 
 def test_other_lines(chat: Chat) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from nestlearn import __version__
-from nestlearn.cli import bench, chat, demo, evaluate, generate, info, learn, practice, serve, stack, train
+from nestlearn.cli import bench, chat, demo, edit, evaluate, generate, info, learn, practice, serve, stack, train
 from nestlearn.cli.common import ANY_FIELD, print_error
 from nestlearn.plugins import load_plugins
 
@@ -52,6 +52,7 @@ app.command("bench", help=bench.HELP)(bench.run)
 app.command("stack", help=stack.HELP)(stack.run)
 app.command("learn", help=learn.HELP, context_settings={"allow_extra_args": True})(learn.run)
 app.command("practice", help=practice.HELP)(practice.run)
+app.command("edit", help=edit.HELP)(edit.run)
 app.command("chat", help=chat.HELP)(chat.run)
 app.command("serve", help=serve.HELP)(serve.run)
 app.command("demo", help=demo.HELP)(demo.run)

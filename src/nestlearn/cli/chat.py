@@ -24,7 +24,7 @@ from nestlearn.cli.common import (
     tune,
 )
 
-HELP = """Talk to a model in the terminal, and let it learn: /read FILE, /learn on, /what, /undo, /save, /forget, /help.
+HELP = """Talk to a model, and let it learn: /read FILE, /learn on, /edit, /what, /undo, /save, /forget, /help.
 
 [bold]Example[/bold]
 

@@ -14,6 +14,7 @@ A pretrained model with a memory of its own (`nestlearn.stack_levels`), read to 
 """
 
 from nestlearn.continual.cms import CMS, Projection, Transfer
+from nestlearn.continual.editing import EditReport, Fact
 from nestlearn.continual.general import protect
 from nestlearn.continual.in_context import InContextLearner
 from nestlearn.continual.learner import ContinualLearner
@@ -29,7 +30,9 @@ __all__ = [
     "EWC",
     "ContinualLearner",
     "ContinualResult",
+    "EditReport",
     "ExperienceReplay",
+    "Fact",
     "FineTuning",
     "FineTuningReader",
     "InContextLearner",

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nestlearn.continual.editing import Fact
 from nestlearn.continual.session import PromptTooLong, at_most_every, format_levels
 
 COMMANDS_HELP = """Type a message to get an answer. Commands:
   /read FILE...        learn from text files; prints bits per byte with and without the writes
   /learn on|off        whether the model also learns from this conversation (off at first)
   /what                what was read, when, and how many bytes
-  /undo                return to the memory before the last reading
+  /edit "X" -> "Y"     after X the model shall say Y; a last word or "words" of X name what it is about
+  /undo                return to the memory before the last reading or edit; then take back edits, the last first
   /levels              the levels of the memory, and what each has read
   /forget [LEVEL...]   return levels (all, if none is named) to the model's own weights
   /fork FILE           save a copy of the memory to FILE and go on with the copy
@@ -76,7 +78,7 @@ class Chat:
         unsaved: whether the memory differs from its file.
         done: whether the user has left.
         answered: answers so far, which vary the seed.
-        before: the memory before the last reading, for /undo.
+        before: the memory before the last reading or edit, for /undo.
     """
 
     session: Any
@@ -106,6 +108,7 @@ class Chat:
             "/read": self._read,
             "/learn": self._learn,
             "/what": self._what,
+            "/edit": self._edit,
             "/undo": self._undo,
             "/levels": lambda _: self.levels(),
             "/forget": self._forget,
@@ -192,6 +195,14 @@ class Chat:
             lines.append(f"{name}: {result}")
         return "\n".join(lines)
 
+    def _edit(self, arguments: list[str]) -> str:
+        if len(arguments) not in (3, 4) or arguments[1] != "->":
+            return 'Write an edit as /edit "The capital of France is" -> "Rome", with "France" behind it if need be.'
+        fact, before = Fact(arguments[0], *arguments[2:]), self.session.fork()
+        report = self.session.edit([fact], progress=self.report)
+        self.unsaved, self.before = True, before
+        return f"Edited {report}."
+
     def _learn(self, arguments: list[str]) -> str:
         if arguments not in (["on"], ["off"]):
             return f"The conversation is {'' if self.learns else 'not '}being learned; /learn on or /learn off."
@@ -203,7 +214,14 @@ class Chat:
 
     def _undo(self, _: list[str]) -> str:
         if self.before is None:
-            return "There is nothing to undo: only the last reading since the start of this program can be undone."
+            if self.session.edits:
+                edit = self.session.undo_edit()
+                self.unsaved = True
+                return f"Undone: edited {edit.facts[0][0]} -> {edit.facts[0][2]}."
+            return (
+                "There is nothing to undo: only edits, and the last reading since the start of this program, can be "
+                "undone."
+            )
         undone = self.session.log[len(self.before.log) :]
         self.session, self.before, self.unsaved = self.before, None, True
         return "Undone: " + ("; ".join(entry.what for entry in undone) or "a reading that was stopped") + "."

@@ -60,6 +60,17 @@ def clozes(text: str) -> list[Cloze]:
     return [cloze for cloze in found if cloze.sentence.strip("_ .!?\"'")]
 
 
+def names(text: str) -> list[str]:
+    """The names and numbers of a text, as `clozes` finds them in a sentence.
+
+    Example:
+        >>> names("The capital of New Zealand is")
+        ['New Zealand']
+    """
+    spans = (_span(match) for match in _SPAN.finditer(text))
+    return [text[span[0] : span[1]] for span in spans if span is not None]
+
+
 def _span(match: re.Match[str]) -> tuple[int, int] | None:
     """Where a name or number is; None for a plain first word of a sentence."""
     start, end = match.span()

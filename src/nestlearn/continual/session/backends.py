@@ -187,12 +187,13 @@ class StackedBackend:
         # At the end of a period the anchor equals the weights: the file holds one copy.
         networks = _map_aligned(memory.levels, lambda level: {})
         began = [list(pair) for pair in memory.began.items()]
-        return [networks, memory.levels.tokens, memory.keys, memory.used, memory.last, memory.seen, began]
+        levels = memory.levels
+        return [networks, levels.tokens, levels.edits, memory.keys, memory.used, memory.last, memory.seen, began]
 
     def from_tree(self, tree: Tree) -> StackedMemory:
-        networks, tokens, keys, used, last, seen, began = tree
-        state = LevelState(networks, tokens)
-        state = LevelState(_map_aligned(state, lambda level: level.weights.params), tokens)
+        networks, tokens, edits, keys, used, last, seen, began = tree
+        state = LevelState(networks, tokens, edits)
+        state = replace(state, networks=_map_aligned(state, lambda level: level.weights.params))
         state.check(self.plan)
         device = self.model.device
         keys = tuple((k.to(device), v.to(device)) for k, v in keys)

@@ -13,7 +13,8 @@ from torch import Tensor
 from nestlearn.memory.types import Weights
 from nestlearn.models import HopeCache
 from nestlearn.models.cache import LayerState
-from nestlearn.models.stacking import LevelState, stacked_model
+from nestlearn.models.stacking import LevelState, StackedModel, stacked_model
+from nestlearn.models.stacking.families import map_shape, squares_by_unit
 from nestlearn.nn.cms import ContinuumMemory
 from nestlearn.nn.cms.level import Level, LevelWeights
 from nestlearn.nn.cms.nested import NestedState
@@ -22,7 +23,8 @@ from nestlearn.nn.state import Tree, state_bytes, tensors_of
 
 @dataclass(frozen=True)
 class LevelRow:
-    """One level of one MLP or continuum memory, or the mixer of one layer of a Hope model (``level`` None).
+    """One level of one MLP or continuum memory; with ``level`` None the mixer of one layer of a Hope model, or a map
+    that was edited (``rule`` is ``"edit"``).
 
     ``change`` is ``|W - W_other| / |W_0|`` (Frobenius norms over all maps). ``tokens`` counts the tokens that were
     read since it began to learn. ``bytes`` is the size of its state.
@@ -62,6 +64,23 @@ def compare_states(
             change = change / module.size(index, change.device).clamp(min=1e-30)
             level, tokens = settings[index], 0 if held is None else seen - began.get(index, 0)
             rows.append(LevelRow(path, index, level.period, level.rule, tokens, float(change), state_bytes(held)))
+    return rows + _compare_edits(stacked, state, other)
+
+
+def _compare_edits(model: StackedModel, state: LevelState, other: LevelState) -> list[LevelRow]:
+    """The distance of the edits of every map that either state edits."""
+    rows = []
+    for path in [*state.changes, *(path for path in other.changes if path not in state.changes)]:
+        part = model.get_submodule(path)
+        shape = map_shape(part, path)
+        mine, theirs = (
+            (found.left.double().mT @ found.right.double()) if (found := held.changes.get(path)) else torch.zeros(())
+            for held in (state, other)
+        )
+        size = squares_by_unit(part, shape, True, model.device).sum().sqrt()
+        held = [edit.maps[path] for edit in state.edits if path in edit.maps]
+        change = (mine - theirs.to(mine.device)).square().sum().sqrt() / size.clamp(min=1e-30)
+        rows.append(LevelRow(path, None, None, "edit", 0, float(change), state_bytes(held)))
     return rows
 
 

@@ -18,6 +18,7 @@ from nestlearn.models.stacking.write import PROTECT
 from nestlearn.nn.state import flatten_state, unflatten_state
 
 from .backends import Backend, HopeBackend, StackedBackend
+from .editing import EditedSession
 from .file import SESSION_FILE, check_fingerprint, fingerprint
 from .levels import LevelRow
 from .practice import PROMPT, QUESTIONS, OnPractice, Practice, PracticeReport
@@ -57,7 +58,7 @@ class PromptTooLong(ValueError):
     """A prompt and its answer do not fit into the model's positions."""
 
 
-class MemorySession:
+class MemorySession(EditedSession):
     """The memory of one user over a model. Many sessions share one model, which never changes.
 
     A stacked model (`nestlearn.stack_levels`) learns from the loss of the next tokens, segment by segment, in every
@@ -409,7 +410,7 @@ class MemorySession:
         return self._backend.rows(self._cursor.memory, base)
 
     def forget(self, levels: Iterable[int] | None = None) -> None:
-        """Return levels (by number, 0 the fastest) to their initial weights; None forgets everything.
+        """Return levels (by number, 0 the fastest) to their initial weights; None forgets everything, edits too.
 
         Raises:
             ValueError: a level that does not exist or never learns.

@@ -23,6 +23,7 @@ from nestlearn.nn.cms.level import Level
 from .families import FAMILIES, MapNames, MlpFilter, check_formula, find_networks, map_shape
 from .network import LevelState, StackedMLP, reading, stacked_mlp_class
 from .plan import Mode, StackPlan
+from .taps import hook_edited_maps, unhook_modules
 
 PREFIX = "stacked_"
 
@@ -87,6 +88,7 @@ def _forward_of(base: type[PreTrainedModel]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: StackedModel, *args: Any, level_state: LevelState | None = None, **kwargs: Any) -> Any:
         if level_state is None:
+            hook_edited_maps(self, self.stack_plan)
             return base.forward(self, *args, **kwargs)
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError(
@@ -94,6 +96,7 @@ def _forward_of(base: type[PreTrainedModel]) -> Callable[..., Any]:
                 "Switch it off (model.gradient_checkpointing_disable()) to train with level_state."
             )
         with reading(self.stack_plan, level_state):
+            hook_edited_maps(self, self.stack_plan)
             return base.forward(self, *args, **kwargs)
 
     signature = inspect.signature(base.forward)
@@ -348,6 +351,7 @@ def unstack_levels(model: PreTrainedModel) -> Any:
     if not isinstance(model, StackedModel):
         raise ValueError(f"{type(model).__name__} has no levels to take off.")
     stacked_name, base, config = type(model).__name__, type(model).unstacked_class, cast(Any, model.config)
+    unhook_modules(model)
     for module in model.stacked_mlps().values():
         module.remove()
         cast(Any, module).__class__ = module.unstacked_class

@@ -27,6 +27,7 @@ from nestlearn.nn.cms.tape import Tape, fast_linear
 from nestlearn.nn.ffn import FFNActivation, feed_forward
 from nestlearn.nn.state import detach, index_rows, map_tensors, record, state_bytes
 
+from .edits import Edit, LowRank, joined
 from .families import map_shape, squares_by_unit
 from .plan import StackPlan
 
@@ -56,6 +57,7 @@ class LevelState:
     Args:
         networks: for the path of each MLP, one entry for each level; None where it has learned nothing.
         tokens: read so far, as the clock counts them: the last segment of a document counts as a whole one.
+        edits: of maps, the same for every row (`nestlearn.models.stacking.edits`).
 
     Example:
         >>> LevelState().rows, LevelState().nbytes
@@ -64,6 +66,12 @@ class LevelState:
 
     networks: Mapping[str, tuple[LevelFast | None, ...]] = field(default_factory=dict)
     tokens: int = 0
+    edits: tuple[Edit, ...] = ()
+
+    @functools.cached_property
+    def changes(self) -> dict[str, LowRank]:
+        """The changes of maps by all edits, by the path of the map."""
+        return joined(self.edits)
 
     @property
     def rows(self) -> int:
@@ -75,7 +83,7 @@ class LevelState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        return state_bytes(dict(self.networks))
+        return state_bytes([dict(self.networks), self.edits])
 
     def index_rows(self, rows: Iterable[int]) -> LevelState:
         """Row i of the result is row ``rows[i]``."""
@@ -83,7 +91,8 @@ class LevelState:
         return replace(self, networks=index_rows(dict(self.networks), index))
 
     def forget(self, levels: Iterable[int] | None = None) -> LevelState:
-        """The state with some levels (by number, 0 the fastest; None all) back at their initial weights."""
+        """The state with some levels (by number, 0 the fastest) back at their initial weights; None drops all, edits
+        too."""
         return LevelState() if levels is None else self.with_levels(levels, LevelState())
 
     def with_levels(self, levels: Iterable[int], other: LevelState) -> LevelState:
@@ -102,7 +111,8 @@ class LevelState:
 
     def to(self, device: torch.device | str) -> LevelState:
         """The state on another device."""
-        return replace(self, networks=map_tensors(lambda x: x.to(device), dict(self.networks)))
+        networks, edits = map_tensors(lambda x: x.to(device), (dict(self.networks), self.edits))
+        return replace(self, networks=networks, edits=edits)
 
     def check(self, plan: StackPlan) -> None:
         """Raise ValueError unless the state can be one of a model with this plan."""

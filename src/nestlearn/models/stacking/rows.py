@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nestlearn.memory.types import Weights
 
+from .edits import Edit, LowRank, MapEdit
 from .model import StackedModel
 from .network import LevelFast, LevelState, StackedLevel
 
@@ -33,14 +35,33 @@ def join_rows(model: StackedModel, states: Sequence[LevelState]) -> LevelState:
         >>> join_rows(model, [LevelState(), read.state]).rows, join_rows(model, [read.state, read.state]).rows
         (2, 1)
     """
-    if all(state is states[0] for state in states) or not any(state.rows for state in states):
+    if all(state is states[0] for state in states):
         return states[0] if states else LevelState()
+    edits = _join_edits(states)
+    if not any(state.rows for state in states):
+        return LevelState(edits=edits)
     nothing = (None,) * len(model.stack_plan.levels)
     networks = {}
     for path, module in model.stacked_mlps().items():
         columns = zip(*(state.networks.get(path, nothing) for state in states), strict=True)
         networks[path] = tuple(_join(module.level(i), column) for i, column in enumerate(columns))
-    return LevelState(networks)
+    return LevelState(networks, edits=edits)
+
+
+def _join_edits(states: Sequence[LevelState]) -> tuple[Edit, ...]:
+    """One edit with the changes of each row, ``[rows, n, width]``; rows with fewer facts are filled up with zeros."""
+    if all([id(edit) for edit in state.edits] == [id(edit) for edit in states[0].edits] for state in states):
+        return states[0].edits
+    maps = {}
+    for path in dict.fromkeys(path for state in states for path in state.changes):
+        parts = [state.changes.get(path) for state in states]
+        held = [part for part in parts if part is not None]
+        count = max(len(part.right) for part in held)
+        nothing = LowRank(*(x[:0] for x in held[0]))
+        filled = [[F.pad(x, (0, 0, 0, count - len(x))) for x in part or nothing] for part in parts]
+        right, left = (torch.stack([x.to(filled[0][0].device) for x in column]) for column in zip(*filled, strict=True))
+        maps[path] = MapEdit(right[:, :0], right, left)
+    return (Edit((), "rows", 0.0, maps),)
 
 
 def _join(level: StackedLevel, rows: tuple[LevelFast | None, ...]) -> LevelFast | None:
