@@ -205,8 +205,8 @@ def run(name: str, kind: Any, where: str, options: Any, damage: bool) -> Record:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Read and print a table; records go to docs/results/pretrained-reading.jsonl."""
-    made = parser(__doc__, RESULTS / "pretrained-reading.jsonl")
+    """Read and print a table; records go to docs/results/pretrained_reading.jsonl."""
+    made = parser(__doc__, RESULTS / "pretrained_reading.jsonl")
     made.add_argument("--data", type=Path, default=Path("../shared/data"))
     made.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     made.add_argument("--documents", nargs="+", default=list(DOCUMENTS), choices=DOCUMENTS)
