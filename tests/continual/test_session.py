@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.mixers import SMALL
 from torch.nn import functional as F
 from transformers import AddedToken, DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -550,20 +550,43 @@ def test_save_and_load_go_on_where_they_were(hope, tmp_path, mode):
     assert one.segments == two.segments and states_equal(session, loaded)
 
 
-def test_only_what_was_learned_is_in_the_file(model, tmp_path):
+def bytes_of(path: Path) -> int:
+    """Bytes of the tensors in a file."""
+    return sum(x.nbytes for x in load_file(path).values())
+
+
+@pytest.mark.parametrize("rule", ["descent", "momentum", "orthogonalized"])
+def test_a_number_that_was_learned_takes_two_bytes(tmp_path, rule):
+    """... and its momentum one, between documents; inside of one the file holds all of it."""
+    model = stack_levels(llama(), [Level(16, rank=2, rule=rule)], mode="split")
     session = MemorySession(model, TOKENIZER)
     session.save(tmp_path / "empty")
-    assert (tmp_path / "empty").stat().st_size < 4000
-    session.read(TEXT[: 16 * 18])
-    session.save(tmp_path / "full")
-    maps = (
-        mlp.get_submodule(name)
-        for mlp in model.stacked_mlps().values()
-        for name in ("gate_proj", "up_proj", "down_proj")
-    )
-    weights = sum(4 * part.weight.numel() for part in maps)
-    # Both levels end a period here, so each weight is there once.
-    assert weights < (tmp_path / "full").stat().st_size < weights + 20_000
+    assert bytes_of(tmp_path / "empty") == 0 and (tmp_path / "empty").stat().st_size < 4000
+    numbers = 2 * 3 * 2 * (16 + 24)  # MLPs, maps, rank, width of both sides
+    rest = 2 * (4 + 8 + 4 * (rule == "orthogonalized"))  # energy, position and pending steps of a level
+    session.read(TEXT[:1200], end=False)
+    session.save(tmp_path / "open")
+    context = sum(x.nbytes for pair in session._cursor.memory.keys for x in pair) + 4 * 259
+    momentum = numbers * (rule != "descent")
+    assert bytes_of(tmp_path / "open") == 4 * (numbers + momentum) + rest + context
+    session.read(TEXT[1200:1300])
+    session.save(tmp_path / "closed")
+    assert bytes_of(tmp_path / "closed") == 2 * numbers + momentum + rest
+    session.practice(TEXT[:300], passes=2)
+    session.save(tmp_path / "practised")
+    assert bytes_of(tmp_path / "practised") == 2 * numbers + rest
+
+
+@pytest.mark.parametrize("rule", ["descent", "momentum", "orthogonalized"])
+def test_a_file_between_documents_goes_on_exactly(tmp_path, rule):
+    """The slow level is inside a period here."""
+    model = stack_levels(llama(), [Level(16, rank=2, rule=rule), Level(96, rule=rule)], mode="split")
+    session = MemorySession(model, TOKENIZER, compare="none")
+    for learn in (lambda s: s.read(TEXT[:170]), lambda s: s.practice(TEXT[:300], passes=2)):
+        learn(session)
+        session.save(tmp_path / "s")
+        loaded = MemorySession.load(tmp_path / "s", model, TOKENIZER)
+        assert session.fork().read(TEXT[200:400]).segments == loaded.read(TEXT[200:400]).segments
 
 
 def test_the_fingerprint_survives_saving_the_model(model, tmp_path):

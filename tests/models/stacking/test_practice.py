@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nestlearn import Level, LevelState, stack_levels
 from nestlearn.models.stacking import estimate_general, read_segment, write
-from nestlearn.models.stacking.practice import PracticeRows, practise
+from nestlearn.models.stacking.practice import PracticeRows, end_practice, practise
 
 from .test_general import C0, GENERAL, MAPS, dense_projection
 
@@ -111,6 +111,25 @@ def test_a_level_goes_on_reading_after_practice(make):
     state, _ = practise(stacked, [ROWS])
     read = read_segment(stacked, torch.arange(20, 28)[None], state)
     assert read.state.tokens == 8 and read.loss.isfinite().all()
+
+
+def test_the_rest_of_a_momentum_is_written_at_the_end(make):
+    """What steps without a gradient would write, for ever."""
+    levels = [Level(8, rule="momentum", momentum=0.5, retain=1.0, rank=2), Level(16, rule="orthogonalized", rank=2)]
+    stacked = stack_levels(make("llama", torch.float64), levels, mode="split")
+    state, _ = practise(stacked, [ROWS], read_segment(stacked, torch.arange(20, 28)[None]).state)
+    path = stacked.stack_plan.paths[0]
+    (one, two), (ended, other) = (s.networks[path] for s in (state, end_practice(state, levels)))
+    algorithm, beta = stacked.stacked_mlps()[path].level(0).memory.algorithm, torch.tensor(0.5)
+    for name, w in one.weights.params.items():
+        carried = (one.weights.momentum[name],)
+        for _ in range(60):
+            change, carried = algorithm.step(carried, torch.zeros_like(w), torch.ones(()), beta)
+            w = w + change
+        torch.testing.assert_close(ended.weights.params[name], w, **EXACT)
+        assert not torch.equal(w, one.weights.params[name])
+        assert torch.equal(two.weights.params[name], other.weights.params[name])
+    assert not any(s.any() for level in (ended, other) for s in level.weights.momentum.values())
 
 
 def test_what_cannot_be_practised_is_refused(make):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.memory.types import Weights
 from nestlearn.models import HopeCache
-from nestlearn.models.stacking import KeyValues, LevelFast, LevelState, read_segment, reading, stacked_model
+from nestlearn.models.stacking import KeyValues, LevelState, read_segment, reading, stacked_model
 from nestlearn.models.stacking.plan import SETTINGS
-from nestlearn.models.stacking.practice import PracticeRows, practise
+from nestlearn.models.stacking.practice import PracticeRows, end_practice, practise
 from nestlearn.nn.state import Tree
 
 from .levels import LevelRow, compare_layers, compare_states
+from .precision import round_levels, shorten, widen
 
 
 class PieceRead(NamedTuple):
@@ -53,6 +53,9 @@ class Backend(Protocol):
     def read(self, memory: Any, ids: list[int], writes: bool, *, start: bool) -> PieceRead:
         """Read up to one segment; ``start`` where a document starts."""
         ...
+
+    def end_document(self, memory: Any) -> Any:
+        """The memory after the end of a document."""
 
     def generating(self, memory: Any, prompt_length: int) -> AbstractContextManager[dict[str, Any]]:
         """A context in which ``model.generate`` uses the memory; its value holds further arguments of it."""
@@ -100,10 +103,6 @@ class StackedMemory:
     def nbytes(self) -> int:
         """Bytes of what was learned."""
         return self.levels.nbytes
-
-    def end_document(self) -> StackedMemory:
-        """The memory after the end of a document: without its context."""
-        return replace(self, keys=(), used=0, last=None)
 
     def forget(self, levels: Iterable[int]) -> StackedMemory:
         """The memory with some levels at their initial weights."""
@@ -155,10 +154,21 @@ class StackedBackend:
         )  # fmt: skip
         return PieceRead(_nats(memory.last, logs, row[0]), after)
 
+    def end_document(self, memory: StackedMemory) -> StackedMemory:
+        """The memory without its context, rounded to the precision of a file.
+
+        So files between documents are small, and a session that is saved and loaded there goes on as one that is not.
+        """
+        return replace(memory, levels=round_levels(memory.levels), keys=(), used=0, last=None)
+
     def practise(self, memory: StackedMemory, rows: list[PracticeRows], lr: float) -> tuple[StackedMemory, list[float]]:
         """The memory after one step on the rows, and the loss of each batch."""
         levels, losses = practise(self.model, rows, memory.levels, lr=lr, levels=self.settings, protect=self.protect)
-        return replace(memory.end_document(), levels=levels), losses
+        return replace(memory, levels=levels), losses
+
+    def end_practice(self, memory: StackedMemory) -> StackedMemory:
+        """The memory if this step is the last one, rounded as by `end_document`."""
+        return replace(memory, levels=round_levels(end_practice(memory.levels, self.settings)))
 
     def _row(self, ids: list[int]) -> Int[Tensor, "1 t"]:
         return torch.tensor([ids], device=self.model.device)
@@ -184,16 +194,14 @@ class StackedBackend:
         return reading(self.plan, memory.levels)
 
     def to_tree(self, memory: StackedMemory) -> Tree:
-        # At the end of a period the anchor equals the weights: the file holds one copy.
-        networks = _map_aligned(memory.levels, lambda level: {})
+        networks = dict(memory.levels.map_levels(lambda _, level: shorten(level)).networks)
         began = [list(pair) for pair in memory.began.items()]
         levels = memory.levels
         return [networks, levels.tokens, levels.edits, memory.keys, memory.used, memory.last, memory.seen, began]
 
     def from_tree(self, tree: Tree) -> StackedMemory:
         networks, tokens, edits, keys, used, last, seen, began = tree
-        state = LevelState(networks, tokens, edits)
-        state = replace(state, networks=_map_aligned(state, lambda level: level.weights.params))
+        state = LevelState(networks, tokens, edits).map_levels(lambda _, level: widen(level))
         state.check(self.plan)
         device = self.model.device
         keys = tuple((k.to(device), v.to(device)) for k, v in keys)
@@ -217,9 +225,6 @@ class HopeMemory:
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes()
-
-    def end_document(self) -> HopeMemory:
-        return self
 
     def forget(self, levels: Iterable[int]) -> HopeMemory:
         chosen = list(levels)
@@ -270,6 +275,9 @@ class HopeBackend:
         logs = _log_probabilities(self.model(row, past_key_values=cache, writes=allowed).logits)
         return PieceRead(_nats(memory.last, logs, row[0]), replace(memory, cache=cache, last=logs[-1]))
 
+    def end_document(self, memory: HopeMemory) -> HopeMemory:
+        return memory
+
     def forgetting_tokens(self) -> tuple[int, ...]:
         reset = self.model.config.reset_token_id
         return () if reset is None else (reset,)
@@ -303,17 +311,6 @@ class HopeBackend:
         cache = HopeCache.from_tree(tree["tensors"], json.loads(tree["header"])).to(self.model.device)
         last: Tensor | None = tree["last"]
         return HopeMemory(cache, None if last is None else last.to(self.model.device), dict(tree["began"]))
-
-
-def _map_aligned(state: LevelState, anchor: Callable[[LevelFast], Weights]) -> dict[str, tuple[LevelFast | None, ...]]:
-    """The networks of a state; levels at the end of a period get ``anchor(level)`` as their anchor."""
-
-    def change(level: LevelFast | None) -> LevelFast | None:
-        if level is None or not level.weights.aligned:
-            return level
-        return level._replace(weights=level.weights._replace(anchor=anchor(level)))
-
-    return {path: tuple(map(change, levels)) for path, levels in state.networks.items()}
 
 
 def _log_probabilities(logits: Float[Tensor, "1 t v"]) -> Float[Tensor, "t v"]:

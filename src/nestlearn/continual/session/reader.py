@@ -39,9 +39,10 @@ class Cursor:
     tokens: int = 0
     characters: int = 0
 
-    def end_document(self) -> Cursor:
-        """The cursor after the end of the document; incomplete blocks and segments are dropped."""
-        return Cursor(self.memory.end_document(), tokens=self.tokens)
+    def end_document(self, memory: Any) -> Cursor:
+        """The cursor after the end of the document, with the memory after it; incomplete blocks and segments are
+        dropped."""
+        return Cursor(memory, tokens=self.tokens)
 
 
 class DocumentReader:
@@ -121,8 +122,8 @@ class DocumentReader:
 
     def end_document(self, cursor: Cursor) -> Cursor:
         """End the document, for the memories of the comparison too."""
-        self._views = {level: memory.end_document() for level, memory in self._views.items()}
-        return cursor.end_document()
+        self._views = {level: self.backend.end_document(memory) for level, memory in self._views.items()}
+        return cursor.end_document(self.backend.end_document(cursor.memory))
 
 
 def _total(nats: list[float | None]) -> float:

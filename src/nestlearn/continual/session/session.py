@@ -190,7 +190,7 @@ class MemorySession(EditedSession):
             ValueError, TypeError, ReadInterrupted: see `read`.
         """
         other = self.fork()
-        other._cursor = other._cursor.end_document()
+        other._end_document()
         reader = DocumentReader(self._backend, self._tokens_of, other._cursor.memory, writes=False)
         return run_steps(other._read(source, reader, True)).bits_per_byte
 
@@ -210,12 +210,15 @@ class MemorySession(EditedSession):
                     if piece is None:
                         self._cursor = reader.end_document(self._cursor)
             except BaseException as error:
-                self._cursor = self._cursor.end_document()
+                self._end_document()
                 if isinstance(error, SourceFailed):
                     message = f"the source failed after {report.tokens} tokens, which were read: {error}"
                     raise ReadInterrupted(message, report) from error.__cause__
                 raise
         return report
+
+    def _end_document(self) -> None:
+        self._cursor = self._cursor.end_document(self._backend.end_document(self._cursor.memory))
 
     def _documents(self, source: Source) -> tuple[Iterator[Iterable[str | Tokens]], int | None]:
         """See `documents_of`. A conversation comes without the start token, which the backend reads, and without tokens
@@ -290,11 +293,12 @@ class MemorySession(EditedSession):
         made = Practice(self.tokenizer, texts, backend.start_tokens, lr=lr, minutes=minutes, **options)
         report = PracticeReport(made.steps, len(made.questions))
         with self._lock, turn_of(self.model):
-            self._cursor = self._cursor.end_document()
+            self._end_document()
+            memory = self._cursor.memory
             for text, asked in made:
                 fall = 1 - 0.9 * report.steps / report.total
-                memory, losses = backend.practise(self._cursor.memory, [*text, *asked], lr * fall)
-                self._cursor = replace(self._cursor, memory=memory)
+                memory, losses = backend.practise(memory, [*text, *asked], lr * fall)
+                self._cursor = replace(self._cursor, memory=backend.end_practice(memory))
                 report.add(text, asked, losses, time.monotonic() - began)
                 yield report
                 if minutes is not None and report.seconds >= 60 * minutes:
@@ -425,7 +429,7 @@ class MemorySession(EditedSession):
                     f"levels {wrong} cannot be forgotten; those of this model that learn are {list(learning)}. "
                     "Without levels, everything is forgotten."
                 )
-            memory = self._cursor.memory.end_document().forget(chosen)
+            memory = self._backend.end_document(self._cursor.memory).forget(chosen)
             self._cursor = Cursor(memory, tokens=self._cursor.tokens)
 
     def fork(self) -> MemorySession:
@@ -439,6 +443,9 @@ class MemorySession(EditedSession):
 
     def save(self, path: str | Path) -> None:
         """Write the session to one file: what differs from the model, and the fingerprint of the model.
+
+        Between documents the file has two bytes for a number that was learned and one for its momentum, inside of one
+        four for each. The loaded session goes on exactly as this one: it is rounded when a document ends.
 
         The file is complete or absent: the session is written under another name and renamed.
 

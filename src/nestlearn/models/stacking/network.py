@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -103,6 +103,14 @@ class LevelState:
             nothing = (None,) * len(mine or theirs or ())
             pairs = enumerate(zip(mine or nothing, theirs or nothing, strict=True))
             networks[path] = tuple(b if i in chosen else a for i, (a, b) in pairs)
+        return replace(self, networks=networks)
+
+    def map_levels(self, change: Callable[[int, LevelFast], LevelFast]) -> LevelState:
+        """The state with ``change(number, level)`` in place of every level that has learned something."""
+        networks = {
+            path: tuple(None if held is None else change(i, held) for i, held in enumerate(levels))
+            for path, levels in self.networks.items()
+        }
         return replace(self, networks=networks)
 
     def detach(self) -> LevelState:

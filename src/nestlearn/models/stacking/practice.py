@@ -101,6 +101,30 @@ def practise(
     return replace(state, networks=networks), losses
 
 
+def end_practice(state: LevelState, levels: Sequence[Level]) -> LevelState:
+    """The state after the last step of `practise`: without momentum, which a segment of `read_segment` counts by token.
+
+    Under rule "momentum" the rest of its effect is written at once, ``D <- D + beta / (1 - beta) S``. A level inside a
+    period of its reading keeps its momentum too: practice ends the period.
+
+    Args:
+        levels: with the settings by which they practised.
+    """
+    return state.map_levels(lambda index, held: _without_momentum(held, levels[index]))
+
+
+def _without_momentum(held: LevelFast, level: Level) -> LevelFast:
+    weights = held.weights
+    if not weights.momentum:
+        return held
+    if level.rule == "momentum":
+        rest = level.momentum / (1 - level.momentum)
+        params = {name: w + rest * weights.momentum[name] for name, w in weights.params.items()}
+        weights = weights._replace(params=params, anchor=params)
+    empty = {name: s.new_zeros(()).expand(s.shape) for name, s in weights.momentum.items()}
+    return held._replace(weights=weights._replace(momentum=empty))
+
+
 def _check(model: StackedModel, state: LevelState, levels: Sequence[Level]) -> None:
     if state.rows > 1:
         raise ValueError(f"the level state holds {state.rows} rows; practice writes into one. Use index_rows([i]).")
