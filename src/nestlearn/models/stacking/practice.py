@@ -114,14 +114,14 @@ def end_practice(state: LevelState, levels: Sequence[Level]) -> LevelState:
 
 
 def _without_momentum(held: LevelFast, level: Level) -> LevelFast:
-    weights = held.weights
-    if not weights.momentum:
+    weights, momentum = held.weights, held.weights.momentum
+    if not momentum:
         return held
     if level.rule == "momentum":
         rest = level.momentum / (1 - level.momentum)
-        params = {name: w + rest * weights.momentum[name] for name, w in weights.params.items()}
+        params = {name: w + rest * momentum[name] for name, w in weights.params.items()}
         weights = weights._replace(params=params, anchor=params)
-    empty = {name: s.new_zeros(()).expand(s.shape) for name, s in weights.momentum.items()}
+    empty = {name: s.new_zeros(()).expand(s.shape) for name, s in momentum.items()}
     return held._replace(weights=weights._replace(momentum=empty))
 
 
