@@ -33,21 +33,22 @@ Layers = list[LayerState]
 S = TypeVar("S")
 
 
-def next_token_nats(logits: Float[Tensor, "b _ v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
-    """``sum_t -ln p(x_{t+1} | x_{<=t})`` of every row, inside the segment, in float32 or wider.
+def next_token_nats(logits: Float[Tensor, "b _ v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t-1"]:
+    """``-ln p(x_{t+1} | x_{<=t})`` of every token but the first of a segment, in float32 or wider.
 
     Args:
         logits: of the first ``t - 1`` tokens or more.
-        ids: the tokens of the segment.
+        ids: the tokens of the segment; a negative one, behind the end of a shorter row, counts 0.
 
     Example:
-        >>> round(next_token_nats(torch.zeros(1, 2, 4), torch.tensor([[0, 3, 1]])).item() / 2, 4)
-        1.3863
+        >>> next_token_nats(torch.zeros(1, 2, 4), torch.tensor([[0, 3, -1]]))
+        tensor([[1.3863, 0.0000]])
     """
     logits = logits[:, : ids.shape[1] - 1]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten().long().to(wide.device), reduction="none")
-    return nats.view(ids.shape[0], -1).sum(1)
+    targets = ids[:, 1:].flatten().long().clamp(min=-1).to(wide.device)
+    nats = F.cross_entropy(wide.flatten(0, 1), targets, reduction="none", ignore_index=-1)
+    return nats.view(ids.shape[0], -1)
 
 
 def learn_segment(
@@ -58,19 +59,19 @@ def learn_segment(
     *,
     second_order: bool = False,
     keep_graph: bool = False,
-) -> tuple[Tensor, Float[Tensor, "b"], S]:
+) -> tuple[Tensor, Float[Tensor, "b t-1"], S]:
     """Read a segment, and write the gradient of its next-token losses into the levels. Gradients must be on.
 
     Args:
         run: reads the segment with a tape: ``(output, state)``.
         logits_of: from the output to logits, of the first ``t - 1`` tokens or more.
         absorb: the state after factors are written.
-        ids: the tokens of the segment.
+        ids: the tokens of the segment, as of `next_token_nats`.
         second_order: whether outer gradients go through the factors.
         keep_graph: whether the graph of the segment is used again (an outer loss on its outputs).
 
     Returns:
-        The output, the loss of every row in nats, and the state.
+        The output, `next_token_nats`, and the state.
     """
     tape = Tape(second_order)
     output, state = run(tape)

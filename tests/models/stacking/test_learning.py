@@ -12,8 +12,9 @@ from transformers import DynamicCache
 
 from nestlearn import Level, LevelState, stack_levels
 from nestlearn.memory import Factor
-from nestlearn.models.stacking import read_segment, write
+from nestlearn.models.stacking import SegmentRow, estimate_general, read_segment, read_segments, write
 from nestlearn.nn.cms.tape import write as write_dense
+from nestlearn.nn.state import tensors_of
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 LEVELS = [Level(4, lr=28, retain=1.0), Level(8, lr=12, retain=1.0), Level(None)]
@@ -320,3 +321,29 @@ def test_descent_in_one_product_is_the_write_of_the_memory(make, ids, rank, reta
         for name, w in params.items():
             torch.testing.assert_close(w, state.params[name], **EXACT)
             assert (w - initial[name]).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("fields", [{}, {"rank": 2, "rule": "orthogonalized"}])
+def test_rows_of_different_states_read_together_as_alone(make, family, fields):
+    """... with contexts and segments of different lengths, and one that has learned nothing."""
+    levels = [Level(8, lr=20, **fields), Level(16, lr=20, **fields)]
+    stacked = stack_levels(make(family, torch.float64), levels, mode="split")
+    estimate_general(stacked, torch.arange(20, 40).view(2, 10))
+    ids = torch.arange(24).mul(7).remainder(40)[None]
+    rows = [SegmentRow(ids[:, 3:11]), SegmentRow(ids[:, 9:10])]
+    for start, count, length in ((5, 2, 8), (0, 1, 3)):
+        state, keys = LevelState(), ()
+        for at in range(start, start + 8 * count, 8):
+            read = read_segment(stacked, ids[:, at : at + 8], state, keys)
+            state, keys = read.state, read.keys
+        rows.append(SegmentRow(ids[:, 8 : 8 + length], state, keys))
+    for writes in (True, False):
+        together = read_segments(stacked, rows, writes=writes)
+        for found, row in zip(together, rows, strict=True):
+            alone = read_segment(stacked, *row, writes=writes)
+            assert found.state.tokens == alone.state.tokens
+            pairs = zip(*(tensors_of([r.logits, r.keys, dict(r.state.networks), r.nats]) for r in (found, alone)),
+                        strict=True)  # fmt: skip
+            for a, b in pairs:
+                torch.testing.assert_close(a, b, **EXACT)

@@ -2,7 +2,7 @@
 
 from .families import MapNames, find_networks
 from .general import estimate_general
-from .learn import KeyValues, SegmentRead, read_segment
+from .learn import KeyValues, SegmentRead, SegmentRow, read_segment, read_segments
 from .model import (
     StackedModel,
     freeze_backbone,
@@ -26,6 +26,7 @@ __all__ = [
     "MapNames",
     "PracticeRows",
     "SegmentRead",
+    "SegmentRow",
     "StackPlan",
     "StackedModel",
     "estimate_general",
@@ -35,6 +36,7 @@ __all__ = [
     "load_stacked",
     "practise",
     "read_segment",
+    "read_segments",
     "reading",
     "register_families",
     "register_family",

@@ -9,15 +9,18 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from nestlearn.memory import Factor
 from nestlearn.models.segments import learn_segment, next_token_nats
 from nestlearn.nn.cms.level import Level
-from nestlearn.nn.cms.tape import Tape, gradients, usable
+from nestlearn.nn.cms.tape import Factors, Tape, gradients, usable
 from nestlearn.nn.state import detach
 
 from .model import StackedModel, stacked_model
 from .network import LevelState, reading
+from .rows import join_rows
 from .write import PROTECT, Writing, write_levels
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
@@ -25,12 +28,25 @@ KeyValues = tuple[tuple[Tensor, Tensor], ...]
 
 
 class SegmentRead(NamedTuple):
-    """The result of reading a segment; ``loss`` is the sum of its next-token losses in nats, per row."""
+    """The result of reading a segment; ``nats`` is ``-ln p`` of all its tokens but the first."""
 
     logits: Float[Tensor, "b t v"]
     keys: KeyValues
     state: LevelState
-    loss: Float[Tensor, "b"]
+    nats: Float[Tensor, "b t-1"]
+
+    @property
+    def loss(self) -> Float[Tensor, "b"]:
+        """The sum of the next-token losses of every row, in nats."""
+        return self.nats.sum(1)
+
+
+class SegmentRow(NamedTuple):
+    """A segment of one row, with a state and a context of its own; see `read_segment`."""
+
+    ids: Int[Tensor, "1 t"]
+    state: LevelState = LevelState()
+    keys: KeyValues = ()
 
 
 def read_segment(
@@ -83,14 +99,129 @@ def read_segment(
     stacked, state = stacked_model(model), state or LevelState()
     _check(stacked, ids, state)
     learns = writes and ids.shape[1] > 1
-    how = Writing(stacked.stack_plan.levels if levels is None else tuple(levels), protect, meta is not None)
+    how = _writing(stacked, levels, protect, meta is not None)
     with gradients(), torch.set_grad_enabled(learns or meta is not None):
         ids, keys, networks = usable((ids, keys, dict(state.networks)))
         found = _read(model, stacked, ids, replace(state, networks=networks), keys, learns, how, meta)
     if meta is not None:
         return found
-    logits, keys, loss = detach((found.logits, found.keys, found.loss))
-    return SegmentRead(logits, keys, found.state.detach(), loss)
+    logits, keys, nats = detach((found.logits, found.keys, found.nats))
+    return SegmentRead(logits, keys, found.state.detach(), nats)
+
+
+def read_segments(
+    model: PreTrainedModel,
+    rows: Sequence[SegmentRow],
+    *,
+    writes: bool = True,
+    levels: Sequence[Level] | None = None,
+    protect: float | None = PROTECT,
+) -> list[SegmentRead]:
+    """`read_segment` for rows of different states, contexts and lengths, in one forward and backward pass.
+
+    Shorter rows are filled up at the end, where no token sees them, and shorter contexts at the start, where they are
+    masked. Each row is written by itself, so it learns what it would learn alone.
+
+    Args:
+        model: a stacked model, as of `read_segment`, whose forward takes ``position_ids`` and ``attention_mask``.
+        rows: one segment of each.
+        writes, levels, protect: as of `read_segment`.
+
+    Raises:
+        ValueError: see `read_segment`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> model = stack_levels(LlamaForCausalLM(config), [Level(period=8)], mode="split").eval()
+        >>> one, two = read_segments(model, [SegmentRow(torch.arange(8)[None]), SegmentRow(torch.arange(3)[None])])
+        >>> one.nats.shape, two.nats.shape, two.state.rows
+        (torch.Size([1, 7]), torch.Size([1, 2]), 1)
+    """
+    if len(rows) < 2:
+        return [read_segment(model, *row, writes=writes, levels=levels, protect=protect) for row in rows]
+    stacked = stacked_model(model)
+    how = _writing(stacked, levels, protect)
+    for row in rows:
+        _check(stacked, row.ids, row.state)
+    with gradients(), torch.set_grad_enabled(writes):
+        rows = [row._replace(ids=ids, state=replace(row.state, networks=networks), keys=keys)
+                for row in rows
+                for ids, networks, keys in [usable((row.ids, dict(row.state.networks), row.keys))]]  # fmt: skip
+        found = _read_rows(model, stacked, rows, writes, how)
+    return [SegmentRead(*detach((read.logits, read.keys)), read.state.detach(), read.nats.detach()) for read in found]
+
+
+def _read_rows(
+    model: PreTrainedModel, stacked: StackedModel, rows: Sequence[SegmentRow], writes: bool, how: Writing
+) -> list[SegmentRead]:
+    lengths = [row.ids.shape[1] for row in rows]
+    pasts = [row.keys[0][0].shape[2] if row.keys else 0 for row in rows]
+    length, past = max(lengths), max(pasts)
+    ids = torch.cat([F.pad(row.ids, (0, length - row.ids.shape[1]), value=-1) for row in rows])
+    cache, options = DynamicCache(), {}
+    if past:
+        cache = DynamicCache(_join_keys([row.keys for row in rows], past))
+    if min(pasts) < past:
+        columns, known = torch.arange(past + length, device=ids.device), torch.tensor(pasts, device=ids.device)
+        options["attention_mask"] = (columns >= past - known[:, None]).long()
+        options["position_ids"] = known[:, None] + columns[:length]
+    state = join_rows(stacked, [row.state for row in rows], how.protect)
+
+    def run(tape: Tape | None) -> tuple[Tensor, list[LevelState]]:
+        with reading(stacked.stack_plan, state, tape, how.protect):
+            read = model(input_ids=ids.clamp(min=0), past_key_values=cache, use_cache=True, **options)
+        return read.logits, [row.state for row in rows]
+
+    def write(states: list[LevelState], factors: dict[Any, Factors]) -> list[LevelState]:
+        return [
+            old if t < 2 else write_levels(stacked, old, _row_of(factors, i, t), how)
+            for i, (old, t) in enumerate(zip(states, lengths, strict=True))
+        ]
+
+    if writes and length > 1:
+        logits, nats, after = learn_segment(run, lambda logits: logits, write, ids)
+    else:
+        logits, after = run(None)
+        nats = next_token_nats(logits, ids)
+    layers = [(layer.keys, layer.values) for layer in cast(Any, cache.layers)]
+    return [
+        SegmentRead(
+            logits[i : i + 1, :t],
+            tuple((k[i : i + 1, :, past - p : past + t], v[i : i + 1, :, past - p : past + t]) for k, v in layers),
+            after[i],
+            nats[i : i + 1, : t - 1],
+        )
+        for i, (t, p) in enumerate(zip(lengths, pasts, strict=True))
+    ]
+
+
+def _join_keys(rows: Sequence[KeyValues], length: int) -> KeyValues:
+    """Keys and values of several rows, filled up at the start to one length."""
+    like = next(keys for keys in rows if keys)
+    empty = tuple((k[:, :, :0], v[:, :, :0]) for k, v in like)
+    joined = []
+    for parts in zip(*(keys or empty for keys in rows), strict=True):
+        padded = [[F.pad(x, (0, 0, length - x.shape[2], 0)) for x in pair] for pair in parts]
+        joined.append(tuple(torch.cat(column) for column in zip(*padded, strict=True)))
+    return tuple(joined)
+
+
+def _row_of(factors: dict[Any, Factors], row: int, tokens: int) -> dict[Any, Factors]:
+    """The factors of one row, of its own tokens. Maps with the same inputs still share them."""
+    made: dict[int, Tensor] = {}
+
+    def own(x: Tensor) -> Tensor:
+        return made.setdefault(id(x), x[row : row + 1, :tokens])
+
+    return {key: {name: Factor(own(x), own(e)) for name, (x, e) in maps.items()} for key, maps in factors.items()}
+
+
+def _writing(
+    stacked: StackedModel, levels: Sequence[Level] | None, protect: float | None, keep_graph: bool = False
+) -> Writing:
+    return Writing(stacked.stack_plan.levels if levels is None else tuple(levels), protect, keep_graph)
 
 
 def _read(
@@ -110,7 +241,7 @@ def _read(
             return model(input_ids=ids, past_key_values=cache, use_cache=True).logits, state
 
     if learns:
-        logits, loss, after = learn_segment(
+        logits, nats, after = learn_segment(
             run,
             lambda logits: logits,
             lambda state, factors: write_levels(stacked, state, factors, how),
@@ -120,8 +251,8 @@ def _read(
         )
     else:
         logits, after = run(None)
-        loss = next_token_nats(logits, ids)
-    return SegmentRead(logits, tuple((layer.keys, layer.values) for layer in cast(Any, cache.layers)), after, loss)
+        nats = next_token_nats(logits, ids)
+    return SegmentRead(logits, tuple((layer.keys, layer.values) for layer in cast(Any, cache.layers)), after, nats)
 
 
 def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:

@@ -15,7 +15,7 @@ from .model import StackedModel
 from .network import LevelFast, LevelState, StackedLevel
 
 
-def join_rows(model: StackedModel, states: Sequence[LevelState]) -> LevelState:
+def join_rows(model: StackedModel, states: Sequence[LevelState], protect: float | None = None) -> LevelState:
     """A state whose row i reads as ``states[i]``; it is for reading, not for writing.
 
     Where some rows have learned nothing in a level, they get its initial weights. Equal states share one row, which
@@ -24,6 +24,7 @@ def join_rows(model: StackedModel, states: Sequence[LevelState]) -> LevelState:
     Args:
         model: the stacked model.
         states: of one row each, or empty.
+        protect: ``c_0``, by which a low-rank level starts; without a tape it makes no difference.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,7 +45,7 @@ def join_rows(model: StackedModel, states: Sequence[LevelState]) -> LevelState:
     networks = {}
     for path, module in model.stacked_mlps().items():
         columns = zip(*(state.networks.get(path, nothing) for state in states), strict=True)
-        networks[path] = tuple(_join(module.level(i), column) for i, column in enumerate(columns))
+        networks[path] = tuple(_join(module.level(i), column, protect) for i, column in enumerate(columns))
     return LevelState(networks, edits=edits)
 
 
@@ -64,12 +65,12 @@ def _join_edits(states: Sequence[LevelState]) -> tuple[Edit, ...]:
     return (Edit((), "rows", 0.0, maps),)
 
 
-def _join(level: StackedLevel, rows: tuple[LevelFast | None, ...]) -> LevelFast | None:
+def _join(level: StackedLevel, rows: tuple[LevelFast | None, ...], protect: float | None) -> LevelFast | None:
     held = next((row for row in rows if row is not None), None)
     if held is None:
         return None
     like = next(iter(held.weights.anchor.values()))
-    start = {name: w.to(like)[None] for name, w in level.initial(like).items()}
+    start = {name: w.to(like)[None] for name, w in level.initial(like, protect).items()}
     read: list[Weights] = [start if row is None else row.weights.anchor for row in rows]
     joined = {name: _rows([weights[name] for weights in read]) for name in start}
     weights = held.weights._replace(params=joined, anchor=joined, momentum=None)
