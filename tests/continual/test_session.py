@@ -23,6 +23,7 @@ from nestlearn import HopeConfig, HopeForCausalLM, Level, MemorySession, stack_l
 from nestlearn.continual import ReadInterrupted, ReadReport, SegmentScore
 from nestlearn.continual.chat import Chat, Sampling
 from nestlearn.continual.general import protect
+from nestlearn.continual.session.backends import ReadCall
 from nestlearn.continual.session.file import fingerprint
 from nestlearn.continual.session.reader import READ_BLOCK, BlockTokenizer, cut_read_blocks
 from nestlearn.data import byte_tokenizer, train_bpe
@@ -354,7 +355,7 @@ def test_a_conversation_is_read_as_the_template_writes_it(monkeypatch):
     session = MemorySession(stack_levels(LlamaForCausalLM(config).eval(), [Level(8)]), tokenizer, compare="none")
     backend, original = session._backend, session._backend.read
     monkeypatch.setattr(
-        backend, "read", lambda m, ids, w, start: (read.extend(ids), original(m, ids, w, start=start))[1]
+        backend, "read", lambda calls: (read.extend(token for call in calls for token in call.ids), original(calls))[1]
     )
     messages = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b <s>"}]
     report = session.read(messages)
@@ -486,7 +487,11 @@ def test_a_hope_models_levels_are_forgotten_one_by_one(signal, tmp_path):
     if signal == "local":
         alone = MemorySession(hope_levels(still=(0,)), TOKENIZER, compare="none")
         alone.read(TEXT[:310])
-        score = lambda one: one._backend.read(one._cursor.memory, list(other.encode()), False, start=False).nats[1:]  # noqa: E731
+
+        def score(one):
+            call = ReadCall(one._cursor.memory, list(other.encode()), False, False)
+            return one._backend.read([call])[0].nats[1:]
+
         assert score(session) == pytest.approx(score(alone), rel=1e-5)
     session.save(tmp_path / "s")
     loaded = MemorySession.load(tmp_path / "s", model, TOKENIZER)

@@ -23,7 +23,14 @@ from nestlearn.continual.methods import EWC, ExperienceReplay, FineTuning, Joint
 from nestlearn.continual.metrics import Metrics, continual_metrics
 from nestlearn.continual.readers import FineTuningReader, InContextReader, Reader
 from nestlearn.continual.result import ContinualResult
-from nestlearn.continual.session import LevelRow, MemorySession, ReadInterrupted, ReadReport, SegmentScore
+from nestlearn.continual.session import (
+    LevelRow,
+    MemorySession,
+    ReadInterrupted,
+    ReadReport,
+    SegmentScore,
+    read_together,
+)
 
 __all__ = [
     "CMS",
@@ -51,4 +58,5 @@ __all__ = [
     "Transfer",
     "continual_metrics",
     "protect",
+    "read_together",
 ]

@@ -5,6 +5,7 @@ from nestlearn.continual.session.open import open_session
 from nestlearn.continual.session.practice import PracticeReport
 from nestlearn.continual.session.report import LogEntry, ReadReport, SegmentScore, at_most_every
 from nestlearn.continual.session.session import MemorySession, PromptTooLong, ReadInterrupted
+from nestlearn.continual.session.together import read_together
 
 __all__ = [
     "LevelRow",
@@ -18,4 +19,5 @@ __all__ = [
     "at_most_every",
     "format_levels",
     "open_session",
+    "read_together",
 ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.models import HopeCache
-from nestlearn.models.stacking import KeyValues, LevelState, read_segment, reading, stacked_model
+from nestlearn.models.segments import next_token_nats
+from nestlearn.models.stacking import (
+    KeyValues,
+    LevelState,
+    SegmentRead,
+    SegmentRow,
+    read_segments,
+    reading,
+    stacked_model,
+)
 from nestlearn.models.stacking.plan import SETTINGS
 from nestlearn.models.stacking.practice import PracticeRows, end_practice, practise
 from nestlearn.nn.state import Tree
@@ -22,9 +31,27 @@ from nestlearn.nn.state import Tree
 from .levels import LevelRow, compare_layers, compare_states
 from .precision import round_levels, shorten, widen
 
+T = TypeVar("T")
+Result = TypeVar("Result")
+
+COMPARED = 256
+"""Tokens of a text that are read at once, without writes, for comparison: large products take less time a token."""
+
+
+class ReadCall(NamedTuple):
+    """Tokens to be read with a memory, up to one segment; without writes up to `Backend.room`.
+
+    ``start`` where a document starts.
+    """
+
+    memory: Any
+    ids: list[int]
+    writes: bool
+    start: bool
+
 
 class PieceRead(NamedTuple):
-    """The result of reading up to one segment.
+    """The result of a `ReadCall`.
 
     ``nats`` holds ``-ln p`` of every token, None for a token that nothing predicts; ``memory`` is the memory after it.
     """
@@ -50,8 +77,12 @@ class Backend(Protocol):
     def fresh(self) -> Any:
         """The memory of a session that has read nothing."""
 
-    def read(self, memory: Any, ids: list[int], writes: bool, *, start: bool) -> PieceRead:
-        """Read up to one segment; ``start`` where a document starts."""
+    def room(self, memory: Any) -> int:
+        """Tokens that the next call may read without writes."""
+        ...
+
+    def read(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
+        """Read; every call is a row of its own."""
         ...
 
     def end_document(self, memory: Any) -> Any:
@@ -135,24 +166,38 @@ class StackedBackend:
     def fresh(self) -> StackedMemory:
         return StackedMemory()
 
-    def read(self, memory: StackedMemory, ids: list[int], writes: bool, *, start: bool) -> PieceRead:
-        if start:
+    def room(self, memory: StackedMemory) -> int:
+        left = self.block - memory.used
+        return min(COMPARED, self.block if left < self.segment else left)
+
+    def read(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
+        return read_rows([(self, call) for call in calls])
+
+    def how(self, call: ReadCall) -> tuple[Any, ...]:
+        """What calls that are read in one pass have in common."""
+        return self.settings, self.protect, call.writes
+
+    def read_alike(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
+        """Read calls with the same `how` in one forward pass."""
+        memories = [self._context(call) for call in calls]
+        new = [i for i, memory in enumerate(memories) if not memory.keys] if self.start_tokens else []
+        start = [SegmentRow(self._row(self.start_tokens), memories[i].levels) for i in new]
+        for i, first in zip(new, read_segments(self.model, start, writes=False), strict=True):
+            memories[i] = replace(memories[i], keys=first.keys, last=_last_log_probabilities(first.logits))
+        rows = [
+            SegmentRow(self._row(call.ids), memory.levels, memory.keys)
+            for call, memory in zip(calls, memories, strict=True)
+        ]
+        writes = calls[0].writes
+        found = read_segments(self.model, rows, writes=writes, levels=self.settings, protect=self.protect)
+        return [_piece(memory, row, read) for memory, row, read in zip(memories, rows, found, strict=True)]
+
+    def _context(self, call: ReadCall) -> StackedMemory:
+        """The memory of a call, without context where one begins."""
+        memory: StackedMemory = call.memory
+        if call.start:
             memory = replace(memory, keys=(), used=0, last=None)
-        if memory.used + len(ids) > self.block:
-            memory = replace(memory, keys=(), used=0)
-        if not memory.keys and self.start_tokens:
-            first = read_segment(self.model, self._row(list(self.start_tokens)), memory.levels, writes=False)
-            memory = replace(memory, keys=first.keys, last=_log_probabilities(first.logits)[-1])
-        row = self._row(ids)
-        found = read_segment(
-            self.model, row, memory.levels, memory.keys, writes=writes, levels=self.settings, protect=self.protect
-        )
-        logs = _log_probabilities(found.logits)
-        after = replace(
-            memory, levels=found.state, keys=found.keys, used=memory.used + len(ids), last=logs[-1],
-            seen=memory.seen + len(ids),
-        )  # fmt: skip
-        return PieceRead(_nats(memory.last, logs, row[0]), after)
+        return replace(memory, keys=(), used=0) if memory.used + len(call.ids) > self.block else memory
 
     def end_document(self, memory: StackedMemory) -> StackedMemory:
         """The memory without its context, rounded to the precision of a file.
@@ -170,8 +215,8 @@ class StackedBackend:
         """The memory if this step is the last one, rounded as by `end_document`."""
         return replace(memory, levels=round_levels(end_practice(memory.levels, self.settings)))
 
-    def _row(self, ids: list[int]) -> Int[Tensor, "1 t"]:
-        return torch.tensor([ids], device=self.model.device)
+    def _row(self, ids: Sequence[int]) -> Int[Tensor, "1 t"]:
+        return torch.tensor([list(ids)], device=self.model.device)
 
     def forgetting_tokens(self) -> tuple[int, ...]:
         return ()
@@ -267,13 +312,21 @@ class HopeBackend:
     def fresh(self) -> HopeMemory:
         return HopeMemory(HopeCache())
 
+    def room(self, memory: HopeMemory) -> int:
+        del memory
+        return self.segment
+
+    def read(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
+        return [self._read(call.memory, call.ids, call.writes) for call in calls]
+
     @torch.inference_mode()
-    def read(self, memory: HopeMemory, ids: list[int], writes: bool, *, start: bool) -> PieceRead:
-        del start  # the first token of a document is predicted from what was read before it
+    def _read(self, memory: HopeMemory, ids: list[int], writes: bool) -> PieceRead:
+        # The first token of a document, too, is predicted from what was read before it.
         cache, row = memory.cache.detach(), torch.tensor([ids], device=self.model.device)
         allowed = [level for level in self.levels if level not in memory.still] if memory.still else writes
-        logs = _log_probabilities(self.model(row, past_key_values=cache, writes=allowed).logits)
-        return PieceRead(_nats(memory.last, logs, row[0]), replace(memory, cache=cache, last=logs[-1]))
+        logits = self.model(row, past_key_values=cache, writes=allowed).logits
+        after = replace(memory, cache=cache, last=_last_log_probabilities(logits))
+        return PieceRead(_nats(memory.last, row[0], next_token_nats(logits, row)[0]), after)
 
     def end_document(self, memory: HopeMemory) -> HopeMemory:
         return memory
@@ -313,16 +366,53 @@ class HopeBackend:
         return HopeMemory(cache, None if last is None else last.to(self.model.device), dict(tree["began"]))
 
 
-def _log_probabilities(logits: Float[Tensor, "1 t v"]) -> Float[Tensor, "t v"]:
-    return F.log_softmax(logits[0].to(torch.promote_types(logits.dtype, torch.float32)), -1)
+def read_rows(calls: Sequence[tuple[Backend, ReadCall]]) -> list[PieceRead]:
+    """Read calls of several sessions over one model, in as few forward passes as their settings allow."""
+    groups: dict[Any, list[int]] = {}
+    for i, (backend, call) in enumerate(calls):
+        groups.setdefault(backend.how(call) if isinstance(backend, StackedBackend) else i, []).append(i)
+    found: dict[int, PieceRead] = {}
+    for group in groups.values():
+        backend, rows = calls[group[0]][0], [calls[i][1] for i in group]
+        read = backend.read_alike(rows) if isinstance(backend, StackedBackend) else backend.read(rows)
+        found.update(zip(group, read, strict=True))
+    return [found[i] for i in range(len(calls))]
 
 
-def _nats(last: Float[Tensor, "v"] | None, logs: Float[Tensor, "t v"], ids: Int[Tensor, "t"]) -> list[float | None]:
-    """``-ln p`` of every token, each by the log probabilities before it; None for the first without ``last``."""
-    predicted = logs[:-1] if last is None else torch.cat([last[None], logs[:-1]])
-    skipped = len(ids) - len(predicted)
-    first: list[float | None] = [None] * skipped
-    return first + (-predicted.gather(1, ids[skipped:, None])[:, 0]).tolist()
+def answer(
+    backend: Backend, steps: Generator[list[ReadCall] | T, list[PieceRead], Result]
+) -> Generator[T, None, Result]:
+    """A generator whose lists of calls are answered here; everything else that it gives is given on."""
+    with closing(steps):
+        try:
+            given = next(steps)
+            while True:
+                if isinstance(given, list):
+                    given = steps.send(backend.read(given))
+                else:
+                    yield given
+                    given = next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def _piece(memory: StackedMemory, row: SegmentRow, read: SegmentRead) -> PieceRead:
+    """The result of a call, from its memory with a context and what was read."""
+    count = row.ids.shape[1]
+    after = replace(
+        memory, levels=read.state, keys=read.keys, used=memory.used + count, last=_last_log_probabilities(read.logits),
+        seen=memory.seen + count,
+    )  # fmt: skip
+    return PieceRead(_nats(memory.last, row.ids[0], read.nats[0]), after)
+
+
+def _last_log_probabilities(logits: Float[Tensor, "1 t v"]) -> Float[Tensor, "v"]:
+    return F.log_softmax(logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+
+def _nats(last: Float[Tensor, "v"] | None, ids: Int[Tensor, "t"], nats: Float[Tensor, "t-1"]) -> list[float | None]:
+    """``-ln p`` of every token: the first by the log probabilities before it (None without them), and the others."""
+    return [None if last is None else -float(last[ids[0]]), *nats.tolist()]
 
 
 def _block_length(asked: int | None, room: int | None, segment: int, start: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -11,7 +11,7 @@ from nestlearn.data.control_tokens import LiteralText, control_ids
 from nestlearn.data.text_files import find_files, read_text
 from nestlearn.data.tokenizers import bytes_per_token
 
-from .backends import Backend
+from .backends import Backend, PieceRead, ReadCall
 from .report import SegmentScore
 
 Conversation = Sequence[Mapping[str, str]]
@@ -73,6 +73,9 @@ class DocumentReader:
         self._views: dict[int | None, Any] = dict.fromkeys(ignored, memory)
         # Without a comparison nobody needs the memory of the start, which may be large.
         self._before = memory if ignored else None
+        self._later: list[list[int]] = []
+        self._starts = False
+        self.scores: list[SegmentScore] = []
 
     def take(self, cursor: Cursor, piece: str | Tokens | None) -> Cursor:
         """Tokenize a piece of the document as far as it completes blocks. None, the end, completes the last one, and so
@@ -91,34 +94,50 @@ class DocumentReader:
         waiting, segment = len(cursor.waiting), self.backend.segment
         return segment if waiting >= segment else waiting if ending else 0
 
-    def read(self, cursor: Cursor, count: int) -> tuple[Cursor, SegmentScore]:
-        """Score the first ``count`` waiting tokens, write them, and move the cursor behind them."""
+    def read(self, cursor: Cursor, count: int) -> Generator[list[ReadCall], list[PieceRead], Cursor]:
+        """Score the first ``count`` waiting tokens, write them, and move the cursor behind them.
+
+        It asks for what is to be read, and adds the score to `scores`.
+        """
         tokens, start = cursor.waiting[:count], cursor.segments == 0
         ids = [token for token, _ in tokens]
-        read = self.backend.read(cursor.memory, ids, self.writes, start=start)
+        views = {level: view for level, view in self._views.items() if level is not None}
+        asked = [ReadCall(cursor.memory, ids, self.writes, start)]
+        for level, view in views.items():
+            asked.append(ReadCall(view.ignoring((level,), cursor.memory, self._before), ids, False, start))
+        read, *others = yield asked
+        self._views.update({level: other.memory for level, other in zip(views, others, strict=True)})
         score = SegmentScore(
             tokens=count,
             bytes=sum(size for (_, size), nats in zip(tokens, read.nats, strict=True) if nats is not None),
             nats=_total(read.nats),
-            **self._compare(cursor.memory, ids, start),
+            without={level: _total(other.nats) for level, other in zip(views, others, strict=True)},
         )
-        after = replace(
+        if None in self._views:
+            if sum(map(len, self._later)) + count > self.backend.room(self._views[None]):
+                yield from self.compare()
+            self._starts = self._starts if self._later else start
+            self._later.append(ids)
+        self.scores.append(score)
+        return replace(
             cursor,
             memory=read.memory,
             waiting=cursor.waiting[count:],
             segments=cursor.segments + 1,
             tokens=cursor.tokens + count,
         )
-        return after, score
 
-    def _compare(self, memory: Any, ids: list[int], start: bool) -> dict[str, Any]:
-        """The nats of the segment had writes been ignored: all of them (``off``), or those of one level."""
-        found: dict[int | None, float] = {}
-        for level, view in self._views.items():
-            seen = view.ignoring(None if level is None else (level,), memory, self._before)
-            read = self.backend.read(seen, ids, False, start=start)
-            self._views[level], found[level] = read.memory, _total(read.nats)
-        return {"off": found.pop(None, None), "without": found}
+    def compare(self) -> Generator[list[ReadCall], list[PieceRead], None]:
+        """Score with all writes ignored the segments that were not yet: ``off`` of the last ones in `scores`."""
+        if not self._later:
+            return
+        ids, view = [token for part in self._later for token in part], self._views[None]
+        [read] = yield [ReadCall(view.ignoring(None, view, self._before), ids, False, self._starts)]
+        self._views[None], at = read.memory, 0
+        for i, part in enumerate(self._later, len(self.scores) - len(self._later)):
+            self.scores[i] = replace(self.scores[i], off=_total(read.nats[at : at + len(part)]))
+            at += len(part)
+        self._later = []
 
     def end_document(self, cursor: Cursor) -> Cursor:
         """End the document, for the memories of the comparison too."""

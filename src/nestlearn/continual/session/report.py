@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator
@@ -16,7 +17,8 @@ class SegmentScore:
     """The score of one segment before it was written.
 
     ``nats`` is ``-ln p`` of its bytes. ``off`` is the same if nothing of this text had been written, ``without[l]`` if
-    level l had ignored what it wrote of this text. None and {} if `MemorySession` does not compare.
+    level l had ignored what it wrote of this text. None and {} if `MemorySession` does not compare; ``off`` is known
+    some segments later.
     """
 
     tokens: int
@@ -85,7 +87,7 @@ class ReadReport:
 
     @property
     def off(self) -> float | None:
-        """Bits per byte of the same text with its writes ignored; None without the comparison."""
+        """Bits per byte of the same text with its writes ignored, as far as it is compared; None without that."""
         return self._mean(lambda segment: segment.off)
 
     @property
@@ -101,9 +103,10 @@ class ReadReport:
         return ReadReport(self.segments[first:last])
 
     def _mean(self, value: Callable[[SegmentScore], float | None]) -> float | None:
-        values = [value(segment) for segment in self.segments]
-        known = [nats for nats in values if nats is not None]
-        return _bits(sum(known), self.bytes) if known and len(known) == len(values) else None
+        """Over the segments up to the first without a value."""
+        pairs = ((value(segment), segment.bytes) for segment in self.segments)
+        known = list(itertools.takewhile(lambda pair: pair[0] is not None, pairs))
+        return _bits(sum(nats or 0 for nats, _ in known), sum(size for _, size in known)) if known else None
 
     def __str__(self) -> str:
         text = f"{self.tokens} tokens, {self.bytes:.0f} bytes, {self.bits_per_byte:.3f} bits per byte"

@@ -17,7 +17,7 @@ from nestlearn.models.generation import generate_texts
 from nestlearn.models.stacking.write import PROTECT
 from nestlearn.nn.state import flatten_state, unflatten_state
 
-from .backends import Backend, HopeBackend, StackedBackend
+from .backends import Backend, HopeBackend, PieceRead, ReadCall, StackedBackend, answer
 from .editing import EditedSession
 from .file import SESSION_FILE, check_fingerprint, fingerprint
 from .levels import LevelRow
@@ -41,6 +41,8 @@ from .turns import turn_of
 Compare = Literal["off", "levels", "none"]
 OnRead = Callable[[ReadReport], None]
 Source = str | Path | Iterable[str] | Conversation
+Asked = list[ReadCall] | ReadReport
+"""What a reading gives: calls to be answered, or the report so far."""
 
 
 class ReadInterrupted(RuntimeError):
@@ -165,6 +167,12 @@ class MemorySession(EditedSession):
         Raises:
             ValueError, TypeError, ReadInterrupted: see `read`.
         """
+        return (yield from answer(self._backend, self.asking(source, end=end, name=name)))
+
+    def asking(
+        self, source: Source, *, end: bool = True, name: str | None = None
+    ) -> Generator[Asked, list[PieceRead], ReadReport]:
+        """`reading` that does not read itself: it also gives lists of calls, and is sent what was read."""
         with self._lock:
             reader = DocumentReader(self._backend, self._tokens_of, self._cursor.memory, compare=self.compare)
             try:
@@ -192,23 +200,25 @@ class MemorySession(EditedSession):
         other = self.fork()
         other._end_document()
         reader = DocumentReader(self._backend, self._tokens_of, other._cursor.memory, writes=False)
-        return run_steps(other._read(source, reader, True)).bits_per_byte
+        return run_steps(answer(self._backend, other._read(source, reader, True))).bits_per_byte
 
-    def _read(self, source: Source, reader: DocumentReader, end: bool) -> Generator[ReadReport, None, ReadReport]:
+    def _read(self, source: Source, reader: DocumentReader, end: bool) -> Generator[Asked, list[PieceRead], ReadReport]:
         """The loop of a reading: score a segment, write it, move the cursor."""
         documents, size = self._documents(source)
-        report, began = ReadReport(total_bytes=size), time.monotonic()
+        report, began = ReadReport(reader.scores, total_bytes=size), time.monotonic()
         with turn_of(self.model):
             try:
                 for piece in pieces_of(documents, end):
                     self._cursor = reader.take(self._cursor, piece)
                     while count := reader.next_segment(self._cursor, ending=piece is None):
-                        self._cursor, score = reader.read(self._cursor, count)
-                        report.segments.append(score)
+                        self._cursor = yield from reader.read(self._cursor, count)
                         report.seconds = time.monotonic() - began
                         yield report
                     if piece is None:
+                        yield from reader.compare()
                         self._cursor = reader.end_document(self._cursor)
+                yield from reader.compare()
+                report.seconds = time.monotonic() - began
             except BaseException as error:
                 self._end_document()
                 if isinstance(error, SourceFailed):

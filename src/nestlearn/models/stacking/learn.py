@@ -73,7 +73,7 @@ def read_segment(
 
     Args:
         model: a stacked model in evaluation mode, or an adapter around it.
-        ids: tokens of every row, all real, 1 to ``plan.segment`` of them.
+        ids: tokens of every row, all real, 1 to ``plan.segment`` of them; any number without writes.
         state: what was learned before.
         keys: keys and values of the context; empty at its start.
         writes: False only reads.
@@ -97,7 +97,7 @@ def read_segment(
         (8, 1, torch.Size([1]))
     """
     stacked, state = stacked_model(model), state or LevelState()
-    _check(stacked, ids, state)
+    _check(stacked, ids, state, writes)
     learns = writes and ids.shape[1] > 1
     how = _writing(stacked, levels, protect, meta is not None)
     with gradients(), torch.set_grad_enabled(learns or meta is not None):
@@ -144,13 +144,19 @@ def read_segments(
     stacked = stacked_model(model)
     how = _writing(stacked, levels, protect)
     for row in rows:
-        _check(stacked, row.ids, row.state)
+        _check(stacked, row.ids, row.state, writes)
+        if row.state.rows > 1:
+            raise ValueError(f"the state of a row holds {row.state.rows} rows; use state.index_rows([i]).")
     with gradients(), torch.set_grad_enabled(writes):
         rows = [row._replace(ids=ids, state=replace(row.state, networks=networks), keys=keys)
                 for row in rows
                 for ids, networks, keys in [usable((row.ids, dict(row.state.networks), row.keys))]]  # fmt: skip
         found = _read_rows(model, stacked, rows, writes, how)
-    return [SegmentRead(*detach((read.logits, read.keys)), read.state.detach(), read.nats.detach()) for read in found]
+    made = []
+    for read in found:
+        logits, keys, nats = detach((read.logits, read.keys, read.nats))
+        made.append(SegmentRead(logits, keys, read.state.detach(), nats))
+    return made
 
 
 def _read_rows(
@@ -255,9 +261,9 @@ def _read(
     return SegmentRead(logits, tuple((layer.keys, layer.values) for layer in cast(Any, cache.layers)), after, nats)
 
 
-def _check(model: StackedModel, ids: Tensor, state: LevelState) -> None:
+def _check(model: StackedModel, ids: Tensor, state: LevelState, writes: bool) -> None:
     segment, rows = model.stack_plan.segment, state.rows
-    if ids.dim() != 2 or not 1 <= ids.shape[1] <= segment:
+    if ids.dim() != 2 or not 1 <= ids.shape[1] <= (segment if writes else ids.shape[1]):
         raise ValueError(
             f"ids has shape {tuple(ids.shape)}; a segment is [rows, 1 to {segment}] (the smallest period)."
         )
