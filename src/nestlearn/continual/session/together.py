@@ -78,17 +78,15 @@ class Reading:
         self._steps = session.asking(source, end=end)
 
     def begin(self) -> None:
-        """Go to the first calls; errors of the source pass."""
+        """Go to the first calls."""
         self._take(lambda: next(self._steps))
 
     def go_on(self, read: list[PieceRead]) -> None:
-        """Take what was read, and go to the next calls. An error of the source ends it and is kept."""
-        try:
-            self._take(lambda: self._steps.send(read))
-        except ReadInterrupted as error:
-            self.error = error
+        """Take what was read, and go to the next calls."""
+        self._take(lambda: self._steps.send(read))
 
     def _take(self, step: Callable[[], Asked]) -> None:
+        """A source that fails ends the reading, and its error is kept."""
         self.asked = []
         try:
             given = step()
@@ -98,6 +96,8 @@ class Reading:
             self.asked = given
         except StopIteration as end:
             self.report = end.value
+        except ReadInterrupted as error:
+            self.error = error
 
     def close(self) -> None:
         """End the document if it is not read to its end."""
@@ -106,14 +106,14 @@ class Reading:
 
 def _begin(readings: list[Reading]) -> None:
     """Begin all; if one cannot, none has."""
-    cursors = [reading.session._cursor for reading in readings]
+    before = [reading.session.fork() for reading in readings]
     try:
         for reading in readings:
             reading.begin()
     except BaseException:
-        for reading, cursor in zip(readings, cursors, strict=True):
+        for reading, kept in zip(readings, before, strict=True):
             reading.close()
-            reading.session._cursor = cursor
+            reading.session._cursor, reading.session.log = kept._cursor, kept.log
         raise
 
 
