@@ -81,8 +81,11 @@ class Backend(Protocol):
         """Tokens that the next call may read without writes."""
         ...
 
+    def how(self, call: ReadCall) -> Any:
+        """Calls with equal values can be read in one pass, by the backend of any of them."""
+
     def read(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
-        """Read; every call is a row of its own."""
+        """Read calls of equal `how`, each a row of its own."""
         ...
 
     def end_document(self, memory: Any) -> Any:
@@ -170,15 +173,10 @@ class StackedBackend:
         left = self.block - memory.used
         return min(COMPARED, self.block if left < self.segment else left)
 
-    def read(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
-        return read_rows([(self, call) for call in calls])
-
-    def how(self, call: ReadCall) -> tuple[Any, ...]:
-        """What calls that are read in one pass have in common."""
+    def how(self, call: ReadCall) -> Any:
         return self.settings, self.protect, call.writes
 
-    def read_alike(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
-        """Read calls with the same `how` in one forward pass."""
+    def read(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
         memories = [self._context(call) for call in calls]
         new = [i for i, memory in enumerate(memories) if not memory.keys] if self.start_tokens else []
         start = [SegmentRow(self._row(self.start_tokens), memories[i].levels) for i in new]
@@ -316,6 +314,10 @@ class HopeBackend:
         del memory
         return self.segment
 
+    def how(self, call: ReadCall) -> Any:
+        # The clocks of its memories belong to a cache, not to a row.
+        return object()
+
     def read(self, calls: Sequence[ReadCall]) -> list[PieceRead]:
         return [self._read(call.memory, call.ids, call.writes) for call in calls]
 
@@ -370,12 +372,11 @@ def read_rows(calls: Sequence[tuple[Backend, ReadCall]]) -> list[PieceRead]:
     """Read calls of several sessions over one model, in as few forward passes as their settings allow."""
     groups: dict[Any, list[int]] = {}
     for i, (backend, call) in enumerate(calls):
-        groups.setdefault(backend.how(call) if isinstance(backend, StackedBackend) else i, []).append(i)
+        groups.setdefault(backend.how(call), []).append(i)
     found: dict[int, PieceRead] = {}
     for group in groups.values():
-        backend, rows = calls[group[0]][0], [calls[i][1] for i in group]
-        read = backend.read_alike(rows) if isinstance(backend, StackedBackend) else backend.read(rows)
-        found.update(zip(group, read, strict=True))
+        backend = calls[group[0]][0]
+        found.update(zip(group, backend.read([calls[i][1] for i in group]), strict=True))
     return [found[i] for i in range(len(calls))]
 
 
@@ -388,7 +389,7 @@ def answer(
             given = next(steps)
             while True:
                 if isinstance(given, list):
-                    given = steps.send(backend.read(given))
+                    given = steps.send(read_rows([(backend, call) for call in given]))
                 else:
                     yield given
                     given = next(steps)

@@ -69,8 +69,8 @@ def _widest(x: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """A float32 tensor with the precision of bfloat16 (8 bits); others stay."""
-    return x.to(torch.bfloat16).to(x.dtype) if x.dtype == torch.float32 else x
+    """A float32 tensor with the precision of bfloat16 (8 bits); the same one if it has it, and others stay."""
+    return x if x.dtype != torch.float32 or torch.equal(short := x.to(torch.bfloat16).to(x.dtype), x) else short
 
 
 def _rounded_momentum(x: Tensor) -> Tensor:
