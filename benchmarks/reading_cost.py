@@ -2,8 +2,9 @@
 
 Segments of a novel, one level on every MLP (mode "split"). First the gate: one segment's write equals the step along
 the gradient by autograd. Then CPU milliseconds per token (the best of several rounds, interleaved) of a plain forward
-pass, of a plain forward and backward pass with the gradients of all weights, and of reading; and the largest resident
-memory of a process that only reads. Each setting runs in a process of its own.
+pass, of a plain forward and backward pass with the gradients of all weights, of reading (without and with the
+comparison), and at rank 16 of four sessions that read one after another and together; the bytes of a session's file;
+and the largest resident memory of a process that only reads. Each setting runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from common import RESULTS, parse, parser
 from nestlearn import Level, MemorySession, pretrained, stack_levels
+from nestlearn.continual import read_together
 from nestlearn.models.stacking import read_segment
 from nestlearn.models.stacking.write import STEP
 
@@ -86,12 +89,22 @@ def measure(dtype: str, rank: int | None, segment: int, text: str, only_read: bo
     sessions = {f"read_{c}": MemorySession(model, tokenizer, compare=c) for c in ("none", "off")}
     if only_read:
         sessions.pop("read_off")
-    runs = {name: (lambda session=session: session.read(text)) for name, session in sessions.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: (lambda session=session: session.read(text)) for name, session in sessions.items()
+    }
+    if rank is not None and not only_read:
+        four = [MemorySession(model, tokenizer, compare="none") for _ in range(4)]
+        runs["read_4_alone"] = lambda: [session.read(text) for session in four]
+        runs["read_4_together"] = lambda: read_together(four, [text] * 4)
     reading = best(runs)
     if only_read:
         return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    milliseconds = {name: 1000 * seconds / ids.shape[1] for name, seconds in (plain | reading).items()}
-    return {**milliseconds, "state_mb": sessions["read_none"].nbytes / 1e6}
+    milliseconds = {
+        name: 1000 * seconds / ids.shape[1] / (4 if "_4_" in name else 1) for name, seconds in (plain | reading).items()
+    }
+    with TemporaryDirectory() as folder:
+        sessions["read_none"].save(file := Path(folder) / "session")
+        return {**milliseconds, "file_mb": file.stat().st_size / 1e6}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
