@@ -98,10 +98,11 @@ class SessionMethod:
         """Read the document once, from where the session stands in it."""
         place, size = self.session.unfinished, max(1, len(document.text))
         start, earlier = (0, 0) if place is None else place
-        kept, seconds, first = reading.segments[:earlier], reading.seconds, number == 0
+        compared = _uncompared if start else _same
+        kept, seconds, first = tuple(map(compared, reading.segments[:earlier])), reading.seconds, number == 0
 
         def now(report: ReadReport) -> Reading:
-            scores = (*kept, *map(_uncompared if start else _same, report.segments)) if first else reading.segments
+            scores = (*kept, *map(compared, report.segments)) if first else reading.segments
             return replace(reading, segments=scores, seconds=seconds + report.seconds)
 
         def tell(report: ReadReport) -> None:
