@@ -74,7 +74,7 @@ class MemorySession(EditedSession):
             (default: the model's positions, at most 1,024). What was learned stays.
         compare: what `read` measures for comparison. ``"off"``: the same text with all writes ignored, those of the
             mixers of a Hope model too. ``"levels"``: also with the writes of each level ignored. ``"none"``: nothing.
-            Each comparison costs one more forward pass, a third of the time of a segment that is written.
+            All writes off cost a fifth to two fifths of the time of reading, each level one more forward pass.
         protect: ``c_0`` of a stacked model's memory of general inputs (`nestlearn.models.stacking.protect`): a smaller
             one keeps writes further from general inputs. None writes without it.
         settings: ``rule``, ``lr``, ``retain``, ``clip`` and ``momentum`` of the levels of a stacked model, in place of
