@@ -77,6 +77,16 @@ class DocumentReader:
         self._starts = False
         self.scores: list[SegmentScore] = []
 
+    def documents(self, source: Any) -> tuple[Iterator[Iterable[str | Tokens]], int | None]:
+        """See `documents_of`. A conversation comes without the start token, which the backend reads, and without tokens
+        at which the model forgets."""
+        if not is_conversation(source):
+            return documents_of(source)  # pyright: ignore[reportReturnType]
+        forgetting, start = self.backend.forgetting_tokens(), self.backend.start_tokens
+        tokens = [pair for pair in self.tokens_of.conversation(source) if pair[0] not in forgetting]
+        again = bool(start) and tuple(token for token, _ in tokens[: len(start)]) == start
+        return iter([[tokens[len(start) * again :]]]), None
+
     def take(self, cursor: Cursor, piece: str | Tokens | None) -> Cursor:
         """Tokenize a piece of the document as far as it completes blocks. None, the end, completes the last one, and so
         do tokens, which follow it."""

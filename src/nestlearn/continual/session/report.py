@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -45,6 +46,12 @@ class LogEntry:
     what: str
     when: str
     bytes: int
+
+    @classmethod
+    def now(cls, what: str, count: float) -> LogEntry:
+        """A reading of so many bytes that ends now."""
+        when = datetime.now(timezone.utc).isoformat(" ", "seconds").removesuffix("+00:00")
+        return cls(what, when, round(count))
 
     def __str__(self) -> str:
         return f"{self.when}  {self.bytes:>10,} bytes  {self.what}"

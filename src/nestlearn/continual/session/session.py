@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,10 +27,8 @@ from .reader import (
     Cursor,
     DocumentReader,
     SourceFailed,
-    Tokens,
     check_text,
     documents_of,
-    is_conversation,
     name_of_source,
     pieces_of,
 )
@@ -74,7 +71,7 @@ class MemorySession(EditedSession):
             (default: the model's positions, at most 1,024). What was learned stays.
         compare: what `read` measures for comparison. ``"off"``: the same text with all writes ignored, those of the
             mixers of a Hope model too. ``"levels"``: also with the writes of each level ignored. ``"none"``: nothing.
-            All writes off cost a fifth to two fifths of the time of reading, each level one more forward pass.
+            All writes off cost up to two fifths of the time of reading, each level one more forward pass.
         protect: ``c_0`` of a stacked model's memory of general inputs (`nestlearn.models.stacking.protect`): a smaller
             one keeps writes further from general inputs. None writes without it.
         settings: ``rule``, ``lr``, ``retain``, ``clip`` and ``momentum`` of the levels of a stacked model, in place of
@@ -178,16 +175,11 @@ class MemorySession(EditedSession):
             try:
                 report = yield from self._read(source, reader, end)
             except ReadInterrupted as error:
-                self._note(name or name_of_source(source), error.report.bytes)
+                self.log = (*self.log, LogEntry.now(name or name_of_source(source), error.report.bytes))
                 raise
             # Only now is it known that the source can be read, and so named.
-            self._note(name or name_of_source(source), report.bytes)
+            self.log = (*self.log, LogEntry.now(name or name_of_source(source), report.bytes))
             return report
-
-    def _note(self, name: str, count: float) -> None:
-        """Write a reading into the log."""
-        now = datetime.now(timezone.utc).isoformat(" ", "seconds").removesuffix("+00:00")
-        self.log = (*self.log, LogEntry(name, now, round(count)))
 
     def score(self, source: Source) -> float:
         """Bits per byte of a text with what was learned up to now. Nothing is written, nothing changes.
@@ -204,7 +196,7 @@ class MemorySession(EditedSession):
 
     def _read(self, source: Source, reader: DocumentReader, end: bool) -> Generator[Asked, list[PieceRead], ReadReport]:
         """The loop of a reading: score a segment, write it, move the cursor."""
-        documents, size = self._documents(source)
+        documents, size = reader.documents(source)
         report, began = ReadReport(reader.scores, total_bytes=size), time.monotonic()
         with turn_of(self.model):
             try:
@@ -229,16 +221,6 @@ class MemorySession(EditedSession):
 
     def _end_document(self) -> None:
         self._cursor = self._cursor.end_document(self._backend.end_document(self._cursor.memory))
-
-    def _documents(self, source: Source) -> tuple[Iterator[Iterable[str | Tokens]], int | None]:
-        """See `documents_of`. A conversation comes without the start token, which the backend reads, and without tokens
-        at which the model forgets."""
-        if not is_conversation(source):
-            return documents_of(source)  # pyright: ignore[reportReturnType, reportArgumentType]
-        forgetting, start = self._backend.forgetting_tokens(), self._backend.start_tokens
-        tokens = [pair for pair in self._tokens_of.conversation(source) if pair[0] not in forgetting]
-        again = bool(start) and tuple(token for token, _ in tokens[: len(start)]) == start
-        return iter([[tokens[len(start) * again :]]]), None
 
     # -- practice -----------------------------------------------------------------------------------------------
 
@@ -314,7 +296,7 @@ class MemorySession(EditedSession):
                 if minutes is not None and report.seconds >= 60 * minutes:
                     break
             for text in texts:
-                self._note(f"practised {name_of_source(text)}", len(text.encode()))
+                self.log = (*self.log, LogEntry.now(f"practised {name_of_source(text)}", len(text.encode())))
         return report
 
     # -- generation ---------------------------------------------------------------------------------------------
