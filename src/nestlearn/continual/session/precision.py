@@ -82,8 +82,8 @@ def to_8_bits(x: Tensor) -> tuple[Tensor, int]:
     """``(y, n)`` with y a float8 tensor and ``x = 2^n y``, but for rounding; y uses the range of its format.
 
     Example:
-        >>> from_8_bits(*to_8_bits(torch.tensor([1.0, 0.3, -1e-3])))
-        tensor([ 1.0000,  0.3125, -0.0010])
+        >>> from_8_bits(*to_8_bits(torch.tensor([1.0, 0.3, -2.0])))
+        tensor([ 1.0000,  0.3125, -2.0000])
     """
     largest, limit = float(x.abs().max()) if x.numel() else 0.0, torch.finfo(torch.float8_e4m3fn).max
     # 2^100 still fits float32: the inverse of the scale must.
