@@ -18,6 +18,7 @@ from nestlearn.models.stacking.general import own_text
 
 from .backends import Backend, StackedBackend
 from .reader import BlockTokenizer, Cursor
+from .report import LogEntry
 from .turns import turn_of
 
 CONTEXTS = 2
@@ -34,7 +35,8 @@ class EditedSession:
     _cursor: Cursor
     _lock: Any
 
-    _note: Callable[[str, float], None]
+    log: tuple[LogEntry, ...]
+    _end_document: Callable[[], None]
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -96,7 +98,7 @@ class EditedSession:
             )
             self._put_edits(levels.edits)
             more = f" and {len(facts) - 1} more" if len(facts) > 1 else ""
-            self._note(f"edited {facts[0].prompt} -> {facts[0].target}{more}", 0)
+            self.log = (*self.log, LogEntry.now(f"edited {facts[0].prompt} -> {facts[0].target}{more}", 0))
         return report
 
     def undo_edit(self, number: int = -1) -> Edit:
@@ -111,14 +113,14 @@ class EditedSession:
                 raise ValueError(f"there is no edit {number} to take back; the session holds {len(edits)}.")
             found = edits.pop(number)
             self._put_edits(tuple(edits))
-            self._note(f"took back {found.facts[0][0]} -> {found.facts[0][2]}", 0)
+            self.log = (*self.log, LogEntry.now(f"took back {found.facts[0][0]} -> {found.facts[0][2]}", 0))
         return found
 
     def _put_edits(self, edits: tuple[Edit, ...]) -> None:
         """Keys and values of a document in reading are those of the model before the edit, so it ends."""
-        cursor = self._cursor.end_document()
-        levels = replace(cursor.memory.levels, edits=edits)
-        self._cursor = replace(cursor, memory=replace(cursor.memory, levels=levels))
+        self._end_document()
+        memory = self._cursor.memory
+        self._cursor = replace(self._cursor, memory=replace(memory, levels=replace(memory.levels, edits=edits)))
 
     def _editable(self) -> StackedBackend:
         if not isinstance(self._backend, StackedBackend):
