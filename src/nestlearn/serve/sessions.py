@@ -272,12 +272,17 @@ async def _change(
 def _reading(work: MemorySession, asked: ReadRequest) -> Generator[dict[str, Any], None, None]:
     """Read a text; gives an event for every segment. All figures are of the text so far but ``segment``."""
     work.compare, before = ("off" if asked.compare else "none"), work.compare
-    tokens = counted = nats = off = 0.0
+    tokens = counted = nats = off = compared = 0.0
+    known = 0  # segments that are compared: the newest are not yet
     # As a document in pieces: a text is never taken for the name of a file.
     for report in work.reading([asked.text], name=asked.name or name_of_source(asked.text)):
         segment = report.segments[-1]
         tokens, counted = tokens + segment.tokens, counted + segment.bytes
-        nats, off = nats + segment.nats, off + (segment.off or 0.0)
+        nats += segment.nats
+        for other in report.segments[known:]:
+            if other.off is None:
+                break
+            off, compared, known = off + other.off, compared + other.bytes, known + 1
         yield {
             "object": "session.read.progress",
             "segment": {"number": len(report.segments), "tokens": segment.tokens, "bits_per_byte": _bits(
@@ -285,7 +290,7 @@ def _reading(work: MemorySession, asked: ReadRequest) -> Generator[dict[str, Any
             "tokens": int(tokens),
             "bytes": counted,
             "bits_per_byte": _bits(nats, counted),
-            "off": _bits(off, counted) if asked.compare else None,
+            "off": _bits(off, compared) if known else None,
             "seconds": round(report.seconds, 3),
         }  # fmt: skip
     work.compare = before

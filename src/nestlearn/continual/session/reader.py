@@ -149,8 +149,9 @@ class DocumentReader:
             at += len(part)
         self._later = []
 
-    def end_document(self, cursor: Cursor) -> Cursor:
+    def end_document(self, cursor: Cursor) -> Generator[list[ReadCall], list[PieceRead], Cursor]:
         """End the document, for the memories of the comparison too."""
+        yield from self.compare()
         self._views = {level: self.backend.end_document(memory) for level, memory in self._views.items()}
         return cursor.end_document(self.backend.end_document(cursor.memory))
 

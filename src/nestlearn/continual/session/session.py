@@ -204,11 +204,12 @@ class MemorySession(EditedSession):
                     self._cursor = reader.take(self._cursor, piece)
                     while count := reader.next_segment(self._cursor, ending=piece is None):
                         self._cursor = yield from reader.read(self._cursor, count)
+                        if piece is None and not self._cursor.waiting:
+                            yield from reader.compare()
                         report.seconds = time.monotonic() - began
                         yield report
                     if piece is None:
-                        yield from reader.compare()
-                        self._cursor = reader.end_document(self._cursor)
+                        self._cursor = yield from reader.end_document(self._cursor)
                 yield from reader.compare()
                 report.seconds = time.monotonic() - began
             except BaseException as error:
