@@ -173,6 +173,7 @@ def practise_rows(
         session._cursor = replace(session._cursor, memory=memory)
         if step % 10 == 0:
             print(f"  step {step} of {made.steps}: {losses}", flush=True)
+    session._cursor = replace(session._cursor, memory=backend.end_practice(session._cursor.memory))
 
 
 def _show(report: Any) -> None:

@@ -263,6 +263,17 @@ def test_edits_stay_while_the_session_reads_and_levels_are_forgotten(model) -> N
     assert one.generate("The king", max_new_tokens=4) is not None
 
 
+def test_an_edit_ends_the_document_whose_keys_are_of_the_model_before(model) -> None:
+    one = session(model)
+    one.read("Half of a text. ", end=False)
+    assert one.unfinished is not None
+    edit(one, method="memit", layers=[1])
+    assert one.unfinished is None
+    one.read("Half of another. ", end=False)
+    one.undo_edit()
+    assert one.unfinished is None
+
+
 def test_sessions_with_their_own_edits_are_read_in_one_pass(model) -> None:
     one, two = session(model), session(model)
     edit(one, method="memit", layers=[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from nestlearn import MemorySession
+from nestlearn.continual.session.decoding import decoder_of
 from nestlearn.data import byte_tokenizer
 
 from .conftest import NEEDS, TEXT
@@ -189,3 +191,29 @@ def test_too_many_requests_are_refused_with_the_time_to_wait(start: Any) -> None
     assert statuses == {200, 429}
     refused = next(response for response in found if response.status_code == 429)
     assert int(refused.headers["retry-after"]) > 0 and refused.json()["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_an_answer_that_nobody_waits_for_leaves_its_place(model: Any, steps: int) -> None:
+    """While it waits, while its prompt is read, and among the rows that are decoded together."""
+    from nestlearn.serve import Limits
+    from nestlearn.serve.worker import Worker
+
+    session = MemorySession(model, byte_tokenizer())
+    worker = Worker(decoder_of(session), byte_tokenizer(), ends=(), never=(), limits=Limits())
+    options: dict[str, Any] = {"limit": 100, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": (), "top": None}
+
+    async def run() -> None:
+        gone, kept = (worker.answer(session, list(text.encode() * 60), **options) for text in ("gone ", "kept "))
+        for _ in range(steps):
+            worker._admit()
+            worker._step_rows()
+            worker._step_prompt()
+            worker._step_prompt()
+        assert worker.answers == 2
+        gone.cancel()
+        worker._admit()
+        assert worker.answers == 1 and not kept.cancelled
+        worker._step_rows()
+
+    asyncio.run(run())

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
+
+from nestlearn.fields import Between, Positive, check_fields
+
+Number = Annotated[int, Between(1)]
+"""Of bytes, tokens or requests; a number of bytes may be larger than a `nestlearn.fields.Size`."""
 
 
 @dataclass(frozen=True)
@@ -22,26 +28,23 @@ class Limits:
         quota: bytes of all session files of one key; None for no limit.
 
     Raises:
-        ValueError: a limit that is not positive.
+        ValueError: a limit that is not positive, or of another type.
 
     Example:
         >>> Limits(rows=8).waiting
         64
     """
 
-    memory: int = 2 * 2**30
-    body: int = 8 * 2**20
-    file: int = 2**30
-    tokens: int = 1024
-    rows: int = 32
-    waiting: int = 64
-    seconds: float = 600.0
-    idle: float = 30.0
-    sessions: int = 1000
-    quota: int | None = None
+    memory: Number = 2 * 2**30
+    body: Number = 8 * 2**20
+    file: Number = 2**30
+    tokens: Number = 1024
+    rows: Number = 32
+    waiting: Number = 64
+    seconds: Positive = 600.0
+    idle: Positive = 30.0
+    sessions: Number = 1000
+    quota: Number | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not value > 0:
-                raise ValueError(f"limit {field.name}={value} must be positive.")
+        check_fields(self)
