@@ -121,6 +121,17 @@ def test_copies_forgetting_and_distance(client: Any) -> None:
     assert client.get("/v1/sessions/second").json()["tokens"] == len(TEXT)
 
 
+def test_a_fork_knows_its_parent_and_those_of_a_deleted_one_get_the_next(client: Any) -> None:
+    path = new(client, "root")
+    client.post(f"{path}/fork", json={"id": "child"})
+    client.post("/v1/sessions/child/fork", json={"id": "grandchild"})
+    parents = [client.get(f"/v1/sessions/{name}").json()["parent"] for name in ("root", "child", "grandchild")]
+    assert parents == [None, "root", "child"]
+    client.post("/v1/sessions/grandchild/read", json={"text": "A line."})
+    client.delete("/v1/sessions/child")
+    assert client.get("/v1/sessions/grandchild").json()["parent"] == "root"
+
+
 def test_files_go_out_and_come_back(client: Any, model: Any, tmp_path: Path) -> None:
     path, file = new(client, "mover", TEXT), tmp_path / "mine.safetensors"
     file.write_bytes(bytes_of(client, path))

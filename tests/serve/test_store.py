@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -150,4 +151,11 @@ def test_damage_is_told_and_survived(start: Any, tmp_path: Path) -> None:
         sqlite3.connect(tmp_path / "index.sqlite").execute("SELECT * FROM sessions")
     client = start(tmp_path)
     assert "the index was damaged" in client.app.state.server.store.repaired[0]
+    assert client.get("/v1/sessions/whole").json()["documents_read"] == 1
+    client.__exit__(None, None, None)
+    client.ended = True
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+        index.execute("ALTER TABLE sessions DROP COLUMN size")  # of another version
+    client = start(tmp_path)
+    assert "no such column" in client.app.state.server.store.repaired[0]
     assert client.get("/v1/sessions/whole").json()["documents_read"] == 1

@@ -15,6 +15,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
     owner TEXT NOT NULL, name TEXT NOT NULL, file TEXT NOT NULL, learn INTEGER NOT NULL, created REAL NOT NULL,
     updated REAL NOT NULL, tokens INTEGER NOT NULL, documents INTEGER NOT NULL, size INTEGER NOT NULL,
+    parent TEXT,
     PRIMARY KEY (owner, name)
 );
 """
@@ -55,6 +56,7 @@ class Entry:
         tokens: read.
         documents: read or practised.
         size: bytes of the file.
+        parent: the name of the session that it is a fork of; None without one.
     """
 
     owner: str
@@ -66,6 +68,7 @@ class Entry:
     tokens: int
     documents: int
     size: int
+    parent: str | None = None
 
 
 class Index:
@@ -87,6 +90,11 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self._db = connect(path, SCHEMA)
+        try:
+            self._select("LIMIT 0")  # a database of another version may lack a column
+        except sqlite3.DatabaseError:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._db.close()
@@ -112,7 +120,11 @@ class Index:
         return list(self._select("ORDER BY owner, name"))
 
     def remove(self, owner: str, name: str) -> None:
-        """Remove an entry."""
+        """Remove an entry. Forks of its session become forks of its parent."""
+        self._db.execute(
+            "UPDATE sessions SET parent = (SELECT parent FROM sessions WHERE owner = ?1 AND name = ?2) "
+            "WHERE owner = ?1 AND parent = ?2", (owner, name),
+        )  # fmt: skip
         self._db.execute("DELETE FROM sessions WHERE owner = ? AND name = ?", (owner, name))
 
     def used(self, owner: str) -> tuple[int, int]:

@@ -139,7 +139,8 @@ async def fork(name: SessionId, body: ForkRequest, server: ServerOf, owner: Owne
     async with server.store.writing(owner, copy):
         await _refuse_existing(server, owner, copy)
         entry, session = await server.store.call(server.store.open, owner, name)
-        return _view(await server.store.call(server.store.commit, owner, copy, session.fork(), learn=entry.learn))
+        made = await server.store.call(server.store.commit, owner, copy, session.fork(), learn=entry.learn, parent=name)
+        return _view(made)
 
 
 @router.post("/{id}/forget")
@@ -394,7 +395,7 @@ async def _refuse_existing(server: Server, owner: str, name: str) -> None:
 def _view(entry: Entry) -> dict[str, Any]:
     """An entry as JSON."""
     return {"id": entry.name, "object": "session", "created": int(entry.created), "updated": int(entry.updated),
-            "learn": entry.learn, "tokens": entry.tokens, "documents_read": entry.documents,
+            "parent": entry.parent, "learn": entry.learn, "tokens": entry.tokens, "documents_read": entry.documents,
             "file_bytes": entry.size}  # fmt: skip
 
 

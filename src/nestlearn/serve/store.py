@@ -136,7 +136,9 @@ class Store:
         self._resident.move_to_end(key)
         return entry, self._resident[key][1]
 
-    def commit(self, owner: str, name: str, session: MemorySession, *, learn: bool | None = None) -> Entry:
+    def commit(
+        self, owner: str, name: str, session: MemorySession, *, learn: bool | None = None, parent: str | None = None
+    ) -> Entry:
         """Write what a session has learned to a new file, then name the file in the index, then remove the old one.
 
         Raises:
@@ -149,7 +151,7 @@ class Store:
             session.save(path)
             size, now = path.stat().st_size, time.time()
             self._check_quota(owner, before, size)
-            known = before or Entry(owner, name, file, False, now, now, 0, 0, size)
+            known = before or Entry(owner, name, file, False, now, now, 0, 0, size, parent)
             entry = replace(
                 known, file=file, updated=now, tokens=session.tokens, documents=len(session.log), size=size,
                 learn=known.learn if learn is None else learn,
