@@ -9,6 +9,8 @@ What it has learned is scaled by several factors, so each way gives a curve of m
 damage, between the measured points: ``way`` is the part of the margin from the model as it is to the model with the
 passage in its context.
 
+- ``default``: what `nestlearn stack` and `MemorySession.practice` do without options: the general text is what the
+  model itself writes;
 - ``text``: a session practises the passages alone; ``practice``: and questions made from them by rules;
 - ``written``: and questions that the model itself wrote with the passage before it, kept where the passage makes
   their answer likelier;
@@ -41,6 +43,7 @@ from torch.nn import functional as F
 
 from common import RESULTS, Record, Records, parse, parser, table
 from nestlearn import Level, MemorySession, pretrained, stack_levels
+from nestlearn.cli.stack import LEVELS, parse_levels
 from nestlearn.continual import LoRA, protect
 from nestlearn.continual.general import rows as general_rows
 from nestlearn.continual.session.practice import Practice
@@ -49,7 +52,7 @@ from nestlearn.evals.probes import answer_scores
 from nestlearn.models.stacking.practice import PracticeRows
 from practice import Examiner, general_text, kept_probes, probes_of, summary
 
-SESSIONS = ("text", "practice", "written")
+SESSIONS = ("default", "text", "practice", "written")
 WEIGHTS = ("mlp", "mlp-replay", "lora", "lora-replay")
 FACTORS = (0.25, 0.5, 1.0)
 DAMAGES = (0.5, 1.0, 2.0)
@@ -140,6 +143,13 @@ def learn_session(way: str, passages: list[Record], options: Any, seed: int) -> 
     """A session practises the passages, with questions or without."""
     model, tokenizer = pretrained("smollm2-135m", dtype=torch.bfloat16)
     model = model.eval()
+    texts = [passage_text(p) for p in passages]
+    if way == "default":
+        session = default_session(model, tokenizer)
+        began = time.process_time()
+        session.practice(*texts, passes=options.passes, seed=seed, progress=_show)
+        spent = {"processor": time.process_time() - began}
+        return model, tokenizer, lambda factor: scaled_levels(session, factor), spent
     began = time.process_time()
     extra = written_questions(model, tokenizer, passages, seed) if way == "written" else []
     wrote = time.process_time() - began
@@ -147,7 +157,6 @@ def learn_session(way: str, passages: list[Record], options: Any, seed: int) -> 
     model = stack_levels(model, [level], mode="split")
     protect(model, tokenizer, general_text(options.data), rank=None)
     session = MemorySession(model, tokenizer, compare="none", protect=options.protect)
-    texts = [passage_text(p) for p in passages]
     began = time.process_time()
     if way == "written":
         practise_rows(session, texts, extra, options, seed)
@@ -156,6 +165,12 @@ def learn_session(way: str, passages: list[Record], options: Any, seed: int) -> 
         session.practice(*texts, passes=options.passes, questions=asked, lr=options.lr, seed=seed, progress=_show)
     spent = {"processor": time.process_time() - began + wrote, "written": len(extra)}
     return model, tokenizer, lambda factor: scaled_levels(session, factor), spent
+
+
+def default_session(model: Any, tokenizer: Any) -> MemorySession:
+    """A session as it is without any option, for a model stacked without any option."""
+    protect(stack_levels(model, parse_levels(LEVELS)), tokenizer)
+    return MemorySession(model, tokenizer, compare="none")
 
 
 def practise_rows(
@@ -184,19 +199,24 @@ def _show(report: Any) -> None:
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
-def learn_weights(way: str, passages: list[Record], options: Any, seed: int) -> tuple[Any, Any, Scaled, Record]:
-    """AdamW on weights in float32, products in bfloat16, rates falling linearly to a tenth."""
+def weights_that_learn(way: str) -> tuple[Any, Any, list[nn.Parameter]]:
+    """The model of a way, its tokenizer, and what learns: adapters of rank 16, or the weights of all MLPs."""
     adapters = way.startswith("lora")
     # What learns is in float32: small steps would be lost in bfloat16.
     model, tokenizer = pretrained("smollm2-135m", dtype=torch.bfloat16 if adapters else torch.float32)
     if adapters:
         model = LoRA(16).prepare(model.eval())
-        learned = [p for p in model.parameters() if p.requires_grad]
-    else:
-        learned = [p for name, p in model.eval().named_parameters() if ".mlp." in name and p.ndim == 2]
-        model.requires_grad_(False)
-        for p in learned:
-            p.requires_grad_(True)
+        return model, tokenizer, [p for p in model.parameters() if p.requires_grad]
+    learned = [p for name, p in model.eval().named_parameters() if ".mlp." in name and p.ndim == 2]
+    model.requires_grad_(False)
+    for p in learned:
+        p.requires_grad_(True)
+    return model, tokenizer, learned
+
+
+def learn_weights(way: str, passages: list[Record], options: Any, seed: int) -> tuple[Any, Any, Scaled, Record]:
+    """AdamW on weights in float32, products in bfloat16, rates falling linearly to a tenth."""
+    model, tokenizer, learned = weights_that_learn(way)
     base = copy.deepcopy([p.data for p in learned])
     rate = options.rate or RATES[way]
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
@@ -355,9 +375,9 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"seed {seed}, BM25 among {among}: {found['hits']:.0%} found, {way:.0f} %, MC {here['MC']:.2f}")
         for way in options.ways:
             setting: Record = {"passes": options.passes}
-            if way in SESSIONS:
+            if way in SESSIONS[1:]:
                 setting |= {"lr": options.lr, "protect": options.protect}
-            else:
+            elif way in WEIGHTS:
                 setting["rate"] = options.rate or RATES[way]
             found = records.get({"way": way, **key, **setting}, lambda w=way, s=seed: run(w, options, s))
             points = curve(found, base, context, kept)

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -116,7 +116,9 @@ def run(row: str, seed: int, text: Any, options: Any, seconds: float | None) -> 
     hope = row not in ("transformer", "transformer, equal time")
     read = {"length": REACH * LENGTH, "documents": options.documents, "batch_size": 4, "segment": LENGTH}
     with turned_writes(model, row == "trained with turned writes"):
-        found = loss_by_position(model, tokenizer, documents, conditions=("on", "off", "shuffled")[: 3 if hope else 1], **read)
+        found = loss_by_position(
+            model, tokenizer, documents, conditions=("on", "off", "shuffled")[: 3 if hope else 1], **read
+        )
     losses = dict(found.details["bits_per_byte"])
     if hope and row != "trained with turned writes":
         with turned_writes(model):
@@ -143,7 +145,7 @@ def read_text(options: Any) -> Any:
 
 def tables(records: list[Record]) -> str:
     """Bits per byte by position and condition, and paired differences from `hope`."""
-    pairs = list(zip(BOUNDS, BOUNDS[1:], strict=False))
+    pairs = list(pairwise(BOUNDS))
     rows, seconds = [], {}
     for row, condition in product(ROWS, ("on", "off", "turned", "shuffled")):
         own = [r for r in records if r["row"] == row and condition in r["bits_per_byte"]]

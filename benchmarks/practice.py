@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse as source_of_code
 import inspect
+import itertools
 import json
 import logging
 import random
@@ -45,14 +46,20 @@ ARMS = ("base", "context", "read", "again", "practice", "unprotected")
 
 
 def probes_of(data: Path, seed: int, count: int) -> tuple[list[Record], list[Record]]:
-    """Passages, one of each of ``count`` articles, and five questions about each with two kinds of wrong answers."""
+    """Passages, one of each of ``count`` articles, and five questions about each with two kinds of wrong answers.
+
+    Where there are fewer articles, they are taken in turn again.
+    """
     by_title: dict[str, list[Record]] = {}
     for record in json.loads((data / "squad" / "passages.json").read_text()):
         by_title.setdefault(record["title"], []).append(record)
     draw = random.Random(seed)
-    titles = draw.sample(sorted(by_title), len(by_title))[:count]
-    fit = [[r for r in by_title[t] if len(r["questions"]) >= 5 and 500 < len(r["context"]) < 1000] for t in titles]
-    passages, probes = [draw.choice(found) for found in fit], []
+    titles = draw.sample(sorted(by_title), len(by_title))
+    passages: list[Record] = []
+    for title in itertools.islice(itertools.cycle(titles), count):
+        fit = [r for r in by_title[title] if len(r["questions"]) >= 5 and 500 < len(r["context"]) < 1000]
+        passages.append(draw.choice([r for r in fit if r not in passages]))
+    probes = []
     for i, passage in enumerate(passages):
         for asked in draw.sample(passage["questions"], 5):
             other = [q["answer"] for j, p in enumerate(passages) if j != i for q in p["questions"]]
