@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse as source_of_code
 import inspect
-import itertools
 import json
 import logging
 import random
@@ -56,9 +55,11 @@ def probes_of(data: Path, seed: int, count: int) -> tuple[list[Record], list[Rec
     draw = random.Random(seed)
     titles = draw.sample(sorted(by_title), len(by_title))
     passages: list[Record] = []
-    for title in itertools.islice(itertools.cycle(titles), count):
-        fit = [r for r in by_title[title] if len(r["questions"]) >= 5 and 500 < len(r["context"]) < 1000]
-        passages.append(draw.choice([r for r in fit if r not in passages]))
+    fit = {t: [r for r in by_title[t] if len(r["questions"]) >= 5 and 500 < len(r["context"]) < 1000] for t in titles}
+    while len(passages) < count and any(fit.values()):
+        for title in [t for t in titles if fit[t]][: count - len(passages)]:
+            passages.append(draw.choice(fit[title]))
+            fit[title].remove(passages[-1])
     probes = []
     for i, passage in enumerate(passages):
         for asked in draw.sample(passage["questions"], 5):
