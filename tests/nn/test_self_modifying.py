@@ -15,6 +15,7 @@ from torch import Tensor
 from nestlearn.memory import AssociativeMemory, Delta, Gates, Matrix
 from nestlearn.memory.reference import token_step
 from nestlearn.nn import SelfModifyingConfig, SelfModifyingMatrix, SelfModifyingState, SelfModifyingTitans
+from nestlearn.nn.self_modifying import token
 from nestlearn.nn.state import tensors_of
 
 ALL = ("q", "k", "v", "eta", "alpha")
@@ -295,6 +296,54 @@ def test_projections_of_mlp_memories_learn_while_they_read() -> None:
         fresh = state.projections._replace(params=begun.params, anchor=begun.anchor)
         learned, unlearned = (layer(x[:, 8:], state._replace(projections=p))[0] for p in (state.projections, fresh))
     assert (learned - unlearned).abs().amax() > 1e-3
+
+
+KNOWN = ("default", "static", "adaptive-q", "static-v", "normalized", "no-convolution", "given-values", "to-zero",
+         "static-gates", "static-given-values", "raw")  # fmt: skip
+"""Variants that have a step of their own for a single token."""
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("variant", [name for form, name in VARIANTS if form == "matrix"])
+def test_a_single_token_gives_what_the_chunk_gives(variant: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, own = make("matrix", variant), tokens(batch, 17), 0
+    read = token.read
+
+    def counted(*given: Any) -> Any:
+        nonlocal own
+        own += 1
+        return read(*given)
+
+    monkeypatch.setattr(token, "read", counted)
+    with torch.no_grad():
+        y, state = layer(x[:, :6])
+        for t in range(6, 17):
+            here, state = layer(x[:, t : t + 1], state)
+            y = torch.cat([y, here], 1)
+    whole, end = layer(x)
+    assert own == (11 if variant in KNOWN else 0)
+    torch.testing.assert_close(y, whole, rtol=1e-10, atol=1e-12)
+    for mine, other in zip(tensors_of(state), tensors_of(end), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_single_token_that_is_not_finite_spoils_its_row_until_a_reset() -> None:
+    layer, x = make("matrix"), tokens(2, 12)
+    clean, bad, start = x.clone(), torch.zeros(2, 1, dtype=torch.bool), layer(x[:, :3])[1]
+    x[0, 4, 3] = torch.inf
+    outputs, states = [], [start, start]
+    for t in range(3, 12):
+        bad[0] = t == 9
+        reset = bad if t == 9 else None
+        parts = []
+        for i, text in enumerate((x, clean)):
+            y, states[i] = layer(text[:, t : t + 1], states[i], reset=reset)
+            parts.append(y)
+        outputs.append(parts)
+    for t, (y, whole) in enumerate(outputs, 3):
+        torch.testing.assert_close(y[1], whole[1], rtol=1e-12, atol=1e-12)
+        assert y[0].isnan().all() if 4 <= t < 9 else torch.allclose(y[0], whole[0], atol=1e-12)
 
 
 def test_projections_of_matrix_memories_learn_while_they_read() -> None:

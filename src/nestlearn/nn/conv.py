@@ -72,6 +72,16 @@ class ShortConv(nn.Module):
             return y, end.clone()  # type: ignore[return-value]
         return self._placed(x, tail.to(x.dtype), weight, mask, reset)
 
+    def step(
+        self, x: Float[Tensor, "b 1 ch"], tail: Float[Tensor, "b w ch"] | None
+    ) -> tuple[Float[Tensor, "b 1 ch"], Float[Tensor, "b w ch"]]:
+        """`forward` of one token in fewer operations; for generation."""
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], self.width - 1, self.channels)
+        seen = torch.cat([tail.to(x.dtype), x], 1)
+        y = (seen * self.weight.to(x.dtype)).sum(1, keepdim=True)
+        return F.silu(y) if self.silu else y, seen[:, 1:]
+
     def _placed(
         self, x: Tensor, tail: Tensor, weight: Tensor, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:

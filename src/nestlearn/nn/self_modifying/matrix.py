@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nestlearn.memory import L2, Gates
@@ -21,11 +21,11 @@ from nestlearn.memory.engine import span_solver
 from nestlearn.memory.kernels.products import unit_norm
 from nestlearn.memory.spans import longest_span, open_span
 from nestlearn.memory.types import Weights
-from nestlearn.nn.common import wide_dtype
+from nestlearn.nn.common import check_tokens, wide_dtype
 from nestlearn.nn.conv import align_streams
 from nestlearn.nn.flops import scan_flops
 
-from . import kernel
+from . import kernel, token
 from .config import SelfModifyingConfig
 from .layer import SelfModifyingState, SelfModifyingTitans, per_head
 
@@ -95,6 +95,21 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         # The smallest cap keeps the quotient and its gradient finite where alpha is 1.
         cap = torch.minimum((1 - alpha) / 2, 2 * alpha).clamp(min=1e-6)
         return -cap * torch.expm1(-eta / cap)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: SelfModifyingState | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        *,
+        writes: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Float[Tensor, "b t d"], SelfModifyingState | None]:
+        if state is not None and token.takes(self, x, state, mask, reset, writes):
+            check_tokens(x, self.d_model)
+            return token.read(self, x, state)
+        return super().forward(x, state, mask, reset, writes=writes, return_state=return_state)
 
     def _read(
         self,
