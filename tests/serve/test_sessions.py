@@ -32,25 +32,39 @@ def bytes_of(client: Any, path: str) -> bytes:
 
 
 def test_reading_tells_bits_per_byte_segment_by_segment(client: Any, model: Any) -> None:
-    path = new(client, "reader")
-    response = client.post(f"{path}/read", json={"text": TEXT, "stream": True, "compare": True, "name": "sheep.txt"})
+    path, asked = new(client, "reader"), {"text": TEXT, "stream": True}
+    response = client.post(f"{path}/read", json={**asked, "compare": True, "levels": True, "name": "sheep.txt"})
     found = [json.loads(line[6:]) for line in response.text.split("\n\n") if line and line != "data: [DONE]"]
     session = MemorySession(model, byte_tokenizer(), compare="off")
     report = session.read([TEXT])
     assert len(found) == len(report.segments) + 1
     for event, segment in zip(found, report.segments, strict=False):
-        off = None if segment.off is None else segment.off / math.log(2) / segment.bytes
         assert event["segment"]["bits_per_byte"] == pytest.approx(segment.bits_per_byte, rel=1e-5)
-        # Segments are compared some at a time: what is not known yet comes with a later one, and in the total.
-        assert event["segment"]["off"] in (None, pytest.approx(off, rel=1e-5))
+    # Segments are compared some at a time, each once.
+    compared = [one for event in found[:-1] for one in event["compared"]]
+    assert [one["number"] for one in compared] == list(range(1, len(report.segments) + 1))
+    for one, segment in zip(compared, report.segments, strict=True):
+        assert one["off"] == pytest.approx((segment.off or 0) / math.log(2) / segment.bytes, rel=1e-5)
     last = found[-1]
     assert last["object"] == "session.read" and last["tokens"] == len(TEXT.encode())
     assert last["bits_per_byte"] == pytest.approx(report.bits_per_byte, rel=1e-5)
     assert last["off"] == pytest.approx(report.off, rel=1e-5)
     got = client.get(path).json()
     assert got["documents"][0]["what"] == "sheep.txt" and got["tokens"] == report.tokens
-    assert [level["level"] for level in got["levels"]] == [0, 1]
+    assert [level["level"] for level in got["levels"]] == [0, 1] and last["levels"] == got["levels"]
     assert got["levels"][0]["change"] == pytest.approx(sum(r.change for r in session.diff() if r.level == 0) / 2)
+
+
+def test_a_text_is_scored_with_and_without_what_was_learned(client: Any, model: Any) -> None:
+    path, session = new(client, "scorer", TEXT), MemorySession(model, byte_tokenizer(), compare="none")
+    base = session.score(TEXT)
+    session.read([TEXT])
+    before = bytes_of(client, path)
+    found = client.post(f"{path}/score", json={"text": TEXT}).json()
+    assert found["bits_per_byte"] == pytest.approx(session.score(TEXT), rel=1e-5) and found["bytes"] == len(TEXT)
+    assert found["base"] == pytest.approx(base, rel=1e-5) and found["bits_per_byte"] < base
+    assert bytes_of(client, path) == before
+    assert client.post(f"{path}/score", json={"text": " "}).status_code == 400
 
 
 def test_a_file_is_read_and_is_the_text(client: Any) -> None:

@@ -24,7 +24,8 @@ from .streams import ClientGone
 LOG = logging.getLogger("nestlearn.serve")
 LOCAL = "local"
 """The owner of all sessions of a server without keys."""
-OPEN_PATHS = ("/healthz", "/readyz")
+PAGE_FILES = "/page/"
+OPEN_PATHS = ("/healthz", "/readyz", "/")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -86,7 +87,8 @@ class Access:
             nonlocal status, started
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", number.encode())]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", number.encode()),
+                                      (b"x-content-type-options", b"nosniff")]  # fmt: skip
             await send(message)
 
         try:
@@ -111,7 +113,7 @@ class Access:
     def _admit(self, scope: Scope) -> None:
         """Note the owner in the scope, or refuse the request."""
         headers = Headers(scope=scope)
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(PAGE_FILES):
             return
         if not self.keys.needed:
             _refuse_foreign_pages(headers)

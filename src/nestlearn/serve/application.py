@@ -20,9 +20,9 @@ from nestlearn.continual.session.decoding import decoder_of
 from nestlearn.continual.session.turns import has_changing_table
 from nestlearn.models.generation import end_tokens
 
-from . import completions, sessions
+from . import completions, learning, page, sessions
 from .access import Access, log
-from .errors import ApiError, ErrorResponse
+from .errors import ApiError, ErrorResponse, invalid
 from .keys import Keys
 from .limits import Limits
 from .metrics import Metrics
@@ -83,7 +83,7 @@ def app(model: Any, tokenizer: Any, folder: Path, *, name: str = "nestlearn", li
         title="nestlearn serve", version=__version__, responses=ERRORS, redoc_url=None, docs_url=None,
         lifespan=lambda made: _running(made, base, folder, name, limits, metrics, keys),
     )  # fmt: skip
-    for router in (completions.router, sessions.router, _health(metrics)):
+    for router in (completions.router, sessions.router, learning.router, page.router, _health(metrics)):
         made.include_router(router)
     made.add_exception_handler(RequestValidationError, _invalid)
     made.add_exception_handler(HTTPException, _http_error)
@@ -140,7 +140,7 @@ def _health(metrics: Metrics) -> APIRouter:
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return sessions.invalid(error.errors()).response()
+    return invalid(error.errors()).response()
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

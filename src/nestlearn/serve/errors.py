@@ -64,6 +64,13 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
     return ApiError(400, message, code, param=param)
 
 
+def invalid(errors: Any) -> ApiError:
+    """The error of a request that does not fit its schema: the first field that is wrong."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
+    return bad_request(f"{place or 'the body'}: {first['msg']}.".replace("..", "."), place or None)
+
+
 def busy(message: str, seconds: int = 1) -> ApiError:
     """Status 429: try again."""
     return ApiError(429, message, "server_busy", retry_after=seconds)

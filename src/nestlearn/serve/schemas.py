@@ -135,7 +135,14 @@ class ReadRequest(Closed):
     text: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(max_length=200)] | None = Field(None, description="Of the document, in the log.")
     compare: bool = Field(False, description="Whether to score the text with writes ignored as well.")
+    levels: bool = Field(False, description="Whether to tell the levels' distance from the model after each segment.")
     stream: bool = Field(False, description="Whether to send every segment as an event.")
+
+
+class ScoreRequest(Closed):
+    """The body of ``POST /v1/sessions/{id}/score``."""
+
+    text: Annotated[str, Field(min_length=1)]
 
 
 class PracticeRequest(Closed):

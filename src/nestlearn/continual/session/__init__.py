@@ -3,8 +3,8 @@
 from nestlearn.continual.session.levels import LevelRow, format_levels
 from nestlearn.continual.session.open import open_session
 from nestlearn.continual.session.practice import PracticeReport
-from nestlearn.continual.session.report import LogEntry, ReadReport, SegmentScore, at_most_every
-from nestlearn.continual.session.session import MemorySession, PromptTooLong, ReadInterrupted
+from nestlearn.continual.session.report import LogEntry, ReadInterrupted, ReadReport, SegmentScore, at_most_every
+from nestlearn.continual.session.session import MemorySession, PromptTooLong
 from nestlearn.continual.session.together import read_together
 
 __all__ = [

@@ -124,6 +124,17 @@ class ReadReport:
         return text
 
 
+class ReadInterrupted(RuntimeError):
+    """The source of a text failed while it was read; ``report`` says how much of it was read.
+
+    `MemorySession.read` keeps what it has learned up to the last whole segment; the next call starts a new document.
+    """
+
+    def __init__(self, message: str, report: ReadReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 def at_most_every(seconds: float, progress: Callable[[T], None]) -> Callable[[T], None]:
     """A progress function that calls another one at most every so many seconds.
 

@@ -32,7 +32,7 @@ from .reader import (
     name_of_source,
     pieces_of,
 )
-from .report import LogEntry, ReadReport, run_steps
+from .report import LogEntry, ReadInterrupted, ReadReport, run_steps
 from .turns import turn_of
 
 Compare = Literal["off", "levels", "none"]
@@ -40,17 +40,6 @@ OnRead = Callable[[ReadReport], None]
 Source = str | Path | Iterable[str] | Conversation
 Asked = list[ReadCall] | ReadReport
 """What a reading gives: calls to be answered, or the report so far."""
-
-
-class ReadInterrupted(RuntimeError):
-    """The source of a text failed while it was read; ``report`` says how much of it was read.
-
-    `MemorySession.read` keeps what it has learned up to the last whole segment; the next call starts a new document.
-    """
-
-    def __init__(self, message: str, report: ReadReport) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 class PromptTooLong(ValueError):
@@ -189,10 +178,15 @@ class MemorySession(EditedSession):
         Raises:
             ValueError, TypeError, ReadInterrupted: see `read`.
         """
+        with closing(self.scoring(source)) as steps:
+            return run_steps(steps).bits_per_byte
+
+    def scoring(self, source: Source) -> Generator[ReadReport, None, ReadReport]:
+        """`score` as a generator: it gives the report after every segment, as `reading` does, and returns it."""
         other = self.fork()
         other._end_document()
         reader = DocumentReader(self._backend, self._tokens_of, other._cursor.memory, writes=False)
-        return run_steps(answer(self._backend, other._read(source, reader, True))).bits_per_byte
+        return (yield from answer(self._backend, other._read(source, reader, True)))
 
     def _read(self, source: Source, reader: DocumentReader, end: bool) -> Generator[Asked, list[PieceRead], ReadReport]:
         """The loop of a reading: score a segment, write it, move the cursor."""

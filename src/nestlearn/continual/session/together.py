@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 
 from .backends import PieceRead, ReadCall, read_rows
-from .report import ReadReport
-from .session import Asked, MemorySession, ReadInterrupted, Source
+from .report import ReadInterrupted, ReadReport
+from .session import Asked, MemorySession, Source
 from .turns import has_changing_table
 
 
