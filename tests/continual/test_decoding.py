@@ -65,11 +65,74 @@ def test_rows_that_come_and_go_equal_each_alone(kind: str) -> None:
         rows = [rows[place] for place in left]
         if turn < len(sessions):
             row, ids = decoder.begin(sessions[turn]), prompts[turn]
-            decoder.read(row, ids[:3]) if len(ids) > 3 else None
-            found[turn].append(int(decoder.read(row, ids[3:] if len(ids) > 3 else ids).argmax()))
+            decoder.read([row], [ids[:3]]) if len(ids) > 3 else None
+            found[turn].append(int(decoder.read([row], [ids[3:] if len(ids) > 3 else ids]).argmax()))
             decoder.join(row)
             rows.append(turn)
     assert found == expected and not rows
+
+
+@pytest.mark.parametrize("kind", ["low rank", "hope"])
+def test_prompts_read_together_are_answered_as_each_alone(kind: str) -> None:
+    model = MODELS[kind]()
+    base = MemorySession(model, TOKENIZER, compare="none")
+    sessions = [base, *(base.fork() for _ in range(3))]
+    for n, session in enumerate(sessions[1:]):
+        session.read(TEXT[16 * n :])
+    prompts = [session.prompt_ids(TEXT[n : 13 * n + 7]) for n, session in enumerate(sessions)]
+    decoder = decoder_of(base)
+    rows = [decoder.begin(session) for session in sessions]
+    tokens = decoder.read(rows, prompts).argmax(-1).tolist()
+    for row in rows:
+        decoder.join(row)
+    found = [[token] for token in tokens]
+    for _ in range(4):
+        for said, token in zip(found, decoder.step(tokens).argmax(-1).tolist(), strict=True):
+            said.append(token)
+        tokens = [said[-1] for said in found]
+    assert found == [alone(session, ids, 5) for session, ids in zip(sessions, prompts, strict=True)]
+
+
+def test_a_token_copies_neither_keys_nor_weights() -> None:
+    """Buffers stay where they are from token to token, and while rows come and go within their room."""
+    base = MemorySession(stacked("split", rank=4), TOKENIZER, compare="none")
+    mine = base.fork()
+    mine.read(TEXT)
+    decoder = decoder_of(base)
+
+    def begin(session: MemorySession) -> None:
+        row = decoder.begin(session)
+        decoder.read([row], [list(b"The sheep")])
+        decoder.join(row)
+
+    def places() -> set[int]:
+        anchors = [fast.weights.anchor for fast in decoder._state.networks["model.layers.0.mlp"]]
+        weights = [w.untyped_storage().data_ptr() for anchor in anchors for w in anchor.values()]
+        return {*weights, *(layer.keys.untyped_storage().data_ptr() for layer in decoder._cache.layers)}
+
+    for session in (mine, base, mine):
+        begin(session)
+    before, length = places(), decoder._cache.get_seq_length()
+    for _ in range(30):
+        decoder.step([32] * 3)
+    decoder.keep([0, 2])
+    begin(base)
+    assert places() == before and decoder._cache.get_seq_length() == length + 30
+
+
+def test_products_of_few_tokens_are_those_of_a_linear_map() -> None:
+    from torch import nn
+
+    from nestlearn.models.transposed import transpose_products
+
+    torch.manual_seed(0)
+    plain, x = nn.Linear(24, 40), torch.randn(2, 3, 24)
+    made = nn.Sequential(nn.Linear(24, 40), nn.Linear(24, 40, bias=False).bfloat16())
+    made[0].load_state_dict(plain.state_dict())
+    transpose_products(made)
+    with torch.no_grad():
+        assert torch.allclose(made[0](x), plain(x), atol=1e-6) and made[0](x).is_contiguous()
+    assert type(made[1]) is nn.Linear and torch.equal(made[0](x), plain(x))
 
 
 def alone(session: MemorySession, ids: list[int], count: int) -> list[int]:

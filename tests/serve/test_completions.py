@@ -208,8 +208,8 @@ def test_an_answer_that_nobody_waits_for_leaves_its_place(model: Any, steps: int
         for _ in range(steps):
             worker._admit()
             worker._step_rows()
-            worker._step_prompt()
-            worker._step_prompt()
+            worker._step_prompts()
+            worker._step_prompts()
         assert worker.answers == 2
         gone.cancel()
         worker._admit()
@@ -217,3 +217,32 @@ def test_an_answer_that_nobody_waits_for_leaves_its_place(model: Any, steps: int
         worker._step_rows()
 
     asyncio.run(run())
+
+
+def test_short_prompts_share_a_pass_and_long_ones_are_cut(model: Any) -> None:
+    """Tokens of each pass: a piece at most, and padded prompts together no more than that."""
+    from nestlearn.serve import Limits
+    from nestlearn.serve.worker import PROMPT_PIECE, Worker
+
+    session = MemorySession(model, byte_tokenizer())
+    worker = Worker(decoder_of(session), byte_tokenizer(), ends=(), never=(), limits=Limits())
+    options: dict[str, Any] = {"limit": 9, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": (), "top": None}
+    passes: list[list[int]] = []
+    read = worker.decoder.read
+
+    def watched(rows: Any, ids: Any) -> Any:
+        passes.append([len(part) for part in ids])
+        return read(rows, ids)
+
+    worker.decoder.read = watched  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def run() -> None:
+        for length in (10, 60, 64, 60, 64, 300, 5):
+            worker.answer(session, [65] * length, **options)
+        worker._admit()
+        while worker._prompts:
+            worker._step_prompts()
+
+    asyncio.run(run())
+    assert passes == [[10, 60, 64, 60], [64], [PROMPT_PIECE], [5], [300 - PROMPT_PIECE]]
+    assert len(worker._rows) == 7

@@ -1,8 +1,8 @@
 """The one thread that uses the model: it decodes all answers together, and reads a segment of one text in between.
 
-Each round takes three small steps: one token for every answer that is being generated, a piece of one prompt, and one
-step of one task (a segment that is read, or a step of practice). So an answer never waits longer than for one segment,
-and new answers join between two tokens.
+Each round takes three small steps: one token for every answer that is being generated, a piece of one prompt or some
+short prompts, and one step of one task (a segment that is read, or a step of practice). So an answer never waits longer
+than for one segment, and new answers join between two tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .limits import Limits
 
 T = TypeVar("T")
 PROMPT_PIECE = 256
-"""Tokens of a prompt that are read at once."""
+"""Tokens of prompts that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Worker:
                     break
             self._admit()
             self._step_rows()
-            self._step_prompt()
+            self._step_prompts()
             self._step_task()
         error = ApiError(503, "the server has stopped; nothing of this request was learned.", "server_stopping")
         for answer in (*self._rows, *self._prompts, *self._waiting):
@@ -229,22 +229,37 @@ class Worker:
             going = [False] * len(self._rows)
         self._keep(going)
 
-    def _step_prompt(self) -> None:
-        """Read a piece of one prompt. The answer that has read all of its prompt gets its first token and joins."""
-        if not self._prompts:
-            return
-        answer = self._prompts.popleft()
+    def _step_prompts(self) -> None:
+        """Read a piece of one prompt, or some short ones. Those that are read to the end give a token and join."""
+        if self._prompts:
+            self._read_prompts(self._next_prompts())
+
+    def _next_prompts(self) -> list[Answer]:
+        """The first prompt, and those behind it that fit into the same pass: each whole, padded to the longest."""
+        chosen, width = [self._prompts.popleft()], 0
+        while self._prompts and all(answer.read == 0 for answer in (*chosen, self._prompts[0])):
+            width = max(len(answer.ids) for answer in (*chosen, self._prompts[0]))
+            if width * (len(chosen) + 1) > PROMPT_PIECE:
+                break
+            chosen.append(self._prompts.popleft())
+        return chosen
+
+    def _read_prompts(self, answers: list[Answer]) -> None:
         try:
-            piece = answer.ids[answer.read : answer.read + PROMPT_PIECE]
-            logits = self.decoder.read(answer.row, piece)
-            answer.read += len(piece)
-            if answer.read < len(answer.ids):
-                self._prompts.append(answer)
-            elif self._choose([answer], logits[None])[0]:
-                self.decoder.join(answer.row)
-                self._rows.append(answer)
+            pieces = [answer.ids[answer.read : answer.read + PROMPT_PIECE] for answer in answers]
+            logits = self.decoder.read([answer.row for answer in answers], pieces)
+            for answer, piece in zip(answers, pieces, strict=True):
+                answer.read += len(piece)
+            if answers[0].read < len(answers[0].ids):
+                self._prompts.append(answers[0])
+                return
+            for answer, going in zip(answers, self._choose(answers, logits), strict=True):
+                if going:
+                    self.decoder.join(answer.row)
+                    self._rows.append(answer)
         except Exception as error:  # noqa: BLE001 - as above
-            answer.stream.put(error)
+            for answer in answers:
+                answer.stream.put(error)
 
     def _step_task(self) -> None:
         if not self._tasks:

@@ -1,7 +1,7 @@
 """Answers of many sessions, token by token: each row reads with the memory of its own session.
 
-A scheduler begins a row (`Decoder.begin`), reads its prompt in pieces (`read`), and lets it `join` the rows that are
-decoded together. `step` gives all of them their next token in one forward pass, and `keep` drops rows that have ended.
+A scheduler begins rows (`Decoder.begin`), reads their prompts (`read`), and lets each `join` the rows that are decoded
+together. `step` gives all of them their next token in one forward pass, and `keep` drops rows that have ended.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from nestlearn.models.stacking import KeyValues, LevelState, reading, stacked_model
-from nestlearn.models.stacking.rows import join_rows
+from nestlearn.models.stacking.rows import LevelRows, join_rows
+from nestlearn.models.transposed import transpose_products
 
 from .backends import StackedBackend
+from .key_values import RowKeyValues
 from .session import MemorySession
 
 
@@ -46,8 +47,8 @@ class Decoder(Protocol):
         """A row of its own, with what the session has learned up to now."""
         ...
 
-    def read(self, row: Row, ids: Sequence[int]) -> Float[Tensor, "v"]:
-        """Read a piece of the prompt of a row that has not joined yet."""
+    def read(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
+        """Read a piece of the prompt of a row that has not joined yet, or the first pieces of several rows."""
         ...
 
     def join(self, row: Row) -> None:
@@ -64,7 +65,7 @@ class Decoder(Protocol):
 
 
 def decoder_of(session: MemorySession) -> Decoder:
-    """The decoder for sessions over this model.
+    """The decoder for sessions over this model, whose products of few tokens change to `TransposedLinear`.
 
     Example:
         >>> from nestlearn.data import byte_tokenizer
@@ -73,10 +74,10 @@ def decoder_of(session: MemorySession) -> Decoder:
         ...                      num_attention_heads=2, max_position_embeddings=128)
         >>> model = stack_levels(LlamaForCausalLM(config), [Level(period=16)]).eval()
         >>> session = MemorySession(model, byte_tokenizer())
-        >>> decoder, row = decoder_of(session), None
-        >>> for text in ("one", "another"):
-        ...     row = decoder.begin(session)
-        ...     logits = decoder.read(row, list(text.encode()))
+        >>> decoder = decoder_of(session)
+        >>> rows = [decoder.begin(session) for _ in range(2)]
+        >>> logits = decoder.read(rows, [list(b"one"), list(b"another")])
+        >>> for row in rows:
         ...     decoder.join(row)
         >>> decoder.step([32, 32]).shape
         torch.Size([2, 259])
@@ -100,8 +101,11 @@ class HopeDecoder:
     def begin(self, session: MemorySession) -> Row:
         return Row(None, session._cursor.memory.cache.detach())
 
+    def read(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
+        return torch.stack([self._read(row, part) for row, part in zip(rows, ids, strict=True)])
+
     @torch.inference_mode()
-    def read(self, row: Row, ids: Sequence[int]) -> Float[Tensor, "v"]:
+    def _read(self, row: Row, ids: Sequence[int]) -> Float[Tensor, "v"]:
         tokens = torch.tensor([list(ids)], device=self.model.device)
         return self.model(tokens, past_key_values=row.cache, logits_to_keep=1).logits[0, -1]
 
@@ -112,7 +116,7 @@ class HopeDecoder:
         self._rows = [self._rows[i] for i in rows]
 
     def step(self, tokens: Sequence[int]) -> Float[Tensor, "n v"]:
-        return torch.stack([self.read(row, [token]) for row, token in zip(self._rows, tokens, strict=True)])
+        return self.read(self._rows, [[token] for token in tokens])
 
 
 class StackedDecoder:
@@ -126,44 +130,56 @@ class StackedDecoder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.stacked = model, stacked_model(model)
+        transpose_products(model)
         self._positions = "position_ids" in inspect.signature(self.stacked.forward).parameters
-        self._states: list[LevelState] = []
+        self._levels = LevelRows(self.stacked)
         self._state = LevelState()
         self._lengths: list[int] = []
-        self._cache = DynamicCache()
+        self._cache: Any = DynamicCache()
 
     def begin(self, session: MemorySession) -> Row:
         return Row(session._cursor.memory.levels, DynamicCache())
 
     @torch.inference_mode()
-    def read(self, row: Row, ids: Sequence[int]) -> Float[Tensor, "v"]:
-        with reading(self.stacked.stack_plan, row.levels):
-            tokens = torch.tensor([list(ids)], device=self.model.device)
-            found = self.model(input_ids=tokens, past_key_values=row.cache, use_cache=True, logits_to_keep=1)
-        return found.logits[0, -1]
+    def read(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
+        # Padding on the right needs no mask: no token sees those behind it.
+        lengths = [len(part) for part in ids]
+        tokens = torch.tensor([[*part, *[0] * (max(lengths) - len(part))] for part in ids], device=self.model.device)
+        last = sorted({length - 1 for length in lengths})
+        one = len(rows) == 1
+        cache = rows[0].cache if one else DynamicCache()
+        state = join_rows(self.stacked, [row.levels or LevelState() for row in rows])
+        with reading(self.stacked.stack_plan, state):
+            options: dict[str, Any] = {"logits_to_keep": 1 if one else torch.tensor(last, device=self.model.device)}
+            logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **options).logits
+        if not one:
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                mine = tuple((k[i : i + 1, :, :length], v[i : i + 1, :, :length]) for k, v in _keys(cache))
+                row.cache = DynamicCache(mine)
+        return torch.stack([logits[i, last.index(length - 1)] for i, length in enumerate(lengths)])
 
     @torch.inference_mode()
     def join(self, row: Row) -> None:
-        mine, new = _keys(self._cache), _keys(row.cache)
-        width = max(max(self._lengths, default=0), row.cache.get_seq_length())
-        joined = new if not mine else tuple(
-            (_stack(k, a, width), _stack(v, b, width)) for (k, v), (a, b) in zip(mine, new, strict=True)
-        )  # fmt: skip
-        self._set([*self._states, row.levels or LevelState()], [*self._lengths, row.cache.get_seq_length()], joined)
+        if not self._lengths:
+            self._cache.layers = [RowKeyValues() for _ in row.cache.layers]
+        for layer, (keys, values) in zip(self._cache.layers, _keys(row.cache), strict=True):
+            layer.join(keys, values)
+        self._lengths.append(row.cache.get_seq_length())
+        self._levels.append(row.levels or LevelState())
+        self._state = self._levels.state()
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        if list(rows) == list(range(len(self._states))):
+        if list(rows) == list(range(len(self._lengths))):
             return
-        lengths = [self._lengths[i] for i in rows]
-        index, width = torch.tensor(list(rows), dtype=torch.long, device=self.model.device), max(lengths, default=0)
-        keys = tuple((_select(k, index, width), _select(v, index, width)) for k, v in _keys(self._cache))
-        self._set([self._states[i] for i in rows], lengths, keys if rows else ())
-
-    def _set(self, states: list[LevelState], lengths: list[int], keys: KeyValues) -> None:
-        self._states, self._lengths = states, lengths
-        self._state = join_rows(self.stacked, states)
-        self._cache = DynamicCache(keys) if keys else DynamicCache()
+        self._lengths = [self._lengths[i] for i in rows]
+        if rows:
+            for layer in self._cache.layers:
+                layer.keep(rows, max(self._lengths))
+        else:
+            self._cache = DynamicCache()
+        self._levels.keep(rows)
+        self._state = self._levels.state()
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Float[Tensor, "n v"]:
@@ -183,13 +199,3 @@ class StackedDecoder:
 
 def _keys(cache: Any) -> KeyValues:
     return tuple((layer.keys, layer.values) for layer in cache.layers)
-
-
-def _stack(x: Tensor, new: Tensor, width: int) -> Tensor:
-    """The rows of both, padded on the left to one width."""
-    return torch.cat([F.pad(part, (0, 0, width - part.shape[2], 0)) for part in (x, new)])
-
-
-def _select(x: Tensor, rows: Tensor, width: int) -> Tensor:
-    """Some rows, without the padding that all of them have."""
-    return x.index_select(0, rows)[:, :, x.shape[2] - width :]
