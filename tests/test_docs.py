@@ -79,7 +79,7 @@ def test_a_result_opens_with_its_claim(page: Path) -> None:
 def public_names() -> dict[str, object]:
     """What the reader of an example has imported: torch, the public names of the package and of its parts."""
     names: dict[str, object] = {"torch": torch}
-    for part in ("memory", "optim", "nn", "data", "train", "evals", "models", "continual", ""):
+    for part in ("memory", "optim", "nn", "data", "train", "evals", "models", "continual", "levels", ""):
         module = importlib.import_module(f"nestlearn.{part}".rstrip("."))
         public = (name for name in getattr(module, "__all__", vars(module)) if not name.startswith("_"))
         names |= {name: getattr(module, name) for name in public if not isinstance(getattr(module, name), ModuleType)}

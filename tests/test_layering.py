@@ -26,9 +26,9 @@ LAYERS = {
     "data": 1,
     "models": 2,
     "continual": 3,
-    "levels": 3,
     "train": 3,
     "evals": 3.5,
+    "levels": 3.6,  # its pages are made as the reports of `evals`
     "serve": 3.8,
     "cli": 4,
     "__main__": 5,

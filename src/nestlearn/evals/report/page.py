@@ -65,11 +65,12 @@ def write_page(
     """
     opening = [f"<h1>{escape(title)}</h1>", paragraph(lead, "lead"), *([_tiles(tiles)] if tiles else [])]
     ending = [heading("Repeat it"), _preformatted("\n".join(commands))] if commands else []
-    write_text(path, _document(title, [*opening, *sections, *ending]))
+    write_text(path, document(title, [*opening, *sections, *ending]))
     return path
 
 
-def _document(title: str, body: Sequence[str]) -> str:
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page of these parts (HTML)."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
