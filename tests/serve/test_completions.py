@@ -206,9 +206,7 @@ def test_an_answer_that_nobody_waits_for_leaves_its_place(model: Any, steps: int
     async def run() -> None:
         gone, kept = (worker.answer(session, list(text.encode() * 60), **options) for text in ("gone ", "kept "))
         for _ in range(steps):
-            worker._admit()
-            worker._step_rows()
-            worker._step_prompts()
+            worker._round()
             worker._step_prompts()
         assert worker.answers == 2
         gone.cancel()

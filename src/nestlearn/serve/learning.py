@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import AsyncIterator, Generator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing, suppress
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response
 
 from nestlearn.continual.session import MemorySession, ReadReport
+from nestlearn.continual.session.backends import PieceRead, ReadCall
 from nestlearn.continual.session.reader import check_text, name_of_source
 
 from .access import explain
@@ -58,7 +59,7 @@ async def read(
         request, ReadRequest.model_construct(text="", name=title, compare=compare, levels=levels, stream=stream)
     )
 
-    def steps(work: MemorySession) -> Generator[dict[str, Any], None, None]:
+    def steps(work: MemorySession) -> Generator[dict[str, Any] | list[ReadCall], list[PieceRead], None]:
         return _reading(work, asked)
 
     return await _change(server, owner, name, request, steps, stream=asked.stream)
@@ -108,7 +109,7 @@ async def _change(
         await stack.enter_async_context(server.store.writing(owner, name))
         _, session = await server.store.call(server.store.open, owner, name)
         work = session.fork()
-        running = server.worker.task(steps(work))
+        running = server.worker.task(steps(work), work)
         stack.callback(running.cancel)
         events = aiter(running)
         # The first step tells whether the text can be used at all.
@@ -140,13 +141,16 @@ async def _change(
     return await while_connected(request, whole, held)
 
 
-def _reading(work: MemorySession, asked: ReadRequest) -> Generator[dict[str, Any], None, None]:
+def _reading(
+    work: MemorySession, asked: ReadRequest
+) -> Generator[dict[str, Any] | list[ReadCall], list[PieceRead], None]:
     """Read a text; gives an event for every segment. All figures are of the text so far but ``segment``."""
     work.compare, before = ("off" if asked.compare else "none"), work.compare
     tokens = counted = nats = off = off_bytes = 0.0
     known = 0  # segments that are compared: the newest are not yet
-    # As a document in pieces: a text is never taken for the name of a file.
-    for report in work.reading([asked.text], name=asked.name or name_of_source(asked.text)):
+
+    def event(report: ReadReport) -> dict[str, Any]:
+        nonlocal tokens, counted, nats, off, off_bytes, known
         segment = report.segments[-1]
         tokens, counted = tokens + segment.tokens, counted + segment.bytes
         nats += segment.nats
@@ -156,7 +160,7 @@ def _reading(work: MemorySession, asked: ReadRequest) -> Generator[dict[str, Any
                 break
             off, off_bytes, known = off + other.off, off_bytes + other.bytes, known + 1
             compared.append({"number": known, "off": _bits(other.off, other.bytes)})
-        yield {
+        return {
             "object": "session.read.progress",
             "segment": {"number": len(report.segments), "tokens": segment.tokens,
                         "bits_per_byte": _bits(segment.nats, segment.bytes)},
@@ -168,6 +172,17 @@ def _reading(work: MemorySession, asked: ReadRequest) -> Generator[dict[str, Any
             "off": _bits(off, off_bytes) if known else None,
             "seconds": round(report.seconds, 3),
         }  # fmt: skip
+
+    # As a document in pieces: a text is never taken for the name of a file.
+    steps = work.asking([asked.text], name=asked.name or name_of_source(asked.text))
+    with closing(steps), suppress(StopIteration):
+        given = next(steps)
+        while True:
+            if isinstance(given, list):
+                given = steps.send((yield given))
+            else:
+                yield event(given)
+                given = next(steps)
     work.compare = before
 
 

@@ -68,13 +68,17 @@ class Server:
         async for step in self.worker.task(steps):
             yield step
 
+    async def read(self, session: MemorySession, source: Any) -> None:
+        """Let a session read something; readings of several sessions share passes."""
+        async for _ in self.worker.task(session.asking(source), session):
+            pass
+
     async def learn(self, owner: str, name: str, source: Any) -> Entry:
         """Let a session read something, and save it. It is made if it does not exist."""
         async with self.store.writing(owner, name, wait=True):
             _, session = await self.session_or_base(owner, name)
             work = session.fork()
-            async for _ in self.steps(work.reading(source)):
-                pass
+            await self.read(work, source)
             self.metrics.tokens.labels("learned").inc(work.tokens - session.tokens)
             return await self.store.call(self.store.commit, owner, name, work)
 

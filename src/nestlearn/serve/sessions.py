@@ -165,8 +165,7 @@ async def _foreign_or_mine(server: Server, path: Path) -> MemorySession:
     try:
         session = await server.store.call(server.store.load, path)
         # The tensors of a foreign file may have the right names and other shapes: a copy reads a segment.
-        async for _ in server.steps(session.fork().reading(["A text of some words, by which the shapes are tried."])):
-            pass
+        await server.read(session.fork(), ["A text of some words, by which the shapes are tried."])
     except ApiError:
         raise
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:

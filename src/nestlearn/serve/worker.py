@@ -2,7 +2,8 @@
 
 Each round takes three small steps: one token for every answer that is being generated, a piece of one prompt or some
 short prompts, and one step of one task (a segment that is read, or a step of practice). So an answer never waits longer
-than for one segment, and new answers join between two tokens.
+than for one segment, and new answers join between two tokens. While there are no answers, several readings share a
+pass, each with a segment.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -18,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nestlearn.continual.session import MemorySession
+from nestlearn.continual.session.backends import PieceRead, ReadCall, read_rows
 from nestlearn.continual.session.decoding import Decoder, Row
 from nestlearn.models.generation import GrowingText, drawing
 
@@ -27,6 +30,8 @@ from .limits import Limits
 T = TypeVar("T")
 PROMPT_PIECE = 256
 """Tokens of prompts that are read at once."""
+READINGS = 8
+"""Readings that share a pass."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,23 @@ class Answer:
     scores: list[tuple[int, TokenScore]] = field(default_factory=list)
 
 
+@dataclass
+class Task:
+    """Steps that are taken between tokens, and the stream of what they give.
+
+    Args:
+        steps: a generator of events. A reading also gives lists of calls, and is sent what was read.
+        stream: of the events.
+        session: that reads.
+        asked: the calls that a reading waits for.
+    """
+
+    steps: Generator[Any, Any, Any]
+    stream: Stream[Any]
+    session: MemorySession | None
+    asked: list[ReadCall] | None = None
+
+
 class Worker:
     """The thread.
 
@@ -122,7 +144,7 @@ class Worker:
         self._waiting: deque[Answer] = deque()
         self._prompts: deque[Answer] = deque()
         self._rows: list[Answer] = []
-        self._tasks: deque[tuple[Iterator[Any], Stream[Any]]] = deque()
+        self._tasks: deque[Task] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="nestlearn-model", daemon=True)
 
@@ -164,18 +186,22 @@ class Worker:
             self._wake.notify()
         return answer.stream
 
-    def task(self, steps: Iterator[T]) -> Stream[T]:
+    def task(self, steps: Generator[Any, Any, Any], session: MemorySession | None = None) -> Stream[Any]:
         """Take the steps of a generator, one in each round; the stream has what it gives.
+
+        Args:
+            steps: to take; those of `MemorySession.asking`, or of a generator around it, need its ``session``.
+            session: that reads.
 
         Raises:
             ApiError: too many wait (429).
         """
         self._refuse_if_full()
-        stream: Stream[T] = Stream()
+        task = Task(steps, Stream(), session)
         with self._wake:
-            self._tasks.append((steps, stream))
+            self._tasks.append(task)
             self._wake.notify()
-        return stream
+        return task.stream
 
     def _refuse_if_full(self) -> None:
         if self._stopping:
@@ -191,16 +217,19 @@ class Worker:
                 self._wake.wait_for(lambda: self._stopping or self.answers or self._tasks)
                 if self._stopping:
                     break
-            self._admit()
-            self._step_rows()
-            self._step_prompts()
-            self._step_task()
+            self._round()
         error = ApiError(503, "the server has stopped; nothing of this request was learned.", "server_stopping")
         for answer in (*self._rows, *self._prompts, *self._waiting):
             answer.stream.put(error)
-        for steps, stream in self._tasks:
-            _close(steps)
-            stream.put(error)
+        for task in self._tasks:
+            task.steps.close()
+            task.stream.put(error)
+
+    def _round(self) -> None:
+        self._admit()
+        self._step_rows()
+        self._step_prompts()
+        self._step_tasks()
 
     def _admit(self) -> None:
         """Drop answers that nobody waits for, and take new ones where there is room."""
@@ -261,23 +290,59 @@ class Worker:
             for answer in answers:
                 answer.stream.put(error)
 
-    def _step_task(self) -> None:
+    def _step_tasks(self) -> None:
+        """One step of one task. Readings that wait for a segment share the pass if there are no answers."""
         if not self._tasks:
             return
-        steps, stream = self._tasks.popleft()
-        if stream.cancelled:
-            _close(steps)
-            return
-        try:
-            event = next(steps)
-        except StopIteration:
-            stream.put(None)
-        except Exception as error:  # noqa: BLE001 - as above
-            stream.put(error)
+        task = self._tasks.popleft()
+        if task.stream.cancelled:
+            task.steps.close()
+        elif task.asked is None:
+            self._go_on(task, None)
         else:
-            stream.put(event)
+            others = [] if self.answers else [t for t in self._tasks if t.asked and not t.stream.cancelled]
+            self._read_segments([task, *others[: READINGS - 1]])
+
+    def _read_segments(self, tasks: list[Task]) -> None:
+        """Read in one pass what tasks wait for. If that fails, each is tried alone: one must not fail the others."""
+        calls = [(task.session._backend, call) for task in tasks if task.session for call in task.asked or ()]
+        try:
+            read = iter(read_rows(calls))
+        except Exception as error:  # noqa: BLE001 - as above
+            if len(tasks) > 1:
+                for task in tasks:
+                    self._read_segments([task])
+                return
+            self._drop(tasks[0])
+            tasks[0].steps.close()
+            tasks[0].stream.put(error)
+            return
+        for task in tasks:
+            self._go_on(task, [next(read) for _ in task.asked or ()])
+
+    def _go_on(self, task: Task, read: list[PieceRead] | None) -> None:
+        """Hand over the next event. A reading goes on to the calls that it waits for."""
+        self._drop(task)
+        try:
+            given = task.steps.send(read)
+            while not isinstance(given, list):
+                task.stream.put(given)
+                if read is None:
+                    break
+                given = next(task.steps)
+        except StopIteration:
+            task.stream.put(None)
+        except Exception as error:  # noqa: BLE001 - as above
+            task.stream.put(error)
+        else:
+            task.asked = given if isinstance(given, list) else None
             with self._wake:
-                self._tasks.append((steps, stream))
+                self._tasks.append(task)
+
+    def _drop(self, task: Task) -> None:
+        """Take a task out of those that wait, if it is there."""
+        with self._wake:
+            self._tasks = deque(other for other in self._tasks if other is not task)
 
     @torch.inference_mode()
     def _choose(self, answers: Sequence[Answer], logits: Float[Tensor, "n v"]) -> list[bool]:
@@ -327,10 +392,3 @@ def _final(answer: Answer, *, finish: bool) -> tuple[TokenScore, ...]:
     final = tuple(score for start, score in answer.scores if not kept or start < said)
     answer.scores = [] if finish else [pair for pair in answer.scores if pair[0] >= said]
     return final
-
-
-def _close(steps: Iterator[Any]) -> None:
-    """End a generator on the thread that ran it."""
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()
