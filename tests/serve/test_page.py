@@ -158,9 +158,9 @@ def test_keys_and_arrows_are_enough(page: Any) -> None:
     session(page, "by hand")
     page.locator("#tab-chat").focus()
     page.keyboard.press("ArrowLeft")
-    assert page.evaluate("document.activeElement.id") == "tab-practise" and page.locator("#practise").is_visible()
+    assert page.evaluate("document.activeElement.id") == "tab-edit" and page.locator("#edit").is_visible()
     page.keyboard.press("Home")
-    assert page.locator("#chat").is_visible() and page.locator("#tab-practise").get_attribute("tabindex") == "-1"
+    assert page.locator("#chat").is_visible() and page.locator("#tab-edit").get_attribute("tabindex") == "-1"
     delete = page.get_by_role("button", name="Delete")
     delete.focus()
     page.keyboard.press("Enter")
@@ -193,3 +193,53 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, listen: Any, tmp_
     assert not any("nl-" in address for address in asked) and context.cookies() == []
     assert tab.evaluate("localStorage.length") == 0
     context.close()
+
+
+@pytest.mark.slow
+def test_practice_edits_files_and_forgetting(page: Any, tmp_path: Path) -> None:
+    session(page, "pupil")
+    tab(page, "Practise")
+    page.get_by_label("Text to learn by heart").fill(TEXT)
+    page.get_by_label("Passes").fill("2")
+    page.get_by_role("button", name="Practise", exact=True).click()
+    page.wait_for_selector("#practise .result p >> nth=1")
+    assert re.search(r"Practised \d+ steps", page.locator("#practise .result").inner_text())
+    tab(page, "Edit")
+    for label, text in (("Prompt", "Ann lives in"), ("Target", MARKUP), ("Subject", "Ann")):
+        page.get_by_label(label).fill(text)
+    page.get_by_role("button", name="Write facts").click()
+    page.wait_for_selector("#edit .result p >> nth=1")
+    page.wait_for_selector("#memory .edits li")
+    assert page.locator("#memory .edits .what").inner_text() == f"Ann lives in → {MARKUP}"
+    page.get_by_role("button", name="Take back").click()
+    page.wait_for_selector("#memory .edits", state="detached")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    download.value.save_as(tmp_path / "pupil.safetensors")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Open file").click()
+    chooser.value.set_files(tmp_path / "pupil.safetensors")
+    page.fill("dialog input", "pupil 2")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#tree [aria-current]:has-text('pupil 2')")
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_label("With", exact=True).select_option("pupil")
+    page.wait_for_function("() => [...document.querySelectorAll('dialog .value')].every(e => e.textContent === '0 %')")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Forget").click()
+    page.locator("dialog button[type=submit]").click()
+    page.wait_for_function("() => document.querySelector('#memory p').textContent.startsWith('0 tokens')")
+    page.get_by_role("button", name="Delete").click()
+    page.locator("dialog button[type=submit]").click()
+    page.wait_for_selector("#tree .what:text-is('pupil 2')", state="detached")
+
+
+@pytest.mark.slow
+def test_nothing_is_wider_than_a_phone(page: Any) -> None:
+    page.set_viewport_size({"width": 320, "height": 700})
+    session(page, "x" * 64)
+    read(page, f"{'y' * 90}.txt", TEXT.encode())
+    page.wait_for_selector("#read .result p >> nth=1")
+    for name in ("Chat", "Practise", "Edit", "Read"):
+        tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nestlearn import MemorySession
+from nestlearn import Fact, MemorySession
 from nestlearn.data import byte_tokenizer
+from nestlearn.models.stacking.general import own_text
 
 from .conftest import NEEDS, TEXT
 
@@ -228,3 +230,76 @@ def _event() -> Any:
     import asyncio
 
     return asyncio.Event()
+
+
+ANN = {"prompt": "Ann lives in", "target": "Ulm", "subject": "Ann"}
+
+
+def test_facts_are_written_as_a_session_does_it_and_taken_back(
+    client: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nestlearn.continual.session import editing
+
+    # Little general text, which the model writes itself: that takes most of the time.
+    monkeypatch.setattr(
+        editing, "own_text", lambda *given, **more: own_text(*given, **{**more, "tokens": 32, "length": 8})
+    )
+    path, session = new(client, "editor"), MemorySession(model, byte_tokenizer(), compare="none")
+    response = client.post(f"{path}/edit", json={"facts": [ANN], "method": "memit", "stream": True})
+    found = [json.loads(line[6:]) for line in response.text.split("\n\n") if line and line != "data: [DONE]"]
+    report = session.edit([Fact(**ANN)], method="memit")
+    assert found[-1]["object"] == "session.edit" and found[-1]["after"] == pytest.approx(report.after, rel=1e-4)
+    assert found[-1]["before"] == pytest.approx(report.before, rel=1e-4) and found[-1]["layers"] == list(report.layers)
+    assert [event["doing"] for event in found[:-1]][-2:] == ["writing layer 1 of 1", "saving"]
+    client.post(f"{path}/edit", json={"facts": [{**ANN, "target": "10"}], "method": "memit", "layers": [0]})
+    edits = client.get(path).json()["edits"]
+    assert [edit["facts"][0]["target"] for edit in edits] == ["Ulm", "10"] and edits[0]["facts"] == [ANN]
+    assert client.delete(f"{path}/edits/0").status_code == 200
+    assert [edit["facts"][0]["target"] for edit in client.get(path).json()["edits"]] == ["10"]
+    gone = client.delete(f"{path}/edits/1")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "edit_not_found")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"facts": []}, "facts"),
+        ({"facts": [{"prompt": "it is", "target": "so"}]}, "no name or number"),
+        ({"facts": [{"prompt": "Ann is", "target": " "}]}, "empty"),
+        ({"facts": [{"prompt": "Ann \u0000", "target": "so"}]}, "NUL"),
+        ({"facts": [{**ANN, "subject": "Bob"}]}, "not in the prompt"),
+        ({"facts": [ANN], "method": "magic"}, "method"),
+        ({"facts": [ANN], "layers": [7]}, "0 to 1"),
+        ({"facts": [ANN], "method": "rome", "layers": [0, 1]}, "rome edits one layer"),
+        ({"facts": [ANN], "method": "rome", "alpha": 0.5}, "edits MLPs only"),
+        # Nothing behind the last layer attends to the subject: this is found in the middle of an edit.
+        ({"facts": [ANN], "method": "memit", "layers": [1]}, "does not reach"),
+    ],
+)
+def test_facts_that_cannot_be_written_change_nothing(client: Any, body: dict[str, Any], said: str) -> None:
+    path = "/v1/sessions/unedited"
+    if client.get(path).status_code == 404:
+        new(client, "unedited")
+    before = bytes_of(client, path)
+    response = client.post(f"{path}/edit", json=body)
+    assert response.status_code == 400 and said in response.json()["error"]["message"]
+    assert bytes_of(client, path) == before
+
+
+def test_work_that_nobody_waits_for_ends_at_its_next_line() -> None:
+    from nestlearn.serve.steps import GivenUp, steps_of
+
+    ended = []
+
+    def work(tell: Any) -> None:
+        try:
+            tell("one")
+            tell("two")
+        except GivenUp:
+            ended.append(threading.current_thread().name)
+            raise
+
+    steps = steps_of(work)
+    assert next(steps) == "one"
+    steps.close()
+    assert ended == ["nestlearn-steps"] and not any(thread.name in ended for thread in threading.enumerate())

@@ -1,27 +1,31 @@
-"""``/v1/sessions/{id}/read``, ``/practice`` and ``/score``: a session learns from texts, and predicts them."""
+"""``/v1/sessions/{id}/read``, ``/practice``, ``/edit`` and ``/score``: a session learns, and predicts."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import AsyncExitStack, closing, suppress
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
+from fastapi import Path as InPath
 from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response
 
+from nestlearn.continual.editing import EditReport, Fact
 from nestlearn.continual.session import MemorySession, ReadReport
 from nestlearn.continual.session.backends import PieceRead, ReadCall
 from nestlearn.continual.session.reader import check_text, name_of_source
 
 from .access import explain
 from .errors import ApiError, bad_request, invalid
-from .schemas import PracticeRequest, ReadRequest, ScoreRequest
+from .schemas import EditRequest, FactOf, PracticeRequest, ReadRequest, ScoreRequest
 from .server import OwnerOf, Server, ServerOf
 from .sessions import SessionId
+from .steps import steps_of
 from .streams import JSON_OR_EVENTS, Events, to_the_end, while_connected
 from .views import levels_of, view
 
@@ -79,6 +83,37 @@ async def practice(
     return await _change(server, owner, name, request, steps, stream=body.stream)
 
 
+@router.post("/{id}/edit", response_model=None, responses=JSON_OR_EVENTS)
+async def edit(
+    name: SessionId, body: EditRequest, request: Request, server: ServerOf, owner: OwnerOf
+) -> dict[str, Any] | Response:
+    """Write facts into a session (stacked models): all or none. ``before`` and ``after`` are nats per token of each."""
+    facts = [_fact(fact, f"facts.{place}") for place, fact in enumerate(body.facts)]
+
+    def steps(work: MemorySession) -> Generator[dict[str, Any], None, None]:
+        return _editing(work, facts, body)
+
+    return await _change(server, owner, name, request, steps, stream=body.stream)
+
+
+@router.delete("/{id}/edits/{number}")
+async def undo(
+    name: SessionId,
+    number: Annotated[int, InPath(ge=0, le=10**6, description="Its place among the edits of the session.")],
+    server: ServerOf,
+    owner: OwnerOf,
+) -> dict[str, Any]:
+    """Take back one edit. Those behind it get the numbers before theirs."""
+    async with server.store.writing(owner, name):
+        _, session = await server.store.call(server.store.open, owner, name)
+        work = session.fork()
+        try:
+            work.undo_edit(number)
+        except ValueError as error:
+            raise ApiError(404, str(error), "edit_not_found", param="number") from error
+        return view(await server.store.call(server.store.commit, owner, name, work))
+
+
 @router.post("/{id}/score")
 async def score(
     name: SessionId, body: ScoreRequest, request: Request, server: ServerOf, owner: OwnerOf
@@ -126,7 +161,7 @@ async def _change(
             yield last
         entry = await to_the_end(server.store.call(server.store.commit, owner, name, work))
         server.metrics.tokens.labels("learned").inc(work.tokens - session.tokens)
-        total = {field: value for field, value in last.items() if field not in ("segment", "compared")}
+        total = {field: value for field, value in last.items() if field not in ("segment", "compared", "doing")}
         if "levels" in total:  # the end of a document rounds them
             total["levels"] = levels_of(await to_thread.run_sync(work.describe))
         yield {**total, "object": last["object"].removesuffix(".progress"), "session": view(entry)}
@@ -210,6 +245,34 @@ def _practising(work: MemorySession, body: PracticeRequest) -> Generator[dict[st
             "answers": report.answers[-1] if report.answers else None,
             "seconds": round(report.seconds, 3),
         }
+
+
+def _editing(work: MemorySession, facts: list[Fact], body: EditRequest) -> Generator[dict[str, Any], None, None]:
+    """Edit; gives an event for every step, and then what was done."""
+
+    def do(tell: Callable[[str], None]) -> EditReport:
+        return work.edit(facts, method=body.method, alpha=body.alpha, layers=body.layers, progress=tell)
+
+    kind, steps = {"object": "session.edit.progress"}, steps_of(do)
+    try:
+        while True:
+            yield {**kind, "doing": next(steps)}
+    except StopIteration as end:
+        report = end.value
+    except ValueError as error:  # only now is it known that the model cannot be edited like this
+        raise bad_request(str(error), "facts") from error
+    finally:
+        steps.close()
+    yield {**kind, "doing": "saving", **asdict(report), "seconds": round(report.seconds, 3)}
+
+
+def _fact(asked: FactOf, param: str) -> Fact:
+    for text in (asked.prompt, asked.target):
+        _check(text, param)
+    try:
+        return Fact(asked.prompt, asked.target, asked.subject)
+    except ValueError as error:
+        raise bad_request(str(error), param) from error
 
 
 async def _read_request(request: Request, given: ReadRequest) -> ReadRequest:

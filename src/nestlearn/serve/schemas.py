@@ -10,8 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from nestlearn.continual.editing import EditMethod
+
 MAX_SEED = 2**63 - 1
 MAX_PROMPTS = 16
+MAX_FACTS = 64
+"""Facts that are written at once."""
 MAX_PRACTICE = 200_000
 """Characters that are practised at once."""
 Stop = str | Annotated[list[str], Field(max_length=4)] | None
@@ -162,6 +166,26 @@ class PracticeRequest(Closed):
         if (length := sum(map(len, self.texts))) > MAX_PRACTICE:
             raise ValueError(f"{length:,} characters are more than {MAX_PRACTICE:,}; let the session read such a text.")
         return self
+
+
+class FactOf(Closed):
+    """A fact: what the model should say after a prompt; see `nestlearn.Fact`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=2000)]
+    target: Annotated[str, Field(min_length=1, max_length=500)]
+    subject: Annotated[str, Field(min_length=1, max_length=2000)] | None = Field(
+        None, description="Words of the prompt that it is about; by default its last name or number."
+    )
+
+
+class EditRequest(Closed):
+    """The body of ``POST /v1/sessions/{id}/edit``; see `MemorySession.edit`."""
+
+    facts: Annotated[list[FactOf], Field(min_length=1, max_length=MAX_FACTS)]
+    method: EditMethod = "intattn"
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Share of attention in `intattn`.")
+    layers: Annotated[list[int], Field(min_length=1, max_length=1000)] | None = None
+    stream: bool = Field(False, description="Whether to send an event for every step.")
 
 
 class ForkRequest(Closed):

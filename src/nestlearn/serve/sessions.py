@@ -20,7 +20,7 @@ from .errors import ApiError, bad_request
 from .schemas import ChangeSession, ForgetRequest, ForkRequest, NewSession
 from .server import OwnerOf, Server, ServerOf
 from .store import check_name
-from .views import levels_of, view
+from .views import edits_of, levels_of, view
 
 router = APIRouter(prefix="/v1/sessions")
 FILE_PIECE = 2**20
@@ -53,11 +53,12 @@ async def all_sessions(
 
 @router.get("/{id}")
 async def get(name: SessionId, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
-    """A session with its levels and the documents that it has read."""
+    """A session with its levels, the documents that it has read, and its edits in force."""
     entry, session = await server.store.call(server.store.open, owner, name)
     rows = await to_thread.run_sync(session.describe)
     documents = [asdict(document) for document in session.log]
-    return {**view(entry), "memory_bytes": session.nbytes, "levels": levels_of(rows), "documents": documents}
+    return {**view(entry), "memory_bytes": session.nbytes, "levels": levels_of(rows), "documents": documents,
+            "edits": edits_of(session)}  # fmt: skip
 
 
 @router.patch("/{id}")

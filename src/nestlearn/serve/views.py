@@ -1,10 +1,11 @@
-"""What a response says of a session and of its levels."""
+"""What a response says of a session, of its levels and of its edits."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from nestlearn.continual.session import MemorySession
 from nestlearn.continual.session.levels import LevelRow
 
 from .index import Entry
@@ -31,3 +32,13 @@ def levels_of(rows: list[LevelRow]) -> list[dict[str, Any]]:
             "bytes": sum(row.bytes for row in group),
         })  # fmt: skip
     return found
+
+
+def edits_of(session: MemorySession) -> list[dict[str, Any]]:
+    """The edits in force, the oldest first."""
+    names = ("prompt", "subject", "target")
+    return [
+        {"number": number, "method": edit.method, "alpha": edit.alpha,
+         "facts": [dict(zip(names, fact, strict=True)) for fact in edit.facts]}
+        for number, edit in enumerate(session.edits)
+    ]  # fmt: skip

@@ -119,3 +119,8 @@ export function bytes(number) {
   while (number >= 1000 && at < units.length - 1) [number, at] = [number / 1000, at + 1];
   return `${at ? number.toPrecision(3) : number} ${units[at]}`;
 }
+
+export function percent(part) {
+  if (part > 0 && part < 1e-4) return "under 0.01 %";
+  return `${Number((100 * part).toPrecision(2))} %`;
+}

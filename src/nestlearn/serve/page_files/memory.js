@@ -1,17 +1,12 @@
 // What a session has learned: the distance of its levels from the model, its documents, and what it cost.
 import { call, path } from "./api.js";
-import { bits, bytes, count, during, el } from "./dom.js";
+import { bits, bytes, count, during, el, percent } from "./dom.js";
 
 const SMALLEST = 1e-4;
 
 /** A distance as a share of the bar: each quarter is ten times as far. */
 function share(change) {
   return change > 0 ? Math.min(1, Math.max(0.01, 1 + Math.log10(change) / -Math.log10(SMALLEST))) : 0;
-}
-
-function percent(change) {
-  if (change == null) return "no measure";
-  return change === 0 ? "0 %" : `${(100 * change).toPrecision(2).replace(/e.*/, "")} %`;
 }
 
 function nameOf(level) {
@@ -42,7 +37,7 @@ export class LevelBars {
     }
     levels.forEach((level, at) => {
       const { fill, value, meter } = this.rows[at];
-      const text = percent(level.change);
+      const text = level.change == null ? "no measure" : percent(level.change);
       fill.style.width = `${100 * share(level.change)}%`;
       value.textContent = text;
       meter.setAttribute("aria-valuenow", String(Math.min(1, level.change ?? 0)));
@@ -97,7 +92,23 @@ export class Memory {
       this.known(session),
       el("h3", {}, "Documents"),
       this.documents(session),
+      ...(session.edits.length ? [el("h3", {}, "Edited facts"), this.edits(session)] : []),
     );
+  }
+
+  edits(session) {
+    const rows = session.edits.toReversed().map((edit) => {
+      const facts = edit.facts.map(({ prompt, target }) => el("span", { class: "what" }, `${prompt} → ${target}`));
+      const button = el("button", { type: "button", "aria-label": `Take back ${facts[0].textContent}` }, "Take back");
+      button.addEventListener("click", () =>
+        during(button, async () => {
+          await call("DELETE", path(session.id, `/edits/${edit.number}`));
+          await this.changed(session.id);
+        }),
+      );
+      return el("li", {}, el("div", { class: "facts" }, ...facts), button);
+    });
+    return el("ul", { class: "edits" }, ...rows);
   }
 
   known(session) {

@@ -2,6 +2,7 @@
 import { askForKey, call, path } from "./api.js";
 import { Chat } from "./chat.js";
 import { alertUser, find } from "./dom.js";
+import { Editing } from "./edit.js";
 import { Memory } from "./memory.js";
 import { Practice } from "./practise.js";
 import { Reading } from "./read.js";
@@ -13,6 +14,7 @@ const memory = new Memory(find("memory"), changed);
 const chat = new Chat(find("chat"), { model: () => model, done: changed });
 const reading = new Reading(find("read"), { levels: (levels) => memory.bars.set(levels), done: changed });
 const practice = new Practice(find("practise"), { done: changed });
+const editing = new Editing(find("edit"), { done: changed });
 const sessions = new Sessions({ select, changed });
 
 async function select(name) {
@@ -22,7 +24,7 @@ async function select(name) {
   if (name === null) return;
   find("name").textContent = name;
   document.title = `${name} – nestlearn`;
-  for (const part of [chat, reading, practice]) part.show(name);
+  for (const part of [chat, reading, practice, editing]) part.show(name);
   const found = await call("GET", path(name));
   if (name === sessions.name) memory.show(found);
 }

@@ -78,6 +78,10 @@ export class Sessions {
   async compare() {
     const others = this.sessions.filter(({ id }) => id !== this.name);
     if (!others.length) throw new Error("There is no other session to compare with. Fork this one first.");
+    // The session that it was forked from comes first, then its own forks.
+    const mine = this.sessions.find(({ id }) => id === this.name);
+    const rank = ({ id, parent }) => (id === mine.parent ? 0 : parent === mine.id ? 1 : 2);
+    others.sort((one, other) => rank(one) - rank(other));
     const select = el("select", {}, ...others.map(({ id }) => el("option", { value: id }, id)));
     const shown = el("div", { "aria-live": "polite" });
     const failed = el("p", { class: "failed", role: "alert" });
