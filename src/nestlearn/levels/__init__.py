@@ -1,6 +1,17 @@
 """Any model with its optimizer as a system of nested problems: shown, measured, and built from parts."""
 
+from nestlearn.levels.health import Finding, LevelHealth, Measured
+from nestlearn.levels.measuring import measure
 from nestlearn.levels.nested import nested_system
 from nestlearn.levels.system import Component, Frequency, NestedSystem
 
-__all__ = ["Component", "Frequency", "NestedSystem", "nested_system"]
+__all__ = [
+    "Component",
+    "Finding",
+    "Frequency",
+    "LevelHealth",
+    "Measured",
+    "NestedSystem",
+    "measure",
+    "nested_system",
+]

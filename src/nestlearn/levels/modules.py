@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,11 +86,9 @@ def _self_modifying(name: str, layer: SelfModifyingTitans) -> Iterator[Component
     size = layer.num_heads * fast_bytes(layer.memory, layer.d_head)
     yield _memory(name, layer.memory, context, ways, size)
     if isinstance(layer, SelfModifyingMLP) and layer.adaptive:
-        made = ", ".join(layer.adaptive)
-        yield _memory(
-            f"{name}.{{{made}}}", layer.memory, context, ways, len(layer.adaptive) * size,
-            period=layer.projection_chunk_size,
-        )  # fmt: skip
+        made, period = ", ".join(layer.adaptive), layer.projection_chunk_size
+        group = _memory(f"{name}.{{{made}}}", layer.memory, context, ways, len(layer.adaptive) * size, period=period)
+        yield replace(group, members=(name,))
 
 
 def _level(name: str, level: LevelWeights) -> Iterator[Component]:
