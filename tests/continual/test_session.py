@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -604,6 +605,27 @@ def test_the_fingerprint_survives_saving_the_model(model, tmp_path):
     # Weights mapped from a file may lie at other addresses, where matrix products round differently.
     assert all(row.change == 0 for row in loaded.diff(session))
     assert loaded.score(TEXT[:50]) == pytest.approx(session.score(TEXT[:50]), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["stacked", "hope"])
+def test_a_file_whose_tokens_cannot_be_is_refused(kind, model, hope, tmp_path):
+    """A token outside of the vocabulary would fail (on a GPU the whole process) when the session reads on."""
+    session = MemorySession(model if kind == "stacked" else hope, TOKENIZER, compare="none")
+    session.read(TEXT[:200], end=False)
+    cursor = session._cursor
+    for waiting in (((259, 1),), ((-1, 1),), ((3.0, 1),), ((True, 1),), ((3, -1),), ((3, "x"),), ((3,),), (3,)):
+        session._cursor = replace(cursor, waiting=waiting)
+        session.save(tmp_path / "s")
+        with pytest.raises(ValueError, match="cannot be a session of this model: .*(token|bytes).* Restore it"):
+            MemorySession.load(tmp_path / "s", session.model, TOKENIZER)
+    for field, value in (("tokens", -1), ("segments", 0.5), ("text", 7)):
+        session._cursor = replace(cursor, **{field: value})
+        session.save(tmp_path / "s")
+        with pytest.raises(ValueError, match="cannot be a session of this model"):
+            MemorySession.load(tmp_path / "s", session.model, TOKENIZER)
+    session._cursor = cursor
+    session.save(tmp_path / "s")
+    assert MemorySession.load(tmp_path / "s", session.model, TOKENIZER)._cursor.waiting == cursor.waiting
 
 
 def test_files_that_are_refused(model, hope, tmp_path):

@@ -9,10 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from nestlearn import cli, unstack_levels
 from nestlearn.cli.stack import LEVELS, parse_levels
 from nestlearn.data import byte_tokenizer
 
-from .conftest import NEEDS, TEXT, forked, tiny_model
+from .conftest import NEEDS, forked, tiny_model
 
 pytest.importorskip("fastapi", reason=NEEDS)
 
@@ -122,36 +119,6 @@ def test_a_client_that_goes_away_ends_its_answer(server: Process) -> None:
     with server.send("/v1/chat/completions", {**body, "stream": True}) as connection:
         assert connection.recv(10).startswith(b"HTTP/1.1 2")
     assert server.until("request", route="/v1/chat/completions")["milliseconds"] < 1000
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_of_many_writers(saved: Path, tmp_path: Path) -> None:
-    """Eight clients read into eight sessions; what was told before the kill is there after it."""
-    sessions = tmp_path / "sessions"
-    for commits in (3, 20):
-        server = Process(saved, sessions)
-        told: dict[int, int] = {}
-        done: list[int] = []
-
-        def client(number: int, url: str = server.url, told: dict[int, int] = told, done: list[int] = done) -> None:
-            with suppress(httpx2.HTTPError), httpx2.Client(base_url=url, trust_env=False, timeout=30) as session:
-                session.post("/v1/sessions", json={"id": f"s{number}"})
-                while True:
-                    response = session.post(f"/v1/sessions/s{number}/read", json={"text": TEXT[:50]})
-                    told[number] = response.json()["session"]["tokens"]
-                    done.append(number)
-
-        with ThreadPoolExecutor(8) as pool:
-            for number in range(8):
-                pool.submit(client, number)
-            while len(done) < commits:
-                time.sleep(0.01)
-            server.end(signal.SIGKILL)
-        again = Process(saved, sessions)
-        for number, tokens in told.items():
-            found = httpx2.get(f"{again.url}/v1/sessions/s{number}", trust_env=False).json()
-            assert found["tokens"] - tokens in (0, 50)
-        again.end(signal.SIGKILL)
 
 
 def test_a_model_without_levels_gets_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

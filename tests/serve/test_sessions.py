@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,12 @@ def test_files_go_out_and_come_back(client: Any, model: Any, tmp_path: Path) -> 
     assert client.delete("/v1/sessions/moved").json()["deleted"]
     assert client.get("/v1/sessions/moved").status_code == 404
     tensors = load_file(file)
-    for content in (b"", b"no session", before[:-9], _foreign(tensors, tmp_path), _other_shapes(file, tmp_path)):
+    mine._cursor = replace(mine._cursor, waiting=((259, 1),))
+    mine.save(tmp_path / "token")
+    for content in (
+        b"", b"no session", before[:-9], _foreign(tensors, tmp_path), _other_shapes(file, tmp_path),
+        (tmp_path / "token").read_bytes(),
+    ):  # fmt: skip
         response = client.put(f"{path}/file", content=content)
         assert (response.status_code, response.json()["error"]["code"]) == (400, "foreign_session")
     assert bytes_of(client, path) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,22 @@ class Cursor:
     segments: int = 0
     tokens: int = 0
     characters: int = 0
+
+    def check(self, vocabulary: int) -> None:
+        """Raise ValueError unless a session over a model of so many tokens can go on here."""
+        counts = {name: getattr(self, name) for name in ("blocks", "segments", "tokens", "characters")}
+        if wrong := {name: x for name, x in counts.items() if type(x) is not int or x < 0}:
+            raise ValueError(f"counts that are no natural numbers: {wrong}")
+        if not isinstance(self.text, str):
+            raise ValueError(f"a {type(self.text).__name__} in place of the text that was begun")
+        for pair in self.waiting:
+            token, size = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+            if type(token) is not int or not 0 <= token < vocabulary:
+                raise ValueError(
+                    f"{pair!r:.80} in place of a token from 0 to {vocabulary - 1} that waits, and its bytes"
+                )
+            if not isinstance(size, int | float) or not 0 <= size < math.inf:
+                raise ValueError(f"a token of {size!r:.80} bytes")
 
     def end_document(self, memory: Any) -> Cursor:
         """The cursor after the end of the document, with the memory after it; incomplete blocks and segments are

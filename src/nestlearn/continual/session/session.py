@@ -485,9 +485,13 @@ class MemorySession(EditedSession):
         try:
             memory, *rest = unflatten_state(tensors, spec)
             session._cursor = Cursor(session._backend.from_tree(memory), *rest)
+            session._cursor.check(model.get_input_embeddings().weight.shape[0])
             session.log = tuple(LogEntry(**entry) for entry in header["log"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} has an incomplete session header ({error!r}). Restore it from a copy.") from error
+        except ValueError as error:
+            why = str(error).rstrip(".")
+            raise ValueError(f"{path} cannot be a session of this model: {why}. Restore it from a copy.") from error
         return session
 
     def __repr__(self) -> str:
