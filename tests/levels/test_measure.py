@@ -235,3 +235,47 @@ def test_reports(tmp_path: Any) -> None:
 @pytest.mark.parametrize(("matrix", "rank"), [(torch.eye(5), 5), (torch.ones(4, 3), 1), (torch.zeros(2, 2), 0)])
 def test_effective_rank(matrix: Tensor, rank: int) -> None:
     assert effective_rank([matrix]) == pytest.approx(rank, abs=1e-5)
+
+
+def test_levels_on_a_pretrained_model_are_measured_while_it_reads() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nestlearn import stack_levels
+    from nestlearn.nn import Level
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model: Any = stack_levels(
+        LlamaForCausalLM(config), [Level(period=4, lr=200.0), Level(period=32)], mode="split"
+    ).eval()
+    health: Any = measure(nested_system(model), texts(1, 16))
+    fast, slow = health["levels.0 · memory"], health["levels.1 · memory"]
+    assert fast.updates == 4 and fast.share > 1e-3 and slow.updates == 0
+    assert faults(health) == [("longer than the stream", slow.component.label)]
+    assert fast.writes_off != 0 and slow.writes_off == 0
+
+
+def test_a_trainer_writes_reports_and_trains_as_without(tmp_path: Any) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from nestlearn.levels import LevelHealthCallback
+
+    def trained(*callbacks: Any) -> list[Tensor]:
+        model = language_model(cms=levels(None))
+        data: Any = [{"input_ids": row, "labels": row} for row in torch.cat(texts(3))]
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+            save_strategy="no", use_cpu=True, disable_tqdm=True, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks)).train()
+        return [p.detach() for p in model.parameters()]
+
+    callback = LevelHealthCallback(texts(2), every=2, switch_off=False)
+    assert all(map(torch.equal, trained(), trained(callback)))
+    assert [step for step, _ in callback.reports] == [2, 3]
+    assert callback.reports[0][1]["model.norm"].component.frequency.period == 2
+    assert json.loads((tmp_path / "levels.json").read_text())["batches"] == 2 and (tmp_path / "levels.html").exists()
+    with pytest.raises(ValueError, match="every=0"):
+        LevelHealthCallback([], every=0)

@@ -15,7 +15,21 @@ from typing import Annotated
 import typer
 
 from nestlearn import __version__
-from nestlearn.cli import bench, chat, demo, edit, evaluate, generate, info, learn, practice, serve, stack, train
+from nestlearn.cli import (
+    bench,
+    chat,
+    demo,
+    edit,
+    evaluate,
+    generate,
+    info,
+    learn,
+    levels,
+    practice,
+    serve,
+    stack,
+    train,
+)
 from nestlearn.cli.common import ANY_FIELD, print_error
 from nestlearn.plugins import load_plugins
 
@@ -48,6 +62,7 @@ app.command("train", help=train.HELP, context_settings=ANY_FIELD)(train.run)
 app.command("generate", help=generate.HELP)(generate.run)
 app.command("eval", help=evaluate.HELP)(evaluate.run)
 app.command("info", help=info.HELP, context_settings=ANY_FIELD)(info.run)
+app.command("levels", help=levels.HELP)(levels.run)
 app.command("bench", help=bench.HELP)(bench.run)
 app.command("stack", help=stack.HELP)(stack.run)
 app.command("learn", help=learn.HELP, context_settings={"allow_extra_args": True})(learn.run)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .health import LevelHealth, Measured, judge
 from .probe import NUMBER, states_of
+from .stacked import learns_by_reading, level_numbers, observe_levels, read_text
 from .system import Component, NestedSystem
 from .trace import call, undisturbed
 from .writes import Written, can_stop_writing, effective_rank, observe, without_writes
@@ -123,6 +124,8 @@ class _Run:
         self.system, self.model, self.optimizers = system, system.model, system.optimizers
         self.batches, self.loss = batches, loss
         self.parameters = dict(self.model.named_parameters())
+        self.reads = learns_by_reading(self.model) and not self.optimizers
+        self.off: set[int] = set()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -152,7 +155,8 @@ class _Run:
         """The loss of each batch before it is learned; ``off`` does not change."""
         self.restore()
         torch.manual_seed(0)
-        self.model.train()
+        self.model.train(not self.reads)
+        self.off = level_numbers(off) if self.reads and off is not None else set()
         watched = {c.label: Watch() for c in self.system.components if watch and c.kind in WATCHED}
         losses, held = [], {} if off is None else self.tensors(off)
         modules = dict(self.model.named_modules())
@@ -201,6 +205,8 @@ class _Run:
         return value
 
     def loss_of(self, batch: Any) -> Tensor:
+        if self.reads and self.loss is None:
+            return read_text(self.model, _ids(batch), self.off).loss
         names = inspect.signature(self.model.forward).parameters
         if isinstance(batch, Tensor) and "input_ids" in names:
             batch = {"input_ids": batch}
@@ -261,6 +267,9 @@ class _Run:
         """What memories write in the first batch, at the weights before training."""
         self.restore()
         with undisturbed(self.model):
+            if self.reads:
+                self.off = set()
+                return observe_levels(self.model, _ids(self.batches[0]), self.system.components)
             return observe(self.model, lambda: self.loss_of(self.batches[0]), self.system.components, tokens)
 
     @torch.no_grad()
@@ -306,12 +315,16 @@ class _Run:
 WATCHED = ("weights", "initial weights", "optimizer state", "statistics")
 
 
+def _ids(batch: Any) -> Any:
+    """The first argument of a batch, such as its token ids."""
+    if isinstance(batch, Mapping):
+        return batch.get("input_ids")
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
 def _length(batch: Any) -> int:
     """Tokens of a sequence: the second size of ids; 1 for batches without them."""
-    if isinstance(batch, Mapping):
-        batch = batch.get("input_ids")
-    elif isinstance(batch, tuple | list):
-        batch = batch[0]
+    batch = _ids(batch)
     if not isinstance(batch, Tensor) or batch.dim() < 2 or (batch.is_floating_point() and batch.dim() != 3):
         return 1
     return batch.shape[1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.memory import State
+from nestlearn.models.stacking.network import StackedLevel
 from nestlearn.nn.cms.loss import LossLevel
 from nestlearn.nn.state import children_of
 
@@ -58,7 +59,7 @@ def observe(
         for label, (component, module) in chosen.items():
             if isinstance(module, LossLevel):
                 written = _by_loss(module, calls.get(id(module), []))
-            elif can_stop_writing(module) and calls.get(id(module)):
+            elif calls.get(id(module)):
                 written = _by_token(component, module, calls[id(module)][0], tokens)
             else:
                 written = None
@@ -70,7 +71,7 @@ def observe(
 def can_stop_writing(module: nn.Module) -> bool:
     """Whether the writes of a module can be switched off, by an argument of its forward pass or of `absorb`."""
     asked = {"state", "writes"} <= set(inspect.signature(module.forward).parameters)
-    return asked or isinstance(module, LossLevel)
+    return asked or isinstance(module, LossLevel | StackedLevel)
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def without_writes(modules: Iterable[nn.Module]) -> Iterator[None]:
     for module in modules:
         if isinstance(module, LossLevel):
             handles.append(_replace_absorb(module, lambda absorb: lambda s, f, learns=None: absorb(s, f, _none(f))))
-        elif can_stop_writing(module):
+        elif can_stop_writing(module) and not isinstance(module, StackedLevel):
             hook = module.register_forward_pre_hook(_stop, with_kwargs=True)
             handles.append(hook.remove)
     try:
@@ -130,7 +131,7 @@ def _calls(modules: Iterable[nn.Module]) -> Iterator[dict[int, list[Any]]]:
     for module in modules:
         if isinstance(module, LossLevel):
             removes.append(_replace_absorb(module, around(module)))
-        elif can_stop_writing(module):
+        elif can_stop_writing(module) and not isinstance(module, StackedLevel):
             removes.append(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
     try:
         yield calls
@@ -160,7 +161,7 @@ def _by_token(component: Component, module: nn.Module, call: inspect.BoundArgume
         before = now
     y, end = run(x)
     off = run(x, writes=False)[0]
-    return _written(count, updates, start.params, _state(end, component).params, y, off)
+    return written_over(count, updates, start.params, _state(end, component).params, y, off)
 
 
 def _by_loss(level: LossLevel, calls: list[Any]) -> Written | None:
@@ -174,12 +175,13 @@ def _by_loss(level: LossLevel, calls: list[Any]) -> Written | None:
     first, (_, last, x) = _find(calls[0][0]), calls[-1]
     x = x.detach().to(level.initial[level.initial.maps[0]].dtype)
     y, off = (level(x, state, None, False)[0] for state in (last, None))
-    return _written(tokens, updates, first.params, _find(last).params, y, off)
+    return written_over(tokens, updates, first.params, _find(last).params, y, off)
 
 
-def _written(
+def written_over(
     tokens: int, updates: int, start: Mapping[str, Tensor], end: Mapping[str, Tensor], y: Tensor, off: Tensor
 ) -> Written:
+    """The figures of weights that went from ``start`` to ``end``; y are the answers, off those without writes."""
     changes = {name: (end[name] - start[name])[0] for name in sorted(end)}
     change = torch.cat([x.flatten() for x in changes.values()])
     size = torch.cat([start[name][0].flatten() for name in sorted(end)]).norm()
