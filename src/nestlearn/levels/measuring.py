@@ -56,10 +56,10 @@ def measure(
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(4, 2)
+        >>> model = torch.nn.Linear(4, 2)
         >>> system = nested_system(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
         >>> batches = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(5)]
-        >>> health = measure(system, batches, loss=nn.functional.mse_loss)
+        >>> health = measure(system, batches, loss=torch.nn.functional.mse_loss)
         >>> [(m.component.name, m.updates) for m in health.measured], health.findings
         ([('SGD.momentum_buffer', 5), ('parameters', 5)], ())
     """
