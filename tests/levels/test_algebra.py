@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from torch.func import vjp
 from torch.nn import functional as F
 
-from nestlearn.levels.algebra import System, average, compose, descent, learner, levels, lift, nest, parallel, wire
+from nestlearn.levels.algebra import (
+    Parts,
+    System,
+    average,
+    compose,
+    descent,
+    learner,
+    levels,
+    lift,
+    nest,
+    parallel,
+    wire,
+)
 from nestlearn.nn import ContinuumMemory, Level, SelfModifyingConfig
 from nestlearn.optim import DGD, DeltaMomentum, MultiTimescale
 
@@ -56,13 +68,13 @@ def momentum(w: Tensor) -> System:
 
 def adam(w: Tensor, lr: float = 0.01, b1: float = 0.9, b2: float = 0.99) -> System:
     clock = System(torch.zeros((), dtype=w.dtype), lambda t, _: t, lambda t, *_: (t + 1, None))
-    return wire(
-        {"m": average(b1, w, 1 - b1), "v": average(b2, w, 1 - b2), "t": clock},
-        lambda has, g: (
-            (lr * has["m"](g) / (1 - b1 ** has["t"](g))) / ((has["v"](g) / (1 - b2 ** has["t"](g))).sqrt() + 1e-8)
-        ),
-        lambda has, g, e: {"m": (g, None), "v": (g * g, None), "t": (g, None)},
-    )
+
+    def step(has: Parts, g: Tensor) -> Tensor:
+        m, v, t = (part(g) for part in has.values())
+        return lr * m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + 1e-8)
+
+    parts = {"m": average(b1, w, 1 - b1), "v": average(b2, w, 1 - b2), "t": clock}
+    return wire(parts, step, lambda has, g, e: {"m": (g, None), "v": (g * g, None), "t": (g, None)})
 
 
 def delta_momentum(w: Tensor, lr: float = 0.05, alpha: float = 0.9, eps: float = 1e-8) -> System:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
+import subprocess
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -340,3 +344,20 @@ def test_pages_need_nothing_from_elsewhere_and_names_cannot_break_them() -> None
     assert [c["level"] for c in system.as_dict()["components"]] == [c.level for c in system.components]
     with pytest.raises(KeyError, match="not the name of one component"):
         system["nothing"]
+
+
+@pytest.mark.slow
+def test_a_click_shows_details_and_buttons_zoom(tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    model = perceptron()
+    clicks = """<script>document.querySelectorAll(".box")[0].dispatchEvent(new Event("click"));
+    document.querySelector(".zoom button").click();</script>"""
+    page = nested_system(model, adam(model)).to_html()
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{clicks}</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", str(tmp_path / "page.html")]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "<strong>Adam.exp_avg</strong>" in shown and "<dt>context flow</dt><dd>gradients</dd>" in shown
+    home = re.search(r'viewBox="([^"]+)"', page)
+    assert home is not None and f'viewBox="{home[1]}"' not in shown

@@ -66,7 +66,7 @@ def _band(number: int, level: Sequence[Component], y: int, height: int, marks: M
 
 def _box(component: Component, x: int, y: int, mark: str | None) -> str:
     color = COLORS[component.kind]
-    lines = [_cut(component.name, 36), _cut(component.rule, 44), _cut(", ".join(component.transfer), 44)]
+    lines = [_cut(component.name, 30), _cut(component.rule, 44), _cut(", ".join(component.transfer), 44)]
     texts = "".join(
         f'<text class="{kind}" x="{x + 14}" y="{y + 18 + 16 * i}">{escape(line)}</text>'
         for i, (kind, line) in enumerate(zip(("t", "s", "s"), lines, strict=True))
@@ -110,7 +110,7 @@ main { max-width: 76rem; }
 #details dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: .5rem 0 0; }
 #details dt { color: var(--soft); font-weight: 400; }
 #details dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
-td { text-align: left; font-size: .88rem; } td:nth-last-child(-n+2) { text-align: right; }
+th, td { text-align: left; font-size: .88rem; } td:nth-last-child(-n+2) { text-align: right; }
 .found { border-left: 4px solid #d0312d; padding-left: .8rem; }
 @media (max-width: 40rem) { .picture { overflow-x: auto; } .picture svg { width: 46rem; } }
 </style>"""

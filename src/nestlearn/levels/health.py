@@ -179,18 +179,20 @@ def _fault(m: Measured, health: LevelHealth) -> Finding | None:
     if m.updates is None or fixed:
         return None
     length = health.tokens if clock == "token" else health.batches
-    if m.updates == 0 and period < math.inf and period >= length:
+    still = m.updates == 0 or (m.change is not None and m.change < STILL)
+    if still and period < math.inf and period >= length:
         unit = "tokens of the longest sequence" if clock == "token" else "batches of the stream"
         text = f"its period of {period:,.0f} is not shorter than the {length:,} {unit}, so nothing it writes is read."
         return Finding("longer than the stream", label, f"{text} Use a shorter period, or a longer stream.")
     learns = c.kind == "memory" and m.updates > 0
-    if not learns and (m.updates == 0 or (m.change is not None and m.change < STILL)):
+    if still and not learns:
         return Finding("dead", label, f"it moved by {m.change or 0:.1g} of its norm in {m.inputs} inputs: it is dead.")
     if learns and m.share is not None and m.share < SHARE:
         text = f"its writes change {m.share:.1g} of its answers: larger steps, or a weaker bound, would let it learn."
         return Finding("writes change nothing", label, text)
-    if c.kind == "optimizer state" and m.share is not None and m.share < STILL:
-        text = "held still, it leaves the weights where they were: this state of the optimizer never matters."
+    seen = all(s.component.frequency.period < length for s in health.measured if s.component.kind == c.kind)
+    if c.kind == "optimizer state" and seen and m.share is not None and m.share < STILL:
+        text = f"held still, it leaves the weights of {length} batches where they were: it never matters."
         return Finding("never matters", label, text)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,4 +60,10 @@ class Units:
                 members=(*old.members, *c.members),
             )
         labels = Counter(c.label for c in found.values())
-        return [replace(c, name=f"{c.name} ({c.rule})") if labels[c.label] > 1 else c for c in found.values()]
+        return [replace(c, name=f"{c.name} ({_chosen(c.rule)})") if labels[c.label] > 1 else c for c in found.values()]
+
+
+def _chosen(rule: str) -> str:
+    """The rule that a parameter group chooses, ``matrix`` of ``M3 [matrix], lr 0.01``; else the whole rule."""
+    found = re.search(r"\[(\w+)\]", rule)
+    return found[1] if found else rule
