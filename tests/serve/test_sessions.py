@@ -170,7 +170,7 @@ def test_files_go_out_and_come_back(client: Any, model: Any, tmp_path: Path) -> 
         (tmp_path / "token").read_bytes(),
     ):  # fmt: skip
         response = client.put(f"{path}/file", content=content)
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "foreign_session")
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "foreign_session")
     assert bytes_of(client, path) == before
 
 
@@ -199,7 +199,9 @@ def test_pages(start: Any) -> None:
     assert client.get("/v1/sessions?limit=0").status_code == client.get("/v1/sessions?limit=x").status_code == 400
 
 
-@pytest.mark.parametrize("name", ["", "..", "x" * 65, "a\nb", "\u00fc" * 64])
+@pytest.mark.parametrize(
+    "name", ["", "..", "x" * 65, "a\nb", "a\n", " a", "a/b", "\u00fc" * 25, "a\u202eb", "\U0001f40e"]
+)
 def test_names_that_cannot_be(client: Any, name: str) -> None:
     response = client.post("/v1/sessions", json={"id": name})
     assert response.status_code == 400 and response.json()["error"]["param"] == "id"
@@ -257,7 +259,7 @@ def test_facts_are_written_as_a_session_does_it_and_taken_back(
     assert found[-1]["object"] == "session.edit" and found[-1]["after"] == pytest.approx(report.after, rel=1e-4)
     assert found[-1]["before"] == pytest.approx(report.before, rel=1e-4) and found[-1]["layers"] == list(report.layers)
     assert [event["doing"] for event in found[:-1]][-2:] == ["writing layer 1 of 1", "saving"]
-    client.post(f"{path}/edit", json={"facts": [{**ANN, "target": "10"}], "method": "memit", "layers": [0]})
+    client.post(f"{path}/edit", json={"facts": [{**ANN, "target": "10"}], "method": "memit"})
     edits = client.get(path).json()["edits"]
     assert [edit["facts"][0]["target"] for edit in edits] == ["Ulm", "10"] and edits[0]["facts"] == [ANN]
     assert client.delete(f"{path}/edits/0").status_code == 200
@@ -275,11 +277,8 @@ def test_facts_are_written_as_a_session_does_it_and_taken_back(
         ({"facts": [{"prompt": "Ann \u0000", "target": "so"}]}, "NUL"),
         ({"facts": [{**ANN, "subject": "Bob"}]}, "not in the prompt"),
         ({"facts": [ANN], "method": "magic"}, "method"),
-        ({"facts": [ANN], "layers": [7]}, "0 to 1"),
-        ({"facts": [ANN], "method": "rome", "layers": [0, 1]}, "rome edits one layer"),
-        ({"facts": [ANN], "method": "rome", "alpha": 0.5}, "edits MLPs only"),
-        # Nothing behind the last layer attends to the subject: this is found in the middle of an edit.
-        ({"facts": [ANN], "method": "memit", "layers": [1]}, "does not reach"),
+        ({"facts": [ANN], "layers": [0]}, "Extra inputs"),
+        ({"facts": [{**ANN, "target": "x" * 201}]}, "200 characters"),
     ],
 )
 def test_facts_that_cannot_be_written_change_nothing(client: Any, body: dict[str, Any], said: str) -> None:
@@ -290,6 +289,24 @@ def test_facts_that_cannot_be_written_change_nothing(client: Any, body: dict[str
     response = client.post(f"{path}/edit", json=body)
     assert response.status_code == 400 and said in response.json()["error"]["message"]
     assert bytes_of(client, path) == before
+
+
+def test_facts_that_do_not_suit_the_model_are_told_even_in_the_middle(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nestlearn.continual.editing import edit
+
+    def fail(*_: Any) -> None:
+        _[-1](0)
+        raise ValueError("no later layer attends to it")
+
+    monkeypatch.setattr(edit, "find_targets", fail)
+    path = new(client, "unsuited")
+    response = client.post(f"{path}/edit", json={"facts": [ANN], "method": "memit"})
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "cannot_edit")
+    told = client.post(f"{path}/edit", json={"facts": [ANN], "method": "memit", "stream": True}).text
+    assert "target, step 1" in told and '"code": "cannot_edit"' in told
+    assert client.get(path).json()["edits"] == []
 
 
 def test_work_that_nobody_waits_for_ends_at_its_next_line() -> None:

@@ -26,7 +26,7 @@ LOCAL = "local"
 """The owner of all sessions of a server without keys."""
 PAGE_FILES = "/page/"
 OPEN_PATHS = ("/healthz", "/readyz", "/")
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -105,7 +105,7 @@ class Access:
             # The name of a session may be an address of mail: the log has the route only.
             route = getattr(scope.get("route"), "path", "(none)")
             seconds = time.monotonic() - began
-            method = scope["method"] if scope["method"] in _METHODS else "other"
+            method = scope["method"] if scope["method"] in METHODS else "other"
             self.metrics.requests.labels(method, route, str(status)).inc()
             log("request", id=number, owner=scope.get("owner"), method=method, route=route, status=status,
                 milliseconds=round(1000 * seconds, 1))  # fmt: skip

@@ -11,8 +11,10 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match
 
 from nestlearn import __version__
 from nestlearn.continual.session import MemorySession
@@ -21,11 +23,12 @@ from nestlearn.continual.session.turns import has_changing_table
 from nestlearn.models.generation import end_tokens
 
 from . import completions, learning, page, sessions
-from .access import Access, log
+from .access import METHODS, Access, log
 from .errors import ApiError, ErrorResponse, invalid
 from .keys import Keys
 from .limits import Limits
 from .metrics import Metrics
+from .responses import EVENTS, Status
 from .server import Server, ServerOf
 from .store import Store
 from .worker import Worker
@@ -34,7 +37,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
         400: "The request cannot be used.", 401: "No valid key.", 403: "Not from there.", 404: "No such thing.",
-        408: "The body came too slowly.", 409: "It exists already, or another request is changing it.",
+        408: "The body came too slowly.", 409: "It exists already, is being changed, or does not suit the model.",
         413: "The body is too large.", 415: "The type of the body is not supported.",
         429: "Too many requests, or a quota.", 500: "The server failed.", 503: "The server is stopping.",
         504: "It took too long.", 507: "The disk is full; nothing has changed.",
@@ -118,12 +121,12 @@ async def _running(
 def _health(metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/healthz")
+    @router.get("/healthz", response_model=Status)
     async def alive() -> dict[str, str]:
         """The process answers."""
         return {"status": "ok"}
 
-    @router.get("/readyz")
+    @router.get("/readyz", response_model=Status)
     async def ready(server: ServerOf) -> dict[str, str]:
         """The model answers."""
         if not server.worker.alive:
@@ -148,12 +151,20 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, ApiError):
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         codes = {404: "unknown_url", 405: "method_not_allowed"}
-        error = ApiError(error.status_code, message, codes.get(error.status_code, "bad_request"))
+        headers = {**(error.headers or {}), **({"Allow": _allowed(request)} if error.status_code == 405 else {})}
+        error = ApiError(error.status_code, message, codes.get(error.status_code, "bad_request"), headers=headers)
     return error.response()
 
 
+def _allowed(request: Request) -> str:
+    """The methods of a path: more than one route may have it."""
+    routes = request.app.routes
+    found = (m for m in METHODS if any(r.matches({**request.scope, "method": m})[0] == Match.FULL for r in routes))
+    return ", ".join(found)
+
+
 def _describe(made: FastAPI) -> None:
-    """Say in the OpenAPI document that what does not fit a schema is answered with status 400."""
+    """Complete the OpenAPI document: keys, the events of streams, and status 400 for what does not fit a schema."""
     write = made.openapi
 
     def openapi() -> dict[str, Any]:
@@ -161,6 +172,12 @@ def _describe(made: FastAPI) -> None:
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        place = "#/components/schemas/{model}"
+        _, events = models_json_schema([(event, "serialization") for event in EVENTS.values()], ref_template=place)
+        parts = document["components"]
+        parts["schemas"] = {**events["$defs"], **parts["schemas"]}
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{}, {"key": []}]  # a server without keys needs none
         return document
 
     made.openapi = openapi

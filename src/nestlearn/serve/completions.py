@@ -19,22 +19,23 @@ from nestlearn.continual.session import MemorySession, PromptTooLong
 
 from .access import explain
 from .errors import bad_request
-from .schemas import ChatRequest, CompletionRequest, Generation
+from .responses import ChatCompletion, Completion, Model, Models, json_or_events
+from .schemas import ChatRequest, CompletionRequest, Generation, SessionName
 from .server import OwnerOf, Server, ServerOf
-from .streams import JSON_OR_EVENTS, Events, to_the_end, while_connected
+from .streams import Events, to_the_end, while_connected
 from .worker import Piece, Stream, TokenScore
 
 router = APIRouter()
-SessionHeader = Annotated[str | None, Header(alias="X-Session", description="The session, instead of `user`.")]
+SessionHeader = Annotated[SessionName | None, Header(alias="X-Session", description="The session, instead of `user`.")]
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=Models)
 async def models(server: ServerOf) -> dict[str, Any]:
     """The one model of this server."""
     return {"object": "list", "data": [_model(server)]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", response_model=Model)
 async def model(model: str, server: ServerOf) -> dict[str, Any]:
     """The model."""
     server.check_model(model)
@@ -45,7 +46,7 @@ def _model(server: Server) -> dict[str, Any]:
     return {"id": server.name, "object": "model", "created": server.created, "owned_by": "nestlearn"}
 
 
-@router.post("/v1/chat/completions", response_model=None, responses=JSON_OR_EVENTS)
+@router.post("/v1/chat/completions", response_model=None, responses=json_or_events(ChatCompletion))
 async def chat(
     body: ChatRequest, request: Request, server: ServerOf, owner: OwnerOf, x_session: SessionHeader = None
 ) -> dict[str, Any] | Response:
@@ -68,7 +69,7 @@ async def chat(
     return await while_connected(request, lambda: _chat_answer(call, shape, stream, count, source), call.held)
 
 
-@router.post("/v1/completions", response_model=None, responses=JSON_OR_EVENTS)
+@router.post("/v1/completions", response_model=None, responses=json_or_events(Completion))
 async def completions(
     body: CompletionRequest, request: Request, server: ServerOf, owner: OwnerOf, x_session: SessionHeader = None
 ) -> dict[str, Any] | Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -33,6 +34,7 @@ class ApiError(HTTPException):
         code: a short name of the cause.
         param: the field that is wrong.
         retry_after: seconds after which the client may try again.
+        headers: more of them.
 
     Example:
         >>> ApiError(404, "there is no session 'a'.", "session_not_found").body()["error"]["type"]
@@ -40,10 +42,20 @@ class ApiError(HTTPException):
     """
 
     def __init__(
-        self, status: int, message: str, code: str, *, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message)
-        self.code, self.param, self.retry_after = code, param, retry_after
+        more = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 401:
+            more["WWW-Authenticate"] = "Bearer"
+        super().__init__(status, message, {**(headers or {}), **more})
+        self.code, self.param = code, param
 
     def body(self) -> dict[str, Any]:
         """As JSON."""
@@ -53,10 +65,7 @@ class ApiError(HTTPException):
 
     def response(self) -> JSONResponse:
         """As a response of HTTP."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        if self.status_code == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), self.status_code, headers)
+        return JSONResponse(self.body(), self.status_code, self.headers)
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

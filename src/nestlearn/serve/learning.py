@@ -22,11 +22,12 @@ from nestlearn.continual.session.reader import check_text, name_of_source
 
 from .access import explain
 from .errors import ApiError, bad_request, invalid
+from .responses import EditResult, PracticeResult, ReadResult, Score, Session, json_or_events
 from .schemas import EditRequest, FactOf, PracticeRequest, ReadRequest, ScoreRequest
 from .server import OwnerOf, Server, ServerOf
 from .sessions import SessionId
 from .steps import steps_of
-from .streams import JSON_OR_EVENTS, Events, to_the_end, while_connected
+from .streams import Events, to_the_end, while_connected
 from .views import levels_of, view
 
 router = APIRouter(prefix="/v1/sessions")
@@ -43,7 +44,7 @@ _READ_BODY: dict[str, Any] = {
 }
 
 
-@router.post("/{id}/read", response_model=None, openapi_extra=_READ_BODY, responses=JSON_OR_EVENTS)
+@router.post("/{id}/read", response_model=None, openapi_extra=_READ_BODY, responses=json_or_events(ReadResult))
 async def read(
     name: SessionId,
     request: Request,
@@ -69,7 +70,7 @@ async def read(
     return await _change(server, owner, name, request, steps, stream=asked.stream)
 
 
-@router.post("/{id}/practice", response_model=None, responses=JSON_OR_EVENTS)
+@router.post("/{id}/practice", response_model=None, responses=json_or_events(PracticeResult))
 async def practice(
     name: SessionId, body: PracticeRequest, request: Request, server: ServerOf, owner: OwnerOf
 ) -> dict[str, Any] | Response:
@@ -83,7 +84,7 @@ async def practice(
     return await _change(server, owner, name, request, steps, stream=body.stream)
 
 
-@router.post("/{id}/edit", response_model=None, responses=JSON_OR_EVENTS)
+@router.post("/{id}/edit", response_model=None, responses=json_or_events(EditResult))
 async def edit(
     name: SessionId, body: EditRequest, request: Request, server: ServerOf, owner: OwnerOf
 ) -> dict[str, Any] | Response:
@@ -96,7 +97,7 @@ async def edit(
     return await _change(server, owner, name, request, steps, stream=body.stream)
 
 
-@router.delete("/{id}/edits/{number}")
+@router.delete("/{id}/edits/{number}", response_model=Session)
 async def undo(
     name: SessionId,
     number: Annotated[int, InPath(ge=0, le=10**6, description="Its place among the edits of the session.")],
@@ -114,7 +115,7 @@ async def undo(
         return view(await server.store.call(server.store.commit, owner, name, work))
 
 
-@router.post("/{id}/score")
+@router.post("/{id}/score", response_model=Score)
 async def score(
     name: SessionId, body: ScoreRequest, request: Request, server: ServerOf, owner: OwnerOf
 ) -> dict[str, Any]:
@@ -130,7 +131,7 @@ async def score(
 
     async def both() -> dict[str, Any]:
         mine, base = await found(session), await found(server.base)
-        return {"object": "session.score", "id": name, "tokens": mine.tokens, "bytes": mine.bytes,
+        return {"object": "session.score", "id": name, "tokens": mine.tokens, "bytes": round(mine.bytes),
                 "bits_per_byte": _finite(mine.bits_per_byte), "base": _finite(base.bits_per_byte)}  # fmt: skip
 
     return await while_connected(request, both, AsyncExitStack())
@@ -251,7 +252,7 @@ def _editing(work: MemorySession, facts: list[Fact], body: EditRequest) -> Gener
     """Edit; gives an event for every step, and then what was done."""
 
     def do(tell: Callable[[str], None]) -> EditReport:
-        return work.edit(facts, method=body.method, alpha=body.alpha, layers=body.layers, progress=tell)
+        return work.edit(facts, method=body.method, progress=tell)
 
     kind, steps = {"object": "session.edit.progress"}, steps_of(do)
     try:
@@ -260,7 +261,7 @@ def _editing(work: MemorySession, facts: list[Fact], body: EditRequest) -> Gener
     except StopIteration as end:
         report = end.value
     except ValueError as error:  # only now is it known that the model cannot be edited like this
-        raise bad_request(str(error), "facts") from error
+        raise ApiError(409, str(error), "cannot_edit", param="facts") from error
     finally:
         steps.close()
     yield {**kind, "doing": "saving", **asdict(report), "seconds": round(report.seconds, 3)}

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from nestlearn.continual.editing import EditMethod
 
-MAX_SEED = 2**63 - 1
+from .store import NAME
+
+MAX_SEED = 2**53 - 1
+"""The largest integer that every reader of JSON has exactly."""
 MAX_PROMPTS = 16
 MAX_FACTS = 64
 """Facts that are written at once."""
 MAX_PRACTICE = 200_000
 """Characters that are practised at once."""
+WHOLE = BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
+"""In JSON 1.0 is an integer, too."""
+SessionName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME, "minLength": 1, "maxLength": 64})]
+"""The name of a session; `nestlearn.serve.store.check_name` refuses others."""
 Stop = str | Annotated[list[str], Field(max_length=4)] | None
 
 
@@ -47,10 +54,10 @@ class Generation(Open):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    seed: Annotated[int, WHOLE] | None = None
     stop: Stop = None
-    n: Annotated[int, Field(ge=1, le=1, description="Only 1.")] | None = 1
-    user: str | None = Field(None, description="The session; the header X-Session has priority.")
+    n: Annotated[int, Field(ge=1, le=1, description="Only 1."), WHOLE] | None = 1
+    user: SessionName | None = Field(None, description="The session; the header X-Session has priority.")
     learn: bool | None = Field(None, description="Whether the session learns from the exchange; its own by default.")
     presence_penalty: Annotated[float, Field(ge=0, le=0, description="Only 0.")] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=0, le=0, description="Only 0.")] | None = 0.0
@@ -91,10 +98,10 @@ class ChatRequest(Generation):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0, description="Not supported.")] | None = None
 
@@ -109,11 +116,11 @@ class CompletionRequest(Generation):
     """The body of ``POST /v1/completions``."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
     echo: Annotated[Literal[False], Field(description="Not supported.")] | None = False
     suffix: Annotated[str, Field(max_length=0, description="Not supported.")] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = 1
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = 1
 
     def prompts(self) -> list[str]:
         """All prompts."""
@@ -123,7 +130,7 @@ class CompletionRequest(Generation):
 class NewSession(Closed):
     """The body of ``POST /v1/sessions``."""
 
-    id: str | None = Field(None, description="The name; a random one by default.")
+    id: SessionName | None = Field(None, description="The name; a random one by default.")
     learn: bool = Field(False, description="Whether conversations are learned from.")
 
 
@@ -153,11 +160,11 @@ class PracticeRequest(Closed):
     """The body of ``POST /v1/sessions/{id}/practice``; see `MemorySession.practice`."""
 
     texts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=100)]
-    passes: Annotated[int, Field(ge=1, le=1000)] = 30
-    questions: Annotated[int, Field(ge=0, le=64)] = 8
+    passes: Annotated[int, Field(ge=1, le=1000), WHOLE] = 30
+    questions: Annotated[int, Field(ge=0, le=64), WHOLE] = 8
     lr: Annotated[float, Field(gt=0, le=100)] = 1.0
     minutes: Annotated[float, Field(gt=0, le=1440)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE] = 0
     stream: bool = False
 
     @model_validator(mode="after")
@@ -171,9 +178,9 @@ class PracticeRequest(Closed):
 class FactOf(Closed):
     """A fact: what the model should say after a prompt; see `nestlearn.Fact`."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=2000)]
-    target: Annotated[str, Field(min_length=1, max_length=500)]
-    subject: Annotated[str, Field(min_length=1, max_length=2000)] | None = Field(
+    prompt: Annotated[str, Field(min_length=1, max_length=500)]
+    target: Annotated[str, Field(min_length=1, max_length=200)]
+    subject: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
         None, description="Words of the prompt that it is about; by default its last name or number."
     )
 
@@ -183,18 +190,18 @@ class EditRequest(Closed):
 
     facts: Annotated[list[FactOf], Field(min_length=1, max_length=MAX_FACTS)]
     method: EditMethod = "intattn"
-    alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Share of attention in `intattn`.")
-    layers: Annotated[list[int], Field(min_length=1, max_length=1000)] | None = None
     stream: bool = Field(False, description="Whether to send an event for every step.")
 
 
 class ForkRequest(Closed):
     """The body of ``POST /v1/sessions/{id}/fork``."""
 
-    id: str | None = Field(None, description="The name of the copy; a random one by default.")
+    id: SessionName | None = Field(None, description="The name of the copy; a random one by default.")
 
 
 class ForgetRequest(Closed):
     """The body of ``POST /v1/sessions/{id}/forget``."""
 
-    levels: Annotated[list[int], Field(min_length=1)] | None = Field(None, description="None forgets everything.")
+    levels: Annotated[list[Annotated[int, WHOLE]], Field(min_length=1)] | None = Field(
+        None, description="None forgets everything."
+    )

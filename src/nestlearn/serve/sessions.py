@@ -17,18 +17,19 @@ from starlette.responses import Response, StreamingResponse
 from nestlearn.continual.session import MemorySession
 
 from .errors import ApiError, bad_request
-from .schemas import ChangeSession, ForgetRequest, ForkRequest, NewSession
+from .responses import Deleted, Diff, Session, SessionDetails, SessionPage
+from .schemas import ChangeSession, ForgetRequest, ForkRequest, NewSession, SessionName
 from .server import OwnerOf, Server, ServerOf
 from .store import check_name
 from .views import edits_of, levels_of, view
 
 router = APIRouter(prefix="/v1/sessions")
 FILE_PIECE = 2**20
-SessionId = Annotated[str, InPath(alias="id", min_length=1, max_length=64)]
-OtherId = Annotated[str, InPath(min_length=1, max_length=64)]
+SessionId = Annotated[SessionName, InPath(alias="id")]
+OtherId = Annotated[SessionName, InPath()]
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, response_model=Session)
 async def create(body: NewSession, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """Make a session that has read nothing."""
     name = _name(body.id)
@@ -37,7 +38,7 @@ async def create(body: NewSession, server: ServerOf, owner: OwnerOf) -> dict[str
         return view(await server.store.call(server.store.commit, owner, name, server.base, learn=body.learn))
 
 
-@router.get("")
+@router.get("", response_model=SessionPage)
 async def all_sessions(
     server: ServerOf,
     owner: OwnerOf,
@@ -51,7 +52,7 @@ async def all_sessions(
     return {"object": "list", "data": page, **ends, "has_more": len(found) > limit}
 
 
-@router.get("/{id}")
+@router.get("/{id}", response_model=SessionDetails)
 async def get(name: SessionId, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """A session with its levels, the documents that it has read, and its edits in force."""
     entry, session = await server.store.call(server.store.open, owner, name)
@@ -61,14 +62,14 @@ async def get(name: SessionId, server: ServerOf, owner: OwnerOf) -> dict[str, An
             "edits": edits_of(session)}  # fmt: skip
 
 
-@router.patch("/{id}")
+@router.patch("/{id}", response_model=Session)
 async def change(name: SessionId, body: ChangeSession, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """Say whether the session learns from conversations."""
     async with server.store.writing(owner, name):
         return view(await server.store.call(server.store.set_learn, owner, name, body.learn))
 
 
-@router.delete("/{id}")
+@router.delete("/{id}", response_model=Deleted)
 async def delete(name: SessionId, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """Remove a session and its file."""
     async with server.store.writing(owner, name):
@@ -76,7 +77,7 @@ async def delete(name: SessionId, server: ServerOf, owner: OwnerOf) -> dict[str,
     return {"id": name, "object": "session.deleted", "deleted": True}
 
 
-@router.post("/{id}/fork", status_code=201)
+@router.post("/{id}/fork", status_code=201, response_model=Session)
 async def fork(name: SessionId, body: ForkRequest, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """Make another session that knows the same."""
     copy = _name(body.id)
@@ -87,7 +88,7 @@ async def fork(name: SessionId, body: ForkRequest, server: ServerOf, owner: Owne
         return view(made)
 
 
-@router.post("/{id}/forget")
+@router.post("/{id}/forget", response_model=Session)
 async def forget(name: SessionId, body: ForgetRequest, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """Return levels of a session to the model's own weights; without levels, forget everything."""
     async with server.store.writing(owner, name):
@@ -100,7 +101,7 @@ async def forget(name: SessionId, body: ForgetRequest, server: ServerOf, owner: 
         return view(await server.store.call(server.store.commit, owner, name, work))
 
 
-@router.get("/{id}/diff/{other}")
+@router.get("/{id}/diff/{other}", response_model=Diff)
 async def diff(name: SessionId, other: OtherId, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """How far the levels of two sessions are apart, relative to the initial weights."""
     _, mine = await server.store.call(server.store.open, owner, name)
@@ -138,7 +139,7 @@ _FILE_BODY: dict[str, Any] = {
 }
 
 
-@router.put("/{id}/file", openapi_extra=_FILE_BODY)
+@router.put("/{id}/file", response_model=Session, openapi_extra=_FILE_BODY)
 async def upload(name: SessionId, request: Request, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """Make a file that was downloaded, or written by `MemorySession.save`, this session. A foreign one is refused."""
     async with server.store.writing(owner, name):
@@ -161,7 +162,7 @@ async def _foreign_or_mine(server: Server, path: Path) -> MemorySession:
     """The session of an uploaded file.
 
     Raises:
-        ApiError: it is none of this model (400).
+        ApiError: it is none of this model (409).
     """
     try:
         session = await server.store.call(server.store.load, path)
@@ -171,7 +172,8 @@ async def _foreign_or_mine(server: Server, path: Path) -> MemorySession:
         raise
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         message = str(error).splitlines()[0]
-        raise bad_request(f"the file is no session of this model: {message}", "file", "foreign_session") from error
+        message = f"the file is no session of this model: {message}"
+        raise ApiError(409, message, "foreign_session", param="file") from error
     return session
 
 

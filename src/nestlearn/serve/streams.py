@@ -15,10 +15,6 @@ from starlette.types import Receive, Scope, Send
 from .errors import ApiError
 
 T = TypeVar("T")
-JSON_OR_EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
-}
-"""What the OpenAPI document says of an operation that answers as a whole or as a stream."""
 
 
 class ClientGone(Exception):
