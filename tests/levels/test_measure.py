@@ -113,8 +113,19 @@ def test_updates_of_memories_are_counted_token_by_token() -> None:
     health: Any = measure(nested_system(model), texts(1, 13), switch_off=False)
     assert not health.findings
     counted = {m.component.frequency.period: m.updates for m in health.measured if m.component.kind == "memory"}
+    assert {m.updates for m in health.measured if m.component.frequency.period == 1} == {13}
     assert counted[1] == 13 and counted[3] == 4 and counted[4] == 3
     assert health["networks.0 · memory"].change > 1e-3 and health["networks.0 · memory"].share > 1e-3
+
+
+def test_caches_and_states_of_other_models_are_counted() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    health: Any = measure(nested_system(model, torch.optim.SGD(model.parameters(), 0.1)), texts(2, 9))
+    assert (health["key-value cache"].updates, health["key-value cache"].inputs) == (9, 9)
+    assert not health.findings and health["lm_head"].updates == 2
 
 
 def test_levels_that_learn_from_the_loss() -> None:

@@ -203,6 +203,55 @@ def test_an_optimizer_of_any_class() -> None:
     assert system["used"].depth == 1
 
 
+class Ahead(torch.optim.Optimizer):
+    """Slow weights around any optimizer, written as such wrappers often are."""
+
+    def __init__(self, optimizer: Any, every: int) -> None:
+        self.optimizer, self.every, self.count = optimizer, every, 0
+        self.param_groups, self.fast_state = optimizer.param_groups, optimizer.state
+        self.defaults, self.slow = optimizer.defaults, {}
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.fast_state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.slow.setdefault(p, p.clone())
+        self.optimizer.step()
+        self.count += 1
+        if self.count % self.every == 0:
+            for p, slow in self.slow.items():
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+class Twice(torch.optim.Optimizer):
+    """Steps only with a closure, and asks it twice."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is not None, "a closure is needed"
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+        closure()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(0.1 * self.state[p].setdefault("sum", torch.zeros_like(p)).add_(p.grad))
+
+
+def test_wrappers_and_closures_of_other_packages() -> None:
+    model = perceptron()
+    ahead = Ahead(torch.optim.Adam(model.parameters(), 1e-2), every=4)
+    found = frequencies(nested_system(model, ahead))
+    assert found["Ahead.slow"].period == 4 and found["Ahead.exp_avg"] == found["0"] == PER_BATCH
+    assert not ahead.slow and not ahead.optimizer.state
+    assert frequencies(nested_system(model, Twice(model.parameters())))["Twice.sum"] == PER_BATCH
+
+
 def test_accumulation_rates_and_frozen_parameters_change_frequencies() -> None:
     model = perceptron()
     groups = [{"params": [model[0].weight]}, {"params": [model[0].bias], "lr": 0.0}, {"params": [model[2].weight]}]

@@ -13,8 +13,9 @@ Its inputs are the gradients of the weights, so plain descent, momentum, Adam an
 the rule alone. `levels` reads the order of all these problems off the structure.
 
 Nothing here has hidden state and nothing is changed in place. Derivatives are those of single systems; the chain rule
-is `compose`. The construction is that of learners as parametric lenses (Fong, Spivak and Tuyéras, arXiv 1711.10455) and
-of deep networks as nested dynamical systems (Spivak and Shapiro, arXiv 2111.01297; Shapiro, arXiv 2103.01189).
+is `compose`. A system is a learner in the sense of Fong, Spivak and Tuyéras (arXiv 1711.10455): `readout` is their
+implementation, and `update` gives their update and their request together. Learners as dynamical systems: Spivak (arXiv
+2103.01189); wiring that what flows can change: Spivak and Hosgood (arXiv 2111.01297).
 """
 
 from __future__ import annotations

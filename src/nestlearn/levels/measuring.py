@@ -17,7 +17,7 @@ from .health import LevelHealth, Measured, judge
 from .probe import NUMBER, states_of
 from .stacked import learns_by_reading, level_numbers, observe_levels, read_text
 from .system import Component, NestedSystem
-from .trace import call, undisturbed
+from .trace import arguments, call, counted_updates, undisturbed
 from .writes import Written, can_stop_writing, effective_rank, observe, without_writes
 
 Loss = Callable[[Any, Any], Tensor]
@@ -74,9 +74,9 @@ def measure(
     run = _Run(system, batches, loss)
     with run.kept():
         online, watched = run.learn(watch=True)
-        written = run.read(tokens)
+        written, carried = run.read(tokens), run.carried(tokens)
         effects = run.effects(online, watched) if switch_off else {}
-    rows = tuple(_measured(c, run, watched, written, effects) for c in system.components)
+    rows = tuple(_measured(c, watched, written, carried, effects) for c in system.components)
     length = max(_length(batch) for batch in batches)
     health = LevelHealth(system, rows, (), sum(online) / len(online), len(batches), length, tuple(notes))
     return judge(health)
@@ -123,7 +123,7 @@ class _Run:
         assert system.model is not None
         self.system, self.model, self.optimizers = system, system.model, system.optimizers
         self.batches, self.loss = batches, loss
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters, self.modules = dict(self.model.named_parameters()), dict(self.model.named_modules())
         self.reads = learns_by_reading(self.model) and not self.optimizers
         self.off: set[int] = set()
 
@@ -159,8 +159,11 @@ class _Run:
         self.off = level_numbers(off) if self.reads and off is not None else set()
         watched = {c.label: Watch() for c in self.system.components if watch and c.kind in WATCHED}
         losses, held = [], {} if off is None else self.tensors(off)
-        modules = dict(self.model.named_modules())
-        still = [modules[n] for n in off.members if n in modules] if off is not None and off.kind == "memory" else []
+        still = (
+            [self.modules[n] for n in off.members if n in self.modules]
+            if off is not None and off.kind == "memory"
+            else []
+        )
         with without_writes(still):
             for i, batch in enumerate(self.batches):
                 before = {c: self.tensors(self.system[c]) for c in watched}
@@ -207,7 +210,7 @@ class _Run:
     def loss_of(self, batch: Any) -> Tensor:
         if self.reads and self.loss is None:
             return read_text(self.model, _ids(batch), self.off).loss
-        names = inspect.signature(self.model.forward).parameters
+        names = arguments(self.model)
         if isinstance(batch, Tensor) and "input_ids" in names:
             batch = {"input_ids": batch}
         if isinstance(batch, Mapping) and self.loss is None:
@@ -272,6 +275,16 @@ class _Run:
                 return observe_levels(self.model, _ids(self.batches[0]), self.system.components)
             return observe(self.model, lambda: self.loss_of(self.batches[0]), self.system.components, tokens)
 
+    def carried(self, tokens: int) -> dict[str, tuple[int, int]]:
+        """Updates of caches and carried states, and the tokens read for it."""
+        ids = _ids(self.batches[0])
+        found = [c for c in self.system.components if any("." in n and n not in self.modules for n in c.members)]
+        found = [c for c in found if c.kind in ("cache", "memory")]
+        if not {"input_ids", "past_key_values"} <= set(arguments(self.model)) or not isinstance(ids, Tensor):
+            return {}
+        ids = ids[:, :tokens]
+        return {c.label: (counted_updates(self.model, ids, c.members), ids.shape[1]) for c in found}
+
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss of all batches at the present weights."""
@@ -281,7 +294,6 @@ class _Run:
     def effects(self, online: list[float], watched: Mapping[str, Watch]) -> dict[str, dict[str, float]]:
         """Per label: the change of the loss without its writes, and with them taken back; the change of the weights."""
         found: dict[str, dict[str, float]] = {}
-        modules = dict(self.model.named_modules())
         self.learn()
         end = {n: p.detach().clone() for n, p in self.parameters.items()}
         after = self.evaluate() if self.optimizers else 0.0
@@ -289,7 +301,7 @@ class _Run:
         for component in self.system.components:
             effect = {}
             if component.kind == "memory":
-                if not any(name in modules and can_stop_writing(modules[name]) for name in component.members):
+                if not any(n in self.modules and can_stop_writing(self.modules[n]) for n in component.members):
                     continue
             elif component.label not in watched or component.kind == "statistics" or not self.optimizers:
                 continue
@@ -332,9 +344,9 @@ def _length(batch: Any) -> int:
 
 def _measured(
     component: Component,
-    run: _Run,
     watched: Mapping[str, Watch],
     written: Mapping[str, Written],
+    carried: Mapping[str, tuple[int, int]],
     effects: Mapping[str, Mapping[str, float]],
 ) -> Measured:
     effect = effects.get(component.label, {})
@@ -349,4 +361,5 @@ def _measured(
         shapes = tuple(tuple(x.shape) for _, x in sorted(seen.end.items()))
         figures = (seen.updates, seen.steps, gradient, seen.relative, rank, seen.change, shapes)
         return Measured(component, *figures, share=effect.get("weights"), **both)
-    return Measured(component, None, 0, None, None, None, None, **both)
+    updates, inputs = carried.get(component.label, (None, 0))
+    return Measured(component, updates, inputs, None, None, None, None, **both)

@@ -195,7 +195,7 @@ def _carried(model: nn.Module, known: bool, shorter: int = 8, longer: int = 12) 
             f"appends {per_token:,} bytes per token", ("direct, non-parametric",), members=tuple(grows),
         )  # fmt: skip
     same = [n for n, x in short.items() if n in long and long[n].shape == x.shape and x.is_floating_point()]
-    moved = [n for n in same if short[n].numel() > 1 and not short[n].equal(long[n])]
+    moved = [n for n in same if short[n].numel() > 1 and (short[n].is_meta or not short[n].equal(long[n]))]
     if moved and not known:
         yield Component(
             "carried state", "memory", Frequency(1), "the tokens read", "none: a learned transition",

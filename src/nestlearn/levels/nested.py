@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -109,10 +110,8 @@ def _optimizers(given: Any) -> list[Optimizer]:
     found = []
     for each in several:
         inner = each
-        while not type(inner).__module__.startswith("torch") and isinstance(
-            wrapped := getattr(inner, "optimizer", None), Optimizer
-        ):
-            inner = wrapped  # Accelerate's wrapper steps what it wraps
+        while isinstance(inner, AcceleratedOptimizer):
+            inner = inner.optimizer
         if not isinstance(inner, Optimizer):
             raise TypeError(
                 f"optimizer is a {type(each).__name__}; give a torch.optim.Optimizer or a list of several"

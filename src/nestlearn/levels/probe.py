@@ -97,12 +97,17 @@ class _Copy:
     def step(self, gradient: Tensor) -> None:
         if time.monotonic() > self.deadline:
             raise TimeoutError(f"{type(self.optimizer).__name__} takes more than {SECONDS} s for its copy")
-        self.parameter.grad = gradient.clone()
+
+        def closure() -> Tensor:
+            self.parameter.grad = gradient.clone()
+            return (self.parameter.detach() * gradient).sum()
+
         step: Any = self.optimizer.step
+        closure()
         try:
             step()
-        except TypeError:  # it wants a closure
-            step(lambda: (self.parameter * gradient).sum().detach())
+        except (TypeError, AssertionError):  # it wants a closure
+            step(closure)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and states by name."""

@@ -40,12 +40,10 @@ class Frequency(NamedTuple):
     def __str__(self) -> str:
         if self.period in (0, math.inf):
             return "∞" if self.period == 0 else "0"
+        if self.period == 1:
+            return f"1 / {self.clock}"
         count = f"{self.period:,.4g}" if self.period % 1 else f"{self.period:,.0f}"
-        return (
-            f"1 / {self.clock}"
-            if self.period == 1
-            else f"1 / {count} {self.clock}{'es' * (self.clock == 'batch') or 's'}"
-        )
+        return f"1 / {count} {'batches' if self.clock == 'batch' else 'tokens'}"
 
     @property
     def order(self) -> tuple[int, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,6 +112,11 @@ def example_of(model: Any, length: int = 8) -> dict[str, Tensor] | None:
     return None
 
 
+def arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a forward pass by name."""
+    return inspect.signature(model.forward).parameters
+
+
 def call(model: nn.Module, example: Any, **settings: Any) -> Any:
     """The model's answer to a tensor, a tuple of arguments, or a mapping of named ones."""
     if isinstance(example, Mapping):
@@ -159,8 +164,7 @@ def carried_state(model: nn.Module, length: int) -> dict[str, Tensor]:
     Empty for models without, and for other models.
     """
     example = example_of(model, length)
-    signature = inspect.signature(model.forward).parameters
-    if example is None or not {"use_cache", "past_key_values", "cache_params"} & set(signature):
+    if example is None or not {"use_cache", "past_key_values", "cache_params"} & set(arguments(model)):
         return {}
     with undisturbed(model), torch.no_grad():
         output = call(model, example, use_cache=True)
@@ -168,6 +172,19 @@ def carried_state(model: nn.Module, length: int) -> dict[str, Tensor]:
         if getattr(output, name, None) is not None:
             return dict(tensors_in(output[name]))
     return {}
+
+
+def counted_updates(model: nn.Module, ids: Tensor, members: Collection[str]) -> int:
+    """Tokens of a row after which some of these tensors of ``past_key_values`` had changed, read one by one."""
+    cache, before, updates = None, {}, 0
+    with undisturbed(model), torch.no_grad():
+        for token in ids[:1].unbind(1):
+            output = call(model, {"input_ids": token[:, None]}, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            now = {n: x.clone() for n, x in tensors_in(cache) if n in members}
+            updates += any(n not in before or not torch.equal(x, before[n]) for n, x in now.items())
+            before = now
+    return updates
 
 
 def tensors_in(tree: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
