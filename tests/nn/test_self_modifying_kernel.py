@@ -36,11 +36,11 @@ def build(heads: int, width: int, device: str, **settings):
 
 def by_kernel(layer, streams: Tensor, start: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
     """``H_t q_t`` through the memory's map, H after the last token and at the start of the last chunk."""
-    maps = Maps(
-        layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
+    moves = tuple(name in layer.adaptive for name in ("k", "v", "eta"))
+    settings = KernelSettings(
+        (0, 1, 2), layer.memory.chunk_size, layer.max_step, limit, "ieee", moves, layer.self_values
     )
-    settings = KernelSettings((0, 1, 2), layer.memory.chunk_size, layer.max_step, limit, "ieee")
-    y, end, anchor = walk(streams, start, maps, settings)
+    y, end, anchor = walk(streams, start, Maps.of(layer), settings)
     return torch.einsum("bthd,hed->bthe", y, layer.maps["memory"]).flatten(2), end, anchor
 
 
@@ -59,7 +59,8 @@ def compare(layer, tokens: int, rows: int, heads: int, width: int, device: str, 
     eye = torch.eye(width, device=device)
     start = (eye + 0.2 * torch.randn(rows, heads, width, width, device=device)).requires_grad_()
     leaves = {"streams": streams, "start": start}
-    names = ("maps.k", "maps.v", "maps.memory", "eta_vector", "alpha_vector", "eta_bias", "alpha_bias")
+    names = [f"maps.{name}" for name in layer.maps]
+    names += ["eta_vector", "alpha_vector", "eta_bias", "alpha_bias"]
     leaves |= {name: layer.get_parameter(name) for name in names}
     found = []
     for run in (eagerly, by_kernel):
@@ -95,6 +96,13 @@ def test_outputs_states_and_all_gradients(tokens: int, chunk: int, width: int, r
     compare(layer, tokens, rows, heads, width, device)
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("adaptive", [(), ("k",), ("v",), ("k", "v"), ("eta", "alpha"), ("v", "eta", "alpha")])
+def test_streams_that_do_not_adapt_and_given_values(adaptive: tuple[str, ...], own: bool, device: str):
+    layer = build(2, 16, device, chunk_size=16, max_step=2.0, adaptive=adaptive, self_values=own)
+    compare(layer, 37, 2, 2, 16, device)
+
+
 def test_gradients_between_chunks_are_limited(device: str):
     compare(build(1, 16, device, chunk_size=16), 37, 2, 1, 16, device, limit=0.5)
 
@@ -121,10 +129,7 @@ def test_narrow_products_on_the_device(dtype: torch.dtype, precision: str, devic
     streams = torch.randn(2, 300, 3, 2, 64, device=device).to(dtype)
     start = torch.eye(64, device=device).expand(2, 2, 64, 64)
     with torch.no_grad():
-        maps = Maps(
-            layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
-        )
-        y, end, _ = walk(streams, start, maps, KernelSettings((0, 1, 2), 64, layer.max_step, 1e6, precision))
+        y, end, _ = walk(streams, start, Maps.of(layer), KernelSettings((0, 1, 2), 64, layer.max_step, 1e6, precision))
         _, want, _ = eagerly(layer, streams.float(), start, 1e6)
     assert y.dtype == dtype and end.dtype == torch.float32
     assert 1e-7 < (end - want).norm() / want.norm() < 2e-2
@@ -189,8 +194,8 @@ def test_a_layer_on_the_kernels_of_fla(adaptive: tuple, monkeypatch: pytest.Monk
     [
         ({"objective": "l2", "retain_to": "zero", "step_size": "raw"}, "objective is L2"),
         ({"read": "chunk"}, "read is 'chunk'"),
-        ({"adaptive": ("k",)}, "adaptive is"),
-        ({"self_values": False}, "values is 'given'"),
+        ({"adaptive": ("q", "k", "v", "eta", "alpha")}, "adaptive names q"),
+        ({"adaptive": ("eta",)}, "adaptive is"),
         ({"chunk_size": 48}, "chunk_size is 48"),
         ({"momentum": True}, "algorithm is"),
     ],

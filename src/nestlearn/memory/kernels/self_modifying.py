@@ -8,6 +8,9 @@ the chip between them. With ``D = H - I``, C the chunk and c its start, for ever
     eta' = eta / (1 + eta |k|^2)                          D_t = D_{t-1} (alpha I - eta' k k^T) + eta' u k^T
     y_t = q + D_t q
 
+That is a layer whose keys, values and gates all adapt. Where a stream does not, its ``M H_c`` is left out (MOVE_K,
+MOVE_V, MOVE_G), and with given values u is v (OWN).
+
 In matrices, with ``g = cumsum(log alpha)`` in the chunk and ``g_- = g - log alpha``:
 
     (I + L) W = diag(eta') (U - diag(e^{g_-}) K D_c^T)    L[t, s] = eta'_t e^{g_-[t] - g[s]} k_t . k_s      (s < t)
@@ -115,8 +118,18 @@ def _moved(x, Dt, NARROW: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _mapped(x, moved, M, MOVE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr):
+    """``unit(M H x)`` from ``H x``, or ``unit(x)`` of a stream that does not adapt; and one over the norm."""
+    if MOVE:
+        y, scale = _unit(_dot(moved, M, NARROW, PRECISION))
+    else:
+        y, scale = _unit(x)
+    return y, scale
+
+
+@triton.jit
 def _gates(hk, me, ma, be, ba, max_step, real):
-    """Step eta and log alpha of every token, with eta / max_step and 1 - alpha; ``hk`` is H x^k."""
+    """Step eta and log alpha of every token, with eta / max_step and 1 - alpha; ``hk`` is H x^k, or x^k."""
     sigma = tl.sigmoid(tl.sum(hk * me[None, :], 1) + be)
     logit = tl.sum(hk * ma[None, :], 1) + ba
     log_alpha = tl.where(real, _log_sigmoid(logit), 0.0)
@@ -125,12 +138,24 @@ def _gates(hk, me, ma, be, ba, max_step, real):
 
 @triton.jit
 def _written(
-    k, v, D, Dt, eta, log_alpha, C: tl.constexpr, SOLVE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr
+    k,
+    v,
+    D,
+    Dt,
+    eta,
+    log_alpha,
+    OWN: tl.constexpr,
+    C: tl.constexpr,
+    SOLVE: tl.constexpr,
+    NARROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """What a chunk writes, W, with all that leads to it."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     step = eta / (1.0 + eta * tl.sum(k * k, 1))
-    u, u_scale = _unit(_moved(v, Dt, NARROW, PRECISION))
+    u, u_scale = v, tl.sum(v, 1)
+    if OWN:
+        u, u_scale = _unit(_moved(v, Dt, NARROW, PRECISION))
     # Two sums, and not a difference: with gates near 0 it would lose the digits of before[t] = g[t - 1].
     g = tl.sum(tl.where(i >= j, log_alpha[None, :], 0.0), 1)
     before = tl.sum(tl.where(i > j, log_alpha[None, :], 0.0), 1)
@@ -169,6 +194,10 @@ def forward_kernel(
     N_Q: tl.constexpr,
     N_K: tl.constexpr,
     N_V: tl.constexpr,
+    MOVE_K: tl.constexpr,
+    MOVE_V: tl.constexpr,
+    MOVE_G: tl.constexpr,
+    OWN: tl.constexpr,
     C: tl.constexpr,
     D_PAD: tl.constexpr,
     SOLVE: tl.constexpr,
@@ -194,12 +223,17 @@ def forward_kernel(
         real = t + tl.arange(0, C) < T
         Dt = tl.trans(D)
         xk = _load(streams, t, N_K, T, d, C, D_PAD, stride_t, stride_n)
-        hk = _moved(xk, Dt, NARROW, PRECISION)
-        k, _ = _unit(_dot(hk, Mk, NARROW, PRECISION))
-        xv = _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
-        v, _ = _unit(_dot(_moved(xv, Dt, NARROW, PRECISION), Mv, NARROW, PRECISION))
-        eta, log_alpha, _, _ = _gates(hk, me, ma, be, ba, max_step, real)
-        _, _, _, g, _, _, _, _, _, _, W, decay = _written(k, v, D, Dt, eta, log_alpha, C, SOLVE, NARROW, PRECISION)
+        hk, xv = xk, _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
+        if MOVE_K or MOVE_G:
+            hk = _moved(xk, Dt, NARROW, PRECISION)
+        hv = xv
+        if MOVE_V:
+            hv = _moved(xv, Dt, NARROW, PRECISION)
+        k, _ = _mapped(xk, hk, Mk, MOVE_K, NARROW, PRECISION)
+        v, _ = _mapped(xv, hv, Mv, MOVE_V, NARROW, PRECISION)
+        of_gates = hk if MOVE_G else xk
+        eta, log_alpha, _, _ = _gates(of_gates, me, ma, be, ba, max_step, real)
+        _, _, _, g, _, _, _, _, _, _, W, decay = _written(k, v, D, Dt, eta, log_alpha, OWN, C, SOLVE, NARROW, PRECISION)
         q, _ = _unit(_load(streams, t, N_Q, T, d, C, D_PAD, stride_t, stride_n))
         scores = decay * _dot(q, tl.trans(k), NARROW, PRECISION)
         out = q + tl.exp(g)[:, None] * _dot(q, Dt, NARROW, PRECISION) + _dot(scores, W, NARROW, PRECISION)
@@ -261,6 +295,10 @@ def backward_kernel(
     N_Q: tl.constexpr,
     N_K: tl.constexpr,
     N_V: tl.constexpr,
+    MOVE_K: tl.constexpr,
+    MOVE_V: tl.constexpr,
+    MOVE_G: tl.constexpr,
+    OWN: tl.constexpr,
     C: tl.constexpr,
     D_PAD: tl.constexpr,
     SOLVE: tl.constexpr,
@@ -293,14 +331,18 @@ def backward_kernel(
         Dt = tl.trans(D)
         # Forward once more.
         xk = _load(streams, t, N_K, T, d, C, D_PAD, stride_t, stride_n)
-        hk = _moved(xk, Dt, NARROW, PRECISION)
-        k, k_scale = _unit(_dot(hk, tl.trans(Mk), NARROW, PRECISION))
-        xv = _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
-        hv = _moved(xv, Dt, NARROW, PRECISION)
-        v, v_scale = _unit(_dot(hv, tl.trans(Mv), NARROW, PRECISION))
-        eta, log_alpha, sigma, closing = _gates(hk, me, ma, be, ba, max_step, real)
+        hk, xv = xk, _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
+        if MOVE_K or MOVE_G:
+            hk = _moved(xk, Dt, NARROW, PRECISION)
+        hv = xv
+        if MOVE_V:
+            hv = _moved(xv, Dt, NARROW, PRECISION)
+        k, k_scale = _mapped(xk, hk, tl.trans(Mk), MOVE_K, NARROW, PRECISION)
+        v, v_scale = _mapped(xv, hv, tl.trans(Mv), MOVE_V, NARROW, PRECISION)
+        of_gates = hk if MOVE_G else xk
+        eta, log_alpha, sigma, closing = _gates(of_gates, me, ma, be, ba, max_step, real)
         step, u, u_scale, g, before, held, erase, gram, inverse, rest, W, decay = _written(
-            k, v, D, Dt, eta, log_alpha, C, SOLVE, NARROW, PRECISION
+            k, v, D, Dt, eta, log_alpha, OWN, C, SOLVE, NARROW, PRECISION
         )
         q, q_scale = _unit(_load(streams, t, N_Q, T, d, C, D_PAD, stride_t, stride_n))
         dy = _load(grad_y, t, 0, T, d, C, D_PAD, H * d, 0)
@@ -353,7 +395,7 @@ def backward_kernel(
         # g = cumsum(log alpha), before = the same without the token's own
         dlog = tl.cumsum(dg + dbefore, 0, reverse=True) + dlast - dbefore
         dla = tl.where(real, dlog * closing, 0.0)
-        dma += tl.sum(dla[:, None] * hk, 0)
+        dma += tl.sum(dla[:, None] * of_gates, 0)
         dba += tl.sum(dla, 0)
 
         # step = eta / (1 + eta |k|^2)
@@ -361,22 +403,37 @@ def backward_kernel(
         dstep = dstep / (shrink * shrink)
         dk -= (2.0 * dstep * eta * eta)[:, None] * k
         dle = tl.where(real, dstep * max_step * sigma * (1.0 - sigma), 0.0)
-        dme += tl.sum(dle[:, None] * hk, 0)
+        dme += tl.sum(dle[:, None] * of_gates, 0)
         dbe += tl.sum(dle, 0)
-        dhk = dla[:, None] * ma[None, :] + dle[:, None] * me[None, :]
+        dgate = dla[:, None] * ma[None, :] + dle[:, None] * me[None, :]
 
         # u = unit(H v), v = unit(M_v H x^v), k = unit(M_k H x^k)
-        dU = _unit_back(dU, u, u_scale)
-        dD += _dot(tl.trans(dU), v, NARROW, PRECISION)
-        dv = dU + _dot(dU, D, NARROW, PRECISION)
-        dxv, dM, dD_c = _map_back(dv, 0.0, xv, hv, v, v_scale, Mv, D, NARROW, PRECISION)
+        dv = dU
+        if OWN:
+            dU = _unit_back(dU, u, u_scale)
+            dD += _dot(tl.trans(dU), v, NARROW, PRECISION)
+            dv = dU + _dot(dU, D, NARROW, PRECISION)
+        if MOVE_V:
+            dxv, dM, dD_c = _map_back(dv, 0.0, xv, hv, v, v_scale, Mv, D, NARROW, PRECISION)
+            dMv += dM
+            dD += dD_c
+        else:
+            dxv = _unit_back(dv, v, v_scale)
         _store(grad_streams, dxv, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
-        dMv += dM
-        dD += dD_c
-        dxk, dM, dD_c = _map_back(dk, dhk, xk, hk, k, k_scale, Mk, D, NARROW, PRECISION)
+        if MOVE_K:
+            through = dgate if MOVE_G else 0.0 * dgate
+            dxk, dM, dD_c = _map_back(dk, through, xk, hk, k, k_scale, Mk, D, NARROW, PRECISION)
+            dMk += dM
+            dD += dD_c
+        else:
+            dxk = _unit_back(dk, k, k_scale)
+        if not MOVE_G:
+            dxk += dgate
+        elif not MOVE_K:
+            dxk += dgate + _dot(dgate, D, NARROW, PRECISION)
+            dD += _dot(tl.trans(dgate), xk, NARROW, PRECISION)
         _store(grad_streams, dxk, t, N_K, T, d, C, D_PAD, stride_t, stride_n)
-        dMk += dM
-        G = dD + dD_c
+        G = dD
         if back == 0:
             G += _load_square(grad_anchor + row * d * d, d, D_PAD)
     _store_square(grad_start + row * d * d, G, d, D_PAD)

@@ -33,16 +33,18 @@ def kernel_refusal(layer: SelfModifyingTitans) -> str | None:
     """Why the kernel does not know a layer; None if it does."""
     memory = layer.memory
     known = {
-        "adaptive": (layer.adaptive, ("k", "v", "eta", "alpha")),
         "objective": (memory.objective, DotProduct()),
         "retention": (memory.retention, Delta()),
         "algorithm": (memory.algorithm, Descent()),
         "step_size": (memory.step_size, "proximal"),
         "retain_to": (memory.retain_to, "initial"),
         "read": (memory.read, "token"),
-        "values": (memory.values, "own"),
         "learned retention": (layer.retention, True),
     }
+    if "q" in layer.adaptive:
+        return "adaptive names q, and the kernel's queries do not adapt"
+    if ("eta" in layer.adaptive) != ("alpha" in layer.adaptive):
+        return f"adaptive is {layer.adaptive!r}, and in the kernel eta and alpha adapt together"
     for name, (have, wanted) in known.items():
         if have != wanted:
             return f"{name} is {have!r}, and the kernel knows {wanted!r}"
@@ -83,10 +85,11 @@ def read(
     """`SelfModifyingMatrix._read` by the kernel."""
     batch, count, _, heads, width = streams.shape
     q, k, v = (layer.streams_order.index(name) for name in ("q", "k", "v"))
-    settings = KernelSettings((q, k, v), layer.memory.chunk_size, layer.max_step, GRADIENT_LIMIT)
-    maps = Maps(
-        layer.maps["k"], layer.maps["v"], layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias
+    moves = tuple(name in layer.adaptive for name in ("k", "v", "eta"))
+    settings = KernelSettings(
+        (q, k, v), layer.memory.chunk_size, layer.max_step, GRADIENT_LIMIT, moves=moves, own=layer.self_values
     )
+    maps = Maps.of(layer)
     if state is None:
         eye = torch.eye(width, device=streams.device)
         start = layer.memory.begin({"W": eye.expand(batch, heads, width, width)})
@@ -101,7 +104,10 @@ def read(
 
 
 class Maps(NamedTuple):
-    """Parameters of the heads: maps of keys and values, vectors and biases of the gates."""
+    """Parameters of the heads: maps of keys and values, vectors and biases of the gates.
+
+    A stream that does not adapt has no map. The kernel does not read the one in its place, whose gradient is 0.
+    """
 
     k: Float[Tensor, "h d d"]
     v: Float[Tensor, "h d d"]
@@ -109,6 +115,13 @@ class Maps(NamedTuple):
     alpha: Float[Tensor, "h d"]
     eta_bias: Float[Tensor, "h"]
     alpha_bias: Float[Tensor, "h"]
+
+    @classmethod
+    def of(cls, layer: SelfModifyingTitans) -> Maps:
+        """Those of a layer of matrices."""
+        matrices: Any = layer
+        k, v = (matrices.maps[name if name in layer.adaptive else "memory"] for name in ("k", "v"))
+        return cls(k, v, layer.eta_vector, layer.alpha_vector, layer.eta_bias, layer.alpha_bias)
 
 
 class KernelSettings(NamedTuple):
@@ -120,6 +133,8 @@ class KernelSettings(NamedTuple):
         max_step: scale of eta.
         gradient_limit: largest norm of the gradient that passes from chunk to chunk.
         precision: of products of float32: ``ieee``, ``tf32x3`` or ``tf32``.
+        moves: whether keys, values and gates adapt.
+        own: whether the memory writes its own targets, not the values.
     """
 
     order: tuple[int, int, int]
@@ -127,11 +142,14 @@ class KernelSettings(NamedTuple):
     max_step: float
     gradient_limit: float
     precision: str = "tf32"
+    moves: tuple[bool, ...] = (True, True, True)
+    own: bool = True
 
     def constants(self, streams: Tensor) -> dict[str, Any]:
         """The compile-time arguments of both kernels."""
-        d, names = streams.shape[-1], ("N_Q", "N_K", "N_V")
-        return dict(zip(names, self.order, strict=True)) | {
+        d, names = streams.shape[-1], ("N_Q", "N_K", "N_V", "MOVE_K", "MOVE_V", "MOVE_G")
+        return dict(zip(names, (*self.order, *self.moves), strict=True)) | {
+            "OWN": self.own,
             "C": self.chunk_size,
             "D_PAD": max(16, 1 << (d - 1).bit_length()),
             "SOLVE": SOLVE,
