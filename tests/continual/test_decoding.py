@@ -120,19 +120,21 @@ def test_a_token_copies_neither_keys_nor_weights() -> None:
     assert places() == before and decoder._cache.get_seq_length() == length + 30
 
 
-def test_products_of_few_tokens_are_those_of_a_linear_map() -> None:
+@pytest.mark.parametrize("tokens", [(3,), (2, 3), (4, 5)])
+def test_products_of_few_tokens_are_those_of_a_linear_map(tokens: tuple[int, ...]) -> None:
     from torch import nn
 
-    from nestlearn.models.transposed import transpose_products
+    from nestlearn.models.blocked import BlockedLinear, block_products
 
     torch.manual_seed(0)
-    plain, x = nn.Linear(24, 40), torch.randn(2, 3, 24)
-    made = nn.Sequential(nn.Linear(24, 40), nn.Linear(24, 40, bias=False).bfloat16())
+    plain, x = nn.Linear(24, 128), torch.randn(*tokens, 24)
+    made = nn.Sequential(nn.Linear(24, 128), nn.Linear(24, 128).bfloat16(), nn.Linear(24, 100))
     made[0].load_state_dict(plain.state_dict())
-    transpose_products(made)
+    block_products(made)
+    assert [type(layer) for layer in made] == [BlockedLinear, nn.Linear, nn.Linear]
     with torch.no_grad():
-        assert torch.allclose(made[0](x), plain(x), atol=1e-6) and made[0](x).is_contiguous()
-    assert type(made[1]) is nn.Linear and torch.equal(made[0](x), plain(x))
+        found = made[0](x)
+    assert torch.allclose(found, plain(x), atol=1e-6) and found.is_contiguous() and torch.equal(made[0](x), plain(x))
 
 
 def alone(session: MemorySession, ids: list[int], count: int) -> list[int]:

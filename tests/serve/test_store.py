@@ -89,6 +89,36 @@ def test_each_moment_of_a_commit(model: Any, tmp_path: Path, moment: str, monkey
     again.close()
 
 
+@pytest.mark.parametrize("moment", ["save", "put"])
+def test_a_session_that_was_being_made_leaves_nothing(
+    model: Any, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies before or after the first file of a session is written. Nobody was told of the session."""
+    from nestlearn.serve import Limits
+    from nestlearn.serve.store import Store
+
+    class Killed(BaseException):
+        pass
+
+    base = MemorySession(model, byte_tokenizer(), compare="none")
+    store = Store(tmp_path, base, Limits())
+    put = store._index.put
+
+    def die(entry: Any) -> None:
+        if isinstance(entry, Path) or entry.size:
+            raise Killed
+        put(entry)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(*((base, "save") if moment == "save" else (store._index, "put")), die)
+        store.commit("local", "a", base)
+    store.close()
+    again = Store(tmp_path, base, Limits())
+    assert again.page("local", None, 9) == [] and len(again.repaired) == 1 and "'a' of 'local'" in again.repaired[0]
+    assert not [*tmp_path.rglob("*.safetensors")]
+    again.close()
+
+
 def test_a_full_disk_fails_the_request_and_nothing_else(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = new(client, "full", TEXT)
     before = bytes_of(client, path)

@@ -1,7 +1,8 @@
 """The index of all sessions of a server, an SQLite database (WAL).
 
 A session is in the index or it does not exist: the index names the one file that holds it. So a new file is written
-before the transaction that names it, and the old one is removed after it.
+before the transaction that names it, and the old one is removed after it. The first file of a session is named without
+its size before it is written.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Entry:
         created, updated: seconds since 1970.
         tokens: read.
         documents: read or practised.
-        size: bytes of the file.
+        size: bytes of the file; 0 while the first one is written.
         parent: the name of the session that it is a fork of; None without one.
     """
 

@@ -38,7 +38,8 @@ def open_index(path: Path, files: Path, describe: Callable[[Path], tuple[int, in
     - A damaged index is set aside, and a new one is made from the files. Its keys are lost.
     - Files that a killed process was writing are removed, and so are whole files that the index does not name, where it
       names another one of the same session. Others go to the folder ``lost``.
-    - An entry without its file is removed. A file of another size than the entry says stays, and is reported.
+    - An entry without its file is removed, and so is one without a size, with its file: it was being made. A file of
+      another size than the entry says stays, and is reported.
 
     Args:
         path: of the index.
@@ -96,7 +97,12 @@ def _match(index: Index, files: Path) -> list[str]:
             os.replace(found[file], lost)
             done.append(f"moved {file}, of no session in the index, to {lost}")
     for file, entry in entries.items():
-        if file not in found:
+        if entry.size == 0:
+            index.remove(entry.owner, entry.name)
+            if file in found:
+                found[file].unlink()
+            done.append(f"removed session {entry.name!r} of {entry.owner!r}, whose first writing was not finished")
+        elif file not in found:
             index.remove(entry.owner, entry.name)
             done.append(f"removed session {entry.name!r} of {entry.owner!r} from the index: {file} does not exist")
         elif (size := found[file].stat().st_size) != entry.size:

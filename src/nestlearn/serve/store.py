@@ -143,27 +143,33 @@ class Store:
     ) -> Entry:
         """Write what a session has learned to a new file, then name the file in the index, then remove the old one.
 
+        A new session is named before its file is written.
+
         Raises:
             ApiError: a quota is reached (429), or the disk is full (507). Nothing has changed.
         """
-        before = self._index.get(owner, check_name(name))
+        before, now = self._index.get(owner, check_name(name)), time.time()
         file = file_name(owner, name, secrets.token_hex(4))
         path = self._files / file
+        known = before or Entry(owner, name, file, False, now, now, 0, 0, 0, parent)
         try:
+            if before is None:  # named first, without a size: if the process dies, the next start removes it
+                self._index.put(known)
             session.save(path)
-            size, now = path.stat().st_size, time.time()
+            size = path.stat().st_size
             self._check_quota(owner, before, size)
-            known = before or Entry(owner, name, file, False, now, now, 0, 0, size, parent)
             entry = replace(
                 known, file=file, updated=now, tokens=session.tokens, documents=len(session.log), size=size,
                 learn=known.learn if learn is None else learn,
             )  # fmt: skip
             self._index.put(entry)
-        except (OSError, sqlite3.Error) as error:
+        except Exception as error:
             path.unlink(missing_ok=True)
-            raise disk_error(error) from error
-        except ApiError:
-            path.unlink(missing_ok=True)
+            if before is None:
+                with suppress(sqlite3.Error):
+                    self._index.remove(owner, name)
+            if isinstance(error, OSError | sqlite3.Error):
+                raise disk_error(error) from error
             raise
         if before is not None:
             with suppress(OSError):  # the next start removes it
@@ -217,8 +223,8 @@ class Store:
                 429, f"all sessions together would take {used:,} bytes; the quota is {quota:,}. Delete some, or let "
                 "this one forget.", "insufficient_quota",
             )  # fmt: skip
-        if before is None and count >= self.limits.sessions:
-            raise ApiError(429, f"there are {count} sessions, the limit. Delete some.", "insufficient_quota")
+        if before is None and count > self.limits.sessions:
+            raise ApiError(429, f"there are {count - 1} sessions, the limit. Delete some.", "insufficient_quota")
 
     def _keep(self, key: Id, file: str, session: MemorySession) -> None:
         """Hold a session in memory, and drop those that were used longest ago. Every one of them is in its file."""

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from nestlearn.models.blocked import block_products
 from nestlearn.models.stacking import KeyValues, LevelState, reading, stacked_model
 from nestlearn.models.stacking.rows import LevelRows, join_rows
-from nestlearn.models.transposed import transpose_products
 
 from .backends import StackedBackend
 from .key_values import RowKeyValues
@@ -65,7 +65,7 @@ class Decoder(Protocol):
 
 
 def decoder_of(session: MemorySession) -> Decoder:
-    """The decoder for sessions over this model, whose products of few tokens change to `TransposedLinear`.
+    """The decoder for sessions over this model, whose products of few tokens change to `BlockedLinear`.
 
     Example:
         >>> from nestlearn.data import byte_tokenizer
@@ -130,7 +130,7 @@ class StackedDecoder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.stacked = model, stacked_model(model)
-        transpose_products(model)
+        block_products(model)
         self._positions = "position_ids" in inspect.signature(self.stacked.forward).parameters
         self._levels = LevelRows(self.stacked)
         self._state = LevelState()
