@@ -243,6 +243,44 @@ def test_reports(tmp_path: Any) -> None:
     assert health.save(tmp_path / "health.txt").read_text() == f"{health}\n"
 
 
+def test_a_state_without_which_the_loss_is_lost(tmp_path: Any) -> None:
+    """Steps that a state makes smaller diverge without it; that is a figure of the report, not an error."""
+
+    class Shrinking(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                seen = self.state[p].setdefault("seen", torch.ones_like(p))
+                p.sub_(100 * p.grad / seen)
+                seen.mul_(4)
+
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = Shrinking(model.parameters(), {})
+    health: Any = measure(nested_system(model, optimizer), [(torch.eye(2), torch.zeros(2, 1))] * 60, loss=mse_loss)
+    assert math.isfinite(health.loss) and not math.isfinite(health["seen"].writes_off)
+    figures = json.loads(health.save(tmp_path / "health.json").read_text())
+    assert [row["writes_off"] for row in figures["measured"] if "seen" in row["component"]["name"]] == [None]
+    assert not health.system.notes
+
+
+def test_parameters_of_any_type() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+            self.scale = nn.Parameter(torch.tensor(1.0))
+            self.codes = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+            self.table = nn.Embedding(5, 2, sparse=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.table(x) * self.turn * self.codes * self.scale).abs()
+
+    model = Odd()
+    stream = [(torch.arange(3), torch.zeros(3, 2))] * 2
+    health: Any = measure(nested_system(model, torch.optim.SGD(model.parameters(), 0.1)), stream, loss=mse_loss)
+    assert health["table"].updates == 2 and health["table"].gradient > 0 and not health.findings
+
+
 @pytest.mark.parametrize(("matrix", "rank"), [(torch.eye(5), 5), (torch.ones(4, 3), 1), (torch.zeros(2, 2), 0)])
 def test_effective_rank(matrix: Tensor, rank: int) -> None:
     assert effective_rank([matrix]) == pytest.approx(rank, abs=1e-5)

@@ -99,6 +99,17 @@ def test_a_language_model_of_transformers() -> None:
     assert [len(level) for level in system.levels][:3] == [1, 1, 2]
 
 
+def test_models_that_read_images_or_sound() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    size: Any = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {"vocab_size": 20, **size}, {"image_size": 8, "patch_size": 4, **size}
+    system = nested_system(CLIPModel(CLIPConfig(text_config=text, vision_config=vision)))  # type: ignore[arg-type]
+    found = [c.name for c in system.components if c.kind == "attention"]
+    assert len(found) == 2 and not system.notes
+    assert all("self_attn" in name for name in found)
+
+
 def test_a_recurrent_model_carries_a_state() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -163,6 +174,15 @@ def test_moments_share_a_level_before_the_weights_with_and_without_a_state() -> 
     assert nested_system(model, optimizer) == fresh
     assert fresh["exp_avg"].bytes == 4 * sum(p.numel() for p in model.parameters())
     assert "squared" in fresh["exp_avg_sq"].objective and "squared" not in fresh["exp_avg"].objective
+
+
+def test_bytes_of_states_follow_the_dtype_of_the_weights() -> None:
+    model = perceptron().bfloat16()
+    fresh = nested_system(model, adam(model))["exp_avg"].bytes
+    optimizer = adam(model)
+    model(torch.ones(3, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    assert fresh == nested_system(model, optimizer)["exp_avg"].bytes == 2 * sum(p.numel() for p in model.parameters())
 
 
 def test_periods_of_optimizers_are_seen() -> None:

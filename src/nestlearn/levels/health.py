@@ -56,7 +56,7 @@ class Measured:
         vector: the change.
         shapes: of its tensors.
         share: of a memory, the share of its answers that depends on its writes. Of a state of the optimizer, how far
-            from their end the weights end with the state held still, relative to their way.
+            from their end the weights end with the state put back after each step, relative to their way.
         cosine: to the most similar neighbouring level, with its label.
         writes_off: what the mean loss rises by without its changes; each batch counts before it is learned.
         initial: what the loss at the end rises by with its weights back at the start.
@@ -85,9 +85,9 @@ class Measured:
         return [str(c.level), c.label, str(c.frequency), updates, *small, cosine, *losses]
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures with the declared component, JSON-able."""
+        """All figures with the declared component, JSON-able; None for what is not finite."""
         names = ("updates", "inputs", "gradient", "change", "rank", "share", "writes_off", "initial")
-        figures = {name: getattr(self, name) for name in names}
+        figures = {name: _finite(getattr(self, name)) for name in names}
         cosine = None if self.cosine is None else {"to": self.cosine[0], "value": self.cosine[1]}
         return {"component": self.component.as_dict(), **figures, "cosine": cosine}
 
@@ -192,7 +192,7 @@ def _fault(m: Measured, health: LevelHealth) -> Finding | None:
         return Finding("writes change nothing", label, text)
     seen = all(s.component.frequency.period < length for s in health.measured if s.component.kind == c.kind)
     if c.kind == "optimizer state" and seen and m.share is not None and m.share < STILL:
-        text = f"held still, it leaves the weights of {length} batches where they were: it never matters."
+        text = f"put back after each of {length} steps, it leaves the weights where they were: it never matters."
         return Finding("never matters", label, text)
     return None
 
@@ -221,6 +221,10 @@ def _duplicates(rows: tuple[Measured, ...], silent: set[str]) -> Iterator[Findin
             if cosine > SAME and not {m.component.label, other.component.label} & silent:
                 text = f"its changes and those of {other.component.label} have cosine {cosine:.4f}: they do the same."
                 yield Finding("duplicate", m.component.label, text)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -18,7 +18,7 @@ from .probe import NUMBER, states_of
 from .stacked import learns_by_reading, level_numbers, observe_levels, read_text
 from .system import Component, NestedSystem
 from .trace import arguments, call, counted_updates, undisturbed
-from .writes import Written, can_stop_writing, effective_rank, observe, without_writes
+from .writes import Written, can_stop_writing, effective_rank, norm, observe, real, without_writes
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -97,8 +97,8 @@ class Watch:
         changed = [n for n, x in after.items() if n not in before or not torch.equal(before[n], x)]
         self.steps += 1
         self.updates += bool(changed)
-        self.moved += math.sqrt(sum(float((after[n] - before.get(n, 0)).square().sum()) for n in changed))
-        norms = [float(g.norm()) for g in gradients]
+        self.moved += math.hypot(*(norm(after[n] - before.get(n, 0)) for n in changed))
+        norms = [norm(g) for g in gradients]
         if norms:
             self.gradients.append(math.hypot(*norms))
         self.end = dict(after)
@@ -106,13 +106,13 @@ class Watch:
     @property
     def change(self) -> Tensor:
         """The change over the whole run, as one vector."""
-        parts = [(self.end[n] - self.start[n]).flatten().double() for n in sorted(self.end) if n in self.start]
+        parts = [real(self.end[n] - self.start[n]).flatten() for n in sorted(self.end) if n in self.start]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     @property
     def relative(self) -> float:
         """The length of the way over all steps, relative to the largest norm of the tensors."""
-        sizes = [math.hypot(*(float(x.norm()) for x in held.values())) for held in (self.start, self.end) if held]
+        sizes = [math.hypot(*(norm(x) for x in held.values())) for held in (self.start, self.end) if held]
         return self.moved / max(sizes) if sizes and max(sizes) > 0 else 0.0
 
 
@@ -167,7 +167,7 @@ class _Run:
         with without_writes(still):
             for i, batch in enumerate(self.batches):
                 before = {c: self.tensors(self.system[c]) for c in watched}
-                value = self.step(batch, i)
+                value = self.step(batch, i, finite=off is None)
                 losses.append(value)
                 for label, note in watched.items():
                     component = self.system[label]
@@ -177,7 +177,7 @@ class _Run:
                     held = self.hold(off, held)
         return losses, watched
 
-    def step(self, batch: Any, i: int) -> float:
+    def step(self, batch: Any, i: int, finite: bool) -> float:
         """One batch, and a step of the optimizers where one is due."""
         count = self.system.accumulation
         if i % count == 0:
@@ -188,7 +188,7 @@ class _Run:
         if trains:
             (value / count).backward()
         reached = float(value.detach())
-        if not math.isfinite(reached):
+        if finite and not math.isfinite(reached):
             raise ValueError(f"the loss of batch {i} is {reached}: this stream cannot be measured.")
         if trains and (i + 1) % count == 0:
             for optimizer in self.optimizers:
@@ -253,7 +253,7 @@ class _Run:
 
     @torch.no_grad()
     def hold(self, component: Component, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put the tensors of a component back; a state begins with its value after the first step."""
+        """Put the tensors of a component back; those of a state to their values after the first step."""
         if component.kind in ("weights", "initial weights"):
             for name, value in held.items():
                 self.parameters[name].copy_(value)
@@ -297,7 +297,7 @@ class _Run:
         self.learn()
         end = {n: p.detach().clone() for n, p in self.parameters.items()}
         after = self.evaluate() if self.optimizers else 0.0
-        path = math.sqrt(sum(float((p - self.start[n]).square().sum()) for n, p in end.items()))
+        path = math.hypot(*(norm(p - self.start[n]) for n, p in end.items()))
         for component in self.system.components:
             effect = {}
             if component.kind == "memory":
@@ -308,8 +308,8 @@ class _Run:
             losses, _ = self.learn(off=component)
             effect["writes off"] = (sum(losses) - sum(online)) / len(online)
             if component.kind == "optimizer state" and path > 0:
-                other = sum(float((p.detach() - end[n]).square().sum()) for n, p in self.parameters.items())
-                effect["weights"] = math.sqrt(other) / path
+                other = (norm(p.detach() - end[n]) for n, p in self.parameters.items())
+                effect["weights"] = math.hypot(*other) / path
             if component.kind in ("weights", "initial weights"):
                 effect["initial"] = self._taken_back(component, end) - after
             found[component.label] = effect

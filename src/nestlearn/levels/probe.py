@@ -7,8 +7,8 @@ import math
 import re
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,12 @@ def probe(optimizer: Optimizer, group: int, parameter: Tensor) -> Probe | None:
         start, gradients = torch.randn(shape), torch.randn(MOST_STEPS, *shape)
         deadline = time.monotonic() + SECONDS
         try:
-            return _run(lambda: _Copy(optimizer, group, start, deadline), gradients)
+            found = _run(lambda: _Copy(optimizer, group, start, deadline), gradients)
+            once = _Copy(optimizer, group, start.to(parameter.dtype), deadline)
+            once.step(gradients[0].to(parameter.dtype))
+            sizes = {name: x.element_size() for name, x in once.tensors().items()}
+            slots = {n: replace(slot, itemsize=sizes.get(n, slot.itemsize)) for n, slot in found.slots.items()}
+            return replace(found, slots=slots)
         except Exception:  # noqa: BLE001 - a foreign optimizer may raise anything where it is not at home
             return None
 
@@ -179,25 +184,29 @@ def states_of(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Te
     yield from found.values()
 
 
-def _run(make: Callable[[], _Copy], gradients: Tensor) -> Probe | None:
+def _run(make: Callable[[], _Copy], gradients: Tensor) -> Probe:
     running, changes = make(), defaultdict(list)
     running.step(gradients[0])
     before = {name: x.clone() for name, x in running.tensors().items()}
-    first = before
+    first, early = before, running
     for steps in range(1, MOST_STEPS):
         running.step(gradients[steps])
+        early = running.fork() if steps == 2 else early
         now = running.tensors()
         for name, tensor in now.items():
             old = before.get(name)
             if old is None or old.shape != tensor.shape or not torch.equal(old, tensor):
                 changes[name].append(steps)
         before = {name: x.clone() for name, x in now.items()}
-        late = time.monotonic() > running.deadline - SECONDS / 2
-        if steps >= STEPS and (late or all(len(changes[name]) > 2 for name in before)):
+        slow = time.monotonic() > running.deadline - SECONDS / 2
+        if steps >= STEPS and (slow or all(len(changes[name]) > 2 for name in before)):
             break
     periods = {name: _period(changes[name]) for name in before}
     powers = _powers(make, gradients, first)
-    depths = _depths(running, before, gradients, periods)
+    length = int(max(p for p in periods.values() if p < math.inf)) + 1
+    # Early too, where a state that grows without end still has an effect that numbers can hold.
+    late, soon = (_feeds(copied, before, gradients[:length]) for copied in (running, early))
+    depths = _distances({name: fed | soon[name] for name, fed in late.items()})
     sides = {size: i for i, size in enumerate(running.parameter.shape)}
     slots = {
         name: Slot(
@@ -228,26 +237,21 @@ def _powers(make: Callable[[], _Copy], gradients: Tensor, plain: Mapping[str, Te
     return found
 
 
-def _depths(
-    running: _Copy, names: Mapping[str, Tensor], gradients: Tensor, periods: Mapping[str, float]
-) -> dict[str, int]:
-    """How far each state is from the weights, by changing one and looking what else then differs."""
-    length = int(max([p for p in periods.values() if p < math.inf], default=1)) + 1
+def _feeds(copied: _Copy, names: Iterable[str], gradients: Tensor) -> dict[str, set[str]]:
+    """Which tensors come out different if one is changed before these steps, by the name of the changed one."""
 
     def run(changed: str | None = None) -> dict[str, Tensor]:
-        fork = running.fork()
-        if changed is not None:
-            x = fork.tensors()[changed]
+        fork = copied.fork()
+        if changed is not None and (x := fork.tensors().get(changed)) is not None:
             x.copy_(x * 1.5 + 0.1 * x.abs().mean() + 1e-3)
-        for gradient in gradients[:length]:
+        for gradient in gradients:
             fork.step(gradient)
         return {name: x.clone() for name, x in fork.tensors().items()}
 
     usual = run()
-    feeds: dict[str, set[str]] = {}
-    for name in names:
-        feeds[name] = {key for key, x in run(name).items() if key != name and not torch.equal(x, usual[key])}
-    return _distances(feeds)
+    return {
+        name: {key for key, x in run(name).items() if key != name and not torch.equal(x, usual[key])} for name in names
+    }
 
 
 def _distances(feeds: Mapping[str, set[str]], longest: int = 3) -> dict[str, int]:

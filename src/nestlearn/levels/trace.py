@@ -94,22 +94,30 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def example_of(model: Any, length: int = 8) -> dict[str, Tensor] | None:
-    """An input for a model of transformers, made from its configuration; None for other models."""
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    if config is None or main is None:
+    """An input for a model of transformers, made from its configuration; None for other models.
+
+    Token ids, images and mel spectrograms, as far as the forward pass has arguments for them.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "main_input_name"):
         return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    names, made = arguments(model), {}
     text = getattr(config, "get_text_config", lambda: config)()
     vocabulary = getattr(text, "vocab_size", None)
-    if main == "input_ids" and vocabulary:
+    if vocabulary:
         ids = (torch.arange(length, device=device) % (vocabulary - 1) + 1).unsqueeze(0)
-        pairs = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
-        return {"input_ids": ids, **pairs}
-    size = getattr(config, "image_size", None)
-    if main == "pixel_values" and size is not None:
+        made["input_ids"] = ids
+        if getattr(config, "is_encoder_decoder", False):
+            made["decoder_input_ids"] = ids
+    vision = getattr(config, "vision_config", config)
+    if (size := getattr(vision, "image_size", None)) is not None:
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)}
-    return None
+        made["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width, device=device)
+    if (bins := getattr(config, "num_mel_bins", None)) is not None:
+        made["input_features"] = torch.zeros(1, bins, 2 * getattr(config, "max_source_positions", 50), device=device)
+    found = {name: value for name, value in made.items() if name in names}
+    return found if model.main_input_name in found else None
 
 
 def arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -222,9 +222,20 @@ def effective_rank(matrices: Iterable[Tensor], most: int = 8) -> float:
     for x in matrices:
         if x.dim() < 2:
             continue
+        x = x.detach().to(torch.complex128 if x.is_complex() else torch.float64)
         for matrix in x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(0):
-            values = torch.linalg.svdvals(matrix.detach().double().flatten(1))
+            values = torch.linalg.svdvals(matrix.flatten(1))
             if len(found) < most and values.sum() > 0:
                 shares = values / values.sum()
                 found.append(float(torch.special.entr(shares).sum().exp()))
     return round(sum(found) / len(found), 6) if found else 0.0
+
+
+def real(x: Tensor) -> Tensor:
+    """The numbers of a tensor of any type in float64; of a complex one both parts."""
+    return (torch.view_as_real(x) if x.is_complex() else x).double()
+
+
+def norm(x: Tensor) -> float:
+    """The norm of a tensor of any type, sparse ones included, in float64."""
+    return float(x.to(torch.complex128 if x.is_complex() else torch.float64).norm())
