@@ -120,6 +120,22 @@ def test_a_token_copies_neither_keys_nor_weights() -> None:
     assert places() == before and decoder._cache.get_seq_length() == length + 30
 
 
+def test_a_row_of_other_shapes_cannot_join_and_harms_no_other() -> None:
+    base = MemorySession(stacked("split", rank=4), TOKENIZER, compare="none")
+    base.read(TEXT)
+    other = MemorySession(stacked("split", rank=3), TOKENIZER, compare="none")
+    other.read(TEXT)
+    decoder = decoder_of(base)
+    good, bad = decoder.begin(base), decoder.begin(other)
+    for row in (good, bad):  # each alone can be read
+        logits = decoder.read([row], [list(b"The sheep")])
+    assert torch.isfinite(logits).all()
+    decoder.join(good)
+    with pytest.raises(ValueError, match="those of another model"):
+        decoder.join(bad)
+    assert decoder.step([32]).shape == (1, 259)
+
+
 @pytest.mark.parametrize("tokens", [(3,), (2, 3), (4, 5)])
 def test_products_of_few_tokens_are_those_of_a_linear_map(tokens: tuple[int, ...]) -> None:
     from torch import nn

@@ -83,6 +83,29 @@ def test_an_answer_waits_for_one_segment_at_most(watched: Any) -> None:
     assert all(read == "token" or (len(read) == 1 and done[i + 1] == "token") for i, read in enumerate(done))
 
 
+def test_a_prompt_that_fails_does_not_fail_those_beside_it(watched: Any) -> None:
+    worker, base, _ = watched
+    broken = base.fork()
+    broken.read([TEXT])
+    broken._cursor.memory.levels.networks["model.layers.0.mlp"][0].weights.anchor["up"].resize_(1, 2, 3)
+    options: dict[str, Any] = {"limit": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": (), "top": None}
+
+    async def run() -> list[Any]:
+        streams = [worker.answer(session, [65] * 5, **options) for session in (base, broken)]
+        while worker.answers:
+            worker._round()
+        found: list[Any] = []
+        for stream in streams:
+            try:
+                found.append([piece async for piece in stream][-1].tokens)
+            except RuntimeError as error:
+                found.append(error)
+        return found
+
+    tokens, error = asyncio.run(run())
+    assert tokens == 3 and isinstance(error, RuntimeError)
+
+
 def test_a_reading_that_fails_does_not_fail_those_beside_it(watched: Any) -> None:
     worker, base, _ = watched
     whole, broken = base.fork(), base.fork()

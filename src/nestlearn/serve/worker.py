@@ -274,21 +274,31 @@ class Worker:
         return chosen
 
     def _read_prompts(self, answers: list[Answer]) -> None:
+        """Read in one pass. If that fails, each is tried alone: one must not fail the others."""
+        pieces = [answer.ids[answer.read : answer.read + PROMPT_PIECE] for answer in answers]
         try:
-            pieces = [answer.ids[answer.read : answer.read + PROMPT_PIECE] for answer in answers]
             logits = self.decoder.read([answer.row for answer in answers], pieces)
-            for answer, piece in zip(answers, pieces, strict=True):
-                answer.read += len(piece)
-            if answers[0].read < len(answers[0].ids):
-                self._prompts.append(answers[0])
-                return
-            for answer, going in zip(answers, self._choose(answers, logits), strict=True):
-                if going:
-                    self.decoder.join(answer.row)
-                    self._rows.append(answer)
         except Exception as error:  # noqa: BLE001 - as above
+            if len(answers) == 1:
+                answers[0].stream.put(error)
+                return
             for answer in answers:
-                answer.stream.put(error)
+                self._read_prompts([answer])
+            return
+        for answer, piece, scores in zip(answers, pieces, logits, strict=True):
+            answer.read += len(piece)
+            self._begin(answer, scores)
+
+    def _begin(self, answer: Answer, scores: Float[Tensor, "v"]) -> None:
+        """Let an answer join, with its first token, if its prompt is read to the end."""
+        try:
+            if answer.read < len(answer.ids):
+                self._prompts.append(answer)
+            elif self._choose([answer], scores[None])[0]:
+                self.decoder.join(answer.row)
+                self._rows.append(answer)
+        except Exception as error:  # noqa: BLE001 - as above
+            answer.stream.put(error)
 
     def _step_tasks(self) -> None:
         """One step of one task. Readings that wait for a segment share the pass if there are no answers."""

@@ -160,12 +160,12 @@ class StackedDecoder:
 
     @torch.inference_mode()
     def join(self, row: Row) -> None:
+        self._levels.append(row.levels or LevelState())
         if not self._lengths:
             self._cache.layers = [RowKeyValues() for _ in row.cache.layers]
         for layer, (keys, values) in zip(self._cache.layers, _keys(row.cache), strict=True):
             layer.join(keys, values)
         self._lengths.append(row.cache.get_seq_length())
-        self._levels.append(row.levels or LevelState())
         self._state = self._levels.state()
 
     @torch.inference_mode()

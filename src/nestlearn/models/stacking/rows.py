@@ -115,7 +115,16 @@ class LevelRows:
         return len(self._states)
 
     def append(self, state: LevelState) -> None:
-        """A new last row that reads as this state, of one row or empty."""
+        """A new last row that reads as this state, of one row or empty.
+
+        Raises:
+            ValueError: its weights have other shapes than those of the model; nothing has changed.
+        """
+        for path, levels in state.networks.items():
+            for i, fast in enumerate(levels):
+                found = {} if fast is None else {name: tuple(w.shape[1:]) for name, w in fast.weights.anchor.items()}
+                if fast is not None and found != self._mlps[path].level(i).shapes:
+                    raise ValueError(f"level {i} of {path} has weights of the shapes {found}: those of another model.")
         self._states.append(state)
 
     def keep(self, rows: Sequence[int]) -> None:
