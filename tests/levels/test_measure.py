@@ -170,27 +170,6 @@ def test_a_dead_slow_level() -> None:
     assert health["slow"].gradient == 0 and health["slow"].writes_off == health["slow"].initial == 0
 
 
-def test_one_dead_block_among_equal_ones() -> None:
-    class Block(nn.Module):
-        def __init__(self, open_: float) -> None:
-            super().__init__()
-            self.map, self.open = nn.Linear(4, 4), open_
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.open * self.map(x).tanh()
-
-    model: Any = nn.Sequential(nn.Sequential(Block(1.0), Block(0.0), Block(1.0)), nn.Linear(4, 2))
-    health = measure(nested_system(model, torch.optim.SGD(model.parameters(), 0.1)), pairs(3), loss=mse_loss)
-    assert faults(health) == [("dead", "0.*.map")]
-    assert "0.1.map.weight, 0.1.map.bias never moved" in health.findings[0].text
-
-    titans = {"type": "memory", "memory": "titans", "expansion": 2, "chunk_size": 4}
-    hope = language_model(mixer=titans, num_hidden_layers=2, cms=levels(None))
-    hope.model.layers[1].mixer.max_step = 1e-5
-    found = measure(nested_system(hope), texts(1), switch_off=False).findings
-    assert [f.fault for f in found] == ["writes change nothing"] and "(in model.layers.1.mixer)" in found[0].text
-
-
 def test_two_levels_that_do_the_same() -> None:
     model = open_levels(language_model(cms=levels(4, 5, None), cms_variant="independent"))
     first, second = model.model.layers[0].cms.networks[:2]

@@ -17,8 +17,7 @@ class LevelHealthCallback(TrainerCallback):
     """Measures the levels of a model while `transformers.Trainer` trains it, and writes the reports.
 
     ``levels.html`` and ``levels.json`` in the output folder are of the last measurement. Training goes on as without
-    it: model, optimizer and random numbers are as before. The first process alone measures, so models may be in
-    DistributedDataParallel, but not in FSDP.
+    it: model, optimizer and random numbers are as before.
 
     Args:
         stream: batches that are the same at each measurement, as of `nestlearn.levels.measure`; a generator is used up.

@@ -57,7 +57,6 @@ class Measured:
         shapes: of its tensors.
         share: of a memory, the share of its answers that depends on its writes. Of a state of the optimizer, how far
             from their end the weights end with the state put back after each step, relative to their way.
-        weak: of a memory the module with the smallest share; of weights the tensors that never moved.
         cosine: to the most similar neighbouring level, with its label.
         writes_off: what the mean loss rises by without its changes; each batch counts before it is learned.
         initial: what the loss at the end rises by with its weights back at the start.
@@ -72,7 +71,6 @@ class Measured:
     vector: Tensor | None = field(repr=False, compare=False)
     shapes: tuple[tuple[int, ...], ...] = ()
     share: float | None = None
-    weak: tuple[str, ...] = ()
     cosine: tuple[str, float] | None = None
     writes_off: float | None = None
     initial: float | None = None
@@ -190,12 +188,8 @@ def _fault(m: Measured, health: LevelHealth) -> Finding | None:
     if still and not learns:
         return Finding("dead", label, f"it moved by {m.change or 0:.1g} of its norm in {m.inputs} inputs: it is dead.")
     if learns and m.share is not None and m.share < SHARE:
-        where = f" (in {m.weak[0]})" if len(c.members) > 1 and m.weak else ""
-        text = f"its writes change {m.share:.1g} of its answers{where}: larger steps, or a weaker bound, let it learn."
+        text = f"its writes change {m.share:.1g} of its answers: larger steps, or a weaker bound, would let it learn."
         return Finding("writes change nothing", label, text)
-    if "weights" in c.kind and m.weak:
-        names = ", ".join(m.weak[:3]) + (f" and {len(m.weak) - 3} more" if len(m.weak) > 3 else "")
-        return Finding("dead", label, f"in {m.inputs} batches {names} never moved, while the rest of it did.")
     seen = all(s.component.frequency.period < length for s in health.measured if s.component.kind == c.kind)
     if c.kind == "optimizer state" and seen and m.share is not None and m.share < STILL:
         text = f"put back after each of {length} steps, it leaves the weights where they were: it never matters."

@@ -89,14 +89,13 @@ class Watch:
         self.updates, self.gradients, self.steps = 0, [], 0
         self.start: dict[str, Tensor] = {}
         self.end: dict[str, Tensor] = {}
-        self.moved, self.ever = 0.0, set()
+        self.moved = 0.0
 
     def saw(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], gradients: Iterable[Tensor]) -> None:
         """Note one batch."""
         self.start = self.start or dict(before) or {name: torch.zeros_like(x) for name, x in after.items()}
         changed = [n for n, x in after.items() if n not in before or not torch.equal(before[n], x)]
         self.steps += 1
-        self.ever.update(changed)
         self.updates += bool(changed)
         self.moved += math.hypot(*(norm(after[n] - before.get(n, 0)) for n in changed))
         norms = [norm(g) for g in gradients]
@@ -354,16 +353,13 @@ def _measured(
     both: dict[str, Any] = {"writes_off": effect.get("writes off"), "initial": effect.get("initial")}
     if component.label in written:
         w = written[component.label]
-        return Measured(
-            component, w.updates, w.tokens, None, w.size, w.rank, w.change, share=w.share, weak=(w.weakest,), **both
-        )
+        return Measured(component, w.updates, w.tokens, None, w.size, w.rank, w.change, share=w.share, **both)
     if component.label in watched:
         seen = watched[component.label]
         gradient = sum(seen.gradients) / len(seen.gradients) if seen.gradients else None
         rank = effective_rank(seen.end[n] - seen.start[n] for n in sorted(seen.end) if n in seen.start)
         shapes = tuple(tuple(x.shape) for _, x in sorted(seen.end.items()))
         figures = (seen.updates, seen.steps, gradient, seen.relative, rank, seen.change, shapes)
-        weak = tuple(n for n in seen.start if n not in seen.ever)
-        return Measured(component, *figures, share=effect.get("weights"), weak=weak, **both)
+        return Measured(component, *figures, share=effect.get("weights"), **both)
     updates, inputs = carried.get(component.label, (None, 0))
     return Measured(component, updates, inputs, None, None, None, None, **both)

@@ -71,10 +71,9 @@ def probe(optimizer: Optimizer, group: int, parameter: Tensor) -> Probe | None:
     None if it cannot be copied, or cannot step on gradients alone.
     """
     shape = tuple(min(size, SIDES[i % len(SIDES)]) for i, size in enumerate(parameter.shape))
-    device = torch.device("cpu") if parameter.is_meta else parameter.device
-    numbers = torch.randn(MOST_STEPS + 1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    start, gradients = numbers[0], numbers[1:]
     with torch.random.fork_rng([]), torch.enable_grad():
+        torch.manual_seed(0)
+        start, gradients = torch.randn(shape), torch.randn(MOST_STEPS, *shape)
         deadline = time.monotonic() + SECONDS
         try:
             found = _run(lambda: _Copy(optimizer, group, start, deadline), gradients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +29,7 @@ class Written:
         size: norm of the change over the whole row, relative to the initial weights (of zero weights the norm itself).
         rank: effective rank of the change, the mean over its matrices.
         change: all changes as one vector.
-        share: of the module's answers that depends on its writes, ``‖y − y without writes‖ / ‖y‖``; of repeated blocks
-            the smallest.
-        weakest: the module with this share.
+        share: of the module's answers that depends on its writes, ``‖y − y without writes‖ / ‖y‖``.
     """
 
     tokens: int
@@ -40,7 +38,6 @@ class Written:
     rank: float
     change: Tensor
     share: float
-    weakest: str = ""
 
 
 def observe(
@@ -51,28 +48,23 @@ def observe(
     Args:
         model: with the memories.
         read: a forward pass of one batch.
-        components: those to observe. Of repeated blocks the figures are those of the first, except the share.
+        components: those to observe. Of repeated blocks the first is observed.
         tokens: how many are read one by one at most.
     """
     modules, found = dict(model.named_modules()), {}
-    chosen = [c for c in components if c.kind == "memory" and all(name in modules for name in c.members)]
-    with _calls({id(modules[n]): modules[n] for c in chosen for n in c.members}.values()) as calls, torch.no_grad():
+    chosen = {c.label: (c, modules[c.members[0]]) for c in components if c.kind == "memory" and c.members[0] in modules}
+    with _calls(module for _, module in chosen.values()) as calls, torch.no_grad():
         read()
     with torch.no_grad():
-        for component in chosen:
-            seen: list[Written] = []
-            for i, name in enumerate(component.members):
-                module, called = modules[name], calls.get(id(modules[name]), [])
-                if not called:
-                    continue
-                if isinstance(module, LossLevel):
-                    written = _by_loss(module, called)
-                else:
-                    written = _by_token(component, module, called[0], 0 if i else tokens)
-                seen.append(replace(written, weakest=name))
-            if seen:
-                weakest = min(seen, key=lambda written: written.share)
-                found[component.label] = replace(seen[0], share=weakest.share, weakest=weakest.weakest)
+        for label, (component, module) in chosen.items():
+            if isinstance(module, LossLevel):
+                written = _by_loss(module, calls.get(id(module), []))
+            elif calls.get(id(module)):
+                written = _by_token(component, module, calls[id(module)][0], tokens)
+            else:
+                written = None
+            if written is not None:
+                found[label] = written
     return found
 
 
@@ -161,7 +153,7 @@ def _by_token(component: Component, module: nn.Module, call: inspect.BoundArgume
 
     start = _state(run(x[:, :1], writes=False)[1], component)
     state, before, updates = None, _read(start, component), 0
-    count = min(max(tokens, int(component.frequency.period) + 1), x.shape[1]) if tokens else 0
+    count = min(max(tokens, int(component.frequency.period) + 1), x.shape[1])
     for t in range(count):
         _, state = run(x[:, t : t + 1], state)
         now = _read(_state(state, component), component)
@@ -172,7 +164,9 @@ def _by_token(component: Component, module: nn.Module, call: inspect.BoundArgume
     return written_over(count, updates, start.params, _state(end, component).params, y, off)
 
 
-def _by_loss(level: LossLevel, calls: list[Any]) -> Written:
+def _by_loss(level: LossLevel, calls: list[Any]) -> Written | None:
+    if not calls:
+        return None
     updates, tokens = 0, 0
     for before, after, x in calls:
         tokens += x.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -199,7 +200,7 @@ class _Chat(_Shape):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         word = self.word(token)
         # A token may be a part of a character, which has no text of its own.
-        return {"token": word, "logprob": logprob, "bytes": None if "\ufffd" in word else list(word.encode())}
+        return {"token": word, "logprob": _finite(logprob), "bytes": None if "\ufffd" in word else list(word.encode())}
 
 
 class _Completion(_Shape):
@@ -210,9 +211,14 @@ class _Completion(_Shape):
     def _scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
         words = [self.word(score.token) for score in scores]
         starts = [offset + sum(map(len, words[:place])) for place in range(len(words))]
-        top = [{self.word(token): logprob for token, logprob in score.top} for score in scores]
-        return {"tokens": words, "token_logprobs": [score.logprob for score in scores], "top_logprobs": top,
+        top = [{self.word(token): _finite(logprob) for token, logprob in score.top} for score in scores]
+        return {"tokens": words, "token_logprobs": [_finite(score.logprob) for score in scores], "top_logprobs": top,
                 "text_offset": starts}  # fmt: skip
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity and no NaN. The API says -9999 of what is impossible."""
+    return logprob if math.isfinite(logprob) else -9999.0
 
 
 async def _whole(call: Call, stream: Stream[Piece]) -> Piece:

@@ -77,7 +77,9 @@ def invalid(errors: Any) -> ApiError:
     """The error of a request that does not fit its schema: the first field that is wrong."""
     first = errors[0]
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
-    return bad_request(f"{place or 'the body'}: {first['msg']}.".replace("..", "."), place or None)
+    return bad_request(
+        f"{place or 'the body'}: {first['msg'].removeprefix('Value error, ')}.".replace("..", "."), place or None
+    )
 
 
 def busy(message: str, seconds: int = 1) -> ApiError:

@@ -23,7 +23,7 @@ from nestlearn.continual.session.reader import check_text, name_of_source
 from .access import explain
 from .errors import ApiError, bad_request, invalid
 from .responses import EditResult, PracticeResult, ReadResult, Score, Session, json_or_events
-from .schemas import EditRequest, FactOf, PracticeRequest, ReadRequest, ScoreRequest
+from .schemas import SOME_TEXT, EditRequest, FactOf, PracticeRequest, ReadRequest, ScoreRequest
 from .server import OwnerOf, Server, ServerOf
 from .sessions import SessionId
 from .steps import steps_of
@@ -38,7 +38,7 @@ _READ_BODY: dict[str, Any] = {
         "required": True,
         "content": {
             "application/json": {"schema": ReadRequest.model_json_schema()},
-            "text/plain": {"schema": {"type": "string", "minLength": 1}},
+            "text/plain": {"schema": SOME_TEXT},
         },
     }
 }
@@ -273,7 +273,7 @@ def _fact(asked: FactOf, param: str) -> Fact:
     try:
         return Fact(asked.prompt, asked.target, asked.subject)
     except ValueError as error:
-        raise bad_request(str(error), param) from error
+        raise ApiError(409, str(error), "cannot_edit", param=param) from error
 
 
 async def _read_request(request: Request, given: ReadRequest) -> ReadRequest:
@@ -309,7 +309,7 @@ _READ = TypeAdapter(ReadRequest)
 def _parse(content: bytes) -> ReadRequest:
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad_request(f"the body is not JSON: {error}") from error
     if isinstance(found, dict) and "url" in found:
         raise bad_request("this server fetches no addresses. Send the text itself.", "url", "url_refused")

@@ -75,8 +75,15 @@ def bind(host: str, port: int, folder: Path) -> socket.socket:
     """A socket that will listen.
 
     Raises:
-        ValueError: the port is in use; or other machines could reach it, and the server has no keys.
+        ValueError: the port is in use, the folder cannot be made, or other machines could reach the server, which has
+            no keys.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--sessions {folder} cannot be used: {error.strerror}. Name a folder, or a place where one can be made."
+        ) from error
     keys = Keys(folder)
     try:
         if host not in _HERE and not any(key.revoked is None for key in keys.all()):

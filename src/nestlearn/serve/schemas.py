@@ -25,6 +25,11 @@ WHOLE = BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_intege
 """In JSON 1.0 is an integer, too."""
 SessionName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME, "minLength": 1, "maxLength": 64})]
 """The name of a session; `nestlearn.serve.store.check_name` refuses others."""
+SOME_TEXT = {"type": "string", "minLength": 1, "pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"}
+"""A text that says something; `nestlearn.continual.session.reader.check_text` refuses others."""
+SomeText = Annotated[str, WithJsonSchema(SOME_TEXT)]
+AnyText = Annotated[str, WithJsonSchema({"type": "string", "pattern": r"^[^\u0000]*$"})]
+"""A part of a prompt, which may be empty."""
 Stop = str | Annotated[list[str], Field(max_length=4)] | None
 
 
@@ -73,14 +78,14 @@ class TextPart(Open):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: AnyText
 
 
 class Message(Open):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: AnyText | Annotated[list[TextPart], Field(min_length=1)]
 
     def plain(self) -> dict[str, str]:
         """Role and text; a developer is the system."""
@@ -94,8 +99,16 @@ class ResponseFormat(Open):
     type: Literal["text"] = "text"
 
 
+_SCORED: dict[str, Any] = {
+    "if": {"properties": {"top_logprobs": {"type": "integer", "minimum": 1}}, "required": ["top_logprobs"]},
+    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+}
+
+
 class ChatRequest(Generation):
     """The body of ``POST /v1/chat/completions``."""
+
+    model_config = ConfigDict(json_schema_extra=_SCORED)
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
@@ -115,7 +128,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """The body of ``POST /v1/completions``."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: AnyText | Annotated[list[AnyText], Field(min_length=1, max_length=MAX_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
     echo: Annotated[Literal[False], Field(description="Not supported.")] | None = False
@@ -143,7 +156,7 @@ class ChangeSession(Closed):
 class ReadRequest(Closed):
     """The body of ``POST /v1/sessions/{id}/read``."""
 
-    text: Annotated[str, Field(min_length=1)]
+    text: SomeText
     name: Annotated[str, Field(max_length=200)] | None = Field(None, description="Of the document, in the log.")
     compare: bool = Field(False, description="Whether to score the text with writes ignored as well.")
     levels: bool = Field(False, description="Whether to tell the levels' distance from the model after each segment.")
@@ -153,13 +166,13 @@ class ReadRequest(Closed):
 class ScoreRequest(Closed):
     """The body of ``POST /v1/sessions/{id}/score``."""
 
-    text: Annotated[str, Field(min_length=1)]
+    text: SomeText
 
 
 class PracticeRequest(Closed):
     """The body of ``POST /v1/sessions/{id}/practice``; see `MemorySession.practice`."""
 
-    texts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=100)]
+    texts: Annotated[list[SomeText], Field(min_length=1, max_length=100)]
     passes: Annotated[int, Field(ge=1, le=1000), WHOLE] = 30
     questions: Annotated[int, Field(ge=0, le=64), WHOLE] = 8
     lr: Annotated[float, Field(gt=0, le=100)] = 1.0
@@ -178,8 +191,8 @@ class PracticeRequest(Closed):
 class FactOf(Closed):
     """A fact: what the model should say after a prompt; see `nestlearn.Fact`."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=500)]
-    target: Annotated[str, Field(min_length=1, max_length=200)]
+    prompt: Annotated[SomeText, WithJsonSchema({**SOME_TEXT, "maxLength": 500}), Field(max_length=500)]
+    target: Annotated[SomeText, WithJsonSchema({**SOME_TEXT, "maxLength": 200}), Field(max_length=200)]
     subject: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
         None, description="Words of the prompt that it is about; by default its last name or number."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from nestlearn.continual.session import MemorySession
 
-from .errors import ApiError, bad_request
+from .errors import ApiError
 from .responses import Deleted, Diff, Session, SessionDetails, SessionPage
 from .schemas import ChangeSession, ForgetRequest, ForkRequest, NewSession, SessionName
 from .server import OwnerOf, Server, ServerOf
@@ -25,6 +26,7 @@ from .views import edits_of, levels_of, view
 
 router = APIRouter(prefix="/v1/sessions")
 FILE_PIECE = 2**20
+TRIAL = "A text of some words, by which the file of a session is tried."
 SessionId = Annotated[SessionName, InPath(alias="id")]
 OtherId = Annotated[SessionName, InPath()]
 
@@ -97,7 +99,7 @@ async def forget(name: SessionId, body: ForgetRequest, server: ServerOf, owner: 
         try:
             work.forget(body.levels)
         except ValueError as error:
-            raise bad_request(str(error), "levels") from error
+            raise ApiError(404, str(error), "level_not_found", param="levels") from error
         return view(await server.store.call(server.store.commit, owner, name, work))
 
 
@@ -143,10 +145,9 @@ _FILE_BODY: dict[str, Any] = {
 async def upload(name: SessionId, request: Request, server: ServerOf, owner: OwnerOf) -> dict[str, Any]:
     """Make a file that was downloaded, or written by `MemorySession.save`, this session. A foreign one is refused."""
     async with server.store.writing(owner, name):
-        folder = server.store.folder / "uploads"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{secrets.token_hex(8)}.safetensors"
+        path = server.store.folder / "uploads" / f"{secrets.token_hex(8)}.safetensors"
         try:
+            path.parent.mkdir(exist_ok=True)
             async with await anyio.open_file(path, "wb") as file:
                 async for piece in request.stream():
                     await file.write(piece)
@@ -167,7 +168,10 @@ async def _foreign_or_mine(server: Server, path: Path) -> MemorySession:
     try:
         session = await server.store.call(server.store.load, path)
         # The tensors of a foreign file may have the right names and other shapes: a copy reads a segment.
-        await server.read(session.fork(), ["A text of some words, by which the shapes are tried."])
+        await server.read(session.fork(), [TRIAL])
+        async for report in server.steps(session.scoring([TRIAL])):
+            if not math.isfinite(report.bits_per_byte):
+                raise ValueError("its numbers are not finite, or overflow.")
     except ApiError:
         raise
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:

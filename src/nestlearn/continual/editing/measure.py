@@ -136,7 +136,11 @@ def row_losses(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"], rows: Se
 
 @torch.no_grad()
 def general_directions(
-    model: Any, paths: Sequence[str], name: Any, text: Callable[[], Int[Tensor, "b t"]]
+    model: Any,
+    paths: Sequence[str],
+    name: Any,
+    text: Callable[[], Int[Tensor, "b t"]],
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Float[Tensor, "r in"]]:
     """The rows B of `nestlearn.models.stacking.general` for the inputs of maps, of the model without what was learned.
 
@@ -145,6 +149,7 @@ def general_directions(
         paths: of the maps.
         name: of the text. What is known of a text is not estimated again.
         text: gives the tokens, in rows that are read on their own.
+        progress: called with a line before each row.
     """
     known = _GENERAL.setdefault(stacked_model(model), {})
     missing = [path for path in paths if (name, path) not in known]
@@ -159,7 +164,9 @@ def general_directions(
 
             return add
 
-        for row in text().split(1):
+        rows = text().split(1)
+        for number, row in enumerate(rows):
+            progress(f"reading general text, row {number + 1} of {len(rows)}")
             run(model, LevelState(), row, {path: tap(path) for path in missing})
         known.update({(name, path): leading_directions(sums[path], DIRECTIONS) for path in missing})
     return {path: known[name, path] for path in paths}

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestlearn.fields import Positive, check_value
 from nestlearn.models import HopeCache
 from nestlearn.models.segments import next_token_nats
 from nestlearn.models.stacking import (
@@ -158,6 +159,9 @@ class StackedBackend:
     def __init__(
         self, model: Any, tokenizer: Any, context_length: int | None, protect: float | None, settings: Mapping[str, Any]
     ) -> None:
+        for name, value, kind in (("context_length", context_length, int), ("protect", protect, Positive)):
+            if value is not None:
+                check_value(name, value, kind)
         self.model, self.plan, self.protect = model, stacked_model(model).stack_plan, protect
         self.settings = self.plan.with_settings(**settings)
         self.segment, self.levels = self.plan.segment, tuple(self.plan.learning())

@@ -130,20 +130,26 @@ class EditedSession:
     def _editor(
         self, backend: StackedBackend, general: str | None, seed: int, progress: Callable[[str], None] | None
     ) -> Editor:
-        rows, directions = self._fact_rows(backend, seed), partial(self._directions, general, seed)
-        return Editor(self.model, rows, directions, backend.protect, progress or (lambda _: None))
+        tell = progress or (lambda _: None)
+        rows, directions = self._fact_rows(backend, seed), partial(self._directions, general, seed, tell)
+        return Editor(self.model, rows, directions, backend.protect, tell)
 
     def _fact_rows(self, backend: StackedBackend, seed: int) -> FactRows:
         made = own_text(self.model, self.tokenizer, tokens=CONTEXTS * 10, length=10, seed=seed)
         contexts = [f"{self.tokenizer.decode(row, skip_special_tokens=True).strip()}. " for row in made]
         return FactRows(self.tokenizer, partial(self._tokens_of, first=True), backend.start_tokens, contexts)
 
-    def _directions(self, text: str | None, seed: int, paths: Sequence[str]) -> dict[str, Float[Tensor, "r in"]]:
+    def _directions(
+        self, text: str | None, seed: int, tell: Callable[[str], None], paths: Sequence[str]
+    ) -> dict[str, Float[Tensor, "r in"]]:
         length = min(256, self._backend.positions or 256)
 
         def ids() -> Int[Tensor, "b t"]:
             if text is None:
-                return own_text(self.model, self.tokenizer, length=length, seed=seed)
+                return own_text(
+                    self.model, self.tokenizer, length=length, seed=seed,
+                    progress=lambda at: tell(f"writing general text, token {at} of {length}"),
+                )  # fmt: skip
             return general_rows(self.tokenizer, text, length=length)
 
-        return general_directions(self.model, paths, (text, seed), ids)
+        return general_directions(self.model, paths, (text, seed), ids, tell)

@@ -47,6 +47,12 @@ class LogEntry:
     when: str
     bytes: int
 
+    def __post_init__(self) -> None:
+        texts = isinstance(self.what, str) and isinstance(self.when, str)
+        if not texts or type(self.bytes) is not int or self.bytes < 0:
+            raise TypeError(f"an entry of a log has two texts and a number of bytes, got {self!r}.")
+        (self.what + self.when).encode()  # half a surrogate pair is no text
+
     @classmethod
     def now(cls, what: str, count: float) -> LogEntry:
         """A reading of so many bytes that ends now."""

@@ -25,13 +25,13 @@ directions that is 2.2 MB per layer of SmolLM2-135M in bfloat16 (65 MB in all), 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from nestlearn.models.generation import GumbelNoise
 from nestlearn.nn.cms.tape import Tape
@@ -80,12 +80,30 @@ def leading_directions(products: Float[Tensor, "d d"], rank: int | None = None) 
     return (vectors[:, len(values) - rank :] * scale).mT.flip(0)
 
 
-def own_text(model: Any, tokenizer: Any, tokens: int = TOKENS, length: int = 256, seed: int = 0) -> Int[Tensor, "b t"]:
-    """Text that the model writes from its start token, in rows of ``length`` tokens."""
+class _Telling(LogitsProcessor):
+    """Tells the length of the rows before each token."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, input_ids: Int[Tensor, "b t"], scores: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
+        self.tell(input_ids.shape[1])
+        return scores
+
+
+def own_text(
+    model: Any,
+    tokenizer: Any,
+    tokens: int = TOKENS,
+    length: int = 256,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Int[Tensor, "b t"]:
+    """Text that the model writes from its start token, in rows of ``length`` tokens; ``progress`` is told each one."""
     rows = max(1, tokens // length)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = torch.full((rows, 1), int(start), device=model.device)
-    noise = LogitsProcessorList([GumbelNoise(seed, model.device)])
+    noise = LogitsProcessorList([GumbelNoise(seed, model.device), _Telling(progress)])
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": length - 1, "max_new_tokens": length - 1}
     return model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=noise, **options)
 
