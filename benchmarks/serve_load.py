@@ -9,6 +9,7 @@ Nothing is reported unless every greedy answer under load equals the answer that
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
@@ -38,8 +40,8 @@ class Answer(NamedTuple):
 
 
 @contextmanager
-def server(model: str, threads: int) -> Iterator[str]:
-    """The address of a server over new sessions."""
+def server(model: str, threads: int) -> Iterator[tuple[str, int]]:
+    """The address of a server over new sessions, and the number of its process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "nestlearn", "serve", model, "--sessions", folder, "--port", "0"]
         process = subprocess.Popen(
@@ -49,7 +51,7 @@ def server(model: str, threads: int) -> Iterator[str]:
         assert process.stderr is not None
         try:
             lines = (json.loads(line) for line in process.stderr if line.startswith("{"))
-            yield next(line["url"] for line in lines if line["event"] == "listen")
+            yield next(line["url"] for line in lines if line["event"] == "listen"), process.pid
         finally:
             process.terminate()
             process.communicate()
@@ -101,26 +103,43 @@ def under_load(client: httpx2.Client, model: str, clients: int, tokens: int) -> 
     return answers, time.monotonic() - began
 
 
+def processor_seconds(number: int) -> float:
+    """Seconds that a process has used a processor; NaN where the system does not tell. Others do not count, so that it
+    compares loads on a busy machine (with one thread: several wait for each other actively)."""
+    about = Path(f"/proc/{number}/stat")
+    if not about.exists():
+        return math.nan
+    user, system = about.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """The median and the 99th percentile."""
     ordered = sorted(values)
     return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]}
 
 
-def measure(client: httpx2.Client, model: str, clients: int, tokens: int, expected: Sequence[str]) -> Record:
+def measure(
+    client: httpx2.Client, model: str, number: int, clients: int, tokens: int, expected: Sequence[str]
+) -> Record:
     """The record of one load.
 
     Raises:
         RuntimeError: an answer differs from the one that its session gave alone.
     """
+    before = processor_seconds(number)
     answers, seconds = under_load(client, model, clients, tokens)
-    for number, answer in enumerate(answers):
-        if answer.text != expected[number]:
-            raise RuntimeError(f"session {number} answered {answer.text!r} under load, and alone {expected[number]!r}")
+    used = processor_seconds(number) - before
+    for session, answer in enumerate(answers):
+        if answer.text != expected[session]:
+            raise RuntimeError(
+                f"session {session} answered {answer.text!r} under load, and alone {expected[session]!r}"
+            )
     steps = [b - a for answer in answers for a, b in zip(answer.seconds, answer.seconds[1:], strict=False)]
     return {
         "clients": clients,
         "tokens_per_second": sum(answer.tokens for answer in answers) / seconds,
+        "tokens_per_processor_second": sum(answer.tokens for answer in answers) / used,
         "first_token": percentiles([answer.seconds[0] for answer in answers if answer.seconds]),
         "token": percentiles(steps),
     }
@@ -133,32 +152,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--tokens", type=int, default=48, help="of each answer")
     made.add_argument("--reading", action="store_true", help="one more client reads texts meanwhile")
     options = parse(made, arguments)
-    with server(options.model, options.threads) as url, httpx2.Client(base_url=url, timeout=600) as client:
+    with server(options.model, options.threads) as (url, number), httpx2.Client(base_url=url, timeout=600) as client:
         model, most = client.get("/v1/models").json()["data"][0]["id"], max(options.clients)
-        for number in range(most):
-            prepare(client, number)
-        began = time.monotonic()
-        alone = [ask(client, model, number, options.tokens) for number in range(most)]
-        speed = sum(answer.tokens for answer in alone) / (time.monotonic() - began)
+        for session in range(most):
+            prepare(client, session)
+        began, used = time.monotonic(), processor_seconds(number)
+        alone = [ask(client, model, session, options.tokens) for session in range(most)]
+        count = sum(answer.tokens for answer in alone)
+        speed, per_second = count / (time.monotonic() - began), count / (processor_seconds(number) - used)
         records = []
         with reader(client, options.reading):
             for clients in options.clients:
                 texts = [answer.text for answer in alone]
-                records.append(measure(client, model, clients, options.tokens, texts))
+                records.append(measure(client, model, number, clients, options.tokens, texts))
     result: dict[str, Any] = {
         "model": options.model, "processor": processor(), "threads": options.threads, "tokens": options.tokens,
-        "reading": options.reading, "one_after_the_other": speed, "loads": records,
+        "reading": options.reading, "one_after_the_other": speed,
+        "one_after_the_other_per_processor_second": per_second, "loads": records,
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1))
     rows = [
         [str(r["clients"]), f"{r['tokens_per_second']:.1f}", f"{r['tokens_per_second'] / speed:.2f}",
+         f"{r['tokens_per_processor_second'] / per_second:.2f}",
          *(f"{1000 * r[kind][part]:.0f}" for kind in ("first_token", "token") for part in ("p50", "p99"))]
         for r in records
     ]  # fmt: skip
     print(f"one after the other: {speed:.1f} tokens/s; milliseconds:\n")
     print(
         table(
-            ["clients", "tokens/s", "of one after the other", "first p50", "first p99", "token p50", "token p99"], rows
+            [
+                "clients",
+                "tokens/s",
+                "of one after the other",
+                "in processor time",
+                "first p50",
+                "first p99",
+                "token p50",
+                "token p99",
+            ],
+            rows,
         )
     )
 
