@@ -168,50 +168,49 @@ def test_a_continuum_memory_is_composed_of_nested_levels() -> None:
     assert [(p.period, p.names) for p in levels(system)] == [(3, ("0.M.weights",)), (6, ("1.M.weights",))]
 
 
-def test_a_self_modifying_memory_is_adaptive_wiring() -> None:
+def mlp_memory(initial: dict[str, Tensor]) -> System:
+    """A two-layer memory that learns by DGD on -<M(k), target>: a step of each map, with its own input and error."""
+
+    def update(w: Any, k: Tensor, e: Any) -> tuple[Any, None]:
+        target, eta, alpha = e
+        h, back = vjp(F.gelu, w["in"] @ k)[:2]
+        moved = {}
+        for name, x, error in (("in", k, back(-w["out"].mT @ target)[0]), ("out", h, -target)):
+            step, d = eta / (1 + eta * x @ x), w[name] - initial[name]
+            moved[name] = initial[name] + alpha * d - step * torch.outer(d @ x + error, x)
+        return moved, None
+
+    return System(initial, lambda w, x: x + w["out"] @ F.gelu(w["in"] @ x), update)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / (x.square().sum() + 1e-6).sqrt()
+
+
+def self_modifying(layer: Any, memories: dict[str, System]) -> System:
     """Five memories make the keys, values and gates that all five learn from, and each makes its own target."""
+
+    def tokens(parts: Parts, x: Any) -> tuple[Tensor, ...]:
+        s = {name: parts[name](x[name]) for name in layer.adaptive}
+        eta = layer.max_step * torch.sigmoid(s["eta"] @ layer.eta_vector[0] + layer.eta_bias[0])
+        alpha = torch.sigmoid(s["alpha"] @ layer.alpha_vector[0] + layer.alpha_bias[0])
+        return unit(s["k"]), unit(s["v"]), eta, alpha
+
+    def flow(parts: Parts, x: Any, e: Any) -> dict[str, Any]:
+        k, v, eta, alpha = tokens(parts, x)
+        return {name: (k, (unit(part(v)), eta, alpha)) for name, part in parts.items()}
+
+    def answer(parts: Parts, x: Any) -> Tensor:  # of the memory that has learned this token
+        return parts["memory"].learn(*flow(parts, x, None)["memory"])(unit(x["q"]))
+
+    return wire(memories, answer, flow)
+
+
+def test_a_self_modifying_memory_is_adaptive_wiring() -> None:
     layer: Any = SelfModifyingConfig(chunk_size=1, projection_chunk_size=1, conv_size=0).build(8, num_heads=1).double()
     nn.init.normal_(layer.streams.weight)
     start = {name: {m: w[0] for m, w in layer.initial[name](torch.float64).items()} for name in layer.initial}
-
-    def read(w, x):
-        return x + w["out"] @ F.gelu(w["in"] @ x)
-
-    def memory(initial):
-        def dgd(w, k, e):  # one step of each map on -<M(k), target>, with its own input and error
-            target, eta, alpha = e
-            h, back = vjp(F.gelu, w["in"] @ k)[:2]
-            pairs = {"in": (k, back(-w["out"].mT @ target)[0]), "out": (h, -target)}
-            moved = {}
-            for name, (x, error) in pairs.items():
-                step, d = eta / (1 + eta * x @ x), w[name] - initial[name]
-                moved[name] = initial[name] + alpha * d - step * torch.outer(d @ x + error, x)
-            return moved, None
-
-        return System(initial, read, dgd)
-
-    def unit(x):
-        return x / (x.square().sum() + 1e-6).sqrt()
-
-    def tokens(parts, x):
-        q, s = x["q"], {name: parts[name](x[name]) for name in layer.adaptive}
-        eta = layer.max_step * torch.sigmoid(s["eta"] @ layer.eta_vector[0] + layer.eta_bias[0])
-        return (
-            unit(q),
-            unit(s["k"]),
-            unit(s["v"]),
-            eta,
-            torch.sigmoid(s["alpha"] @ layer.alpha_vector[0] + layer.alpha_bias[0]),
-        )
-
-    def flow(parts, x, e):
-        _, k, v, eta, alpha = tokens(parts, x)
-        return {name: (k, (unit(part(v)), eta, alpha)) for name, part in parts.items()}
-
-    def answer(parts, x):  # of the memory that has learned this token
-        return parts["memory"].learn(*flow(parts, x, None)["memory"])(tokens(parts, x)[0])
-
-    system = wire({name: memory(w) for name, w in start.items()}, answer, flow)
+    system = self_modifying(layer, {name: mlp_memory(w) for name, w in start.items()})
     x = torch.randn(1, 9, 8, dtype=torch.float64)
     with torch.no_grad():
         streams = F.silu(layer.streams(x))[0].unflatten(-1, (len(layer.streams_order), -1))

@@ -368,6 +368,17 @@ def test_compiled_and_adapted_models() -> None:
     assert {"lora_" in name for name, f in trained.items() if f != PER_BATCH} == {False}
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_on_a_language_model() -> None:
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    system = nested_system(peft.get_peft_model(LlamaForCausalLM(config), adapter))
+    assert "appends 64 bytes" in system["key-value cache"].rule and system["self_attn · attention"].level == 1
+
+
 def test_distributed_wrappers(tmp_path: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

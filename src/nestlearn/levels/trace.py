@@ -121,8 +121,9 @@ def example_of(model: Any, length: int = 8) -> dict[str, Tensor] | None:
 
 
 def arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a forward pass by name."""
-    return inspect.signature(model.forward).parameters
+    """The arguments of a forward pass by name; of an adapter of PEFT, which passes them on, those of its model."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return inspect.signature(inner.forward).parameters
 
 
 def call(model: nn.Module, example: Any, **settings: Any) -> Any:
