@@ -157,7 +157,8 @@ class _Run:
         torch.manual_seed(0)
         self.model.train(not self.reads)
         self.off = level_numbers(off) if self.reads and off is not None else set()
-        watched = {c.label: Watch() for c in self.system.components if watch and c.kind in WATCHED}
+        kinds = WATCHED if self.optimizers else ("statistics",)
+        watched = {c.label: Watch() for c in self.system.components if watch and c.kind in kinds}
         losses, held = [], {} if off is None else self.tensors(off)
         still = (
             [self.modules[n] for n in off.members if n in self.modules]
@@ -294,7 +295,8 @@ class _Run:
     def effects(self, online: list[float], watched: Mapping[str, Watch]) -> dict[str, dict[str, float]]:
         """Per label: the change of the loss without its writes, and with them taken back; the change of the weights."""
         found: dict[str, dict[str, float]] = {}
-        self.learn()
+        if self.optimizers:
+            self.learn()
         end = {n: p.detach().clone() for n, p in self.parameters.items()}
         after = self.evaluate() if self.optimizers else 0.0
         path = math.hypot(*(norm(p - self.start[n]) for n, p in end.items()))
