@@ -134,6 +134,19 @@ def test_a_full_disk_fails_the_request_and_nothing_else(client: Any, monkeypatch
     assert client.post(f"{path}/read", json={"text": "More."}).json()["session"]["tokens"] == len(TEXT) + 5
 
 
+def test_a_session_that_cannot_be_removed_stays(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = new(client, "fixed", TEXT)
+
+    def unlink(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        response = client.delete(path)
+    assert (response.status_code, response.json()["error"]["code"]) == (507, "not_saved")
+    assert client.get(path).json()["tokens"] == len(TEXT) and client.delete(path).status_code == 200
+
+
 def test_sessions_leave_memory_and_come_back(start: Any) -> None:
     client = start(memory=25_000)
     for name in "abcd":

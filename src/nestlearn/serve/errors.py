@@ -88,5 +88,5 @@ def busy(message: str, seconds: int = 1) -> ApiError:
 
 
 def disk_error(error: Exception) -> ApiError:
-    """Status 507: the memory could not be saved, so the request had no effect."""
-    return ApiError(507, f"the session could not be saved, and is as it was before: {error}", "not_saved")
+    """Status 507: the session could not be written or removed, so the request had no effect."""
+    return ApiError(507, f"the session could not be changed on disk, and is as it was before: {error}", "not_saved")

@@ -208,10 +208,17 @@ class Store:
             raise ApiError(500, f"the file of session {name!r} is lost.", "session_damaged") from error
 
     def delete(self, owner: str, name: str) -> None:
-        """Remove a session: its file first, so that nothing of it is left if the process dies in between."""
+        """Remove a session: its file first, so that nothing of it is left if the process dies in between.
+
+        Raises:
+            ApiError: there is none (404), or its file cannot be removed (507); it stays as it was.
+        """
         entry = self.entry(owner, name)
+        try:
+            (self._files / entry.file).unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error) from error
         self._resident.pop((owner, name), None)
-        (self._files / entry.file).unlink(missing_ok=True)
         self._index.remove(owner, name)
 
     def _check_quota(self, owner: str, before: Entry | None, size: int) -> None:
