@@ -61,3 +61,16 @@ def test_first_and_second_derivatives(tokens: int, silu: bool) -> None:
 
     assert torch.autograd.gradcheck(function, arguments)
     assert torch.autograd.gradgradcheck(function, arguments)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("silu", [True, False])
+def test_a_step_is_the_forward_pass_of_one_token(width: int, silu: bool) -> None:
+    conv, x = ShortConv(3, width, silu).double(), torch.randn(2, 7, 3, dtype=torch.float64)
+    whole, end = conv(x)
+    outputs, tail = [], None
+    for token in x.split(1, 1):
+        y, tail = conv.step(token, tail)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
+    torch.testing.assert_close(tail, end)
