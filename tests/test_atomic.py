@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +151,28 @@ def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failed and os.listdir(tmp_path) == ["it"]
+
+
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, calls = os.mkdir, []
+
+    def mkdir(path: Any, *given: Any) -> None:
+        """The first time the folder is there, and is removed before anyone can look."""
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        make(path, *given)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    write_text(tmp_path / "it", "text")
+    assert len(calls) == 2 and (tmp_path / "it").read_text() == "text"
+
+
+def test_a_file_in_the_place_of_a_staging_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".it.part").write_text("mine")
+    with pytest.raises(OSError, match="could not write"):
+        write_text(tmp_path / "it", "text")
+    assert (tmp_path / ".it.part").read_text() == "mine"
 
 
 def test_folders_of_others_stay(tmp_path: Path) -> None:

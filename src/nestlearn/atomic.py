@@ -155,10 +155,12 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 def _open_locked(path: Path, wait: bool) -> tuple[IO[str], bool]:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
-        except FileNotFoundError:  # the previous owner has just removed the folder
+        except (FileNotFoundError, FileExistsError):  # the previous owner has just removed the folder
+            if path.parent.exists() and not path.parent.is_dir():
+                raise
             continue
         try:
             exclusive = _lock(file, wait)

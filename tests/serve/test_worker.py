@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("fastapi", reason=NEEDS)
 
 
 @pytest.fixture
-def watched(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, MemorySession, list[Any]]:
+def watched(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, MemorySession, list[Any]]]:
     """A worker whose rounds the test runs, a session, and what the worker does: "token", or tokens of each reading."""
     from nestlearn.serve import Limits, worker
 
@@ -35,7 +36,9 @@ def watched(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, MemorySes
 
     monkeypatch.setattr(worker, "read_rows", reads)
     made.decoder.step = steps
-    return made, base, done
+    yield made, base, done
+    for task in made._tasks:
+        task.steps.close()  # a reading is closed by the thread that began it, not by the garbage collector of another
 
 
 def texts() -> list[str]:
