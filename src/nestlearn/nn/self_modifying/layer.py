@@ -48,8 +48,7 @@ class SelfModifyingTitans(nn.Module, ABC):
         W_m <- W_m (alpha_t I - eta'_t x x^T) - eta'_t e x^T  for every map of every memory (retention to initial)
         y_t = M_memory,t(q_t)    or, with chunk reads, the memory at the start of the chunk of t
 
-    Each stream ``x^m`` is a linear map of the input, a causal convolution of width 4 and, for networks, SiLU, split in
-    heads.
+    Each stream ``x^m`` is a linear map of the input, a causal convolution of width 4 and SiLU, split in heads.
     q, k, v and the targets are L2-normalized per head. All initial states are meta-learned parameters.
 
     **Bounds** (no gate the layer can emit makes the recurrence expand): alpha in (0, 1], momentum beta in (0, 0.9), and
@@ -79,9 +78,6 @@ class SelfModifyingTitans(nn.Module, ABC):
         True
     """
 
-    stream_silu = True
-    """Whether streams pass through SiLU."""
-
     def __init__(self, d_model: int, num_heads: int, config: SelfModifyingConfig) -> None:
         super().__init__()
         config.check_sizes(d_model, num_heads)
@@ -93,9 +89,7 @@ class SelfModifyingTitans(nn.Module, ABC):
         self.streams_order = self._order()
         self.retention, self.self_values = config.retention, config.self_values
         self.streams = nn.Linear(d_model, len(self.streams_order) * d_model, bias=False)
-        self.conv: ShortConv | None = None
-        if config.conv_size:
-            self.conv = ShortConv(self.streams.out_features, config.conv_size, silu=self.stream_silu)
+        self.conv = ShortConv(self.streams.out_features, config.conv_size, silu=True) if config.conv_size else None
         self._add_memories(config)
         self.eta_vector = nn.Parameter(torch.empty(num_heads, self.d_head))
         self.eta_bias = nn.Parameter(torch.empty(num_heads))
@@ -176,10 +170,10 @@ class SelfModifyingTitans(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Streams ``[b, t, streams, heads, d]``, momentum gate ``[b, t, heads]`` (wide), and the new tail."""
         mixed, end = self.streams(x), None
-        if self.conv is not None:
-            mixed, end = self.conv(mixed, tail, mask, reset)
-        elif self.stream_silu:
+        if self.conv is None:
             mixed = F.silu(mixed)
+        else:
+            mixed, end = self.conv(mixed, tail, mask, reset)
         split = mixed.unflatten(-1, (len(self.streams_order), self.num_heads, self.d_head))
         beta = None
         if self.beta_gate is not None:

@@ -99,9 +99,7 @@ def _streams(
         history = torch.cat([history, (x[:, t] @ layer.streams.weight.mT)[:, None]], 1)
         window = history[:, -len(taps) :]
         history = history[:, 1:]
-        mixed = (window * taps).sum(1)
-        mixed = F.silu(mixed) if layer.stream_silu else mixed
-        mixed = mixed.view(x.shape[0], len(layer.streams_order), layer.num_heads, -1)
+        mixed = F.silu((window * taps).sum(1)).view(x.shape[0], len(layer.streams_order), layer.num_heads, -1)
         found.append(dict(zip(layer.streams_order, mixed.unbind(1), strict=True)))
     return found, None if layer.conv is None else history
 

@@ -48,10 +48,8 @@ class SelfModifyingMatrix(SelfModifyingTitans):
                                                                              goes to the initial weights)
         y_t = M_memory H_t q_t        with chunk reads, H_c
 
-    Streams have no SiLU. With it all tokens share a part, every write holds it, and what a query reads is little else
-    (docs/decisions.md). A stream that is not adaptive skips ``M H_c``. The gates read the keys' stream: streams of
-    their own would add two thirds to the layer's projections (docs/log.md). One delta rule per head is what a layer of
-    DeltaNet costs as well.
+    A stream that is not adaptive skips ``M H_c``. The gates read the keys' stream: streams of their own would add two
+    thirds to the layer's projections (docs/log.md). One delta rule per head is what a layer of DeltaNet costs as well.
     The matrices ``M_m``, the vectors ``m`` and the projections of streams are trained by the outer loop only.
 
     **Bounds**, as in `SelfModifyingTitans`, but for these: keys have norm 1, so ``raw`` steps are stable up to
@@ -68,8 +66,6 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         >>> torch.allclose(torch.cat([y, rest], 1), layer(x)[0], atol=1e-5)
         True
     """
-
-    stream_silu = False
 
     def _order(self) -> tuple[str, ...]:
         """Streams that pass through H come first; the gates read the keys' stream."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from nestlearn.memory import Delta, Descent, DotProduct, State
 from nestlearn.memory.engine import current_engine
@@ -63,8 +64,7 @@ def read(
     A token that is not finite needs no care: it makes H, and with it every later output of its row, NaN.
     """
     mixed, tail = layer.streams(x), None
-    if layer.conv is not None:
-        mixed, tail = layer.conv.step(mixed, state.conv)
+    mixed, tail = (F.silu(mixed), None) if layer.conv is None else layer.conv.step(mixed, state.conv)
     with full_precision(x):
         y, memory = _write(layer, mixed.to(wide_dtype(x)), state.memory)
     return layer._merge(y.view(len(x), 1, -1), x), SelfModifyingState(None, memory, tail)
