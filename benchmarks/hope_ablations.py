@@ -1,6 +1,7 @@
 """What pays in the Hope of the presets: adaptive projections, own values, writes, the gradient's sign, chunk sizes.
 
     python benchmarks/hope_ablations.py                                  # three seeds, some hours on one core
+    python benchmarks/hope_ablations.py --streams plain                  # streams without SiLU; or centered per head
     python benchmarks/hope_ablations.py --seeds 3 --corpus wikitext.txt  # other seeds, other text
 
 Models of 3 million parameters (`hope-tiny` at width 256; the Transformer with the same convolution and as many FLOPs
@@ -28,6 +29,7 @@ from language_ablations import between
 from nestlearn import HopeConfig, HopeForCausalLM, flops
 from nestlearn.data import load_corpus, train_bpe
 from nestlearn.evals.language import document_tokens, loss_by_position
+from nestlearn.memory import use_engine
 from nestlearn.nn.self_modifying.matrix import SelfModifyingMatrix
 
 LENGTH, BATCH, VOCABULARY, REACH, WIDTH = 1024, 2, 1024, 4, 256
@@ -43,21 +45,33 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptive queries too": ("hope-tiny", {"mixer": HOPE | {"adaptive": ["q", "k", "v", "eta", "alpha"]}}),
     "trained without writes": ("hope-tiny", {}),
     "trained with turned writes": ("hope-tiny", {}),
+    "static, trained with turned writes": ("hope-tiny", {"mixer": HOPE | {"adaptive": []}}),
     "chunks of 16": ("hope-tiny", {"mixer": HOPE | {"chunk_size": 16}}),
     "chunks of 256": ("hope-tiny", {"mixer": HOPE | {"chunk_size": 256}}),
     "transformer": ("transformer-tiny", {"mixer": CONVOLVED, "num_attention_heads": 4}),
     "transformer, equal time": ("transformer-tiny", {"mixer": CONVOLVED, "num_attention_heads": 4}),
 }
+TURNED = "trained with turned writes"
 BOUNDS = (0, 64, 256, 1024, 2048, 4096)
 """Positions between which losses are averaged."""
+
+
+def center_streams(model: HopeForCausalLM) -> None:
+    """Take the mean over channels from every stream of a head."""
+    for layer in memory_layers(model):
+        project = layer._project
+
+        def centered(streams: dict[str, Tensor], *given: Any, project: Any = project) -> Any:
+            return project({name: x - x.mean(-1, keepdim=True) for name, x in streams.items()}, *given)
+
+        layer._project = centered
 
 
 @contextmanager
 def turned_writes(model: HopeForCausalLM, turned: bool = True) -> Iterator[None]:
     """Every write goes up its objective: with the dot product the gradient's sign is the value's."""
-    layers = [m for m in model.modules() if turned and isinstance(m, SelfModifyingMatrix)]
-    for layer in layers:
-        project = layer._project
+    kept = [(layer, layer._project) for layer in memory_layers(model)]
+    for layer, project in kept if turned else ():
 
         def negated(*given: Any, project: Any = project) -> Any:
             q, k, v, gates = project(*given)
@@ -65,14 +79,20 @@ def turned_writes(model: HopeForCausalLM, turned: bool = True) -> Iterator[None]
 
         layer._project = negated
     try:
-        yield
+        with use_engine("chunked"):  # kernels project by themselves
+            yield
     finally:
-        for layer in layers:
-            del layer._project
+        for layer, project in kept:
+            layer._project = project
 
 
-def build(row: str, seed: int) -> HopeForCausalLM:
-    """The row's model; the feed-forward width of the Transformer gives it Hope's FLOPs per token."""
+def memory_layers(model: HopeForCausalLM) -> list[SelfModifyingMatrix]:
+    """The layers of matrix memories."""
+    return [module for module in model.modules() if isinstance(module, SelfModifyingMatrix)]
+
+
+def build(row: str, seed: int, streams: str = "silu") -> HopeForCausalLM:
+    """The model of a row. The feed-forward width of the Transformer gives it Hope's FLOPs per token."""
     preset, fields = ROWS[row]
     special = {"bos_token_id": VOCABULARY - 3, "eos_token_id": VOCABULARY - 2, "pad_token_id": VOCABULARY - 1}
     shape = {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "reset_token_id": VOCABULARY - 3, **special}
@@ -85,16 +105,22 @@ def build(row: str, seed: int) -> HopeForCausalLM:
         widths = [{"period": None, "expansion": n / 8} for n in range(16, 64)]
         fields = fields | {"cms": [min(widths, key=lambda w: abs(flops(config(cms=[w]), LENGTH) - goal))]}
     torch.manual_seed(seed)
-    return HopeForCausalLM(config())
+    model = HopeForCausalLM(config())
+    if streams == "centered":
+        center_streams(model)
+    for layer in memory_layers(model) if streams == "plain" else ():
+        assert layer.conv is not None
+        layer.conv.silu = False
+    return model
 
 
 def train(row: str, seed: int, stream: Tensor, start_token: int, options: Any, seconds: float | None) -> Any:
     """A trained model, processor seconds, steps. With ``seconds``, as many steps as fit into them."""
-    model, steps = build(row, seed), options.steps
+    model, steps = build(row, seed, options.streams), options.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     draws, spent, step, first = torch.Generator().manual_seed(seed), 0.0, 0, 20
     writes = {} if row != "trained without writes" else {"writes": False}
-    with turned_writes(model, row == "trained with turned writes"):
+    with turned_writes(model, row.endswith(TURNED)):
         while step < steps:
             began = time.process_time()
             # Constant, then linear to a tenth over the last fifth.
@@ -118,12 +144,12 @@ def run(row: str, seed: int, text: Any, options: Any, seconds: float | None) -> 
     model, spent, steps = train(row, seed, stream, tokenizer.bos_token_id, options, seconds)
     hope = row not in ("transformer", "transformer, equal time")
     read = {"length": REACH * LENGTH, "documents": options.documents, "batch_size": 4, "segment": LENGTH}
-    with turned_writes(model, row == "trained with turned writes"):
+    with turned_writes(model, row.endswith(TURNED)):
         found = loss_by_position(
             model, tokenizer, documents, conditions=("on", "off", "shuffled")[: 3 if hope else 1], **read
         )
     losses = dict(found.details["bits_per_byte"])
-    if hope and row != "trained with turned writes":
+    if hope and not row.endswith(TURNED):
         with turned_writes(model):
             turned = loss_by_position(model, tokenizer, documents, conditions=("on",), **read)
         losses["turned"] = turned.details["bits_per_byte"]["on"]
@@ -181,9 +207,11 @@ def main(words: Sequence[str] | None = None) -> None:
     made.add_argument("--lr", type=float, default=3e-3)
     made.add_argument("--documents", type=int, default=12)
     made.add_argument("--corpus", default="python-source")
+    made.add_argument("--streams", choices=["silu", "plain", "centered"], default="silu", help="As shipped, or not.")
     options = parse(made, words)
     records, text = Records(Path(options.out)), read_text(options)
     shared = {"steps": options.steps, "lr": options.lr, "corpus": options.corpus}
+    shared |= {"documents": options.documents, "streams": options.streams}
     for seed, row in product(options.seeds, options.rows):
         seconds = None
         if row == "transformer, equal time":

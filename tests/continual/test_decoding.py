@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from tests.mixers import SMALL
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM, Level, MemorySession, stack_levels
 from nestlearn.continual.session.decoding import decoder_of
+from nestlearn.continual.session.key_values import RowKeyValues
 from nestlearn.data import byte_tokenizer
+from nestlearn.models.stacking import LevelState
+from nestlearn.models.stacking.rows import LevelRows, join_rows
 
 TEXT = "".join(f"The {n}th sheep of the {n % 3} herds is called {chr(65 + n % 26) * 3}. " for n in range(12))
 TOKENIZER = byte_tokenizer()
@@ -118,6 +124,55 @@ def test_a_token_copies_neither_keys_nor_weights() -> None:
     decoder.keep([0, 2])
     begin(base)
     assert places() == before and decoder._cache.get_seq_length() == length + 30
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_of_rows_in_buffers_are_the_joined_ones(seed: int) -> None:
+    """Rows come and go in any order, some before their weights were ever copied."""
+    model = stacked("split", rank=4)
+    base, draw = MemorySession(model, TOKENIZER, compare="none"), random.Random(seed)
+    states = [LevelState()]
+    for n in range(3):
+        session = base.fork()
+        session.read(TEXT[16 * n :])
+        states.append(session._cursor.memory.levels)
+    rows, held = LevelRows(model), []
+    for _ in range(40):
+        if draw.random() < 0.6:
+            held.append(draw.choice(states))
+            rows.append(held[-1])
+        else:
+            kept = sorted(draw.sample(range(len(held)), draw.randint(0, len(held))))
+            held = [held[i] for i in kept]
+            rows.keep(kept)
+        if draw.random() < 0.5:
+            mine, joined = rows.state(), join_rows(model, held) if held else LevelState()
+            assert mine.networks.keys() == joined.networks.keys()
+            for path, levels in joined.networks.items():
+                for found, expected in zip(mine.networks[path], levels, strict=True):
+                    torch.testing.assert_close(found and found.weights.anchor, expected and expected.weights.anchor)
+
+
+def test_keys_and_values_in_buffers_are_padded_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New room holds anything: a mask hides it from attention, but not a NaN."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: x.new_full(shape, torch.nan))
+    layer, held, draw = RowKeyValues(), [], random.Random(0)
+    for turn in range(60):
+        if len(held) < 2 or (turn % 7 == 0 and len(held) < 9):
+            new = torch.randn(1, 2, draw.randint(1, 200), 3)
+            layer.join(new, -new)
+            held.append(new[0])
+        elif turn % 5 == 0:
+            rows = sorted(draw.sample(range(len(held)), len(held) - 1))
+            held = [held[i] for i in rows]
+            layer.keep(rows, max(x.shape[1] for x in held))
+        new = torch.randn(len(held), 2, 1, 3)
+        keys, values = layer.update(new, -new)
+        held = [torch.cat([x, token], 1) for x, token in zip(held, new, strict=True)]
+        width = max(x.shape[1] for x in held)
+        expected = torch.stack([F.pad(x, (0, 0, width - x.shape[1], 0)) for x in held])
+        torch.testing.assert_close(keys, expected)
+        torch.testing.assert_close(values, -expected)
 
 
 def test_a_row_of_other_shapes_cannot_join_and_harms_no_other() -> None:

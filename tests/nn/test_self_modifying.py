@@ -328,6 +328,18 @@ def test_a_single_token_gives_what_the_chunk_gives(variant: str, batch: int, mon
 
 
 @torch.no_grad()
+def test_a_single_token_that_may_not_write_leaves_the_memory_as_the_chunk_does() -> None:
+    layer, x = make("matrix"), tokens(2, 6)
+    state = layer(x[:, :5])[1]
+    with torch.enable_grad():  # the chunk
+        expected, kept = layer(x[:, 5:], state, writes=False)
+    y, end = layer(x[:, 5:], state, writes=False)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(end.memory.params, kept.memory.params)
+    assert not torch.allclose(y, layer(x[:, 5:], state)[0])
+
+
+@torch.no_grad()
 def test_a_single_token_that_is_not_finite_spoils_its_row_until_a_reset() -> None:
     layer, x = make("matrix"), tokens(2, 12)
     clean, bad, start = x.clone(), torch.zeros(2, 1, dtype=torch.bool), layer(x[:, :3])[1]

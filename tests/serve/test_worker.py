@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,3 +132,22 @@ def test_a_reading_that_fails_does_not_fail_those_beside_it(watched: Any) -> Non
 
     tokens, error = asyncio.run(run())
     assert tokens == len(TEXT) == whole.tokens and isinstance(error, RuntimeError)
+
+
+def test_a_reading_that_nobody_waits_for_ends_and_lets_its_session_go(watched: Any) -> None:
+    worker, base, done = watched
+    session = base.fork()
+
+    async def run() -> None:
+        stream = worker.task(session.asking([TEXT]), session)
+        while len(done) < 2:
+            worker._round()
+        stream.cancel()
+        worker._round()
+
+    asyncio.run(run())
+    assert not worker._tasks and len(done) == 2
+    free = threading.Thread(target=session.read, args=([TEXT],), daemon=True)
+    free.start()
+    free.join(10)
+    assert not free.is_alive() and session.tokens > len(TEXT)

@@ -118,13 +118,16 @@ def _moved(x, Dt, NARROW: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _mapped(x, moved, M, MOVE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr):
-    """``unit(M H x)`` from ``H x``, or ``unit(x)`` of a stream that does not adapt; and one over the norm."""
+def _mapped(x, Dt, Mt, MOVE: tl.constexpr, NEED: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr):
+    """``H x`` where it is needed, ``unit(M H x)`` (``unit(x)`` if it does not adapt), and one over the norm."""
+    moved = x
+    if NEED:
+        moved = _moved(x, Dt, NARROW, PRECISION)
+    y = x
     if MOVE:
-        y, scale = _unit(_dot(moved, M, NARROW, PRECISION))
-    else:
-        y, scale = _unit(x)
-    return y, scale
+        y = _dot(moved, Mt, NARROW, PRECISION)
+    y, scale = _unit(y)
+    return moved, y, scale
 
 
 @triton.jit
@@ -223,14 +226,9 @@ def forward_kernel(
         real = t + tl.arange(0, C) < T
         Dt = tl.trans(D)
         xk = _load(streams, t, N_K, T, d, C, D_PAD, stride_t, stride_n)
-        hk, xv = xk, _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
-        if MOVE_K or MOVE_G:
-            hk = _moved(xk, Dt, NARROW, PRECISION)
-        hv = xv
-        if MOVE_V:
-            hv = _moved(xv, Dt, NARROW, PRECISION)
-        k, _ = _mapped(xk, hk, Mk, MOVE_K, NARROW, PRECISION)
-        v, _ = _mapped(xv, hv, Mv, MOVE_V, NARROW, PRECISION)
+        xv = _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
+        hk, k, _ = _mapped(xk, Dt, Mk, MOVE_K, MOVE_K or MOVE_G, NARROW, PRECISION)
+        _, v, _ = _mapped(xv, Dt, Mv, MOVE_V, MOVE_V, NARROW, PRECISION)
         of_gates = hk if MOVE_G else xk
         eta, log_alpha, _, _ = _gates(of_gates, me, ma, be, ba, max_step, real)
         _, _, _, g, _, _, _, _, _, _, W, decay = _written(k, v, D, Dt, eta, log_alpha, OWN, C, SOLVE, NARROW, PRECISION)
@@ -331,14 +329,9 @@ def backward_kernel(
         Dt = tl.trans(D)
         # Forward once more.
         xk = _load(streams, t, N_K, T, d, C, D_PAD, stride_t, stride_n)
-        hk, xv = xk, _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
-        if MOVE_K or MOVE_G:
-            hk = _moved(xk, Dt, NARROW, PRECISION)
-        hv = xv
-        if MOVE_V:
-            hv = _moved(xv, Dt, NARROW, PRECISION)
-        k, k_scale = _mapped(xk, hk, tl.trans(Mk), MOVE_K, NARROW, PRECISION)
-        v, v_scale = _mapped(xv, hv, tl.trans(Mv), MOVE_V, NARROW, PRECISION)
+        xv = _load(streams, t, N_V, T, d, C, D_PAD, stride_t, stride_n)
+        hk, k, k_scale = _mapped(xk, Dt, tl.trans(Mk), MOVE_K, MOVE_K or MOVE_G, NARROW, PRECISION)
+        hv, v, v_scale = _mapped(xv, Dt, tl.trans(Mv), MOVE_V, MOVE_V, NARROW, PRECISION)
         of_gates = hk if MOVE_G else xk
         eta, log_alpha, sigma, closing = _gates(of_gates, me, ma, be, ba, max_step, real)
         step, u, u_scale, g, before, held, erase, gram, inverse, rest, W, decay = _written(
