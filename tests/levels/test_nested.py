@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -306,7 +308,22 @@ def test_an_optimizer_that_reads_the_model_is_shown_from_its_state() -> None:
     system = nested_system(model, optimizer)
     assert {c.name for c in system.components if c.kind == "optimizer state"} == {"DGD.layers.moment"}
     assert {c.frequency for c in system.components} == {PER_BATCH}
-    assert any("cannot step alone" in note for note in system.notes)
+    assert any("cannot step alone (" in note for note in system.notes)
+
+
+def test_what_is_found_does_not_depend_on_other_work_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clock = perceptron(), itertools.count(step=5.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    system = nested_system(model, M3(model.parameters(), lr=1e-3, slow_period=10))
+    assert system["M3.slow_direction"].frequency.period == 10 and not system.notes
+
+
+def test_an_optimizer_whose_copy_takes_too_long_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perceptron()
+    monkeypatch.setattr("nestlearn.levels.probe.SECONDS", 0.0)
+    (note, *_) = nested_system(model, adam(model)).notes
+    assert "A copy of Adam cannot step alone (TimeoutError: some steps of it took more than 0 s)" in note
 
 
 # -- parameters and wrappers ----------------------------------------------------------------------------------------

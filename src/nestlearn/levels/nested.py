@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from textwrap import shorten
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from .algebra import System, problems
 from .modules import memories, starts_memory, traced
 from .names import Units
-from .probe import Probe, Slot, optimizers_in, probe, states_of
+from .probe import Probe, ProbeError, Slot, optimizers_in, probe, states_of
 from .system import Component, Frequency, NestedSystem, numbered
 
 NEVER = Frequency(math.inf)
@@ -144,9 +145,11 @@ def _trained(
             optimizer = optimizers[at]
             key = (at, group, parameter.dim())
             if key not in probes:
-                probes[key] = probe(optimizer, group, parameter)
-                if probes[key] is None:
-                    notes.append(_unprobed(optimizer, group))
+                try:
+                    probes[key] = probe(optimizer, group, parameter)
+                except ProbeError as error:
+                    probes[key] = None
+                    notes.append(_unprobed(optimizer, group, error))
             settings = optimizer.param_groups[group]
             rule = _rule(optimizer, settings)
             period = _period(optimizer, group, probes[key])
@@ -224,11 +227,11 @@ def _period(optimizer: Optimizer, group: int, found: Probe | None) -> float:
     return float(optimizer.param_groups[group].get("update_period", 1))
 
 
-def _unprobed(optimizer: Optimizer, group: int) -> str:
+def _unprobed(optimizer: Optimizer, group: int, error: ProbeError) -> str:
     period = optimizer.param_groups[group].get("update_period", 1)
     return (
-        f"A copy of {type(optimizer).__name__} cannot step alone: its states, once it has some, are shown with the "
-        f"period of their group ({period})."
+        f"A copy of {type(optimizer).__name__} cannot step alone ({shorten(str(error), 200)}): its states, once it has "
+        f"some, are shown with the period of their group ({period})."
     )
 
 

@@ -20,8 +20,8 @@ from .trace import tensors_in
 STEPS, MOST_STEPS = 24, 200
 """Steps of the copy, and its steps where something has not changed in so many."""
 
-SECONDS = 3.0
-"""Time for one copy."""
+SECONDS = 10.0
+"""Processor time of the thread for one copy: what is found must not depend on other work of the machine."""
 
 SIDES = (5, 7, 3, 4)
 """Sides of the copy's tensors: different ones, so that a state of one side is recognized."""
@@ -65,25 +65,32 @@ class Probe:
     slots: Mapping[str, Slot] = field(default_factory=dict)
 
 
-def probe(optimizer: Optimizer, group: int, parameter: Tensor) -> Probe | None:
+class ProbeError(Exception):
+    """A copy of an optimizer cannot be made, or cannot step on gradients alone; the message says why."""
+
+
+def probe(optimizer: Optimizer, group: int, parameter: Tensor) -> Probe:
     """Run a copy of the optimizer on a small parameter of the same number of dimensions in one group.
 
-    None if it cannot be copied, or cannot step on gradients alone.
+    Raises:
+        ProbeError: the copy cannot step, or takes too long.
     """
     shape = tuple(min(size, SIDES[i % len(SIDES)]) for i, size in enumerate(parameter.shape))
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)
         start, gradients = torch.randn(shape), torch.randn(MOST_STEPS, *shape)
-        deadline = time.monotonic() + SECONDS
         try:
+            # Not counted: what a first step imports.
+            _Copy(optimizer, group, start, math.inf).step(gradients[0])
+            deadline = time.thread_time() + SECONDS
             found = _run(lambda: _Copy(optimizer, group, start, deadline), gradients)
             once = _Copy(optimizer, group, start.to(parameter.dtype), deadline)
             once.step(gradients[0].to(parameter.dtype))
             sizes = {name: x.element_size() for name, x in once.tensors().items()}
             slots = {n: replace(slot, itemsize=sizes.get(n, slot.itemsize)) for n, slot in found.slots.items()}
             return replace(found, slots=slots)
-        except Exception:  # noqa: BLE001 - a foreign optimizer may raise anything where it is not at home
-            return None
+        except Exception as error:  # a foreign optimizer may raise anything where it is not at home
+            raise ProbeError(f"{type(error).__name__}: {error}") from error
 
 
 class _Copy:
@@ -100,8 +107,8 @@ class _Copy:
             kept["lr"] = 1e-3
 
     def step(self, gradient: Tensor) -> None:
-        if time.monotonic() > self.deadline:
-            raise TimeoutError(f"{type(self.optimizer).__name__} takes more than {SECONDS} s for its copy")
+        if time.thread_time() > self.deadline:
+            raise TimeoutError(f"some steps of it took more than {SECONDS:g} s")
 
         def closure() -> Tensor:
             self.parameter.grad = gradient.clone()
@@ -198,7 +205,7 @@ def _run(make: Callable[[], _Copy], gradients: Tensor) -> Probe:
             if old is None or old.shape != tensor.shape or not torch.equal(old, tensor):
                 changes[name].append(steps)
         before = {name: x.clone() for name, x in now.items()}
-        slow = time.monotonic() > running.deadline - SECONDS / 2
+        slow = time.thread_time() > running.deadline - SECONDS / 2
         if steps >= STEPS and (slow or all(len(changes[name]) > 2 for name in before)):
             break
     periods = {name: _period(changes[name]) for name in before}
