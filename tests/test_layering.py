@@ -152,5 +152,5 @@ def test_forbidden_patterns(pattern: str, folder: Path, reason: str) -> None:
 def test_reference_engine_is_independent_of_the_fast_one(trees: dict[Path, ast.Module]) -> None:
     """An oracle that shares code with what it checks is no second witness."""
     path = SOURCE / "memory" / "reference.py"
-    assert len(path.read_text().splitlines()) <= 220
+    assert len(path.read_text().splitlines()) <= 250
     assert not [module for module in imported(trees[path], path) if re.search(r"chunked|engine|span|kernels", module)]

@@ -109,6 +109,29 @@ def test_gated_deltanet(engine: str, chunk: int):
 
 @ENGINES
 @CHUNKS
+def test_oja(engine: str, chunk: int):
+    values = F.normalize(V, dim=-1)
+
+    def step(w: Tensor, t: int) -> Tensor:
+        held = (w.mT @ values[:, t, :, None]).squeeze(-1)
+        return KEEP[:, t, None, None] * w + RATE[:, t, None, None] * outer(values[:, t], KEYS[:, t] - held)
+
+    expected, last = loop(step, EMPTY)
+    y, state = run(replace(catalog["oja"], chunk_size=chunk), Gates(RATE, KEEP), engine, k=KEYS, v=values)
+    close(y, expected)
+    close(state.params["W"], last)
+
+
+@ENGINES
+def test_oja_is_the_delta_rule_with_keys_and_values_exchanged(engine: str):
+    values = F.normalize(V, dim=-1)
+    _, oja = run(catalog["oja"], Gates(RATE, ONE), engine, k=KEYS, v=values)
+    _, delta = run(catalog["deltanet"], Gates(RATE, ONE), engine, k=values, v=KEYS)
+    close(oja.params["W"], delta.params["W"].mT)
+
+
+@ENGINES
+@CHUNKS
 def test_ttt_linear_descends_from_the_chunk_anchor(engine: str, chunk: int):
     anchor = 0.3 * normal(ROWS, D, D, seed=6)
 

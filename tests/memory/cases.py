@@ -29,6 +29,7 @@ from nestlearn.memory import (
     Matrix,
     Momentum,
     Objective,
+    Oja,
     OrthogonalizedMomentum,
     Retention,
     State,
@@ -80,6 +81,7 @@ MIRAS_AXES: dict[str, tuple[Any, ...]] = {
         ElasticNet(0.05),
         ElasticNet(0.05, smooth=True),
         Bregman(),
+        Oja(),
     ),
     "step_size": ("raw", "proximal"),
     "momentum": (False, True, "orthogonalized"),
@@ -147,6 +149,10 @@ def legal(setting: dict[str, Any]) -> bool:
         return False
     if setting.get("momentum") == "orthogonalized" and (retention not in (None, Decay()) or step == "proximal"):
         return False
+    if isinstance(retention, Oja):
+        others = zip(("architecture", "objective", "momentum"), (Matrix(), DotProduct(), False), strict=True)
+        if any(setting.get(axis, needed) != needed for axis, needed in others):
+            return False
     return not (step == "mixed" and isinstance(arch, Matrix))
 
 
@@ -180,7 +186,7 @@ Combination = tuple[tuple[str, int], ...]
 
 def _fitting(axes: dict[str, Sequence[Any]]) -> Callable[[dict[str, int]], bool]:
     """Whether a partial setting is part of a legal one: a partial setting can be legal and still fit in none."""
-    bound = [name for name in axes if name in ("architecture", "retention", "step_size", "momentum")]
+    bound = [name for name in axes if name in ("architecture", "objective", "retention", "step_size", "momentum")]
     fitting = set()
     for indices in itertools.product(*(range(len(axes[name])) for name in bound)):
         if legal({name: axes[name][i] for name, i in zip(bound, indices, strict=True)}):

@@ -19,6 +19,7 @@ from nestlearn.memory import (
     Lp,
     Lq,
     LqDual,
+    Oja,
     OrthogonalizedMomentum,
     ValueShiftRobust,
     explain,
@@ -55,6 +56,7 @@ from nestlearn.nn.cms.network import Network
             r"needs retention=Decay",
         ),
         (lambda: AssociativeMemory(retention=KL(), step_size="normalized"), "needs retention=Delta"),
+        (lambda: AssociativeMemory(MLP(2), retention=Oja()), r"Oja\(\) is a rule for Matrix.*got MLP.*or Delta"),
         (lambda: AssociativeMemory(Network(12, "swiglu"), retention=Decay(True)).init_state((), 4, 4), "map 'gate'"),
     ],
 )

@@ -22,6 +22,7 @@ from nestlearn.memory import (
     Lq,
     LqDual,
     Matrix,
+    Oja,
     Retention,
     absorb,
     scan,
@@ -77,6 +78,24 @@ def test_delta_is_the_minimizer():
     end = absorb(memory, state, {"W": Factor(X[None, None], ERROR[None, None])}, gates)
     found = minimum(lambda z: 0.5 * (z @ X + ERROR).square().sum() + (z - w).square().sum() / (2 * ETA), w)
     torch.testing.assert_close(end.params["W"][0], found, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("step_size", ["raw", "proximal"])
+def test_oja_descends_and_minimizes_its_objective(step_size):
+    """NL Eq. 67: one step of descent on ``-<W k, v> + 1/2 ||W^T v||^2``; proximal steps are its minimizer."""
+    w, v = normal(ROWS, COLUMNS, seed=3), -ERROR
+    memory = AssociativeMemory(Matrix(), retention=Oja(), step_size=step_size, chunk_size=1)
+    state = memory.init_state((1,), COLUMNS, ROWS, params={"W": w}, dtype=torch.float64)
+    gates = Gates(torch.full((1, 1), ETA, dtype=w.dtype), torch.ones(1, 1, dtype=w.dtype))
+    _, end = scan(memory, state, X[None, None], X[None, None], v[None, None], gates)
+
+    def objective(z: Tensor) -> Tensor:
+        return -torch.dot(z @ X, v) + 0.5 * (z.mT @ v).square().sum()
+
+    expected = w - ETA * torch.func.grad(objective)(w)
+    if step_size == "proximal":
+        expected = minimum(lambda z: objective(z) + (z - w).square().sum() / (2 * ETA), w)
+    torch.testing.assert_close(end.params["W"][0], expected, rtol=0, atol=1e-10)
 
 
 def test_decay_is_the_minimizer():

@@ -38,6 +38,7 @@ from .test_mixer import assert_finite, inputs, run, saturated
 
 MEMORIES: dict[str, AssociativeMemory] = {
     **{name: replace(catalog[name], architecture=MLP(2)) for name in ("moneta", "yaad", "memora")},
+    "oja": catalog["oja"],
     "channels": AssociativeMemory(MLP(2), L2(), Decay(per_channel=True)),
     "channels_linear": AssociativeMemory(Matrix(), DotProduct(), Decay(per_channel=True)),
     "orthogonal": AssociativeMemory(MLP(2), L2(), algorithm=OrthogonalizedMomentum()),

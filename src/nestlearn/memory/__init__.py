@@ -19,7 +19,7 @@ from .engine import (
 )
 from .kernels.newton_schulz import newton_schulz
 from .objectives import L2, DotProduct, Huber, Lp, Objective, ThresholdObjective, ValueShiftRobust
-from .retention import KL, Bregman, Decay, Delta, ElasticNet, Lq, LqDual, Retention
+from .retention import KL, Bregman, Decay, Delta, ElasticNet, Lq, LqDual, Oja, Retention
 from .types import Factor, Gates, State, Tokens
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Matrix",
     "Momentum",
     "Objective",
+    "Oja",
     "OrthogonalizedMomentum",
     "Retention",
     "State",

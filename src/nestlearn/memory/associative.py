@@ -13,7 +13,7 @@ from torch import Tensor
 from .algorithms import Algorithm, Descent, OrthogonalizedMomentum
 from .architectures import Architecture, Matrix
 from .objectives import DotProduct, Objective
-from .retention import Decay, Delta, Retention, SteepRetention, is_per_channel
+from .retention import Decay, Oja, Retention, SteepRetention, erases, is_per_channel
 from .types import State, Weights
 
 StepSize = Literal["raw", "proximal", "normalized"]
@@ -32,14 +32,14 @@ class AssociativeMemory:
         architecture: the map M: `Matrix()`, `MLP(expansion)` or any `Architecture`.
         objective: what M minimizes over (key, value): `DotProduct()`, `L2()`, `Lp(p)`, `Huber(form)`,
             `ValueShiftRobust()` or any `Objective`.
-        retention: how weights are kept: `Decay(per_channel=False)`, `Delta(gated=False)`, a mirror map (`Lq`, `LqDual`,
-            `KL`, `ElasticNet`, `Bregman`) or any `Retention`.
+        retention: how weights are kept: `Decay(per_channel=False)`, `Delta(gated=False)`, `Oja()`, a mirror map (`Lq`,
+            `LqDual`, `KL`, `ElasticNet`, `Bregman`) or any `Retention`.
         algorithm: `Descent()`, `Momentum()`, `OrthogonalizedMomentum()` or any `Algorithm`.
         step_size: how the gate ``eta`` becomes the step ``eta'`` of a map with input x:
             ``raw`` ``eta``; ``proximal`` ``eta / (1 + eta ||x||^2)`` (the exact DGD step, NL Eq. 57);
             ``normalized`` ``min(eta, 1 + alpha) / (||x||^2 + 1e-6)`` (eigenvalues down to -1: state tracking).
-            Delta retention takes any, also a mapping from map name. Other retentions take ``raw``, or ``proximal``
-            for all maps: then errors follow the weights within a chunk (`nestlearn.memory.proximal`).
+            Delta and Oja retention take any, also a mapping from map name. Other retentions take ``raw``, or
+            ``proximal`` for all maps: then errors follow the weights within a chunk (`nestlearn.memory.proximal`).
         retain_to: what retention pulls toward, ``zero`` or the ``initial`` weights.
         chunk_size: tokens between two refreshes of the anchor at which errors are taken. Part of the function, not
             only of its speed.
@@ -112,8 +112,19 @@ class AssociativeMemory:
             object.__setattr__(self, "step_size", tuple((name, per_map[name]) for name in names))
         for name in names:
             _require("step_size", self.step_size_of(name), get_args(StepSize))
-        if not isinstance(self.retention, Delta):
+        if isinstance(self.retention, Oja):
+            self._check_oja()
+        if not erases(self.retention):
             self._check_step()
+
+    def _check_oja(self) -> None:
+        """Raise for parts with which the write is not Oja's."""
+        parts = (self.architecture, self.objective, self.algorithm)
+        if tuple(map(type, parts)) != (Matrix, DotProduct, Descent):
+            raise ValueError(
+                f"Oja() is a rule for Matrix(), DotProduct() and Descent(), got {', '.join(map(repr, parts))}. "
+                "Use those, or Delta()."
+            )
 
     def _check_step(self) -> None:
         """Raise for step sizes that only delta retention has, or that need more than this retention states."""
@@ -138,9 +149,9 @@ class AssociativeMemory:
 
     @property
     def follows_weights(self) -> bool:
-        """Whether errors follow the weights within a chunk: proximal steps without delta retention."""
+        """Whether errors follow the weights within a chunk: proximal steps of a retention that does not erase."""
         name = self.architecture.query_map
-        return not isinstance(self.retention, Delta) and self.step_size_of(name) == "proximal"
+        return not erases(self.retention) and self.step_size_of(name) == "proximal"
 
     @property
     def has_momentum(self) -> bool:

@@ -6,7 +6,7 @@ from .algorithms import Momentum
 from .architectures import MLP, Matrix
 from .associative import AssociativeMemory
 from .objectives import L2, Huber, Lp
-from .retention import KL, Delta, Lq
+from .retention import KL, Delta, Lq, Oja
 
 catalog: dict[str, AssociativeMemory] = {
     # S_t = S_{t-1} + v k^T (Katharopoulos et al. 2020; NL Eq. 16); gates lr = retain = 1
@@ -17,6 +17,8 @@ catalog: dict[str, AssociativeMemory] = {
     "deltanet": AssociativeMemory(Matrix(), retention=Delta()),
     # S_t = alpha_t S_{t-1}(I - eta k k^T) + eta v k^T (arXiv 2412.06464)
     "gated_deltanet": AssociativeMemory(Matrix(), retention=Delta(gated=True)),
+    # S_t = (alpha_t I - eta v v^T) S_{t-1} + eta v k^T (Oja's rule, OjaNet; NL Eq. 66-67)
+    "oja": AssociativeMemory(Matrix(), retention=Oja()),
     # W_t = W_{t-1} - eta (W_anchor k - v) k^T (arXiv 2407.04620)
     "ttt_linear": AssociativeMemory(Matrix(), objective=L2()),
     "ttt_mlp": AssociativeMemory(MLP(4), objective=L2()),

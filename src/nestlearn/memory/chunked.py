@@ -22,7 +22,7 @@ from .kernels.delta_span import delta_span
 from .kernels.products import limit_gradient, product, unit_norm
 from .objectives import with_threshold
 from .proximal import model_factors
-from .retention import Delta, Retention, is_linear, is_per_channel
+from .retention import Delta, Oja, Retention, is_linear, is_per_channel
 from .spans import Opened, Running, Update, has_closed_form, longest_span, open_span
 from .spans.ahead import prepare
 from .spans.base import Prepared
@@ -106,7 +106,7 @@ def enter(memory: AssociativeMemory, state: State, initial: Weights, *, fresh: b
 def _is_plain(memory: AssociativeMemory) -> bool:
     """Whether one decay a token and weights that change at every token are all there is: the case worth preparing."""
     plain = has_closed_form(memory) and is_linear(memory.retention) and not memory.algorithm.writes_at_close
-    return plain and not is_per_channel(memory.retention)
+    return plain and not is_per_channel(memory.retention) and not isinstance(memory.retention, Oja)
 
 
 def leave(running: Running, position: Tensor, aligned: bool) -> State:

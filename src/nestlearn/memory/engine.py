@@ -16,7 +16,7 @@ from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
 from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_tensors, check_threshold
 from .clock import Span, before_reset, beyond, choose, compaction, known_empty, poisoned_from
-from .retention import Delta
+from .retention import erases
 from .spans import explain_span, longest_span, open_span
 from .types import Factor, Gates, State, Tokens, Weights
 
@@ -380,9 +380,7 @@ def explain(memory: AssociativeMemory) -> Explanation:
     reasons = [
         "errors have a closed form, taken at the weights at the start of each chunk",
         f"{chunk} tokens a chunk: the recurrence inside runs as matrix products"
-        + (
-            " and one triangular solve per map" if memory.follows_weights or isinstance(memory.retention, Delta) else ""
-        ),
+        + (" and one triangular solve per map" if memory.follows_weights or erases(memory.retention) else ""),
     ]
     span = longest_span(memory, chunk, memory.read)
     if span < chunk:

@@ -29,7 +29,7 @@ from .architectures import Matrix
 from .associative import AssociativeMemory
 from .clock import Span, choose
 from .objectives import DotProduct
-from .retention import Delta, is_linear, is_per_channel
+from .retention import Delta, Oja, is_linear, is_per_channel
 from .spans import Opened, Running, Update
 from .spans.delta import step_size
 from .types import Gates, State, Tokens, Weights
@@ -52,8 +52,9 @@ def lacks_kernel(memory: AssociativeMemory) -> str | None:
         return f"its architecture is {memory.architecture!r}, and the kernels hold matrices"
     if type(memory.algorithm) is not Descent:
         return f"its algorithm is {memory.algorithm!r}, and the kernels know Descent()"
-    if not is_linear(memory.retention) or is_per_channel(memory.retention):
-        return f"its retention is {memory.retention!r}, and the kernels know Decay() and Delta()"
+    retention = memory.retention
+    if not is_linear(retention) or is_per_channel(retention) or isinstance(retention, Oja):
+        return f"its retention is {retention!r}, and the kernels know Decay() and Delta()"
     if memory.follows_weights:
         return "its proximal steps let errors follow the weights within a chunk"
     return None

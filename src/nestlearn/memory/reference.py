@@ -11,7 +11,7 @@ from torch import Tensor
 from .algorithms import GRADIENT_LIMIT, Algorithm, Momentum, OrthogonalizedMomentum
 from .associative import AssociativeMemory
 from .objectives import DotProduct, Objective, with_threshold
-from .retention import Delta, slope_at
+from .retention import Delta, Oja, slope_at
 from .types import Gates, State, Tokens, Weights
 
 
@@ -76,6 +76,11 @@ def model_gradients(
         error = error / (torch.where(along > 1, along, 1) * slope) + moved
         gradients[name] = error.unsqueeze(-1) * inputs[name].unsqueeze(-2)
     return gradients
+
+
+def value_gradient(weights: Tensor, v: Tensor) -> Tensor:
+    """The gradient of the second term of Oja's objective, ``1/2 ||W^T v||^2`` (NL Eq. 67)."""
+    return torch.func.grad(lambda w: 0.5 * (w.mT @ v.unsqueeze(-1)).square().sum())(weights)
 
 
 def effective_step(kind: str, lr: Tensor, retain: Tensor, x: Tensor) -> Tensor:
@@ -143,7 +148,8 @@ def token_step(
     for name, gradient in gradients.items():
         x, w = inputs[name], state.params[name]
         target = initial[name] if memory.retain_to == "initial" else torch.zeros_like(w)
-        eta = effective_step(memory.step_size_of(name), lr, retain, x)[..., None, None]
+        oja = isinstance(memory.retention, Oja)
+        eta = effective_step(memory.step_size_of(name), lr, retain, v if oja else x)[..., None, None]
         keep = retain if retain.dim() > lr.dim() else retain[..., None]
         keep = keep.unsqueeze(-2 if name == memory.architecture.query_map else -1)
         names = memory.carried_names(name)
@@ -153,6 +159,8 @@ def token_step(
         if isinstance(memory.retention, Delta):
             erased = (w - target) @ (x.unsqueeze(-1) * x.unsqueeze(-2))
             kept = keep * (w - target) - (keep if memory.retention.gated else 1) * eta * erased
+        if oja:
+            kept = keep * (w - target) - eta * value_gradient(w - target, v)
         if pending is not None and closes is not None:
             change = change + torch.where(closes[..., None, None], _close(algorithm, carried, pending), 0)
         params[name] = target + kept + change

@@ -112,6 +112,25 @@ class Delta(_Identity):
 
 
 @dataclass(frozen=True)
+class Oja(_Identity):
+    """``W_t = (alpha_t I - eta'_t v_t v_t^T) W_{t-1} + eta'_t v_t k_t^T``: Oja's rule (OjaNet; NL Eq. 66-67).
+
+    The delta rule erases what the key holds, this one erases what the value holds. The objective is
+    ``-<W k, v> + 1/2 ||W^T v||^2`` (the paper drops the 1/2). Its second term bounds the weights: along v they go
+    toward k. For single neurons this is Oja's rule (1982). The step eta' is that of `AssociativeMemory` with v in place
+    of the input; ``proximal`` is the exact minimizer. It needs `Matrix`, `DotProduct` (the first term) and `Descent`.
+
+    Example:
+        >>> from nestlearn.memory import AssociativeMemory, Gates, scan
+        >>> k, v = torch.tensor([[3.0, 4.0]] * 99), torch.tensor([[0.0, 1.0]] * 99)
+        >>> gates = Gates(lr=torch.full((99,), 0.5), retain=torch.ones(99))
+        >>> _, state = scan(AssociativeMemory(retention=Oja()), None, k, k, v, gates)
+        >>> state.params["W"].round(decimals=3).tolist()  # the row along v is the key
+        [[0.0, 0.0], [3.0, 4.0]]
+    """
+
+
+@dataclass(frozen=True)
 class Lq(Retention):
     """``W = A / ||A||_q^(q-2)``, elementwise norm per map and head: Moneta as printed (Miras section 5).
 
@@ -325,8 +344,13 @@ class Bregman(Retention):
 
 
 def is_linear(retention: Retention) -> bool:
-    """Whether accumulators are the weights themselves, kept by decay or by the delta rule."""
-    return type(retention) in (Decay, Delta)
+    """Whether accumulators are the weights themselves, kept by decay, by the delta rule or by Oja's."""
+    return type(retention) in (Decay, Delta, Oja)
+
+
+def erases(retention: Retention) -> bool:
+    """Whether a write first erases what the key (delta rule) or the value (Oja's rule) holds."""
+    return isinstance(retention, Delta | Oja)
 
 
 def is_mirror(retention: Retention) -> bool:

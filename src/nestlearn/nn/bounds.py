@@ -9,7 +9,7 @@ largest momentum (0 without momentum), and keys have norm at most 1.
 memory as the layer runs it     emitted step size                                           largest ``max_step``
 ==============================  ==========================================================  ====================
 proximal steps                  ``max_step sigma``                                          any
-dot product, delta              ``max_step sigma``                                          2
+dot product, delta or Oja       ``max_step sigma``                                          2
 dot product, decay, matrix      ``max_step sigma``                                          any
 dot product, decay, MLP         ``max_step sigma (1 - retain) (1 - b)^2 / 2``               1
 any other, matrix               ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) / s``        1
@@ -23,7 +23,7 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
   and both together were tested (docs/decisions.md). An MLP also gets a limit on the outer gradient
   (``gradient_limit``), since initial weights that training has enlarged can make it chaotic.
 - *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
-  the map they change, so writes add up at most linearly. Three forms on an MLP are refused: raw steps, since its hidden
+  the map they change, so writes add up at most linearly. With `Oja` the same holds along the value. Three forms on an MLP are refused: raw steps, since its hidden
   activations have no bounded norm; momentum, which pushes on after the target is reached, each map through the other
   (gradients overflow within 1,024 tokens of chunks of 8); and normalized steps with retention to zero, which divide by
   activations that vanish.
@@ -72,12 +72,13 @@ from nestlearn.memory import (
     LqDual,
     Matrix,
     Momentum,
+    Oja,
     ValueShiftRobust,
 )
 from nestlearn.memory.algorithms import GRADIENT_LIMIT, SteepAlgorithm
 from nestlearn.memory.architectures import SteepArchitecture
 from nestlearn.memory.objectives import SteepObjective
-from nestlearn.memory.retention import SteepRetention, is_linear, is_per_channel
+from nestlearn.memory.retention import SteepRetention, erases, is_linear, is_per_channel
 from nestlearn.memory.spans import has_closed_form
 from nestlearn.memory.types import Weights
 
@@ -97,7 +98,8 @@ def is_deep(memory: AssociativeMemory) -> bool:
 
 def bounds_values(memory: AssociativeMemory) -> bool:
     """Whether the layer normalizes values: for deep memories, and where their scale would change the rule itself."""
-    return is_deep(memory) or not isinstance(memory.objective, DotProduct | L2) or not is_linear(memory.retention)
+    linear = is_linear(memory.retention) and not isinstance(memory.retention, Oja)
+    return is_deep(memory) or not isinstance(memory.objective, DotProduct | L2) or not linear
 
 
 def curvature(memory: AssociativeMemory, initial: Weights) -> float | Float[Tensor, "h 1"]:
@@ -199,7 +201,7 @@ def largest_step(memory: AssociativeMemory) -> float:
         return math.inf
     if not (isinstance(memory.objective, DotProduct) and is_known(memory)):
         return 1.0
-    if isinstance(memory.retention, Delta):
+    if erases(memory.retention):
         kinds = {memory.step_size_of(name) for name in memory.architecture.shapes(1, 1)}
         return math.inf if kinds == {"proximal"} else 2.0
     return 1.0 if is_deep(memory) else math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Lq, Matrix
-from nestlearn.memory.retention import is_linear
+from nestlearn.memory.retention import erases, is_linear
 from nestlearn.memory.spans import longest_span
 
 
@@ -21,7 +21,7 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
     span = longest_span(memory, context_length, memory.read)
     dense_reads = memory.read == "token" and not (is_linear(memory.retention) or isinstance(memory.retention, Lq))
     follows, momentum = memory.follows_weights, memory.has_momentum
-    delta = isinstance(memory.retention, Delta) or follows
+    delta = erases(memory.retention) or follows
     total = 0
     last = list(shapes)[-1]
     for name, (out, width) in shapes.items():

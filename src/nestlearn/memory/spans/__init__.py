@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..algorithms import Descent, Momentum, OrthogonalizedMomentum
 from ..associative import AssociativeMemory
 from ..clock import short_span, span_length
-from ..retention import Decay, Delta, Lq, Retention, is_linear, is_mirror, is_per_channel
+from ..retention import Decay, Delta, Lq, Oja, Retention, is_linear, is_mirror, is_per_channel
 from .base import Opened, Running, Update, open_decay
 from .channels import open_channels
-from .delta import open_delta
+from .delta import open_delta, open_oja
 from .dense import open_dense
 from .mirror import open_mirror
 from .orthogonal import open_orthogonal
@@ -46,6 +46,8 @@ def open_span(memory: AssociativeMemory, run: Running, update: Update) -> Opened
         return open_orthogonal(algorithm, run, update)
     if isinstance(retention, Delta):
         return open_delta(memory, retention, run, update)
+    if isinstance(retention, Oja):
+        return open_oja(memory, run, update)
     if isinstance(retention, Decay):
         if retention.per_channel:
             return open_channels(memory.architecture.query_map, run, update)

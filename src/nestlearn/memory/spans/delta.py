@@ -3,6 +3,8 @@
 With the kernels of `base` and sh() a shift down by one row (a token erases from the weights before it):
 
     (I + diag(eta') [sh(A) * X X^T]) P = -diag(eta') (sh(A_t) * X W_0^T + sh(K_t) * X S_0^T + [sh(Lambda) * X X^T] G)
+
+Oja's rule is the delta rule of ``W^T``, whose inputs are the values (the errors E) and whose errors are the keys.
 """
 
 from __future__ import annotations
@@ -117,5 +119,21 @@ def open_delta(memory: AssociativeMemory, retention: Delta, run: Running, update
         x, error = update.factors[name]
         erasure = erasures.get(name) or erase(kernels, x, memory.step_size_of(name), gates.lr, gates.retain)
         return write_delta(kernels, x, error, erasure, start)
+
+    return open_scalar(run, update, kernels, written)
+
+
+def open_oja(memory: AssociativeMemory, run: Running, update: Update) -> Opened:
+    """A span under `Oja`: what the delta rule writes into ``W^T``, turned round."""
+    gates = update.gates
+    kernels = delta_kernels(Delta(), gates, update.valid, update.reset, restart=run.base is None)
+
+    def written(name: str, start: Entering) -> Writes:
+        k, error = update.factors[name]
+        erasure = erase(kernels, error, memory.step_size_of(name), gates.lr, gates.retain)
+        turned = Entering(*(None if w is None else w.mT for w in start))
+        writes = write_delta(kernels, error, k, erasure, turned)
+        assert writes.change is not None
+        return Writes(writes.change, error, None, writes.gain)
 
     return open_scalar(run, update, kernels, written)
