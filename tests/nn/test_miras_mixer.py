@@ -23,6 +23,7 @@ from nestlearn.memory import (
     Lq,
     LqDual,
     Matrix,
+    Momentum,
     OrthogonalizedMomentum,
     Retention,
     State,
@@ -39,6 +40,8 @@ from .test_mixer import assert_finite, inputs, run, saturated
 MEMORIES: dict[str, AssociativeMemory] = {
     **{name: replace(catalog[name], architecture=MLP(2)) for name in ("moneta", "yaad", "memora")},
     "oja": catalog["oja"],
+    "ggd": catalog["ggd"],
+    "ggd_deep": replace(catalog["ggd"], architecture=MLP(2), algorithm=Momentum(), values=Huber("switch", 0.5)),
     "channels": AssociativeMemory(MLP(2), L2(), Decay(per_channel=True)),
     "channels_linear": AssociativeMemory(Matrix(), DotProduct(), Decay(per_channel=True)),
     "orthogonal": AssociativeMemory(MLP(2), L2(), algorithm=OrthogonalizedMomentum()),

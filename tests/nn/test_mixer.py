@@ -20,7 +20,7 @@ from nestlearn.nn.state import tensors_of
 
 NAMES = sorted(catalog)
 # Memories that `tests.memory.oracle` knows; tests/nn/test_miras_mixer.py has the others.
-LINEAR = [name for name in NAMES if name not in ("moneta", "yaad", "memora", "oja")]
+LINEAR = [name for name in NAMES if name not in ("moneta", "yaad", "memora", "oja", "ggd")]
 DEEP = [name for name in NAMES if isinstance(catalog[name].architecture, MLP)]
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -427,6 +427,7 @@ def test_a_deep_hebbian_memory_with_raw_steps_never_outgrows_its_start():
             },
             "would never write",
         ),
+        ({"memory": replace(catalog["ggd"], values=L2())}, "no bounded gradient.*Use Huber"),
         ({"memory": replace(catalog["hope"], algorithm=Momentum())}, "delta retention and momentum together"),
         ({"memory": replace(catalog["hope"], step_size="normalized", retain_to="zero")}, "activations that vanish"),
         ({"memory": AssociativeMemory(MLP(2), retention=Delta())}, "hidden activations have no bounded norm"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .algorithms import Algorithm, Descent, OrthogonalizedMomentum
 from .architectures import Architecture, Matrix
-from .objectives import DotProduct, Objective
+from .objectives import DotProduct, Objective, needs_threshold
 from .retention import Decay, Oja, Retention, SteepRetention, erases, is_per_channel
 from .types import State, Weights
 
@@ -45,7 +45,9 @@ class AssociativeMemory:
             only of its speed.
         read: ``token`` reads ``M_t`` (after the token's own write), ``chunk`` the weights at the start of the chunk.
         values: what a key is associated with: the ``given`` value v, or the memory's ``own`` answer to it at the start
-            of the chunk, ``M(v) / ||M(v)||`` (NL Eq. 87: self-modification).
+            of the chunk, ``M(v) / ||M(v)||`` (NL Eq. 87: self-modification). An objective L makes the surprise under it
+            the value, ``u = -dL(M(k), v) / dM(k)`` at the start of the chunk: generalized gradient descent (NL Eq.
+            58-60), ``W_t = argmin_W objective(M(k), u) + Ret(W, W_{t-1})``. For `DotProduct` u is v.
         gradient_limit: largest norm of the outer gradient that passes through the weights from span to span; a larger
             one is scaled down to it. None is exact. Recurrences that can be chaotic need a limit.
 
@@ -67,7 +69,7 @@ class AssociativeMemory:
     retain_to: RetainTo = "zero"
     chunk_size: int = 64
     read: Read = "token"
-    values: Values = "given"
+    values: Values | Objective = "given"
     gradient_limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -98,7 +100,13 @@ class AssociativeMemory:
             )
         _require("retain_to", self.retain_to, get_args(RetainTo))
         _require("read", self.read, get_args(Read))
-        _require("values", self.values, get_args(Values))
+        if isinstance(self.values, str) or isinstance(self.values, type) or not isinstance(self.values, Objective):
+            _require("values", self.values, get_args(Values))
+        elif needs_threshold(self.values):
+            raise ValueError(
+                f"values={self.values!r} takes its thresholds from the gates, which are those of the objective. "
+                "Give it a constant one, such as threshold=1.0."
+            )
         if self.gradient_limit is not None and not self.gradient_limit > 0:
             raise ValueError(
                 f"gradient_limit must be positive, or None for exact gradients; got {self.gradient_limit!r}"
@@ -243,7 +251,8 @@ class AssociativeMemory:
 
 def _require(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        other = ", or an objective" if name == "values" else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{other}; got {value!r}")
 
 
 def _expand(name: str, w: Float[Tensor, "..."], shape: tuple[int, ...]) -> Tensor:

@@ -22,6 +22,9 @@ catalog: dict[str, AssociativeMemory] = {
     # W_t = W_{t-1} - eta (W_anchor k - v) k^T (arXiv 2407.04620)
     "ttt_linear": AssociativeMemory(Matrix(), objective=L2()),
     "ttt_mlp": AssociativeMemory(MLP(4), objective=L2()),
+    # generalized gradient descent: W_t = argmin_W 1/2 ||W k - u||^2 + 1/(2 eta) ||W - alpha_t W_{t-1}||^2 with the
+    # surprise u = -dL(M(k), v) / dM(k), L = Huber's norm (NL Eq. 58-60; docs/decisions.md)
+    "ggd": AssociativeMemory(Matrix(), L2(), step_size="proximal", values=Huber("norm", threshold=1.0)),
     # deep memory, L2, decay, momentum (arXiv 2501.00663, Eq. 9-14)
     "titans": AssociativeMemory(MLP(4), objective=L2(), algorithm=Momentum()),
     # deep linear attention: deep memory with the dot-product objective (Atlas, arXiv 2505.23735)

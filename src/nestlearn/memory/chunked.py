@@ -63,11 +63,20 @@ def find_factors(
     memory: AssociativeMemory, linear: Linear, adjoint: Linear, k: Tensor, v: Tensor, threshold: Tensor | None
 ) -> dict[str, Factor]:
     """Input and error of every map at the anchor."""
-    target = unit_norm(memory.architecture(linear, v)) if memory.values == "own" else v
+    target = _target(memory, linear, k, v)
     objective = with_threshold(memory.objective, threshold)
     if memory.follows_weights:
         return model_factors(memory.architecture, linear, adjoint, k, target, objective)
     return memory.architecture.factors(linear, adjoint, k, target, objective)
+
+
+def _target(memory: AssociativeMemory, linear: Linear, k: Tensor, v: Tensor) -> Tensor:
+    """What the keys are associated with: ``AssociativeMemory.values``."""
+    if memory.values == "given":
+        return v
+    if isinstance(memory.values, str):
+        return unit_norm(memory.architecture(linear, v))
+    return -memory.values.error(lambda: memory.architecture(linear, k), v)
 
 
 def reset_nonfinite(state: State, initial: Weights, reset: Tensor | None) -> tuple[State, Tensor | None]:

@@ -132,6 +132,9 @@ def token_step(
     if memory.values == "own":
         v = read_weights(memory, anchor, v)
         v = v / (v.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    elif not isinstance(memory.values, str):
+        generates, given = memory.values, v
+        v = -torch.func.grad(lambda y: generates.loss(y, given).sum())(read_weights(memory, anchor, k))
     objective, algorithm = with_threshold(memory.objective, gates.threshold), memory.algorithm
     inputs = map_inputs(memory, anchor, k)
     if memory.follows_weights:

@@ -23,10 +23,13 @@ any other, MLP                  ``max_step sigma (1 - b) / max(C, 4 / (1 - b)) /
   and both together were tested (docs/decisions.md). An MLP also gets a limit on the outer gradient
   (``gradient_limit``), since initial weights that training has enlarged can make it chaotic.
 - *Dot product with delta*: the eigenvalue along the input is ``retain - eta'``, in [-1, 1]; errors do not depend on
-  the map they change, so writes add up at most linearly. With `Oja` the same holds along the value. Three forms on an MLP are refused: raw steps, since its hidden
-  activations have no bounded norm; momentum, which pushes on after the target is reached, each map through the other
-  (gradients overflow within 1,024 tokens of chunks of 8); and normalized steps with retention to zero, which divide by
-  activations that vanish.
+  the map they change, so writes add up at most linearly. With `Oja` the same holds along the value. Three forms on an
+  MLP are refused: raw steps, since its hidden activations have no bounded norm; momentum, which pushes on after the
+  target is reached, each map through the other (gradients overflow within 1,024 tokens of chunks of 8); and normalized
+  steps with retention to zero, which divide by activations that vanish.
+- *Values that the memory generates* (``values=`` an objective) depend on the anchor. A chunk that takes its answers all
+  the way to ``v - M(k)`` turns them over, and chunks together can expand. So a layer accepts only `Huber` and
+  `DotProduct` there, whose gradients are bounded: then writes add up at most linearly, as under the delta rule.
 - *Dot product with decay on a matrix* has no feedback at all: a sum of bounded writes.
 
 The last three rows hold for raw steps with feedback. They bind objects from outside the package, `Decay` per channel
@@ -99,7 +102,8 @@ def is_deep(memory: AssociativeMemory) -> bool:
 def bounds_values(memory: AssociativeMemory) -> bool:
     """Whether the layer normalizes values: for deep memories, and where their scale would change the rule itself."""
     linear = is_linear(memory.retention) and not isinstance(memory.retention, Oja)
-    return is_deep(memory) or not isinstance(memory.objective, DotProduct | L2) or not linear
+    linear = linear and isinstance(memory.objective, DotProduct | L2) and isinstance(memory.values, str)
+    return is_deep(memory) or not linear
 
 
 def curvature(memory: AssociativeMemory, initial: Weights) -> float | Float[Tensor, "h 1"]:
@@ -182,7 +186,8 @@ def with_safe_steps(memory: AssociativeMemory) -> AssociativeMemory:
     free = isinstance(memory.objective, DotProduct) and not is_deep(memory)
     if not known or free:
         return memory
-    limit = GRADIENT_LIMIT if memory.gradient_limit is None and is_deep(memory) else memory.gradient_limit
+    feeds_back = is_deep(memory) or not isinstance(memory.values, str)
+    limit = GRADIENT_LIMIT if memory.gradient_limit is None and feeds_back else memory.gradient_limit
     return replace(memory, step_size="proximal", gradient_limit=limit)
 
 
@@ -214,6 +219,11 @@ def check_step(memory: AssociativeMemory, max_step: float | None) -> float:
         ValueError: the value is not stable for this memory, or none is.
     """
     _require_steepness(memory)
+    if not isinstance(memory.values, str | Huber | DotProduct):
+        raise ValueError(
+            f"values={memory.values!r} has no bounded gradient, so that a layer's memory could answer with values that "
+            'grow from chunk to chunk. Use Huber("norm", threshold=1.0), or values="given".'
+        )
     largest = largest_step(memory)
     if is_deep(memory) and isinstance(memory.retention, Delta):
         _refuse_unstable(memory)
