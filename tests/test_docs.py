@@ -69,11 +69,17 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert page.parent == ROOT or not [target for target in reached if not target.is_relative_to(ROOT / "docs")]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs/results").glob("*.md")), ids=lambda page: page.stem)
+RESULTS = [page for page in sorted((ROOT / "docs/results").glob("*.md")) if page.name != "index.md"]
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.stem)
 def test_a_result_opens_with_its_claim(page: Path) -> None:
     """The first screen of a result: title, then claim, figure, control, seeds and command, in this order."""
     rows = re.findall(r"^\| (\w+) \| \S", "\n".join(page.read_text().splitlines()[1:9]), re.MULTILINE)
     assert rows == ["Claim", "Figure", "Control", "Seeds", "Command"]
+    (claim,) = re.findall(r"^\| Claim \| (.*) \|$", page.read_text(), re.MULTILINE)
+    title = page.read_text().splitlines()[0].removeprefix("# ")
+    assert f"| [{title}]({page.name}) | {claim} |" in (ROOT / "docs/results/index.md").read_text()
 
 
 def public_names() -> dict[str, object]:
