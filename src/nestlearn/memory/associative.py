@@ -100,7 +100,7 @@ class AssociativeMemory:
             )
         _require("retain_to", self.retain_to, get_args(RetainTo))
         _require("read", self.read, get_args(Read))
-        if isinstance(self.values, str) or isinstance(self.values, type) or not isinstance(self.values, Objective):
+        if isinstance(self.values, (str, type)) or not isinstance(self.values, Objective):
             _require("values", self.values, get_args(Values))
         elif needs_threshold(self.values):
             raise ValueError(

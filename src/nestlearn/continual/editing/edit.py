@@ -22,6 +22,7 @@ from .targets import find_targets
 from .tracing import contributions
 
 EditMethod = Literal["intattn", "memit", "alphaedit", "rome"]
+"""Closed forms: MLPs and attention; MLPs; MLPs, along directions that general text hardly uses; one MLP."""
 
 WEIGHTS = {"intattn": 0.1, "memit": 0.1, "alphaedit": 0.01, "rome": 0.0}
 """Weight of general inputs beside the facts in each closed form (`right_factor`)."""
