@@ -26,6 +26,7 @@ from nestlearn.cli import (
     learn,
     levels,
     practice,
+    publish,
     serve,
     stack,
     train,
@@ -69,6 +70,7 @@ app.command("learn", help=learn.HELP, context_settings={"allow_extra_args": True
 app.command("practice", help=practice.HELP)(practice.run)
 app.command("edit", help=edit.HELP)(edit.run)
 app.command("chat", help=chat.HELP)(chat.run)
+app.command("publish", help=publish.HELP)(publish.run)
 app.command("serve", help=serve.HELP)(serve.run)
 app.command("demo", help=demo.HELP)(demo.run)
 

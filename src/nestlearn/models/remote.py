@@ -34,6 +34,8 @@ def write_loader(
 ) -> None:
     """Write the file that `auto_map` names into a folder of a saved model.
 
+    A model that was loaded without this package (`nestlearn publish`) is saved with the files that loaded it.
+
     Args:
         folder: of the model.
         code: that defines the classes.
@@ -41,6 +43,10 @@ def write_loader(
     Raises:
         OSError: it cannot be written.
     """
+    if not __name__.startswith("nestlearn."):  # a copy in the folder of a model: all its files go along
+        for file in Path(__file__).parent.glob("nestlearn_*.py"):
+            write_text(Path(folder) / file.name, file.read_text(encoding="utf-8"))
+        return
     text = f'"""Loads this folder with the installed package (pip install nestlearn)."""\n\n{code}'
     write_text(Path(folder) / f"{MODULE}.py", text)
 
