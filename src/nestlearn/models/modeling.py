@@ -136,6 +136,8 @@ class HopeModel(HopePreTrainedModel):
         reader = self._reader(output_layer, ids)
         check_checkpointing(self, keep, reader is not None)
         apart = mask is None and cache is None and not wanted and self._every_level_resets
+        # Blocks divided by FSDP2 must be called equally often by all processes.
+        apart = apart and not hasattr(self.layers[0], "unshard")
         if apart and reset is not None and may_look(reset):
             documents = find_documents(reset)
             parts = [self._document(reader, part, ids, tokens, writes) for part, tokens in take(x, documents)]

@@ -29,7 +29,7 @@ CONFIG_FILE = "train_config.json"
 NESTED = ("optimizer_options", "model", "trainer")
 # These may differ from the saved run on --resume, because none of them changes what a step computes.
 FREE_ON_RESUME = frozenset({"out", "steps", "log_interval", "eval_interval", "eval_windows", "save_interval",
-                            "keep_checkpoints", "threads"})  # fmt: skip
+                            "keep_checkpoints", "threads", "shard_size"})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,13 @@ class TrainConfig:
         save_interval: steps between checkpoints; the last step is always saved.
         keep_checkpoints: how many checkpoints stay on disk.
         threads: CPU threads; None keeps the choice of torch. A resume is bit-exact only with the same number.
+        strategy: how several processes (torchrun) share the work. "ddp": each has all parameters. "fsdp": they are
+            divided over all processes, with their gradients and optimizer states. "hsdp": over ``shard_size`` of them.
+        shard_size: processes that hold one copy of the parameters together, with "hsdp".
         optimizer_options: settings of the optimizer that differ from its own, such as {"slow_period": 20}.
         model: HopeConfig fields that differ from the preset's.
-        trainer: other fields of transformers.TrainingArguments, for example {"report_to": "tensorboard"} or
-            {"fsdp": "full_shard", "fsdp_config": {...}}. A field that one of the above sets is refused.
+        trainer: other fields of transformers.TrainingArguments, for example {"report_to": "tensorboard"}. A field that
+            one of the above sets is refused.
 
     Example:
         >>> TrainConfig(preset="hope-tiny", steps=100).warmup_steps
@@ -90,6 +93,8 @@ class TrainConfig:
     save_interval: Size = 500
     keep_checkpoints: Size = 2
     threads: Size | None = None
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_size: Size | None = None
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +103,11 @@ class TrainConfig:
         check_fields(self)
         check_optimizer(self.optimizer, self.optimizer_options)
         check_tokenizer_spec(self.tokenizer)
+        if (self.strategy == "hsdp") != (self.shard_size is not None):
+            raise ValueError(
+                f"strategy={self.strategy!r} with shard_size={self.shard_size}: hsdp needs the number of processes "
+                "that hold one copy of the parameters (usually those of a machine), and no other strategy has one."
+            )
 
     @property
     def warmup_steps(self) -> int:
@@ -121,6 +131,28 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy of all fields."""
         return dataclasses.asdict(self)
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """Raise ValueError where the processes of this run cannot divide the parameters as ``config`` says.
+
+    Example:
+        >>> check_processes(TrainConfig(strategy="hsdp", shard_size=4), 6)
+        Traceback (most recent call last):
+        ...
+        ValueError: config.shard_size=4 does not divide the processes=6 of this run. Use one of 1, 2, 3, 6.
+    """
+    if config.strategy == "ddp":
+        return
+    if processes == 0:
+        raise ValueError(
+            f"strategy={config.strategy!r} divides the parameters over processes, and this is one process alone. Start "
+            "it with torchrun --nproc-per-node N -m nestlearn train ..., or use --strategy ddp."
+        )
+    size = config.shard_size
+    if size is not None and processes % size:
+        sizes = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+        raise ValueError(f"{config.shard_size=} does not divide the {processes=} of this run. Use one of {sizes}.")
 
 
 def check_tokenizer_spec(spec: str) -> int | None:
@@ -234,6 +266,25 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             f"The configuration file {path} holds {type(content).__name__}, expected a mapping such as `steps: 100`."
         )
     return content
+
+
+def share_batch(config: TrainConfig, before: int, now: int) -> TrainConfig:
+    """The settings with which ``now`` processes read what ``before`` processes read per update.
+
+    Raises:
+        ValueError: they cannot share the batch equally.
+
+    Example:
+        >>> share_batch(TrainConfig(batch_size=6), 2, 4).batch_size
+        3
+    """
+    total = config.batch_size * before
+    if total % now:
+        raise ValueError(
+            f"The run reads {total} sequences at once ({config.batch_size} on each of {before} processes), which {now} "
+            f"processes cannot share. Resume it with a number of processes that divides {total}."
+        )
+    return dataclasses.replace(config, batch_size=total // now)
 
 
 def check_resume(saved: TrainConfig, wanted: TrainConfig) -> None:

@@ -25,9 +25,9 @@ from nestlearn.data import PackedDataset, PackedStream, bytes_per_token, load_co
 from nestlearn.models import HopeConfig, flops
 from nestlearn.nn import ContinuumMemory, SelfModifyingTitans
 from nestlearn.train import checkpoint
-from nestlearn.train.config import SCHEDULES, TrainConfig
-from nestlearn.train.errors import TrainingInterrupted
-from nestlearn.train.folder import check_corpus, claim_folder, save_settings, starting_point
+from nestlearn.train.config import SCHEDULES, TrainConfig, check_processes, share_batch
+from nestlearn.train.errors import TrainingInterrupted, explain_lost_process
+from nestlearn.train.folder import check_corpus, claim_folder, processes, save_settings, saved_processes, starting_point
 from nestlearn.train.load import load_tokenizer, prepare_model, prepare_model_config, prepare_tokenizer
 from nestlearn.train.meter import Meter, count_targets, cut_log, read_log
 from nestlearn.train.optimizers import ENGINE, build_optimizer
@@ -47,6 +47,7 @@ OWN_SETTINGS = {
     "learning_rate": "learning_rate", "lr_scheduler_type": "schedule", "warmup_steps": "warmup",
     "weight_decay": "weight_decay", "adam_beta1": "beta1", "adam_beta2": "beta2", "max_grad_norm": "max_grad_norm",
     "optim": "optimizer", "seed": "seed", "data_seed": "seed", "bf16": "dtype", "fp16": "dtype",
+    "fsdp": "strategy", "fsdp_config": "strategy",
     "gradient_checkpointing": "gradient_checkpointing", "logging_steps": "log_interval",
     "eval_steps": "eval_interval", "save_steps": "save_interval", "save_total_limit": "keep_checkpoints",
     **dict.fromkeys((
@@ -55,6 +56,10 @@ OWN_SETTINGS = {
         "dataloader_drop_last", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size",
     )),
 }  # fmt: skip
+
+
+DIVIDED = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
+"""The engine leaves the units of FSDP2 to HopeTrainer, and writes checkpoints in parts."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         ValueError: an unknown setting, or a value out of range.
     """
+    check_processes(config, int(os.environ.get("WORLD_SIZE", "0")))
     training_arguments(config)
     make = _optimizer_maker(config)
     if make is not None:
@@ -134,6 +140,8 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
 
     out = Path(config.out)
     last = starting_point(config, resume)
+    if last:
+        config = share_batch(config, saved_processes(out), processes())
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(out) if last else prepare_tokenizer(config)
@@ -159,10 +167,11 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
         # After the preparation: before an error, this warning would look like its cause.
         _warn_of_idle_memories(model, config.sequence_length, console)
         if last and begun == config.steps:
-            export_checkpoint(last, out)
+            export_checkpoint(last, out, model)
             return _result(trainer, out, begun)
         try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            with explain_lost_process(_resume_command(out)):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             bar.close()
         if stop.received is not None and trainer.state.global_step < config.steps:
@@ -259,8 +268,7 @@ def _first_items(dataset: PackedDataset | PackedStream, count: int) -> list[dict
 
 def _windows_ahead(config: TrainConfig) -> int:
     """An upper bound of the windows that the engine reads ahead: two updates of all processes."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return 2 * (config.gradient_accumulation + 1) * config.batch_size * processes
+    return 2 * (config.gradient_accumulation + 1) * config.batch_size * processes()
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -287,6 +295,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "seed": config.seed,
         "data_seed": config.seed,
         "bf16": config.dtype == "bfloat16",
+        "fsdp": config.strategy != "ddp" or None,
+        "fsdp_config": DIVIDED if config.strategy != "ddp" else None,
         "logging_steps": config.log_interval,
         # The engine would replace a non-finite loss by an average; here such a loss ends the run.
         "logging_nan_inf_filter": False,
@@ -346,6 +356,7 @@ def build_trainer(
         meter=progress,
         eval_bytes_per_target=data.eval_bytes_per_target,
         make_optimizer=_optimizer_maker(config),
+        shard_size=config.shard_size,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -377,11 +388,18 @@ def export(trainer: HopeTrainer, out: Path) -> None:
             checkpoint.publish_files(folder / final.name, out)
 
 
-def export_checkpoint(last: Path, out: Path) -> None:
+def export_checkpoint(last: Path, out: Path, model: Any) -> None:
     """Copy the model of a checkpoint into the run folder, for a run that ended before its own export."""
+    from nestlearn.train.sharding import WEIGHTS, read_weights
+
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
     with checkpoint.explain_failure(out / "model.safetensors"), atomic.staging(out / "model") as folder:
         content = folder / "model"
         content.mkdir()
+        if (last / WEIGHTS).is_dir():
+            read_weights(last, model)
+            model.save_pretrained(content)
         for path in [*last.glob("model*"), *last.glob("*config.json")]:
             shutil.copyfile(path, content / path.name)
         checkpoint.publish_files(content, out)
@@ -389,8 +407,11 @@ def export_checkpoint(last: Path, out: Path) -> None:
 
 def _interrupted(trainer: HopeTrainer, number: int, out: Path) -> TrainingInterrupted:
     saved = checkpoint.last_checkpoint(out)
-    command = f"nestlearn train --resume --out {shlex.quote(str(out))}"
-    return TrainingInterrupted(trainer.state.global_step, saved or out, 128 + number, command)
+    return TrainingInterrupted(trainer.state.global_step, saved or out, 128 + number, _resume_command(out))
+
+
+def _resume_command(out: Path) -> str:
+    return f"nestlearn train --resume --out {shlex.quote(str(out))}"
 
 
 def _result(trainer: HopeTrainer, out: Path, steps: int) -> TrainResult:

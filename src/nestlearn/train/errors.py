@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -45,3 +47,28 @@ class TrainingInterrupted(TrainingError):
         self.step, self.checkpoint, self.exit_code = step, checkpoint, exit_code
         self.resume_command = resume_command
         super().__init__(f"Stopped after step {step}; saved in {checkpoint}. Continue with: {resume_command}")
+
+
+@contextmanager
+def explain_lost_process(resume_command: str) -> Iterator[None]:
+    """Turn the failure of a message to another process of the run into a TrainingError that tells how to go on.
+
+    Example:
+        >>> with explain_lost_process("nestlearn train --resume"):
+        ...     raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+        Traceback (most recent call last):
+        ...
+        nestlearn.train.errors.TrainingError: Another process of this run has ended, or cannot be reached ...
+    """
+    try:
+        yield
+    except TrainingError:
+        raise
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors; those of torch.distributed are DistError and its subclasses.
+        if "gloo/" not in str(error) and not any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+            raise
+        raise TrainingError(
+            f"Another process of this run has ended, or cannot be reached ({error}). Its own log says why. Start all "
+            f"processes again with: {resume_command}"
+        ) from error

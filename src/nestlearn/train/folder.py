@@ -15,6 +15,7 @@ from nestlearn.train.errors import CheckpointError
 
 LOCK_FILE = ".lock"
 _DIGEST = "corpus_digest"
+_PROCESSES = "processes"
 
 
 @contextmanager
@@ -94,12 +95,14 @@ def _is_exported_from(last: Path, out: Path) -> bool:
     """Whether the model in ``out`` is the one of the checkpoint: a run may end between saving the two."""
     names = [path.name for path in last.glob("model*.safetensors")]
     digest = checkpoint.file_digest
+    if not names:  # weights in parts
+        return is_exported(out)
     return all((out / name).exists() and digest(out / name) == digest(last / name) for name in names)
 
 
 def save_settings(config: TrainConfig, digest: str | None) -> None:
     """Write the settings of a run and the digest of its corpus into its folder."""
-    content = config.to_dict() | {_DIGEST: digest}
+    content = config.to_dict() | {_DIGEST: digest, _PROCESSES: processes()}
     write_text(Path(config.out) / CONFIG_FILE, json.dumps(content, indent=1))
 
 
@@ -110,11 +113,22 @@ def saved_config(out: str | Path) -> TrainConfig:
         CheckpointError: the folder holds no readable run.
     """
     content = _saved_settings(out)
-    content.pop(_DIGEST, None)
+    for name in (_DIGEST, _PROCESSES):
+        content.pop(name, None)
     try:
         return TrainConfig(**content)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{out} holds no run to resume: {CONFIG_FILE} cannot be used ({error}).") from error
+
+
+def processes() -> int:
+    """How many processes train (torchrun)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def saved_processes(out: str | Path) -> int:
+    """How many processes trained when a run was saved."""
+    return int(_saved_settings(out).get(_PROCESSES, 1))
 
 
 def check_corpus(config: TrainConfig, digest: str | None) -> None:

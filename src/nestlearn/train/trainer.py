@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
@@ -23,6 +24,7 @@ from nestlearn.models.files import first_non_finite_parameter
 from nestlearn.train import checkpoint, meter
 from nestlearn.train.errors import NonFiniteError
 from nestlearn.train.finite import first_non_finite_gradient, locate_non_finite
+from nestlearn.train.sharding import process_mesh, shard, whole_weights
 from nestlearn.train.stream import RecordedStream
 
 
@@ -45,13 +47,42 @@ class HopeTrainer(Trainer):
         meter: meter.Meter,
         eval_bytes_per_target: float | None = None,
         make_optimizer: Callable[[nn.Module], Optimizer] | None = None,
+        shard_size: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self._make_optimizer = make_optimizer
+        self._make_optimizer, self._shard_size = make_optimizer, shard_size
         self.token_bytes, self.flops_per_token = token_bytes, flops_per_token
         self.meter, self.eval_bytes_per_target = meter, eval_bytes_per_target
         self._staging: Path | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The engine's, which divides parameters over the processes of a CPU as well.
+
+        accelerate does so on accelerators only, and would train replicas without a word. What it calls works with gloo.
+        """
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            self.is_fsdp_enabled = True
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Mixed precision of a divided model, which the engine leaves to the units: here parameters stay wide."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        # An optimizer is made for parameters that are divided already.
+        if self.is_fsdp_enabled:
+            shard(cast(nn.Module, self.model), process_mesh(self._shard_size, self.args.device))
+        prepared = super()._prepare_for_training(*args)
+        if self.is_fsdp_enabled:
+            # The engine finds parameters by the address of their part, and parts may be empty.
+            groups = cast(Optimizer, self.optimizer).param_groups
+            for group, parameters in zip(groups, self._parameters, strict=True):
+                group["params"] = parameters
+        return prepared
 
     @property
     def out(self) -> Path:
@@ -71,7 +102,9 @@ class HopeTrainer(Trainer):
         if self.optimizer is None and self._make_optimizer is not None:
             trained: Any = self.model if model is None else model
             self.optimizer = self._make_optimizer(trained)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        self._parameters = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The held-out batches. Unlike in training, they include a last batch that is not full."""
@@ -191,6 +224,16 @@ class HopeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if first:
             rotate_checkpoints(str(self.out), self.args.save_total_limit)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model. A checkpoint of a divided model has its weights in parts, which the engine writes."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            self._save(output_dir, whole_weights(cast(nn.Module, self.model)))
+        elif self.args.should_save:
+            self.model.config.save_pretrained(output_dir)
+            self.processing_class.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

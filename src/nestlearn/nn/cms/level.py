@@ -202,7 +202,7 @@ class Kept(nn.Module):
     def __init__(self, retain: float | None) -> None:
         super().__init__()
         self.retain = retain
-        self.logit = nn.Parameter(torch.empty(())) if retain is None else None
+        self.logit = nn.Parameter(torch.empty(1)) if retain is None else None  # FSDP2 divides no scalars
         self.reset_parameters()
 
     @torch.no_grad()
@@ -214,7 +214,7 @@ class Kept(nn.Module):
     def forward(self, like: Tensor) -> Float[Tensor, ""]:
         """The logarithm, in the dtype and on the device of a tensor."""
         if self.logit is not None:
-            return F.logsigmoid(self.logit.to(like.dtype))
+            return F.logsigmoid(self.logit.to(like.dtype)).squeeze(0)
         kept = cast(float, self.retain)
         return like.new_tensor(math.log(kept) if kept > 0 else -math.inf)
 
