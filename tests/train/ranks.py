@@ -3,11 +3,12 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from nestlearn.train import TrainConfig, train
+from nestlearn.train import TrainConfig, saved_config, train
 
 
 def main() -> None:
@@ -20,7 +21,8 @@ def main() -> None:
         for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
             del os.environ[name]
         resume = fields.pop("resume", False)
-        train(TrainConfig(**fields), resume=resume, console=Console(quiet=True))
+        config = replace(saved_config(fields["out"]), **fields) if resume else TrainConfig(**fields)
+        train(config, resume=resume, console=Console(quiet=True))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from nestlearn.train import TrainConfig, build_config, read_config_file
-from nestlearn.train.config import PRESET_LEARNING_RATES, check_resume, check_tokenizer_spec, parse_scalar
+from nestlearn.train.config import (
+    PRESET_LEARNING_RATES,
+    check_processes,
+    check_resume,
+    check_tokenizer_spec,
+    parse_scalar,
+)
 from nestlearn.train.load import describe_settings, model_fields, prepare_model_config, prepare_tokenizer
 
 
@@ -145,3 +151,14 @@ def test_resuming_keeps_what_determines_a_run():
     check_resume(saved, TrainConfig(steps=5, out="elsewhere", save_interval=9))
     with pytest.raises(ValueError, match="seed cannot change: saved 0, received 1"):
         check_resume(saved, TrainConfig(seed=1))
+
+
+@pytest.mark.parametrize("name", ["1-gpu", "8-gpus", "64-gpus"])
+def test_the_settings_for_gpus_can_be_used(name: str) -> None:
+    folder = Path(__file__).parents[2] / "deploy" / "train"
+    config = build_config(read_config_file(folder / f"{name}.yaml"), model_fields())
+    processes = int(name.split("-")[0])
+    check_processes(config, processes)
+    assert {"1-gpu": "ddp", "8-gpus": "fsdp", "64-gpus": "hsdp"}[name] == config.strategy
+    # About half a million tokens per update, and texts that the cache and levels of the preset fit.
+    assert 4e5 < config.tokens_per_step * processes < 3e6

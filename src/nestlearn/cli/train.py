@@ -30,7 +30,7 @@ it.
 
   nestlearn train --resume --out runs/docs
 
-  torchrun --nproc-per-node 8 -m nestlearn train --preset hope-340m --corpus hf:NAME --dtype bfloat16 --out runs/big
+  torchrun --nproc-per-node 8 -m nestlearn train --strategy fsdp --preset hope-340m --corpus hf:NAME --out runs/big
 """
 
 
@@ -53,6 +53,7 @@ def run(
     named = {"preset": preset, "corpus": corpus, "out": out}
     given = {key: value for key, value in named.items() if value is not None} | read_fields(context.args)
     values = {**(read_config_file(config) if config else {}), **given}
+    resume = resume or _restarted(Path(values.get("out", "runs/train")))
     base = saved_config(values.get("out", "runs/train")) if resume else None
     settings = build_config(values, model_fields(), base)
     if dry_run:
@@ -65,3 +66,10 @@ def run(
             f"Saved {result.out}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s; "
             f"held-out {result.eval_bits_per_byte:.3f} bits per byte."
         )
+
+
+def _restarted(out: Path) -> bool:
+    """Whether torchrun starts the processes again (``--max-restarts``), with the command that began the run."""
+    from nestlearn.train.config import CONFIG_FILE
+
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (out / CONFIG_FILE).is_file()

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
-from nestlearn.optim.sharding import local, own_part, total, undivided, whole
+from nestlearn.optim.sharding import holders, local, own_part, total, undivided, whole
 
 Stack = Float[Tensor, "b m n"]
 
@@ -67,6 +69,7 @@ class Matrices:
         states: of the optimizer, one dictionary for each parameter.
         step: the number of this step, from 1.
         kernels: how 3-D tensors are read (`as_matrices`).
+        process_group: processes that hold replicas of the parameters and share the work on whole matrices.
     """
 
     parameters: list[Tensor]
@@ -75,6 +78,7 @@ class Matrices:
     states: list[dict[str, Tensor]]
     step: int
     kernels: bool
+    process_group: ProcessGroup | None = None
 
     def state(self, name: str) -> list[Stack]:
         """One entry of all states, as matrices that share memory with it."""
@@ -108,6 +112,14 @@ class Matrices:
     def undivided(self) -> bool:
         """Whether each matrix is whole on one process; so are the matrices of a stack that is divided between them."""
         return undivided(self.parameters[0], self.stacked)
+
+    @property
+    def workers(self) -> ProcessGroup | None:
+        """The processes that have the same complete matrices; None: this one alone."""
+        like = self.parameters[0]
+        if isinstance(like, DTensor) and self.undivided:
+            return None
+        return holders(like, self.process_group)
 
     def whole(self, parts: Sequence[Stack]) -> list[Stack]:
         """Complete matrices on this process, from the parts of all processes."""
@@ -144,15 +156,21 @@ def weight_of(parameter: Tensor, kernels: bool) -> Stack:
     return as_matrices(own.to(wide(own.dtype)).contiguous(), kernels)
 
 
-def parameter_batches(parameters: Sequence[Tensor], steps: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Parameters that are updated together: of one shape, type, device, distribution and step, up to a limit."""
+def parameter_batches(
+    parameters: Sequence[Tensor], steps: Sequence[int], process_group: ProcessGroup | None = None
+) -> Iterator[list[Tensor]]:
+    """Parameters that are updated together: of one shape, type, device, distribution and step, up to a limit.
+
+    At least one for each process that shares the work (`Matrices.workers`), where there are as many.
+    """
     alike: dict[tuple[object, ...], list[Tensor]] = {}
     for parameter, step in zip(parameters, steps, strict=True):
         placements = getattr(parameter, "placements", None), getattr(parameter, "device_mesh", None)
         alike.setdefault((parameter.shape, parameter.dtype, parameter.device, placements, step), []).append(parameter)
     for members in alike.values():
         limit = CPU_ELEMENTS if members[0].device.type == "cpu" else ELEMENTS
-        count = max(1, limit // members[0].numel())
+        workers = holders(members[0], process_group)
+        count = max(1 if workers is None else workers.size(), limit // members[0].numel())
         for first in range(0, len(members), count):
             yield members[first : first + count]
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -47,6 +48,10 @@ class MatrixOptimizer(Optimizer):
 
     # torch.amp.GradScaler then leaves unscaling to `step`, and sets `grad_scale` and `found_inf` for it.
     _step_supports_amp_scaling = True
+
+    process_group: ProcessGroup | None = None
+    """Processes that hold replicas of all parameters, as with DistributedDataParallel. They then share the work that
+    needs whole matrices, such as Newton-Schulz; None: each does all of it. Divided parameters name their processes."""
 
     optional_prefix: ClassVar[str | None] = None
     """How the names of all states begin that a parameter may lack; None: it may lack none."""
@@ -169,7 +174,8 @@ class MatrixOptimizer(Optimizer):
                 if name not in state:
                     state[name] = zeros(parameter)
         steps = [int(self.state[parameter]["step"]) for parameter in parameters]
-        self._update_all(group, (self._matrices(group, members) for members in parameter_batches(parameters, steps)))
+        batches = parameter_batches(parameters, steps, self.process_group)
+        self._update_all(group, (self._matrices(group, members) for members in batches))
 
     def _matrices(self, group: Mapping[str, Any], members: list[Tensor]) -> Matrices:
         """Parameters as matrices, at their next step."""
@@ -179,7 +185,7 @@ class MatrixOptimizer(Optimizer):
             state["step"] += 1
         weights = [weight_of(parameter, kernels) for parameter in members]
         gradients = [as_matrices(local(self._gradient(parameter)), kernels) for parameter in members]
-        return Matrices(members, weights, gradients, states, int(states[0]["step"]), kernels)
+        return Matrices(members, weights, gradients, states, int(states[0]["step"]), kernels, self.process_group)
 
     def _update_all(self, group: Mapping[str, Any], given: Iterable[Matrices]) -> None:
         """One step of all matrices of a group, batch by batch; rules that share state between batches override it."""

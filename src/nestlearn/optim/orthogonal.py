@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestlearn.memory.kernels.newton_schulz import COEFFICIENTS, POLAR_EXPRESS, Coefficients, newton_schulz
 from nestlearn.optim.matrices import Matrices, Stack, together
+from nestlearn.optim.sharding import shared
 
 Named = Literal["quintic", "polar_express"]
 AdjustLr = Literal["match_rms_adamw", "original"]
@@ -56,9 +57,15 @@ def orthogonalize(
 ) -> list[Stack]:
     """Newton-Schulz of matrices that may be distributed; returns this process's parts in the type of the iterations.
 
-    Divided matrices are collected: every process orthogonalizes all of them and keeps its own part.
+    Divided matrices are collected on every process. Processes that have the same matrices share the work
+    (`Matrices.workers`): each orthogonalizes some, and all get the results.
     """
     complete = parts if matrices.undivided else matrices.whole(parts)
+    results = shared(list(complete), matrices.workers, lambda own: _orthogonalize(own, steps, triples))
+    return results if matrices.undivided else matrices.own_parts(results)
+
+
+def _orthogonalize(complete: list[Stack], steps: int, triples: Sequence[Coefficients]) -> list[Stack]:
     first = complete[0]
     count = max(1, CPU_ELEMENTS // max(1, first.numel())) if first.device.type == "cpu" else len(complete)
     results: list[Stack] = []
@@ -66,7 +73,7 @@ def orthogonalize(
         stacked, counts = together(complete[place : place + count])
         result = newton_schulz(stacked, steps, triples, dtype=iteration_dtype(stacked))
         results += result.split(counts)
-    return results if matrices.undivided else matrices.own_parts(results)
+    return results
 
 
 def average(momenta: list[Stack], gradients: list[Stack], beta: float, nesterov: bool) -> list[Stack]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -94,6 +96,44 @@ def gathered(part: Tensor, like: Tensor, process_group: dist.ProcessGroup | None
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(parts, part, group=process_group)
     return torch.stack(parts)
+
+
+def holders(like: Tensor, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The processes that have all of a tensor once it is collected (`whole`).
+
+    Args:
+        like: if it is divided, the processes are those that hold its parts.
+        process_group: the processes otherwise, which have replicas.
+    """
+    if not isinstance(like, DTensor):
+        return process_group
+    divided = [i for i, given in enumerate(like.placements) if isinstance(given, Shard)]
+    return like.device_mesh.get_group(divided[0]) if len(divided) == 1 else None
+
+
+def shared(
+    tensors: list[Tensor], process_group: dist.ProcessGroup | None, work: Callable[[list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
+    """``work(tensors)`` on tensors of one shape that all processes of a group have: each works on its part of them.
+
+    All get the same results, bit by bit. Without a group, the work is done here.
+
+    Example:
+        >>> shared([torch.ones(1), torch.ones(1)], None, lambda tensors: [2 * x for x in tensors])
+        [tensor([2.]), tensor([2.])]
+    """
+    count = 1 if process_group is None else dist.get_world_size(process_group)
+    if count == 1 or len(tensors) == 1:
+        return work(tensors)
+    rank = dist.get_rank(process_group)
+    own = work(tensors[rank::count] or tensors[:1])
+    # Every process sends as many; what is behind the last tensor is not read.
+    sent = own[0].new_zeros(-(-len(tensors) // count), *own[0].shape)
+    for place, result in zip(sent, own, strict=False):
+        place.copy_(result)
+    parts = sent.new_empty(count * len(sent), *sent.shape[1:])
+    dist.all_gather_into_tensor(parts, sent, group=process_group)
+    return [parts[i % count * len(sent) + i // count] for i in range(len(tensors))]
 
 
 def is_shared(parameter: Tensor, process_group: dist.ProcessGroup | None) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from nestlearn import atomic
 from nestlearn.models.files import first_non_finite_parameter
+from nestlearn.optim import MatrixOptimizer
 from nestlearn.train import checkpoint, meter
 from nestlearn.train.errors import NonFiniteError
 from nestlearn.train.finite import first_non_finite_gradient, locate_non_finite
@@ -65,24 +67,27 @@ class HopeTrainer(Trainer):
         state = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            settings: dict[str, Any] = self.args.fsdp_plugin_args or {}
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
             self.is_fsdp_enabled = True
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         """Mixed precision of a divided model, which the engine leaves to the units: here parameters stay wide."""
         return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
-    def _prepare_for_training(self, *args: Any) -> Any:
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # An optimizer is made for parameters that are divided already.
         if self.is_fsdp_enabled:
             shard(cast(nn.Module, self.model), process_mesh(self._shard_size, self.args.device))
-        prepared = super()._prepare_for_training(*args)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_fsdp_enabled:
-            # The engine finds parameters by the address of their part, and parts may be empty.
+            # The engine has looked parameters up by the address of their part; empty parts have none.
             groups = cast(Optimizer, self.optimizer).param_groups
             for group, parameters in zip(groups, self._parameters, strict=True):
                 group["params"] = parameters
-        return prepared
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     @property
     def out(self) -> Path:
@@ -103,6 +108,8 @@ class HopeTrainer(Trainer):
             trained: Any = self.model if model is None else model
             self.optimizer = self._make_optimizer(trained)
         optimizer = super().create_optimizer(model)
+        if isinstance(optimizer, MatrixOptimizer) and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
+            optimizer.process_group = dist.group.WORLD
         self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
@@ -232,8 +239,8 @@ class HopeTrainer(Trainer):
         elif not _internal_call:
             self._save(output_dir, whole_weights(cast(nn.Module, self.model)))
         elif self.args.should_save:
-            self.model.config.save_pretrained(output_dir)
-            self.processing_class.save_pretrained(output_dir)
+            for part in (cast(Any, self.model).config, cast(Any, self.processing_class)):
+                part.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
