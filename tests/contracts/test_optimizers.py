@@ -26,6 +26,7 @@ from nestlearn.optim import (
     DeltaMomentum,
     DeltaRule,
     Diagonal,
+    GeneratedValues,
     HigherOrderMomentum,
     InputProjection,
     LeastSquares,
@@ -33,6 +34,7 @@ from nestlearn.optim import (
     MultiTimescale,
     NestedTransfer,
     NewtonSchulz,
+    OrthogonalDescent,
     Polynomial,
     Sign,
     Whitening,
@@ -125,6 +127,11 @@ OPTIMIZERS: dict[str, Entry] = {
     "least-squares-momentum": Entry(
         of(AssociativeMomentum, preconditioner=LeastSquares(alpha=1e6, period=3)), lr=0.3, rosenbrock_lr=1e-3
     ),
+    # Where gradients turn, its answer is small and cuts what it learns: it comes to rest later.
+    "generalized-momentum": Entry(
+        of(AssociativeMomentum, values=GeneratedValues()), lr=0.1, rosenbrock_lr=1e-3, remains=0.05
+    ),
+    "orthogonal-descent": Entry(of(AssociativeMomentum, output=OrthogonalDescent()), lr=0.3),
     "multi-timescale": Entry(timescales, copyable=False),
     "nested-transfer": Entry(transfer, copyable=False),
     "outer-nesterov": Entry(outer_nesterov, copyable=False),

@@ -20,11 +20,13 @@ from nestlearn.optim import (
     DeltaMomentum,
     DeltaRule,
     Diagonal,
+    GeneratedValues,
     HigherOrderMomentum,
     InputProjection,
     LeastSquares,
     MultiTimescale,
     NewtonSchulz,
+    OrthogonalDescent,
     Polynomial,
     Sign,
     Whitening,
@@ -72,7 +74,9 @@ class Written:
         self.p: Any = None
         self.t = 0
         self.decay = settings.pop("weight_decay", 0.0)
-        self.axes: dict[str, Any] = {"delta": None, "features": None, "preconditioner": None, "output": None} | settings
+        self.axes: dict[str, Any] = (
+            dict.fromkeys(("delta", "features", "preconditioner", "values", "output")) | settings
+        )
 
     def features(self, g: Tensor) -> Tensor:
         rms = (sum(float(x) ** 2 for x in g.flatten()) / g.numel()) ** 0.5
@@ -101,9 +105,18 @@ class Written:
                 self.p = inverse if p.power == 1 else denman_beavers(inverse)
         return self.p @ g if p.side == "rows" else g @ self.p
 
+    def surprise(self, g: Tensor) -> Tensor:
+        """The momentum's answer, and minus the gradient by it of Huber's norm, written out."""
+        p = ((1 - self.momentum) * self.m).requires_grad_()
+        r, d = (p - g).norm(), self.axes["values"].threshold * p.detach().norm()
+        loss = 0.5 * r**2 if r <= d or d == 0 else d * (r - d / 2)
+        return p.detach() - torch.autograd.grad(loss, p)[0]
+
     def output(self, m: Tensor) -> Tensor:
         if isinstance(self.axes["output"], Sign):
             return m.sign()
+        if isinstance(self.axes["output"], OrthogonalDescent):
+            return 0.2 * max(m.shape) ** 0.5 * self.descend(m / m.norm())
         a, b, c = 3.4445, -4.7750, 2.0315
         u, s, v = torch.linalg.svd(m, full_matrices=False)
         s = s / s.square().sum().sqrt()
@@ -111,10 +124,20 @@ class Written:
             s = a * s + b * s**3 + c * s**5
         return 0.2 * max(m.shape) ** 0.5 * (u * s) @ v
 
+    def descend(self, g: Tensor) -> Tensor:
+        """Gradient descent on the objective of NL Eq. 42-43, by autograd."""
+        o, eye = g, torch.eye(g.shape[1], dtype=g.dtype)
+        for _ in range(self.axes["output"].steps):
+            o = o.detach().requires_grad_()
+            loss = 0.5 * (o - g).square().sum() + 0.5 * (o.T @ o - eye).square().sum()
+            o = o - self.axes["output"].step_size * torch.autograd.grad(loss, o)[0]
+        return o.detach()
+
     def step(self, g: Tensor) -> None:
         self.t += 1
         key = g if self.axes["features"] is None else self.features(g)
         value = key if self.axes["preconditioner"] is None else self.precondition(key)
+        value = value if self.axes["values"] is None else self.surprise(value)
         keep = self.momentum * torch.eye(g.shape[1], dtype=g.dtype)
         if self.axes["delta"] is not None:
             k = key / (torch.linalg.norm(key) + self.axes["delta"].eps)
@@ -148,6 +171,10 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"preconditioner": Whitening("columns", 0.8, 1, 0.1, period=4), "delta": DeltaRule(0.5)},
     {"preconditioner": LeastSquares("rows", 0.5, period=2), "features": Polynomial((1.0, 0.3))},
     {"preconditioner": LeastSquares("columns", 3.0, period=7), "output": Sign()},
+    {"values": GeneratedValues(1.5)},
+    {"values": GeneratedValues(0.3), "preconditioner": Diagonal(0.9), "nesterov": True},
+    {"values": GeneratedValues(3.0), "delta": DeltaRule(0.5), "output": OrthogonalDescent(7, 0.2)},
+    {"output": OrthogonalDescent()},
     {"output": NewtonSchulz()},
     {"output": NewtonSchulz(3), "delta": DeltaRule(0.5), "features": Polynomial((1.0, 0.0, 0.2))},
     {"output": Sign(), "preconditioner": Diagonal(), "delta": DeltaRule(), "weight_decay": 0.2},
@@ -257,6 +284,42 @@ def test_momentum_is_linear_attention_over_inputs_and_errors() -> None:
     _, state = scan(memory, state, x[None], x[None], -torch.stack(errors)[None], Gates(ones, alpha * ones))
     buffer = optimizer.state[layer.weight]["momentum_buffer"]
     torch.testing.assert_close(-buffer, state.params["W"][0], rtol=1e-12, atol=1e-12)
+
+
+def test_generated_values_without_a_threshold_are_plain_momentum() -> None:
+    ours, plain = parameters(), parameters()
+    train(ours, AssociativeMomentum(ours, 0.03, values=GeneratedValues(1e30)), range(12))
+    train(plain, AssociativeMomentum(plain, 0.03), range(12))
+    for x, y in zip(ours, plain, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_a_single_gradient_changes_a_momentum_with_generated_values_by_a_part_of_itself() -> None:
+    weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    optimizer = AssociativeMomentum([weight], lr=1.0, momentum=0.9, values=GeneratedValues(2.0))
+    norms = []
+    for step in range(40):
+        weight.grad = (1e6 if step == 20 else 1.0) * random(3, 4)
+        optimizer.step()
+        norms.append(optimizer.state[weight]["momentum_buffer"].norm().item() / random(3, 4).norm().item())
+    assert norms[0] == pytest.approx(1.0)  # the first is taken whole
+    assert norms[20] / norms[19] == pytest.approx(1.2)
+    assert max(norms) < 11 and norms[-1] == pytest.approx(10, rel=0.1)
+
+
+def test_the_printed_iteration_of_a_scaled_momentum_ends_nearly_orthogonal() -> None:
+    """NL Eq. 44: singular values go to the roots of ``2 σ³ - σ = s``, which are in [0.71, 1]."""
+    weight = nn.Parameter(torch.zeros(5, 8, dtype=torch.float64))
+    weight.grad = random(5, 8)
+    output = OrthogonalDescent(steps=200, adjust_lr=None)
+    AssociativeMomentum([weight], lr=1.0, momentum=0.0, output=output).step()
+    s = torch.linalg.svdvals(weight.grad / weight.grad.norm())
+    found = torch.linalg.svdvals(weight.detach())
+    torch.testing.assert_close(2 * found**3 - found, s, rtol=1e-8, atol=1e-10)
+    assert found.min() > 0.7 and found.max() <= 1
+    angle = weight.detach().T @ weight.grad  # symmetric and negative: the same singular vectors, downhill
+    torch.testing.assert_close(angle, angle.T)
+    assert torch.linalg.eigvalsh(angle).max() < 1e-10
 
 
 def test_delta_rule_replaces_what_lies_along_the_gradient() -> None:

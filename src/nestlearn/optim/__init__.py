@@ -14,11 +14,12 @@ from nestlearn.optim.momentum import (
     DeepMomentum,
     DeltaMomentum,
     DeltaRule,
+    GeneratedValues,
     HigherOrderMomentum,
     Polynomial,
 )
 from nestlearn.optim.multi_timescale import MultiTimescale, timescale_groups
-from nestlearn.optim.outputs import NewtonSchulz, Sign
+from nestlearn.optim.outputs import NewtonSchulz, OrthogonalDescent, Sign
 from nestlearn.optim.param_groups import param_groups
 from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
 from nestlearn.optim.projection import InputProjection
@@ -34,6 +35,7 @@ __all__ = [
     "DeltaMomentum",
     "DeltaRule",
     "Diagonal",
+    "GeneratedValues",
     "HigherOrderMomentum",
     "InputProjection",
     "LeastSquares",
@@ -42,6 +44,7 @@ __all__ = [
     "NestedTransfer",
     "NewtonSchulz",
     "OptimizerWrapper",
+    "OrthogonalDescent",
     "Polynomial",
     "Sign",
     "Whitening",

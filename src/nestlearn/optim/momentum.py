@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn.optim.checks import fractions, not_negative, share
+from nestlearn.optim.checks import fractions, not_negative, positive, share
 from nestlearn.optim.deep_memory import DeepMemory
 from nestlearn.optim.matrices import Matrices, Stack, stack_count, stack_shape, take_step, together, wide
 from nestlearn.optim.matrix_optimizer import MatrixOptimizer, is_matrix
-from nestlearn.optim.outputs import NewtonSchulz, Sign
+from nestlearn.optim.outputs import NewtonSchulz, OrthogonalDescent, Sign
 from nestlearn.optim.preconditioners import Diagonal, LeastSquares, Whitening
 
 
@@ -94,6 +94,48 @@ class Polynomial:
         return list(torch._foreach_mul(gradients, factors))
 
 
+@dataclass(frozen=True)
+class GeneratedValues:
+    """A momentum that generates the values it learns: generalized momentum (after NL Eq. 58-60).
+
+    The momentum predicts the gradient by ``p = (1 - α) m``, which is right where gradients stay the same. It stores
+    ``p + u`` in place of g. u is its surprise: minus the gradient by p of Huber's norm of ``p - g``, with a threshold
+    that it generates too.
+
+        u = (g - p) min(1, d ‖p‖ / ‖g - p‖)          m ← α m + p + u = m + u
+
+    Without a threshold this is plain momentum. With one, no single gradient changes m by more than ``d (1 - α)`` of its
+    norm: an outlier is cut, and gradients that stay large make m grow from step to step. The first gradient is taken
+    whole. With a preconditioner, ``P g`` takes the place of g.
+
+    Args:
+        threshold: d. Under independent noise ``‖g - p‖`` is about ``√(2 / (1 - α))`` times ``‖p‖``, 4.5 at α = 0.9, so
+            that a smaller d cuts most gradients.
+
+    Raises:
+        ValueError: a threshold that is not positive.
+    """
+
+    threshold: float = 8.0
+
+    def __post_init__(self) -> None:
+        positive("threshold", self.threshold, "the largest surprise, relative to the predicted gradient")
+
+    def apply(self, matrices: Matrices, values: list[Stack], momenta: list[Stack], alpha: float) -> list[Stack]:
+        """``p + u`` for each ``P g``."""
+        answers = list(torch._foreach_mul(momenta, 1 - alpha))
+        surprises = list(torch._foreach_sub(values, answers))
+        sizes, limits = matrices.norms(surprises), matrices.norms(answers)
+        factors = [
+            torch.where(
+                limit == 0, 1, (self.threshold * limit / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
+            )
+            for size, limit in zip(sizes, limits, strict=True)
+        ]
+        torch._foreach_mul_(surprises, factors)
+        return list(torch._foreach_add(answers, surprises))
+
+
 class AssociativeMomentum(MatrixOptimizer):
     """Momentum with any of the extensions of NL section 4.4, each an argument of its own.
 
@@ -101,6 +143,7 @@ class AssociativeMomentum(MatrixOptimizer):
 
         k = φ(g)                          features (NL Eq. 51)
         m ← m (α I - ρ k̂ᵀk̂) + P k         delta rule (NL Eq. 48-49, with a normalized k̂), preconditioner (NL Eq. 46-47)
+                                          or, in place of P k, values of its own (after NL Eq. 58-60)
         W ← W - lr σ(M(m))                memory (after NL Eq. 50), output (NL Eq. 52)
 
     Without extensions it equals `torch.optim.SGD` with momentum to the bit: a memory of gradients without values, which
@@ -123,8 +166,9 @@ class AssociativeMomentum(MatrixOptimizer):
         delta: `DeltaRule`, or None.
         features: `Polynomial`, or None for g itself.
         preconditioner: `Diagonal`, `Whitening`, `LeastSquares`, or None.
+        values: `GeneratedValues`, or None for ``P k``.
         memory: `DeepMemory`, or None for ``M(m) = m``.
-        output: `NewtonSchulz`, `Sign`, or None for m itself.
+        output: `NewtonSchulz`, `OrthogonalDescent`, `Sign`, or None for m itself.
         weight_decay: decoupled: ``W ← (1 - lr · weight_decay) W`` before the step.
         adamw: settings of AdamW (`MatrixOptimizer`).
 
@@ -158,14 +202,16 @@ class AssociativeMomentum(MatrixOptimizer):
         delta: DeltaRule | None = None,
         features: Polynomial | None = None,
         preconditioner: Diagonal | Whitening | LeastSquares | None = None,
+        values: GeneratedValues | None = None,
         memory: DeepMemory | None = None,
-        output: NewtonSchulz | Sign | None = None,
+        output: NewtonSchulz | OrthogonalDescent | Sign | None = None,
         weight_decay: float = 0.0,
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "delta": delta, "features": features,
-            "preconditioner": preconditioner, "memory": memory, "output": output, "weight_decay": weight_decay,
+            "preconditioner": preconditioner, "values": values, "memory": memory, "output": output,
+            "weight_decay": weight_decay,
         }  # fmt: skip
         super().__init__(params, defaults, adamw)
 
@@ -175,9 +221,9 @@ class AssociativeMomentum(MatrixOptimizer):
             if group[name] is not None and not isinstance(group[name], kinds):
                 names = ", ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{name} is {group[name]!r}; it must be None or an object of {names}.")
-        if group["momentum"] == 0 and (group["nesterov"] or group["delta"] is not None):
+        if group["momentum"] == 0 and (group["nesterov"] or group["delta"] or group["values"]):
             raise ValueError(
-                "momentum is 0, where nesterov and the delta rule do nothing but flip signs: there is no past to keep. "
+                "momentum is 0, where nesterov, the delta rule and generated values have no past to work on. "
                 "Give a momentum between 0 and 1, or leave them out."
             )
 
@@ -247,8 +293,9 @@ AXES: dict[str, tuple[type, ...]] = {
     "delta": (DeltaRule,),
     "features": (Polynomial,),
     "preconditioner": (Diagonal, Whitening, LeastSquares),
+    "values": (GeneratedValues,),
     "memory": (DeepMemory,),
-    "output": (NewtonSchulz, Sign),
+    "output": (NewtonSchulz, OrthogonalDescent, Sign),
 }
 """Allowed types of non-numeric settings."""
 
@@ -290,6 +337,8 @@ def momentum_of(group: Mapping[str, Any], matrices: Matrices) -> list[Stack]:
     if group["momentum"] == 0:
         return values
     momenta = matrices.state("momentum_buffer")
+    if group["values"] is not None:
+        values = group["values"].apply(matrices, values, momenta, group["momentum"])
     if delta is None:
         torch._foreach_mul_(momenta, group["momentum"])
     else:

@@ -118,12 +118,13 @@ def newton_schulz(
 def printed_iteration(
     gradient: Float[Tensor, "*b m n"], steps: int = 100, step_size: float = 0.05
 ) -> Float[Tensor, "*b m n"]:
-    """The iteration as NL Eq. 44 prints it. Its limit is not orthogonal; nothing in this package trains with it.
+    """The iteration as NL Eq. 44 prints it. Its limit is not orthogonal, unless g is scaled.
 
         O_0 = g,     O_{i+1} = O_i - ζ (O_i - g + 2 O_i (O_iᵀ O_i - I))
 
     Each singular value s of g moves by itself to the root σ of ``2 σ³ - σ = s``: 1 stays 1, 14 goes to 2.
-    `newton_schulz` sends all to about 1.
+    `newton_schulz` sends all to about 1. Values below 1 end in [0.71, 1], so
+    `nestlearn.optim.OrthogonalDescent` divides g by its norm.
 
     Args:
         gradient: g.
