@@ -20,7 +20,7 @@ from nestlearn.nn.state import tensors_of
 
 NAMES = sorted(catalog)
 # Memories that `tests.memory.oracle` knows; tests/nn/test_miras_mixer.py has the others.
-LINEAR = [name for name in NAMES if name not in ("moneta", "yaad", "memora", "oja", "ggd")]
+LINEAR = [name for name in NAMES if name not in ("moneta", "yaad", "memora", "oja", "ggd", "omega")]
 DEEP = [name for name in NAMES if isinstance(catalog[name].architecture, MLP)]
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 

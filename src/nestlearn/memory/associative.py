@@ -48,6 +48,9 @@ class AssociativeMemory:
             of the chunk, ``M(v) / ||M(v)||`` (NL Eq. 87: self-modification). An objective L makes the surprise under it
             the value, ``u = -dL(M(k), v) / dM(k)`` at the start of the chunk: generalized gradient descent (NL Eq.
             58-60), ``W_t = argmin_W objective(M(k), u) + Ret(W, W_{t-1})``. For `DotProduct` u is v.
+        window: tokens that are written together, c: every token writes the last c tokens, with the step size of each
+            (Omega rule, NL Eq. 68; `nestlearn.memory.windowed`). 1 is the ordinary rule. It needs an algorithm that
+            carries nothing, such as `Descent()`, and takes c times the work.
         gradient_limit: largest norm of the outer gradient that passes through the weights from span to span; a larger
             one is scaled down to it. None is exact. Recurrences that can be chaotic need a limit.
 
@@ -71,10 +74,15 @@ class AssociativeMemory:
     read: Read = "token"
     values: Values | Objective = "given"
     gradient_limit: float | None = None
+    window: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be a positive number of tokens, got {self.chunk_size!r}")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(
+                f"window must be a positive number of tokens, 1 for the ordinary rule; got {self.window!r}"
+            )
         # A class would pass for its instance: it has the same methods.
         if isinstance(self.architecture, type) or not isinstance(self.architecture, Architecture):
             raise ValueError(f"architecture must be Matrix() or MLP(), got {self.architecture!r}")
@@ -92,6 +100,11 @@ class AssociativeMemory:
             raise ValueError(
                 f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; "
                 "any instance of a subclass of Algorithm that defines `step` will do"
+            )
+        if self.window > 1 and (self.algorithm.carries or self.algorithm.has_momentum):
+            raise ValueError(
+                f"window={self.window} writes a token again with those after it, as momentum does, and "
+                f"{self.algorithm!r} carries writes on too. Use Descent(), or window=1."
             )
         if isinstance(self.algorithm, OrthogonalizedMomentum) and self.retention != Decay():
             raise ValueError(
@@ -208,7 +221,12 @@ class AssociativeMemory:
                 raise ValueError(f"params has maps {sorted(params)}, this memory has {sorted(shapes)}")
             full = {n: _expand(n, params[n], (*batch_shape, *s)) for n, s in shapes.items()}
         initial = {n: w.to(dtype=dtype, device=device) for n, w in full.items()}
-        return self.begin(initial)
+        state = self.begin(initial)
+        if self.window == 1:
+            return state
+        # Key, value, step size, threshold and a mark of each of the last tokens.
+        width = d_key + d_value + 2 + needs_threshold(self.objective)
+        return state._replace(recent=torch.zeros(*batch_shape, self.window - 1, width, dtype=dtype, device=device))
 
     def begin(self, params: Weights) -> State:
         """A fresh state of these weights ``{map: [*b, out, in]}``; nothing is checked."""

@@ -29,6 +29,9 @@ catalog: dict[str, AssociativeMemory] = {
     "titans": AssociativeMemory(MLP(4), objective=L2(), algorithm=Momentum()),
     # deep linear attention: deep memory with the dot-product objective (Atlas, arXiv 2505.23735)
     "dla": AssociativeMemory(MLP(4)),
+    # W_t = alpha_t W_{t-1} - sum over the last c tokens of eta_i grad 1/2 ||M(k_i) - v_i||^2 (Omega rule: NL Eq. 68;
+    # Atlas, arXiv 2505.23735)
+    "omega": AssociativeMemory(MLP(4), objective=L2(), window=4),
     # the memory of self-modifying Titans (NL Eq. 88-93); docs/decisions.md says why dot product is the default
     "hope": AssociativeMemory(MLP(4), retention=Delta(), step_size="proximal", retain_to="initial"),
     # A_t = alpha_t A_{t-1} - eta_t grad ||M(k) - v||_3^3,  W = A / ||A||_4^2 (Miras section 5)

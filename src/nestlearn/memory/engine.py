@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from . import chunked, fla, reference
+from . import chunked, fla, reference, windowed
 from .algorithms import Momentum
 from .associative import AssociativeMemory, Read
 from .checks import Engine, check_engine, check_factors, check_maps, check_scan, check_tensors, check_threshold
@@ -192,7 +192,7 @@ def scan_with_sizes(
 
 def has_write_sizes(memory: AssociativeMemory) -> bool:
     """Whether `scan_with_sizes` can run the memory: one matrix under the delta rule, without momentum."""
-    return chunked.is_plain_delta(memory)
+    return chunked.is_plain_delta(memory) and memory.window == 1
 
 
 def _checked(
@@ -227,6 +227,10 @@ def _scan(
     state, broken = chunked.reset_nonfinite(state._replace(position=state.position % memory.chunk_size), whole, reset)
     q = tokens.q
     tokens, poisoned = _admit(tokens, next(iter(state.params.values())).dtype, broken)
+    outer, recent = memory, None
+    if memory.window > 1:
+        memory, state, tokens, recent = windowed.expand(memory, state, tokens)
+        q = tokens.q if engine != "fla" else q.repeat_interleave(outer.window, -2)
     if engine == "reference":
         y, end = reference.scan(memory, state, tokens, whole, read_mode)
     else:
@@ -235,6 +239,8 @@ def _scan(
             # The dtype of q is that of the kernel's products.
             run, tokens = fla.run, tokens._replace(q=q)
         y, end = _run_rows(run, memory, state, tokens, whole, read_mode, fresh, keep)
+    if recent is not None:
+        y, end = windowed.collapse(outer, y, end, recent)
     return (y, end) if known_empty(poisoned) else _spread(y, end, poisoned, mask)
 
 
@@ -322,6 +328,8 @@ def absorb(
         ([4.0, 4.0, 4.0, 0.0], 3)
     """
     check_factors(memory, state, factors, gates, mask)
+    if memory.window > 1:
+        raise ValueError(f"window={memory.window} writes tokens of earlier chunks again; use scan, or window=1.")
     shape, tokens = state.position.shape, gates.lr.shape[-1]
     initial = memory.full_initial(initial, state.params, needed=memory.retain_to == "initial")
 
@@ -386,6 +394,8 @@ def explain(memory: AssociativeMemory) -> Explanation:
     if span < chunk:
         reasons.append(f"a chunk is computed in {-(-chunk // span)} spans of {span} tokens that share its anchor")
     reasons.extend(explain_span(memory))
+    if memory.window > 1:
+        reasons.append(f"every token writes the last {memory.window} tokens: that many tokens for one")
     if memory.follows_weights:
         reasons.append("proximal steps: errors follow the weights within a chunk, by one more product per map")
     if chunked.changes_at_close(memory.retention):

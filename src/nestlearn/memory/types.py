@@ -65,6 +65,8 @@ class State(NamedTuple):
         pending: step sizes of the current chunk, summed up to now, under `OrthogonalizedMomentum` (else None).
         aligned: a plain bool, True only where every row is known, without looking at the tensors, to stand at the
             start of a chunk; it selects the faster path.
+        recent: the last ``window - 1`` tokens of a memory that writes several together (`nestlearn.memory.windowed`):
+            key, value, step size, threshold if there is one, and 1 if the token is there.
     """
 
     params: Weights
@@ -73,6 +75,7 @@ class State(NamedTuple):
     position: Int[Tensor, "*b"]
     pending: Float[Tensor, "*b"] | None = None
     aligned: bool = False
+    recent: Float[Tensor, "*b c w"] | None = None
 
     def detach(self) -> State:
         """The same state cut from the autograd graph (truncated backpropagation through time)."""
@@ -95,6 +98,7 @@ class State(NamedTuple):
             change(self.position),
             None if self.pending is None else change(self.pending),
             self.aligned,
+            None if self.recent is None else change(self.recent),
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nestlearn.memory import AssociativeMemory, Delta, DotProduct, Lq, Matrix
 from nestlearn.memory.retention import erases, is_linear
 from nestlearn.memory.spans import longest_span
@@ -18,6 +20,9 @@ def scan_flops(memory: AssociativeMemory, d_key: int, d_value: int, context_leng
     dense = {name: 2 * out * width for name, (out, width) in shapes.items()}
     if not writes:
         return sum(dense.values())
+    if memory.window > 1:
+        alone = replace(memory, window=1)
+        return memory.window * scan_flops(alone, d_key, d_value, context_length)
     span = longest_span(memory, context_length, memory.read)
     dense_reads = memory.read == "token" and not (is_linear(memory.retention) or isinstance(memory.retention, Lq))
     follows, momentum = memory.follows_weights, memory.has_momentum
