@@ -180,7 +180,8 @@ class CausalAttention(nn.Module):
         o_i = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j,   y_i = W_o [o_i of all heads],
         j <= i, j real, document(j) = document(i), place(i) - place(j) < window
 
-    In NL's terms attention is a memory without parameters and of infinite frequency: it keeps every token.
+    In NL's terms attention is a memory without parameters and of infinite frequency: it keeps every token. Its answer
+    is the Nadaraya-Watson minimizer ``argmin_m sum_j exp(q_i . k_j / sqrt(d)) ||v_j - m||^2`` (NL Eq. 62-63).
 
     Persistent tokens p (Titans Eq. 19) are learned inputs before the text. Every token of every document sees them,
     whatever the window. They have no position: their scores use the query before its rotation, so the scores do not
