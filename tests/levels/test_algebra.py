@@ -26,7 +26,7 @@ from nestlearn.levels.algebra import (
     wire,
 )
 from nestlearn.nn import ContinuumMemory, Level, SelfModifyingConfig
-from nestlearn.optim import DGD, DeltaMomentum, MultiTimescale
+from nestlearn.optim import DGD, AssociativeMomentum, DeltaMomentum, GeneratedValues, MultiTimescale
 
 WIDTH, STEPS = 5, 12
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -85,10 +85,28 @@ def delta_momentum(w: Tensor, lr: float = 0.05, alpha: float = 0.9, eps: float =
     return System(torch.zeros_like(w), lambda m, g: lr * m, lambda m, g, e: (erase(m, g), None))
 
 
+def self_generated(w: Tensor, lr: float = 0.05, alpha: float = 0.9, threshold: float = 0.7) -> System:
+    """The momentum generates what it learns: its own answer to the gradient, and how far it moves from it."""
+
+    def context(has: Parts, g: Tensor, e: Tensor) -> dict[str, tuple[Tensor, None]]:
+        answer = (1 - alpha) * has["momentum"](g)
+        limit = threshold * answer.norm()
+        surprise = g - answer
+        if 0 < limit < surprise.norm():
+            surprise = surprise * limit / surprise.norm()
+        return {"momentum": (answer + surprise, None)}
+
+    return wire({"momentum": average(alpha, w)}, lambda has, g: lr * has["momentum"](g), context)
+
+
 RULES = {
     "descent": (descent(0.05), lambda m: torch.optim.SGD(m.parameters(), 0.05)),
     "momentum": (momentum, lambda m: torch.optim.SGD(m.parameters(), 0.05, momentum=0.9)),
     "adam": (adam, lambda m: torch.optim.Adam(m.parameters(), 0.01, betas=(0.9, 0.99))),
+    "generalized momentum": (
+        self_generated,
+        lambda m: AssociativeMomentum(m.parameters(), 0.05, values=GeneratedValues(0.7)),
+    ),
     "delta momentum": (
         delta_momentum,
         lambda m: DeltaMomentum(m.parameters(), 0.05, momentum=0.9, weight_decay=0.0),
