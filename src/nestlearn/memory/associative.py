@@ -79,10 +79,6 @@ class AssociativeMemory:
     def __post_init__(self) -> None:
         if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be a positive number of tokens, got {self.chunk_size!r}")
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(
-                f"window must be a positive number of tokens, 1 for the ordinary rule; got {self.window!r}"
-            )
         # A class would pass for its instance: it has the same methods.
         if isinstance(self.architecture, type) or not isinstance(self.architecture, Architecture):
             raise ValueError(f"architecture must be Matrix() or MLP(), got {self.architecture!r}")
@@ -101,11 +97,7 @@ class AssociativeMemory:
                 f"algorithm must be Descent() or Momentum(), got {self.algorithm!r}; "
                 "any instance of a subclass of Algorithm that defines `step` will do"
             )
-        if self.window > 1 and (self.algorithm.carries or self.algorithm.has_momentum):
-            raise ValueError(
-                f"window={self.window} writes a token again with those after it, as momentum does, and "
-                f"{self.algorithm!r} carries writes on too. Use Descent(), or window=1."
-            )
+        self._check_window()
         if isinstance(self.algorithm, OrthogonalizedMomentum) and self.retention != Decay():
             raise ValueError(
                 "OrthogonalizedMomentum() writes when a chunk ends and needs retention=Decay(), "
@@ -137,6 +129,18 @@ class AssociativeMemory:
             self._check_oja()
         if not erases(self.retention):
             self._check_step()
+
+    def _check_window(self) -> None:
+        """Raise for a window that is no number of tokens, or an algorithm that carries writes on."""
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(
+                f"window must be a positive number of tokens, 1 for the ordinary rule; got {self.window!r}"
+            )
+        if self.window > 1 and (self.algorithm.carries or self.algorithm.has_momentum):
+            raise ValueError(
+                f"window={self.window} writes a token again with those after it, as momentum does, and "
+                f"{self.algorithm!r} carries writes on too. Use Descent(), or window=1."
+            )
 
     def _check_oja(self) -> None:
         """Raise for parts with which the write is not Oja's."""
