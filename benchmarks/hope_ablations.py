@@ -1,7 +1,7 @@
 """What pays in the Hope of the presets: adaptive projections, own values, writes, the gradient's sign, chunk sizes.
 
     python benchmarks/hope_ablations.py                                  # three seeds, some hours on one core
-    python benchmarks/hope_ablations.py --streams plain                  # streams without SiLU; or centered per head
+    python benchmarks/hope_ablations.py --streams silu                   # not centered; or plain: without SiLU as well
     python benchmarks/hope_ablations.py --seeds 3 --corpus wikitext.txt  # other seeds, other text
 
 Models of 3 million parameters (`hope-tiny` at width 256; the Transformer with the same convolution and as many FLOPs
@@ -56,17 +56,6 @@ BOUNDS = (0, 64, 256, 1024, 2048, 4096)
 """Positions between which losses are averaged."""
 
 
-def center_streams(model: HopeForCausalLM) -> None:
-    """Take the mean over channels from every stream of a head."""
-    for layer in memory_layers(model):
-        project = layer._project
-
-        def centered(streams: dict[str, Tensor], *given: Any, project: Any = project) -> Any:
-            return project({name: x - x.mean(-1, keepdim=True) for name, x in streams.items()}, *given)
-
-        layer._project = centered
-
-
 @contextmanager
 def turned_writes(model: HopeForCausalLM, turned: bool = True) -> Iterator[None]:
     """Every write goes up its objective: with the dot product the gradient's sign is the value's."""
@@ -91,7 +80,7 @@ def memory_layers(model: HopeForCausalLM) -> list[SelfModifyingMatrix]:
     return [module for module in model.modules() if isinstance(module, SelfModifyingMatrix)]
 
 
-def build(row: str, seed: int, streams: str = "silu") -> HopeForCausalLM:
+def build(row: str, seed: int, streams: str = "centered") -> HopeForCausalLM:
     """The model of a row. The feed-forward width of the Transformer gives it Hope's FLOPs per token."""
     preset, fields = ROWS[row]
     special = {"bos_token_id": VOCABULARY - 3, "eos_token_id": VOCABULARY - 2, "pad_token_id": VOCABULARY - 1}
@@ -106,11 +95,9 @@ def build(row: str, seed: int, streams: str = "silu") -> HopeForCausalLM:
         fields = fields | {"cms": [min(widths, key=lambda w: abs(flops(config(cms=[w]), LENGTH) - goal))]}
     torch.manual_seed(seed)
     model = HopeForCausalLM(config())
-    if streams == "centered":
-        center_streams(model)
-    for layer in memory_layers(model) if streams == "plain" else ():
+    for layer in memory_layers(model):
         assert layer.conv is not None
-        layer.conv.silu = False
+        layer.center, layer.conv.silu = streams == "centered", streams != "plain"
     return model
 
 
@@ -207,7 +194,8 @@ def main(words: Sequence[str] | None = None) -> None:
     made.add_argument("--lr", type=float, default=3e-3)
     made.add_argument("--documents", type=int, default=12)
     made.add_argument("--corpus", default="python-source")
-    made.add_argument("--streams", choices=["silu", "plain", "centered"], default="silu", help="As shipped, or not.")
+    kinds = ["centered", "silu", "plain"]
+    made.add_argument("--streams", choices=kinds, default="centered", help="As shipped, not centered, or without SiLU.")
     options = parse(made, words)
     records, text = Records(Path(options.out)), read_text(options)
     shared = {"steps": options.steps, "lr": options.lr, "corpus": options.corpus}

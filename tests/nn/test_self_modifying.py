@@ -163,7 +163,8 @@ def test_every_parameter_has_the_gradient_of_finite_differences(form: str, varia
     for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
         assert gradient.abs().max() > 1e-6, name
         direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-        found, step = [], 1e-6
+        # Small beside the norm of a centered stream, 1e-3 at some tokens.
+        found, step = [], 1e-7
         with torch.no_grad():
             for sign in (1, -2):
                 parameter += sign * step * direction

@@ -78,6 +78,9 @@ class SelfModifyingTitans(nn.Module, ABC):
         True
     """
 
+    center: bool = False
+    """Whether the mean over the channels of a head is taken from every stream."""
+
     def __init__(self, d_model: int, num_heads: int, config: SelfModifyingConfig) -> None:
         super().__init__()
         config.check_sizes(d_model, num_heads)
@@ -175,6 +178,8 @@ class SelfModifyingTitans(nn.Module, ABC):
         else:
             mixed, end = self.conv(mixed, tail, mask, reset)
         split = mixed.unflatten(-1, (len(self.streams_order), self.num_heads, self.d_head))
+        if self.center:
+            split = split - split.mean(-1, keepdim=True)
         beta = None
         if self.beta_gate is not None:
             beta = MAX_MOMENTUM * torch.sigmoid(self.beta_gate(x).to(wide_dtype(x)))

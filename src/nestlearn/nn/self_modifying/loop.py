@@ -69,6 +69,7 @@ def matrix_token_loop(
     position = 0 if state is None else int(state.memory.position.flatten()[0])
     outputs = []
     for t, stream in enumerate(streams):
+        stream = {name: x - x.mean(-1, keepdim=True) for name, x in stream.items()}
         # The gates read the keys' stream.
         stream |= {"eta": stream["k"], "alpha": stream["k"]}
         for name in layer.adaptive:

@@ -48,9 +48,11 @@ class SelfModifyingMatrix(SelfModifyingTitans):
                                                                              goes to the initial weights)
         y_t = M_memory H_t q_t        with chunk reads, H_c
 
-    A stream that is not adaptive skips ``M H_c``. The gates read the keys' stream: streams of their own would add two
-    thirds to the layer's projections (docs/log.md). One delta rule per head is what a layer of DeltaNet costs as well.
-    The matrices ``M_m``, the vectors ``m`` and the projections of streams are trained by the outer loop only.
+    From every stream the mean over its channels is taken: SiLU gives all tokens a common part, which would fill H
+    (docs/decisions.md, 82). A stream that is not adaptive skips ``M H_c``. The gates read the keys' stream: streams of
+    their own would add two thirds to the layer's projections (docs/log.md). One delta rule per head is what a layer of
+    DeltaNet costs as well. The matrices ``M_m``, the vectors ``m`` and the projections of streams are trained by the
+    outer loop only.
 
     **Bounds**, as in `SelfModifyingTitans`, but for these: keys have norm 1, so ``raw`` steps are stable up to
     max_step 1. The L2 objective feeds ``H_c k`` back. There the step is ``cap (1 - exp(-eta / cap))`` with
@@ -66,6 +68,8 @@ class SelfModifyingMatrix(SelfModifyingTitans):
         >>> torch.allclose(torch.cat([y, rest], 1), layer(x)[0], atol=1e-5)
         True
     """
+
+    center = True
 
     def _order(self) -> tuple[str, ...]:
         """Streams that pass through H come first; the gates read the keys' stream."""

@@ -65,13 +65,16 @@ def read(
     """
     mixed, tail = layer.streams(x), None
     mixed, tail = (F.silu(mixed), None) if layer.conv is None else layer.conv.step(mixed, state.conv)
+    mixed = mixed.unflatten(-1, (-1, layer.d_head))
+    if layer.center:
+        mixed = mixed - mixed.mean(-1, keepdim=True)
     with full_precision(x):
         y, memory = _write(layer, mixed.to(wide_dtype(x)), state.memory)
     return layer._merge(y.view(len(x), 1, -1), x), SelfModifyingState(None, memory, tail)
 
 
 def _write(
-    layer: SelfModifyingMatrix, mixed: Float[Tensor, "b 1 nd"], state: State
+    layer: SelfModifyingMatrix, mixed: Float[Tensor, "b 1 nh d"], state: State
 ) -> tuple[Float[Tensor, "r 1 d"], State]:
     """Write the token, and read the memory after it: rows ``batch * heads``."""
     batch, heads, width = len(mixed), layer.num_heads, layer.d_head
