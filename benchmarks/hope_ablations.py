@@ -34,12 +34,12 @@ from nestlearn.nn.self_modifying.matrix import SelfModifyingMatrix
 
 LENGTH, BATCH, VOCABULARY, REACH, WIDTH = 1024, 2, 1024, 4, 256
 CONVOLVED: dict[str, Any] = {"type": "attention", "conv_size": 4}
-HOPE: dict[str, Any] = {"type": "self_modifying", "architecture": "matrix"}
+HOPE: dict[str, Any] = {"type": "self_modifying", "architecture": "matrix", "self_values": False}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "hope": ("hope-tiny", {}),
     "static": ("hope-tiny", {"mixer": HOPE | {"adaptive": []}}),
-    "given values": ("hope-tiny", {"mixer": HOPE | {"self_values": False}}),
-    "static, given values": ("hope-tiny", {"mixer": HOPE | {"adaptive": [], "self_values": False}}),
+    "own values": ("hope-tiny", {"mixer": HOPE | {"self_values": True}}),
+    "static, own values": ("hope-tiny", {"mixer": HOPE | {"adaptive": [], "self_values": True}}),
     "adaptive gates": ("hope-tiny", {"mixer": HOPE | {"adaptive": ["eta", "alpha"]}}),
     "adaptive values and gates": ("hope-tiny", {"mixer": HOPE | {"adaptive": ["v", "eta", "alpha"]}}),
     "adaptive queries too": ("hope-tiny", {"mixer": HOPE | {"adaptive": ["q", "k", "v", "eta", "alpha"]}}),

@@ -173,7 +173,7 @@ def test_overrides_and_layers():
     config = HopeConfig.from_preset("hope-tiny", num_hidden_layers=2, mixer=["attention", "self_modifying"])
     assert [mixer.type for mixer in config.mixers] == ["attention", "self_modifying"]
     changed = HopeConfig.from_preset("hope-tiny", mixer={"chunk_size": 32}).mixers[0]
-    assert changed == SelfModifyingConfig(architecture="matrix", chunk_size=32)
+    assert changed == SelfModifyingConfig(architecture="matrix", chunk_size=32, self_values=False)
     other = HopeConfig.from_preset("hope-tiny", mixer={"type": "self_modifying", "chunk_size": 32}).mixers[0]
     assert other == SelfModifyingConfig(chunk_size=32)
     assert "hidden_size" in HopeConfig.field_names()

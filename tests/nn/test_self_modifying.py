@@ -462,6 +462,8 @@ def test_contradictions_are_refused(form: Any, settings: dict[str, Any], message
 
 @pytest.mark.parametrize("form", ONE)
 def test_impossible_sizes_and_bad_inputs_are_refused(form: Any) -> None:
+    with pytest.raises(ValueError, match="leaves one channel per head"):
+        SelfModifyingConfig(architecture="matrix").build(4, num_heads=4)
     with pytest.raises(ValueError, match="divisible"):
         SelfModifyingConfig(form).build(8, 3)
     layer = make(form)

@@ -32,7 +32,7 @@ DEFAULT_PROMPT = "In the beginning"
 """Of any other text."""
 
 # Held-out bits per byte that DemoPlan() reaches, and the tolerance for other machines and threads.
-EXPECTED = {"hope": 1.32, "transformer": 1.59}
+EXPECTED = {"hope": 1.20, "transformer": 1.59}
 TOLERANCE = 0.15
 CONVOLUTION = {"conv_size": 4}
 """The Transformer's keys, queries and values have the short convolution that Hope's have."""

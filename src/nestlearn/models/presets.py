@@ -41,8 +41,9 @@ def _shape(hidden_size: int, layers: int, heads: int, cms: list[dict[str, Any]])
 # The tiny presets have equal numbers of parameters: layers with a larger mixer are fewer.
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "hope": (
-        # No writing level: at equal FLOPs none brought anything (docs/results/language_ablations.md).
-        {"mixer": {"type": "self_modifying", "architecture": "matrix"}},
+        # No writing level: at equal FLOPs none brought anything (docs/results/language_ablations.md). Given values: own
+        # ones are worse on both texts of docs/results/hope_ablations.md.
+        {"mixer": {"type": "self_modifying", "architecture": "matrix", "self_values": False}},
         {
             # Heads are few and wide: a matrix holds about as many associations as it has rows.
             "tiny": _shape(160, 4, 2, [_frozen(3)]),

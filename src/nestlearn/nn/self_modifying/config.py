@@ -103,6 +103,14 @@ class SelfModifyingConfig(MixerConfig):
                 "by 1 - alpha. Use objective='dot', or retention=True."
             )
 
+    def check_sizes(self, d_model: int, num_heads: int) -> None:
+        super().check_sizes(d_model, num_heads)
+        if self.architecture == "matrix" and d_model == num_heads:
+            raise ValueError(
+                f"{d_model=} with {num_heads=} leaves one channel per head, and the streams of matrix memories are "
+                "centered: of one channel nothing is left. Use fewer heads."
+            )
+
     @property
     def projection_chunk(self) -> int:
         """Tokens between two anchors of the projections."""
