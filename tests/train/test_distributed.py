@@ -161,7 +161,9 @@ def test_torchrun_starts_a_run_again_where_it_was(corpus: str, tmp_path: Path):
     words += f" --batch-size 2 --steps 400 --save-interval 5 --eval-windows 4 --threads 1 --out {tmp_path / 'run'}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--max-restarts=1"]
     command += ["-m", "nestlearn", "train", *words.split(), "--log-interval", "1"]
-    agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # The store of torchrun keeps the addresses of the processes before, which gloo would try again.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     for _ in range(1200):
         time.sleep(0.1)
         if (tmp_path / "run" / "checkpoint-5").exists() or agent.poll() is not None:
