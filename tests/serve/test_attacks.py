@@ -28,6 +28,7 @@ ALICE = (
 )
 BODIES: dict[str, Any] = {
     "read": {"text": "a b"}, "practice": {"texts": ["a b"]}, "score": {"text": "a b"}, "fork": {"id": "stolen"},
+    "health": {"text": "a b"},
     "forget": {}, "edit": {"facts": [{"prompt": "Ann in Ulm", "target": "a"}]},
 }  # fmt: skip
 
@@ -44,7 +45,7 @@ def test_no_route_leads_to_the_session_of_another_key(start: Any, tmp_path: Path
     before = client.get("/v1/sessions/mine", headers=alice).json()
     places = [(path, method) for path, item in client.get("/openapi.json", headers=bob).json()["paths"].items()
               for method in item if "{id}" in path and method != "put"]  # fmt: skip
-    assert len(places) == 12
+    assert len(places) == 13
     for path, method in places:
         for name in ALICE:
             place = path.replace("{id}", name).replace("{other}", "own").replace("{number}", "0")

@@ -27,6 +27,7 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/sessions/{id}/practice": {"texts": ["a b"], "passes": 1},
     "/v1/sessions/{id}/edit": {"facts": [{"prompt": "it is", "target": "a"}]},
     "/v1/sessions/{id}/score": {"text": "a b"},
+    "/v1/sessions/{id}/health": {"text": "a b"},
     "/v1/sessions/{id}/fork": {"id": "copy"},
     "/v1/sessions/{id}/forget": {"levels": [0]},
 }

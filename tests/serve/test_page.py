@@ -129,6 +129,14 @@ def test_a_document_is_read_before_the_eyes_of_a_person(page: Any) -> None:
     assert all(meter.locator(".fill").bounding_box()["width"] > 10 for meter in meters)
     page.wait_for_selector("#memory .documents li")
     assert page.locator("#memory .documents .what").inner_text() == f"{MARKUP}.txt"
+    # The levels are measured on a copy, which changes nothing that is shown.
+    page.get_by_role("button", name="Measure the levels").click()
+    page.wait_for_selector("#memory .known li >> nth=1")
+    rows = page.locator("#memory .known li").all_inner_texts()
+    assert all(
+        re.match(r"Level \d, writes every \d+ tokens: -?[\d.]+ bits per byte, moved [\d.]+ %", row) for row in rows
+    ), rows
+    assert page.locator("#memory .documents .what").count() == 1
     # What is no text is refused before anything is sent.
     read(page, "cat.jpg", b"\xff\xd8\xff")
     page.wait_for_selector("#alert p")

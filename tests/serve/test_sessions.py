@@ -70,6 +70,27 @@ def test_a_text_is_scored_with_and_without_what_was_learned(client: Any, model: 
     assert client.post(f"{path}/score", json={"text": " "}).status_code == 400
 
 
+def test_levels_are_measured_on_a_copy(client: Any, model: Any) -> None:
+    path, session = new(client, "measured", TEXT), MemorySession(model, byte_tokenizer(), compare="levels")
+    session.read([TEXT])
+    before, text = bytes_of(client, path), "A lamp stands on the table. " * 8
+    found = client.post(f"{path}/health", json={"text": text}).json()
+    start = session.fork()
+    report = session.read([text])
+    assert found["tokens"] == report.tokens and found["off"] == pytest.approx(report.off, rel=1e-5)
+    assert [level["level"] for level in found["levels"]] == [0, 1]
+    for number, level in enumerate(found["levels"]):
+        assert level["gain"] == pytest.approx(report.by_level[number] - report.bits_per_byte, abs=1e-5) != 0
+        moved = [row.change for row in session.diff(start) if row.level == number]
+        assert level["change"] == pytest.approx(sum(moved) / len(moved), rel=1e-4) and level["finding"] is None
+    assert bytes_of(client, path) == before
+    fresh = new(client, "fresh")
+    levels = client.post(f"{fresh}/health", json={"text": text[:40]}).json()["levels"]
+    assert levels[0]["finding"] is None and "period of 48 is not shorter than the 40 tokens" in levels[1]["finding"]
+    for text in (" ", "a" * 10_001):
+        assert client.post(f"{path}/health", json={"text": text}).status_code == 400
+
+
 def test_a_file_is_read_and_is_the_text(client: Any) -> None:
     one, other = new(client, "json", TEXT), new(client, "plain")
     response = client.post(f"{other}/read?name=a.txt", content=TEXT.encode(), headers={"content-type": "text/plain"})

@@ -19,11 +19,12 @@ from nestlearn.continual.editing import EditReport, Fact
 from nestlearn.continual.session import MemorySession, ReadReport
 from nestlearn.continual.session.backends import PieceRead, ReadCall
 from nestlearn.continual.session.reader import check_text, name_of_source
+from nestlearn.levels.health import STILL
 
 from .access import explain
 from .errors import ApiError, bad_request, invalid
-from .responses import EditResult, PracticeResult, ReadResult, Score, Session, json_or_events
-from .schemas import SOME_TEXT, EditRequest, FactOf, PracticeRequest, ReadRequest, ScoreRequest
+from .responses import EditResult, Health, PracticeResult, ReadResult, Score, Session, json_or_events
+from .schemas import SOME_TEXT, EditRequest, FactOf, HealthRequest, PracticeRequest, ReadRequest, ScoreRequest
 from .server import OwnerOf, Server, ServerOf
 from .sessions import SessionId
 from .steps import steps_of
@@ -135,6 +136,53 @@ async def score(
                 "bits_per_byte": _finite(mine.bits_per_byte), "base": _finite(base.bits_per_byte)}  # fmt: skip
 
     return await while_connected(request, both, AsyncExitStack())
+
+
+@router.post("/{id}/health", response_model=Health)
+async def health(
+    name: SessionId, body: HealthRequest, request: Request, server: ServerOf, owner: OwnerOf
+) -> dict[str, Any]:
+    """What each level does while the session reads a text, and levels that do nothing. A copy reads; nothing changes.
+
+    The text is read once with all writes, and again without those of each level and of all.
+    """
+    _check(body.text, "text")
+    _, session = await server.store.call(server.store.open, owner, name)
+    work = session.fork()
+    work.compare = "levels"
+
+    async def measured() -> dict[str, Any]:
+        reports = [report async for report in server.worker.task(work.asking([body.text]), work)]
+        if not reports:
+            raise bad_request("the text has no tokens.", "text")
+        rows = levels_of(await to_thread.run_sync(work.diff, session))
+        return {"object": "session.health", "id": name, **_health_of(reports[-1], rows)}
+
+    return await while_connected(request, measured, AsyncExitStack())
+
+
+def _health_of(report: ReadReport, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a reading with those of each level."""
+    bits, levels = report.bits_per_byte, []
+    for row in rows:
+        without = report.by_level.get(row["level"])
+        gain = None if without is None else _finite(without - bits)
+        levels.append({**row, "gain": gain, "finding": _finding(row, gain, report.tokens)})
+    off = None if report.off is None else _finite(report.off)
+    return {"tokens": report.tokens, "bits_per_byte": _finite(bits), "off": off, "levels": levels}
+
+
+def _finding(row: dict[str, Any], gain: float | None, tokens: int) -> str | None:
+    """What a level did not do; see `nestlearn.levels.measure`, which also trains, for its findings on a model."""
+    silent = gain is not None and abs(gain) < STILL
+    if silent and row["period"] is not None and row["period"] >= tokens:
+        return (
+            f"its period of {row['period']:,} is not shorter than the {tokens:,} tokens of this text, and nothing that "
+            "it wrote was read: measure with a longer text."
+        )
+    if gain is not None and row["change"] is not None and row["change"] < STILL:
+        return f"it moved by {row['change']:.1g} of its norm in {tokens:,} tokens: it is dead."
+    return "its writes change no prediction of this text." if silent else None
 
 
 async def _change(

@@ -107,6 +107,27 @@ class Score(BaseModel):
     base: float | None
 
 
+class LevelFigures(LevelView):
+    """What a level did: ``change`` is its way, ``gain`` the bits per byte that its writes of the text saved.
+
+    ``gain`` is None for mixers and edited maps, ``finding`` for a level that does its work.
+    """
+
+    gain: float | None
+    finding: str | None
+
+
+class Health(BaseModel):
+    """What the levels of a copy of a session did while it read a text; ``off`` is without the writes of any."""
+
+    object: Literal["session.health"] = "session.health"
+    id: str
+    tokens: int
+    bits_per_byte: float | None
+    off: float | None
+    levels: list[LevelFigures]
+
+
 class Segment(BaseModel):
     """A segment before it was written."""
 

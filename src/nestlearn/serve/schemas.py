@@ -21,6 +21,8 @@ MAX_FACTS = 64
 """Facts that are written at once."""
 MAX_PRACTICE = 200_000
 """Characters that are practised at once."""
+MAX_HEALTH = 10_000
+"""Characters of a text with which levels are measured: it is read once for each level, and twice more."""
 WHOLE = BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
 """In JSON 1.0 is an integer, too."""
 SessionName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME, "minLength": 1, "maxLength": 64})]
@@ -167,6 +169,12 @@ class ScoreRequest(Closed):
     """The body of ``POST /v1/sessions/{id}/score``."""
 
     text: SomeText
+
+
+class HealthRequest(Closed):
+    """The body of ``POST /v1/sessions/{id}/health``."""
+
+    text: Annotated[SomeText, WithJsonSchema({**SOME_TEXT, "maxLength": MAX_HEALTH}), Field(max_length=MAX_HEALTH)]
 
 
 class PracticeRequest(Closed):

@@ -49,10 +49,17 @@ export class LevelBars {
 
 let knownText = null;
 
+async function theKnownText() {
+  knownText ??= (await fetch("page/known.txt")).text();
+  return (await knownText).trim();
+}
+
+/** What each level does while a copy of the session reads the known text. */
+export const measureLevels = async (name) => call("POST", path(name, "/health"), { text: await theKnownText() });
+
 /** How well a session predicts a text that every model has seen, and how well the model alone does. */
 export async function scoreKnown(name) {
-  knownText ??= (await fetch("page/known.txt")).text();
-  return call("POST", path(name, "/score"), { text: (await knownText).trim() });
+  return call("POST", path(name, "/score"), { text: await theKnownText() });
 }
 
 /** A sentence about the known text, after something was learned. */
@@ -90,6 +97,8 @@ export class Memory {
       this.bars.set(session.levels).node,
       el("h3", {}, "A known text"),
       this.known(session),
+      el("h3", {}, "Levels at work"),
+      this.atWork(session),
       el("h3", {}, "Documents"),
       this.documents(session),
       ...(session.edits.length ? [el("h3", {}, "Edited facts"), this.edits(session)] : []),
@@ -121,6 +130,24 @@ export class Memory {
       }),
     );
     return el("div", { class: "known" }, text, button);
+  }
+
+  atWork(session) {
+    const about = el("p", {}, "A copy of the session reads the known text: how many bits per byte do the writes of each level save?");
+    const list = el("ul", { class: "edits", "aria-live": "polite" });
+    const button = el("button", { type: "button", "aria-label": "Measure the levels" }, "Measure");
+    button.addEventListener("click", () =>
+      during(button, async () => {
+        const found = await measureLevels(session.id);
+        const rows = found.levels.map((level) => {
+          const saved = level.gain == null ? "" : `: ${level.gain.toFixed(4)} bits per byte`;
+          const moved = level.change == null ? "" : `, moved ${percent(level.change)}`;
+          return el("li", {}, `${nameOf(level)}${saved}${moved}`, level.finding ? el("small", {}, ` Found: ${level.finding}`) : null);
+        });
+        list.replaceChildren(...rows);
+      }),
+    );
+    return el("div", { class: "known" }, about, list, button);
   }
 
   documents(session) {
