@@ -132,7 +132,9 @@ def shared(
     for place, result in zip(sent, own, strict=False):
         place.copy_(result)
     parts = sent.new_empty(count * len(sent), *sent.shape[1:])
-    dist.all_gather_into_tensor(parts, sent, group=process_group)
+    # Renamed in torch 2.13, where the old name warns.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(parts, sent, group=process_group)
     return [parts[i % count * len(sent) + i // count] for i in range(len(tensors))]
 
 
