@@ -111,8 +111,9 @@ def test_a_divided_run_resumes_on_any_number_of_processes(optimizer: str, corpus
     run = {"optimizer": optimizer, "strategy": "fsdp", "schedule": "constant", "warmup": 1, **CASES["matrix"]}
     whole, parts = (fields(corpus, tmp_path / name, batch_size=2, **run) for name in ("whole", "parts"))
     launch([whole, parts | {"steps": 10}], 2, tmp_path)
-    go_on = {"resume": True, "out": parts["out"]}
-    for steps, processes in ((12, 2), (15, 4), (20, 1)):
+    # The same command each time, with the batch per process of the first start.
+    go_on = {"resume": True, "out": parts["out"], "batch_size": 2}
+    for steps, processes in ((12, 2), (14, 4), (16, 4), (20, 1)):
         launch([go_on | {"steps": steps}], processes, tmp_path)
         verify(tmp_path / "parts" / f"checkpoint-{steps}")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

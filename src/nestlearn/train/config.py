@@ -105,8 +105,8 @@ class TrainConfig:
         check_tokenizer_spec(self.tokenizer)
         if (self.strategy == "hsdp") != (self.shard_size is not None):
             raise ValueError(
-                f"strategy={self.strategy!r} with shard_size={self.shard_size}: hsdp needs the number of processes "
-                "that hold one copy of the parameters (usually those of a machine), and no other strategy has one."
+                f"strategy={self.strategy!r} with shard_size={self.shard_size}: hsdp needs --shard-size N, how many "
+                "processes hold one copy of the parameters (usually those of a machine); no other strategy has one."
             )
 
     @property
@@ -140,19 +140,21 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         >>> check_processes(TrainConfig(strategy="hsdp", shard_size=4), 6)
         Traceback (most recent call last):
         ...
-        ValueError: config.shard_size=4 does not divide the processes=6 of this run. Use one of 1, 2, 3, 6.
+        ValueError: --shard-size 4 does not divide 6 processes. Use one of 1, 2, 3, 6.
     """
     if config.strategy == "ddp":
         return
     if processes == 0:
         raise ValueError(
             f"strategy={config.strategy!r} divides the parameters over processes, and this is one process alone. Start "
-            "it with torchrun --nproc-per-node N -m nestlearn train ..., or use --strategy ddp."
+            "it with torchrun --nproc-per-node N -m nestlearn train ..., or begin a run with --strategy ddp."
         )
     size = config.shard_size
     if size is not None and processes % size:
         sizes = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        raise ValueError(f"{config.shard_size=} does not divide the {processes=} of this run. Use one of {sizes}.")
+        raise ValueError(
+            f"--shard-size {size} does not divide the {processes} processes of this run. Use one of {sizes}."
+        )
 
 
 def check_tokenizer_spec(spec: str) -> int | None:

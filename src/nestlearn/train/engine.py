@@ -140,8 +140,9 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
 
     out = Path(config.out)
     last = starting_point(config, resume)
-    if last:
-        config = share_batch(config, saved_processes(out), processes())
+    # Saved as they were given, so that the same command can resume a run on any number of processes, and again.
+    given, count = config, saved_processes(out) if resume else processes()
+    config = share_batch(given, count, processes())
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(out) if last else prepare_tokenizer(config)
@@ -161,7 +162,7 @@ def _train(config: TrainConfig, resume: bool, console: Console) -> TrainResult:
         trainer.accelerator.wait_for_everyone()
         begun = checkpoint.step_of(last) if last else 0
         if trainer.is_world_process_zero():
-            _begin_folder(config, tokenizer, data.digest, begun)
+            _begin_folder(given, count, tokenizer, data.digest, begun)
         for callback in (StepTimer(progress), bar, stop):
             trainer.add_callback(callback)
         # After the preparation: before an error, this warning would look like its cause.
@@ -207,12 +208,14 @@ def _warn_of_idle_memories(model: nn.Module, sequence_length: int, console: Cons
         )
 
 
-def _begin_folder(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, digest: str | None, step: int) -> None:
-    """Write the tokenizer and settings of a run, and cut the log back to its first step."""
+def _begin_folder(
+    config: TrainConfig, count: int, tokenizer: PreTrainedTokenizerFast, digest: str | None, step: int
+) -> None:
+    """Write the tokenizer and settings of a run of ``count`` processes, and cut the log back to its first step."""
     cut_log(Path(config.out), step)
     if step == 0:
         tokenizer.save_pretrained(config.out)
-    save_settings(config, digest)
+    save_settings(config, digest, count)
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
@@ -411,7 +414,12 @@ def _interrupted(trainer: HopeTrainer, number: int, out: Path) -> TrainingInterr
 
 
 def _resume_command(out: Path) -> str:
-    return f"nestlearn train --resume --out {shlex.quote(str(out))}"
+    command = f"nestlearn train --resume --out {shlex.quote(str(out))}"
+    if "WORLD_SIZE" not in os.environ:
+        return command
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+    nodes = f"--nnodes {processes() // here} [...] " if here < processes() else ""
+    return f"torchrun {nodes}--nproc-per-node {here} -m {command}"
 
 
 def _result(trainer: HopeTrainer, out: Path, steps: int) -> TrainResult:

@@ -100,9 +100,9 @@ def _is_exported_from(last: Path, out: Path) -> bool:
     return all((out / name).exists() and digest(out / name) == digest(last / name) for name in names)
 
 
-def save_settings(config: TrainConfig, digest: str | None) -> None:
-    """Write the settings of a run and the digest of its corpus into its folder."""
-    content = config.to_dict() | {_DIGEST: digest, _PROCESSES: processes()}
+def save_settings(config: TrainConfig, digest: str | None, count: int) -> None:
+    """Write the settings of a run, for how many processes they were given, and the digest of its corpus."""
+    content = config.to_dict() | {_DIGEST: digest, _PROCESSES: count}
     write_text(Path(config.out) / CONFIG_FILE, json.dumps(content, indent=1))
 
 
@@ -127,7 +127,7 @@ def processes() -> int:
 
 
 def saved_processes(out: str | Path) -> int:
-    """How many processes trained when a run was saved."""
+    """For how many processes the settings of a run were given."""
     return int(_saved_settings(out).get(_PROCESSES, 1))
 
 
