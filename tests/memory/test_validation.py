@@ -95,7 +95,8 @@ def test_defaults_are_the_documented_ones():
     assert memory.objective == DotProduct()
     hope = catalog["hope"]
     assert (hope.step_size, hope.retain_to) == ("proximal", "initial")
-    others = [memory for name, memory in catalog.items() if name != "hope"]
+    assert catalog["ggd"].step_size == "proximal"
+    others = [memory for name, memory in catalog.items() if name not in ("hope", "ggd")]
     assert {(m.step_size, m.retain_to, m.read, m.chunk_size) for m in others} == {("raw", "zero", "token", 64)}
 
 

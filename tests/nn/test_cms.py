@@ -78,7 +78,7 @@ def growth(start: dict[str, Tensor]) -> Tensor:
 def learn(level: LocalLevel, weights: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     """The weights after one period: errors of all tokens at the weights before it, by autograd of the objective."""
     start, new = dict(level.initial.items()), dict(weights)
-    retain = torch.sigmoid(level.keep.logit) ** (1 / level.period)
+    retain = torch.sigmoid(level.keep.logit.squeeze(0)) ** (1 / level.period)
     for x in tokens:
         u = level.value @ x
         u = u / (1 + (u * u).mean()).sqrt()

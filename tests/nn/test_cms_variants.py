@@ -104,7 +104,7 @@ class Learner:
         self.weights = dict(self.start)
         self.momentum = {n: torch.zeros_like(w) for n, w in self.start.items()}
         kept = (
-            torch.sigmoid(level.keep.logit)
+            torch.sigmoid(level.keep.logit.squeeze(0))
             if level.keep.logit is not None
             else torch.tensor(level.level.retain, dtype=torch.float64)
         )

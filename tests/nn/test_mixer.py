@@ -166,7 +166,8 @@ def test_the_state_holds_no_initial_weights_and_no_past_tokens():
     _, state = layer(torch.randn(1, 40, 8, dtype=torch.float64))
     assert state.conv is not None
     assert state.conv.untyped_storage().nbytes() == state.conv.numel() * 8
-    assert set(state.memory._fields) == {"params", "momentum", "anchor", "position", "aligned", "pending"}
+    assert set(state.memory._fields) == {"params", "momentum", "anchor", "position", "aligned", "pending", "recent"}
+    assert state.memory.recent is None
     assert state.memory.pending is None
 
 

@@ -60,7 +60,7 @@ def test_a_stacked_model_is_published(tmp_path):
         torch.testing.assert_close(model(expected["input_ids"]).logits[:, -4:], expected["logits"])
 
 
-@register_mixer("tests.average")
+@register_mixer("tests.published")
 @dataclass(frozen=True)
 class AverageConfig(MixerConfig):
     def build(self, d_model, num_heads):
@@ -75,8 +75,8 @@ def test_what_cannot_be_published_is_refused(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="'llama', which transformers loads without"):
         publish(folder / "llama", out)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    save(HopeForCausalLM(HopeConfig(mixer="tests.average", **sizes)), folder / "outside")
-    with pytest.raises(ValueError, match=r"'tests\.average' comes from tests\.train\.test_publishing"):
+    save(HopeForCausalLM(HopeConfig(mixer="tests.published", **sizes)), folder / "outside")
+    with pytest.raises(ValueError, match=r"'tests\.published' comes from tests\.train\.test_publishing"):
         publish(folder / "outside", out)
     assert not out.exists()
     with pytest.raises(SystemExit):
