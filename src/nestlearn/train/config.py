@@ -140,7 +140,7 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         >>> check_processes(TrainConfig(strategy="hsdp", shard_size=4), 6)
         Traceback (most recent call last):
         ...
-        ValueError: --shard-size 4 does not divide 6 processes. Use one of 1, 2, 3, 6.
+        ValueError: --shard-size 4 does not divide the 6 processes of this run. Use one of 1, 2, 3, 6.
     """
     if config.strategy == "ddp":
         return
