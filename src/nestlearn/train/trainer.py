@@ -79,15 +79,24 @@ class HopeTrainer(Trainer):
         # An optimizer is made for parameters that are divided already.
         if self.is_fsdp_enabled:
             shard(cast(nn.Module, self.model), process_mesh(self._shard_size, self.args.device))
-        return super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._restore_parameters()
+        return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._restore_parameters()
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _restore_parameters(self) -> None:
+        """Give the optimizer of a divided model the parameters that it was made with.
+
+        The engine replaces them, and finds them again by the address of their part. Empty parts have none, so it takes
+        one for another.
+        """
         if self.is_fsdp_enabled:
-            # The engine has looked parameters up by the address of their part; empty parts have none.
             groups = cast(Optimizer, self.optimizer).param_groups
             for group, parameters in zip(groups, self._parameters, strict=True):
                 group["params"] = parameters
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     @property
     def out(self) -> Path:
