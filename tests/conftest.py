@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Set before any import that reads them: tests never reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +33,7 @@ else:
 from nestlearn.allocator import tune_allocator
 
 REPOSITORY = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 # Derandomized: a run of the suite is the same run everywhere; no deadline: machines are shared.
 hypothesis.settings.register_profile(
@@ -106,3 +109,15 @@ def pytest_collection_finish() -> None:
     """Neither do the tests search it."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium of this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium or google-chrome")
+    with playwright.sync_playwright() as run:
+        made = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()

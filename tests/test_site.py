@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +21,6 @@ import pytest
 from .test_docs import packages_with_public_names
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PHONE = {"width": 390, "height": 844}
 RUN = ["index.md", *(f"learn/{page.name}" for page in sorted((ROOT / "docs/learn").glob("*.md")))]
 
@@ -91,17 +89,6 @@ def test_every_public_name_has_a_heading(site: Path) -> None:
     assert 'class="gp">&gt;&gt;&gt; ' in pages["memory"]  # an example, highlighted
     assert re.search(r'doc-signature highlight.*?<span class="nf">scan</span>', pages["memory"], re.DOTALL)
     assert '"location":"reference/memory/#nestlearn.memory.scan"' in (site / "search/search_index.json").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium or google-chrome")
-    with playwright.sync_playwright() as run:
-        made = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")
