@@ -25,6 +25,7 @@ LAYERS = {
     "nn": 1,
     "data": 1,
     "models": 2,
+    "peft": 2.4,
     "continual": 3,
     "train": 3,
     "evals": 3.5,

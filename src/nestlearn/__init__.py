@@ -47,7 +47,7 @@ __all__ = [
     "unstack_levels",
 ]
 
-_PACKAGES = {"continual", "data", "evals", "levels", "memory", "models", "nn", "optim", "train"}
+_PACKAGES = {"continual", "data", "evals", "levels", "memory", "models", "nn", "optim", "peft", "train"}
 # The other public names are of `models`.
 _ELSEWHERE = {"Fact": "continual", "Level": "nn", "MemorySession": "continual", "pretrained": "continual.pretrained"}
 
