@@ -17,7 +17,7 @@ PACKAGES = ["nestlearn.memory", "nestlearn.nn", "nestlearn.models", "nestlearn.d
 
 def check_memories() -> None:
     """Every memory of the catalog in both engines, with masks and resets."""
-    memory = nestlearn.memory
+    memory = nestlearn.memory  # pyright: ignore[reportAttributeAccessIssue] - imported by nestlearn.data
 
     others = [
         memory.AssociativeMemory(memory.MLP(2), memory.ValueShiftRobust(0.1), memory.ElasticNet()),
@@ -45,7 +45,18 @@ def check_models() -> None:
         model = nestlearn.HopeForCausalLM(config)
         ids = torch.randint(0, 200, (2, 20))
         model(ids, labels=ids).loss.backward()
-        model.generate(ids[:, :3], max_new_tokens=3, do_sample=False)
+        model.generate(ids[:, :3], max_new_tokens=3, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_thought() -> None:
+    """A machine that goes on after a tick, its loss, and halting."""
+    from nestlearn import nn
+
+    machine = nn.ContinuousThoughtConfig(classes=3, answers=2, neurons=16, ticks=4).build(8)
+    x, mask = torch.randn(2, 5, 8), torch.rand(2, 5) < 0.8
+    thoughts, state = machine(x, None, mask)
+    nn.ticks_loss(machine(x, state, ticks=1)[0].outputs, torch.zeros(2, 2, dtype=torch.long)).backward()
+    machine.answer(x, mask, threshold=float(thoughts.certainty.detach().mean()))
 
 
 def check_stacking() -> None:
@@ -90,5 +101,6 @@ if __name__ == "__main__":
     check_that_checks_are_on()
     check_memories()
     check_models()
+    check_thought()
     check_stacking()
     check_data()

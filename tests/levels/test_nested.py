@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.levels import Frequency, NestedSystem, nested_system
 from nestlearn.levels.algebra import average, compose, learner, nest
-from nestlearn.nn import Level
+from nestlearn.nn import ContinuousThoughtConfig, Level
 from nestlearn.optim import DGD, M3, MultiTimescale, NestedTransfer
 
 TOKENS = torch.arange(12).remainder(7).view(1, 12)
@@ -148,6 +148,16 @@ def test_memories_of_the_package() -> None:
         HopeForCausalLM(HopeConfig(**{**config.to_dict(), "cms_signal": "loss", "mixer": "attention"}))
     )
     assert loss["networks.0 · memory"].objective == "next-token loss of its segment"
+
+
+def test_a_tick_is_faster_than_a_token() -> None:
+    model = nn.Sequential(nn.LSTM(8, 8), ContinuousThoughtConfig(classes=2, neurons=16, memory_length=5).build(8))
+    system = nested_system(model)
+    ticks, tokens = system["1.synchronization · memory"], system["0 · memory"]
+    assert ticks.frequency == Frequency(1, "tick") and str(ticks.frequency) == "1 / tick"
+    assert system["1.attention · attention"].level < ticks.level < tokens.level
+    assert (ticks.bytes, system["1.networks · cache"].bytes) == (2 * 4 * 64, 4 * 16 * 4)
+    assert ticks.frequency.updates(tokens=7, batches=7, ticks=25) == 25
 
 
 def test_levels_on_a_pretrained_model() -> None:

@@ -12,11 +12,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from nestlearn.memory import L2, AssociativeMemory, Decay, Delta, DotProduct, Lp
 from nestlearn.models.stacking.network import StackedLevel
-from nestlearn.nn import CausalAttention, MemoryAsContext, MemoryMixer, SelfModifyingMLP, SelfModifyingTitans
+from nestlearn.nn import (
+    CausalAttention,
+    ContinuousThought,
+    MemoryAsContext,
+    MemoryMixer,
+    SelfModifyingMLP,
+    SelfModifyingTitans,
+)
 from nestlearn.nn.cms.level import LevelWeights
 from nestlearn.nn.cms.loss import LossLevel
 from nestlearn.nn.common import InitialWeights
 from nestlearn.nn.exact_cache import ExactCache
+from nestlearn.nn.thought.neurons import InputAttention
 
 from .system import Component, Frequency
 from .trace import attention_of, carried_state, changing_buffers, example_of
@@ -52,6 +60,8 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Component]:
             name, "cache", Frequency(module.chunk_size), KEYS, "none: it keeps tokens", f"keeps {module.size} tokens",
             ("direct, non-parametric",), members=(name,),
         )  # fmt: skip
+    elif isinstance(module, ContinuousThought):
+        yield from _thought(name, module)
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
         yield Component(
             name, "memory", Frequency(1), "its inputs", "none: a learned transition",
@@ -89,6 +99,21 @@ def _self_modifying(name: str, layer: SelfModifyingTitans) -> Iterator[Component
         made, period = ", ".join(layer.adaptive), layer.projection_chunk_size
         group = _memory(f"{name}.{{{made}}}", layer.memory, context, ways, len(layer.adaptive) * size, period=period)
         yield replace(group, members=(name,))
+
+
+def _thought(name: str, machine: ContinuousThought) -> Iterator[Component]:
+    """What changes with every tick: the memory of pairs of activations, and the last pre-activations."""
+    inside, tick, config = f"{name}." if name else "", Frequency(1, "tick"), machine.config
+    yield Component(
+        f"{inside}synchronization", "memory", tick, "pairs of its own activations", "−⟨A z_i, z_j⟩",
+        "descent, decay of each pair", ("direct, parametric", "initialization"),
+        bytes=2 * FLOAT * (config.query_pairs + config.output_pairs), members=(f"{inside}synchronization",),
+    )  # fmt: skip
+    yield Component(
+        f"{inside}networks", "cache", tick, "its own pre-activations", "none: it keeps ticks",
+        f"keeps {config.memory_length} ticks", ("direct, non-parametric",),
+        bytes=FLOAT * config.neurons * (config.memory_length - 1), members=(f"{inside}networks",),
+    )  # fmt: skip
 
 
 def _level(name: str, level: LevelWeights) -> Iterator[Component]:
@@ -139,9 +164,8 @@ def traced(model: nn.Module, example: Any, known: bool) -> tuple[list[Component]
     """
     notes: list[str] = []
     given, example = example is not None, example_of(model) if example is None else example
-    attends = [
-        n for n, m in model.named_modules() if isinstance(m, CausalAttention | MemoryAsContext | nn.MultiheadAttention)
-    ]
+    known_types = CausalAttention | MemoryAsContext | InputAttention | nn.MultiheadAttention
+    attends = [n for n, m in model.named_modules() if isinstance(m, known_types)]
     averages = [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.track_running_stats]
     states: list[Component] = []
     if example is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
-Clock = Literal["token", "batch"]
+Clock = Literal["tick", "token", "batch"]
 Kind = Literal["attention", "cache", "memory", "weights", "initial weights", "optimizer state", "statistics"]
 
 COLUMNS = (
@@ -24,8 +24,8 @@ class Frequency(NamedTuple):
     Args:
         period: tokens or batches between two updates. 0 is the infinite frequency of attention, whose answer is
             computed anew from the whole context for every token. ``math.inf`` is frequency 0: it never changes.
-        clock: ``"token"`` for what changes while a model reads, ``"batch"`` for what an optimizer changes: one forward
-            and backward pass.
+        clock: ``"tick"`` for what changes while a model thinks about one input, ``"token"`` for what changes while it
+            reads, ``"batch"`` for what an optimizer changes: one forward and backward pass.
 
     Example:
         >>> str(Frequency(64, "token")), str(Frequency(0)), str(Frequency(math.inf))
@@ -43,20 +43,21 @@ class Frequency(NamedTuple):
         if self.period == 1:
             return f"1 / {self.clock}"
         count = f"{self.period:,.4g}" if self.period % 1 else f"{self.period:,.0f}"
-        return f"1 / {count} {'batches' if self.clock == 'batch' else 'tokens'}"
+        return f"1 / {count} {'batches' if self.clock == 'batch' else f'{self.clock}s'}"
 
     @property
     def order(self) -> tuple[int, float]:
-        """Smaller is faster. A batch has at least one token, so everything that counts tokens is faster."""
+        """Smaller is faster. An input has at least one tick and a batch one token, so what counts ticks is fastest."""
         if self.period in (0, math.inf):
-            return (0, 0.0) if self.period == 0 else (2, 0.0)
-        return int(self.clock == "batch"), self.period
+            return (-1, 0.0) if self.period == 0 else (3, 0.0)
+        return get_args(Clock).index(self.clock), self.period
 
-    def updates(self, *, tokens: int = 0, batches: int = 0) -> int | None:
+    def updates(self, *, tokens: int = 0, batches: int = 0, ticks: int = 0) -> int | None:
         """Updates that fit into a stream; None for an infinite frequency."""
         if self.period == 0:
             return None
-        return int((tokens if self.clock == "token" else batches) // self.period) if self.period < math.inf else 0
+        count = {"tick": ticks, "token": tokens, "batch": batches}[self.clock]
+        return int(count // self.period) if self.period < math.inf else 0
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,28 @@ from nestlearn.nn.self_modifying import (
     SelfModifyingState,
     SelfModifyingTitans,
 )
+from nestlearn.nn.thought import (
+    Answer,
+    ContinuousThought,
+    ContinuousThoughtConfig,
+    Thoughts,
+    ThoughtState,
+    certainty_of,
+    ticks_loss,
+)
 from nestlearn.nn.titans import HybridState, MemoryAsGate, MemoryAsLayer, TitansMAGConfig, TitansMALConfig
 from nestlearn.nn.titans_mac import ContextState, MemoryAsContext, TitansMACConfig
 from nestlearn.nn.tnt import HierarchicalMemory, HierarchicalState, TNTConfig
 
 __all__ = [
     "GATE_RULES",
+    "Answer",
     "AttentionConfig",
     "AttentionState",
     "CausalAttention",
     "ContextState",
+    "ContinuousThought",
+    "ContinuousThoughtConfig",
     "ContinuumMemory",
     "ContinuumState",
     "FeedForward",
@@ -47,9 +59,13 @@ __all__ = [
     "SelfModifyingTitans",
     "ShortConv",
     "TNTConfig",
+    "ThoughtState",
+    "Thoughts",
     "TitansMACConfig",
     "TitansMAGConfig",
     "TitansMALConfig",
+    "certainty_of",
     "mixer_types",
     "register_mixer",
+    "ticks_loss",
 ]
