@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+from peft import PeftConfig
+
 from nestlearn.fields import from_mapping
 from nestlearn.models.stacking import MapNames
 from nestlearn.models.stacking.plan import Mode, StackPlan
 from nestlearn.nn import Level
-from peft import PeftConfig
 
 METHOD = "CONTINUUM"
 """The name of the method in ``adapter_config.json``."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
-
-from peft import PeftType
 
 from .config import METHOD, ContinuumConfig
 from .model import ContinuumModel
