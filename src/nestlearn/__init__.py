@@ -1,6 +1,7 @@
 """Nested Learning for PyTorch: models that keep learning from what they read.
 
-Importing this package registers its models with `transformers.AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Importing this package registers its models with `transformers.AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the
+two classes for labels, `AutoModelForSequenceClassification` and `AutoModelForTokenClassification`.
 Its names are loaded when they are first used, so the import alone is quick.
 """
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
         HopeCache,
         HopeConfig,
         HopeForCausalLM,
+        HopeForSequenceClassification,
+        HopeForTokenClassification,
         HopeModel,
         LevelState,
         flops,
@@ -33,6 +36,8 @@ __all__ = [
     "HopeConfig",
     "HopeModel",
     "HopeForCausalLM",
+    "HopeForSequenceClassification",
+    "HopeForTokenClassification",
     "HopeCache",
     "presets",
     "flops",

@@ -408,7 +408,24 @@ def next_token_loss(
             "labels (a prompt as long as the text, a text of one token).",
             stacklevel=2,
         )
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return mean_nats(logits[:, :-1], target, num_items)
+
+
+def mean_nats(
+    logits: Float[Tensor, "b t n"], target: Int[Tensor, "b t"], num_items: Tensor | int | None = None
+) -> Float[Tensor, ""]:
+    """Mean of ``-ln p(target)`` in nats over targets that are not -100, in fp32 or wider; 0 if there are none.
+
+    Args:
+        logits: of every token.
+        target: of every token.
+        num_items: divides the sum instead of the number of targets.
+
+    Example:
+        >>> mean_nats(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
+        tensor(1.3863)
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     target = target.to(logits.device, torch.long).flatten()
     total = F.cross_entropy(wide.flatten(0, 1), target, ignore_index=-100, reduction="sum")
     count = torch.as_tensor((target != -100).sum() if num_items is None else num_items, device=total.device)

@@ -15,7 +15,13 @@ from typing import Any
 from nestlearn.atomic import write_text
 
 MODULE = "nestlearn_model"
-HOPE = {"AutoConfig": "HopeConfig", "AutoModel": "HopeModel", "AutoModelForCausalLM": "HopeForCausalLM"}
+HOPE = {
+    "AutoConfig": "HopeConfig",
+    "AutoModel": "HopeModel",
+    "AutoModelForCausalLM": "HopeForCausalLM",
+    "AutoModelForSequenceClassification": "HopeForSequenceClassification",
+    "AutoModelForTokenClassification": "HopeForTokenClassification",
+}
 """Classes of Hope, by the auto class of the library that loads them."""
 
 

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nestlearn.models.remote import HOPE, MODULE
+from nestlearn.models.remote import MODULE
 
 _PACKAGE = "nestlearn"
 _NEEDED = {"torch", "transformers", "safetensors", "jaxtyping", "numpy"}
@@ -32,8 +32,9 @@ def hope_code() -> dict[str, str]:
     """
     roots = {
         "nestlearn.nn": "MixerConfig as MixerConfig",  # makes the types of mixers known
-        "nestlearn.models.config": HOPE["AutoConfig"],
-        "nestlearn.models.modeling": f"{HOPE['AutoModelForCausalLM']}, {HOPE['AutoModel']}",
+        "nestlearn.models.config": "HopeConfig",
+        "nestlearn.models.modeling": "HopeForCausalLM, HopeModel",
+        "nestlearn.models.heads": "HopeForSequenceClassification, HopeForTokenClassification",
     }
     return _with_entry(roots)
 
