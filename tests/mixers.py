@@ -15,6 +15,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "self_modifying": {"type": "self_modifying", "projection_chunk_size": 8} | _MEMORY,
     "attention": {"type": "attention", "conv_size": 4},
     "sliding_attention": {"type": "attention", "conv_size": 4, "window": 4},
+    "pmi": {"type": "pmi", "slots": 3, "topk": 2, "segments": 2, "chunk_size": 4},
     "titans_mac": {"type": "titans_mac", "segment_length": 4} | _TITANS,
     "titans_mag": {"type": "titans_mag", "window": 4} | _TITANS,
     "titans_mal": {"type": "titans_mal", "window": 4} | _TITANS,

@@ -22,6 +22,7 @@ from nestlearn.nn import (
     MemoryMixer,
     MemoryMixerConfig,
     MixerConfig,
+    PMIConfig,
     SelfModifyingConfig,
     SelfModifyingTitans,
     TitansMACConfig,
@@ -33,7 +34,7 @@ from nestlearn.nn.cms.local import LocalLevel
 from nestlearn.nn.state import index_rows, map_tensors, reset_rows, tensors_of
 
 D, HEADS = 8, 2
-CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 # Layers that run a memory in their own way meet one memory of each kind; the others of the catalog are slow tests.
 KINDS = ("deltanet", "titans", "hope", "yaad")
 SMALL: dict[str, Any] = {"expansion": 2, "chunk_size": 4}
@@ -44,6 +45,9 @@ LAYERS: dict[str, MixerConfig | Callable[[], nn.Module]] = {
     "attention window": AttentionConfig(window=4),
     "attention persistent": AttentionConfig(window=4, conv_size=4, persistent_tokens=2),
     "feed-forward": lambda: FeedForward(D, 2),
+    "pmi": PMIConfig(slots=3, topk=2, segments=2, chunk_size=5),
+    "pmi sum": PMIConfig(slots=3, topk=3, segments=2, chunk_size=4, merge="sum", conv_size=0),
+    "pmi working": PMIConfig(slots=3, topk=2, chunk_size=3, long_term="none"),
     "self-modifying": SelfModifyingConfig(projection_chunk_size=8, **SMALL),
     "self-modifying matrix": SelfModifyingConfig("matrix", chunk_size=4),
     "levels": lambda: ContinuumMemory(D, [Level(2, 1), Level(3, 2), Level(7, 1), Level(None, 1)], "swiglu"),
@@ -96,7 +100,7 @@ def make(name: str) -> Any:
         elif isinstance(module, LocalLevel):
             module.value.normal_()
             module.gate.weight.normal_()
-            module.keep.logit.fill_(1.0)
+            module.keep.logit.fill_(1.0)  # pyright: ignore[reportOptionalMemberAccess]
         elif isinstance(module, SelfModifyingTitans):
             module.alpha_bias.fill_(2.0)
             for vector in (module.alpha_vector, module.eta_vector, module.eta_bias):

@@ -52,6 +52,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "titans_mac": MEMORY | {"segment_length": 6, "persistent_tokens": 2},
     "titans_mag": MEMORY | {"window": 5, "persistent_tokens": 2},
     "titans_mal": MEMORY | {"window": 5, "persistent_tokens": 2},
+    "pmi": {"slots": 3, "topk": 2, "segments": 2, "chunk_size": 4},
     "tnt": {"expansion": 2, "chunk_size": 8, "local_windows": [4, 8], "local_chunk_sizes": [2, 4]},
 }
 FAST = [{"period": 6, "expansion": 0.5}, {"expansion": 2}]
@@ -81,6 +82,7 @@ def families() -> dict[str, tuple[str, dict[str, Any]]]:
         "transformer": ("transformer-tiny", {"cms": FROZEN}),
         "sliding": ("transformer-tiny", {"cms": FROZEN, "mixer": {"window": 5}}),
         "tnt": ("titans-tiny", {"cms": FROZEN, "mixer": {"type": "tnt"}}),
+        "pmi": ("transformer-tiny", {"cms": FROZEN, "mixer": {"type": "pmi"}}),
         "mixed": ("hope-tiny", {"cms": FAST, "mixer": MIXED}),
     }
     found |= {name: (f"{name}-tiny", {"cms": FROZEN}) for name in ("titans-mac", "titans-mag", "titans-mal")}
@@ -163,7 +165,7 @@ def stacked() -> list[float]:
     """Bits per byte of every segment that a stacked Llama reads, with and without what it wrote."""
     config = LlamaConfig(
         vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, attn_implementation="eager",
+        max_position_embeddings=64, attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     model = stack_levels(LlamaForCausalLM(config).double(), [Level(16, lr=20, rank=2), Level(32, lr=20)], mode="split")
     set_weights(model.eval())  # after stacking: the maps of low rank begin at random too

@@ -173,6 +173,28 @@ def test_levels_on_a_pretrained_model() -> None:
     assert {f.period for name, f in found.items() if ".levels." in name} == {4, 16}
 
 
+@pytest.mark.parametrize("long_term", ["learned", "random", "none"])
+def test_working_and_long_term_memory_are_components(long_term: str) -> None:
+    mixer = {"type": "pmi", "slots": 3, "topk": 2, "segments": 4, "chunk_size": 5, "long_term": long_term}
+    sizes: dict[str, Any] = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    system = nested_system(HopeForCausalLM(HopeConfig(mixer=mixer, **sizes)))
+    found = {c.name.removeprefix("model.layers.0.mixer."): c for c in system.components if c.kind == "memory"}
+    assert set(found) == {"working"} | ({"long_term"} if long_term != "none" else set())
+    assert all(c.frequency == Frequency(5) for c in found.values())
+    assert found["working"].bytes == 4 * 3 * 8
+    starts = [c for c in system.components if c.kind == "initial weights"]
+    assert len(starts) == {"learned": 2, "random": 1, "none": 1}[long_term]
+    attention = [c.name for c in system.components if c.kind == "attention"]
+    if long_term == "none":
+        assert not attention
+        return
+    assert found["long_term"].bytes == 4 * 4 * 3 * 8 and found["long_term"].objective == "−⟨M, a ⊗ M_w⟩"
+    assert ("initialization" in found["long_term"].transfer) is (long_term == "learned")
+    assert found["working"].depth > found["long_term"].depth
+    # Of the attentions of the layer, one is no part of a memory: the long-term read over the working read.
+    assert len(attention) == 1 and "infer.relate" in attention[0]
+
+
 # -- what the optimizer does ----------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from nestlearn import HopeConfig, HopeForCausalLM
 
 MIXERS = (
     "attention", "deltanet", "titans", "moneta", "self_modifying", "titans_mac", "titans_mag", "titans_mal",
-    "tnt",
+    "tnt", "pmi",
 )  # fmt: skip
 SEEN = 20
 

@@ -13,16 +13,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from nestlearn.memory import L2, AssociativeMemory, Decay, Delta, DotProduct, Lp
 from nestlearn.models.stacking.network import StackedLevel
 from nestlearn.nn import (
+    PMI,
     CausalAttention,
     ContinuousThought,
+    LongTermMemory,
     MemoryAsContext,
     MemoryMixer,
     SelfModifyingMLP,
     SelfModifyingTitans,
+    WorkingMemory,
 )
 from nestlearn.nn.cms.level import LevelWeights
 from nestlearn.nn.cms.loss import LossLevel
 from nestlearn.nn.common import InitialWeights
+from nestlearn.nn.cross_attention import InitialSlots
 from nestlearn.nn.exact_cache import ExactCache
 from nestlearn.nn.thought.neurons import InputAttention
 
@@ -48,6 +52,8 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Component]:
         starts = "initialization" if module.initial is not None else None
         size = module.num_heads * fast_bytes(module.memory, module.d_head)
         yield _memory(name, module.memory, KEYS, ("direct, parametric", starts), size)
+    elif isinstance(module, PMI):
+        yield from _slots(name, module)
     elif isinstance(module, LevelWeights):
         yield from _level(name, module)
     elif isinstance(module, StackedLevel) and module.memory is not None:
@@ -67,7 +73,7 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Component]:
             name, "memory", Frequency(1), "its inputs", "none: a learned transition",
             f"transition of {type(module).__name__}", ("direct, parametric",), members=(name,),
         )  # fmt: skip
-    elif not isinstance(module, InitialWeights):
+    elif not isinstance(module, InitialWeights | InitialSlots):
         found = [value for value in vars(module).values() if isinstance(value, AssociativeMemory)]
         if found:
             yield _memory(name, found[0], KEYS, ("direct, parametric",))
@@ -113,6 +119,26 @@ def _thought(name: str, machine: ContinuousThought) -> Iterator[Component]:
         f"{inside}networks", "cache", tick, "its own pre-activations", "none: it keeps ticks",
         f"keeps {config.memory_length} ticks", ("direct, non-parametric",),
         bytes=FLOAT * config.neurons * (config.memory_length - 1), members=(f"{inside}networks",),
+    )  # fmt: skip
+
+
+def _slots(name: str, layer: PMI) -> Iterator[Component]:
+    """Working memory, and long-term memory, which changes after it at the same moments."""
+    memory, period, size = layer.working, Frequency(layer.chunk_size), FLOAT * layer.d_model * layer.working.slots
+    ways = ("direct, parametric", "initialization")
+    yield Component(
+        f"{name}.working", "memory", period, "the tokens of its chunk", "none: a learned gated write",
+        f"M ← σ(f) M + σ(i) tanh(A), {memory.take_in.topk} tokens win", ways, bytes=size,
+        members=(f"{name}.working",), depth=1,
+    )  # fmt: skip
+    if (long_term := layer.long_term) is None:
+        return
+    outer = long_term.merge == "outer"
+    yield Component(
+        f"{name}.long_term", "memory", period, "the working memory after each chunk",
+        "−⟨M, a ⊗ M_w⟩" if outer else "none: a product with a sum",
+        "descent, layer norm" if outer else "M ← LN(M + M ⊙ Σ M_w)", ways if long_term.initial else ways[:1],
+        bytes=long_term.segments * size, members=(f"{name}.long_term",),
     )  # fmt: skip
 
 
@@ -173,7 +199,10 @@ def traced(model: nn.Module, example: Any, known: bool) -> tuple[list[Component]
             notes.append("Without example= attention is known by the types of torch's modules only.")
     else:
         try:
-            attends = list(dict.fromkeys([*attends, *_outside(attention_of(model, example), attends)]))
+            # A memory of slots is read and written by attention, and is a component of its own.
+            slots = [n for n, m in model.named_modules() if isinstance(m, WorkingMemory | LongTermMemory)]
+            found = _outside(attention_of(model, example), [*attends, *slots])
+            attends = list(dict.fromkeys([*attends, *found]))
             buffers = changing_buffers(model, example)
             averages = list(dict.fromkeys([*averages, *(name.rpartition(".")[0] for name in buffers)]))
             states = list(_carried(model, known))
@@ -230,6 +259,6 @@ def _carried(model: nn.Module, known: bool, shorter: int = 8, longer: int = 12) 
 
 def starts_memory(model: nn.Module) -> Callable[[Tensor], bool]:
     """Whether a parameter is the initial state of a memory."""
-    modules = [m for m in model.modules() if isinstance(m, InitialWeights)]
+    modules = [m for m in model.modules() if isinstance(m, InitialWeights | InitialSlots)]
     found = {id(p) for module in modules for p in module.parameters()}
     return lambda parameter: id(parameter) in found

@@ -102,7 +102,8 @@ class HopeModel(HopePreTrainedModel):
         first: Any = self.layers[0]
         # Tokens of a segment; None where no level learns from the loss.
         self.segment_length: int | None = first.cms.segment_length
-        self._every_level_resets = all(level.get("reset", True) for level in config.cms)
+        forgets = all(level.get("reset", True) for level in config.cms)
+        self._forgets_documents = forgets and not any(mixer.outlasts_documents for mixer in config.mixers)
         self.post_init()
 
     def forward(
@@ -135,7 +136,7 @@ class HopeModel(HopePreTrainedModel):
         segments: list[Segment] = []
         reader = self._reader(output_layer, ids)
         check_checkpointing(self, keep, reader is not None)
-        apart = mask is None and cache is None and not wanted and self._every_level_resets
+        apart = mask is None and cache is None and not wanted and self._forgets_documents
         # Blocks divided by FSDP2 must be called equally often by all processes.
         apart = apart and not hasattr(self.layers[0], "unshard")
         if apart and reset is not None and may_look(reset):

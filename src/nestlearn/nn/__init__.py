@@ -6,7 +6,9 @@ from nestlearn.nn.common import Mixer
 from nestlearn.nn.config import MixerConfig, mixer_types, register_mixer
 from nestlearn.nn.conv import ShortConv
 from nestlearn.nn.ffn import FeedForward
+from nestlearn.nn.long_term_memory import LongTermMemory
 from nestlearn.nn.mixer import GATE_RULES, GateRule, MemoryMixer, MemoryMixerConfig, MixerState
+from nestlearn.nn.pmi import PMI, PMIConfig, PMIState, TwoSourceRead
 from nestlearn.nn.self_modifying import (
     SelfModifyingConfig,
     SelfModifyingMatrix,
@@ -26,9 +28,11 @@ from nestlearn.nn.thought import (
 from nestlearn.nn.titans import HybridState, MemoryAsGate, MemoryAsLayer, TitansMAGConfig, TitansMALConfig
 from nestlearn.nn.titans_mac import ContextState, MemoryAsContext, TitansMACConfig
 from nestlearn.nn.tnt import HierarchicalMemory, HierarchicalState, TNTConfig
+from nestlearn.nn.working_memory import WorkingMemory
 
 __all__ = [
     "GATE_RULES",
+    "PMI",
     "Answer",
     "AttentionConfig",
     "AttentionState",
@@ -44,6 +48,7 @@ __all__ = [
     "HierarchicalState",
     "HybridState",
     "Level",
+    "LongTermMemory",
     "MemoryAsContext",
     "MemoryAsGate",
     "MemoryAsLayer",
@@ -52,6 +57,8 @@ __all__ = [
     "Mixer",
     "MixerConfig",
     "MixerState",
+    "PMIConfig",
+    "PMIState",
     "SelfModifyingConfig",
     "SelfModifyingMLP",
     "SelfModifyingMatrix",
@@ -64,6 +71,8 @@ __all__ = [
     "TitansMACConfig",
     "TitansMAGConfig",
     "TitansMALConfig",
+    "TwoSourceRead",
+    "WorkingMemory",
     "certainty_of",
     "mixer_types",
     "register_mixer",

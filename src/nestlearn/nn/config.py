@@ -64,6 +64,11 @@ class MixerConfig(ABC):
         return 0
 
     @property
+    def outlasts_documents(self) -> bool:
+        """Whether part of the state survives a reset, so that documents of one row depend on earlier ones."""
+        return False
+
+    @property
     def work_period(self) -> int:
         """Tokens after which the work of a call repeats (a chunk, a segment): what estimates of memory measure."""
         return 32
