@@ -125,14 +125,14 @@ def test_equals_the_token_loop_with_all_outer_gradients(options: dict[str, Any])
     assert state is not None
     expected, slots, segments = zip(*(loop(layer, row, config) for row in x), strict=True)
     torch.testing.assert_close(y, torch.stack(expected), **CLOSE)
-    torch.testing.assert_close(state.working, torch.stack([torch.stack(row) for row in slots]), **CLOSE)
-    ends = state.working.square().sum()
-    if state.long_term is None:
+    torch.testing.assert_close(state.params["working"], torch.stack([torch.stack(row) for row in slots]), **CLOSE)
+    ends = state.params["working"].square().sum()
+    if "long_term" not in state.params:
         assert not any(segments)
     else:
         found = torch.stack([torch.stack([torch.stack(segment) for segment in row]) for row in segments])
-        torch.testing.assert_close(state.long_term, found, **CLOSE)
-        ends = ends + (state.long_term * tokens(4, 3, 5)).sum()
+        torch.testing.assert_close(state.params["long_term"], found, **CLOSE)
+        ends = ends + (state.params["long_term"] * tokens(4, 3, 5)).sum()
     weights = tokens(2, 12, seed=3)
     ours = torch.autograd.grad((y * weights).sum() + ends, inputs)
     total = (torch.stack(expected) * weights).sum() + torch.stack([torch.stack(row) for row in slots]).square().sum()
@@ -210,9 +210,9 @@ def test_both_memories_write() -> None:
     assert torch.equal(layer(x, writes=False)[0][:, late], layer(other, writes=False)[0][:, late])
     _, before = layer(x[:, :4])
     _, after = layer(x[:, :5])
-    assert torch.equal(before.working, layer.working.start(1, torch.float64))
-    assert not torch.allclose(after.working, before.working)
-    assert not torch.allclose(after.long_term, before.long_term)
+    assert torch.equal(before.params["working"], layer.working.start(1, torch.float64))
+    assert not torch.allclose(after.params["working"], before.params["working"])
+    assert not torch.allclose(after.params["long_term"], before.params["long_term"])
 
 
 # ------------------------------------------------------------------------------------------------------ persistence
@@ -229,10 +229,11 @@ def test_long_term_memory_outlasts_a_reset_only_if_it_is_persistent(persistent: 
     torch.testing.assert_close(y[1:], layer(x[1:])[0], **CLOSE)
     if persistent:
         _, before = layer(x[:1, :11])
-        kept = before._replace(working=layer.working.start(1, torch.float64), position=torch.zeros(1).long())
+        kept = before._replace(params=before.params | {"working": layer.working.start(1, torch.float64)})
+        kept = kept._replace(position=torch.zeros(1).long())
         kept = kept._replace(conv=None if kept.conv is None else torch.zeros_like(kept.conv))
         torch.testing.assert_close(y[:1, 11:], layer(x[:1, 11:], kept)[0], **CLOSE)
-        assert not torch.equal(state.long_term[0], before.long_term[0])
+        assert not torch.equal(state.params["long_term"][0], before.params["long_term"][0])
 
 
 def test_a_destroyed_long_term_memory_starts_anew_even_if_it_is_persistent() -> None:
@@ -269,7 +270,7 @@ def test_a_model_keeps_persistent_memory_over_documents_of_a_stream_and_saves_it
 def test_the_state_is_of_constant_size_and_wide() -> None:
     layer = make().to(torch.bfloat16)
     _, state = layer(torch.randn(2, 7, D).bfloat16())
-    assert state.working.dtype == torch.float32 and state.long_term.dtype == torch.float32
+    assert state.params["working"].dtype == torch.float32 and state.params["long_term"].dtype == torch.float32
     sizes = [tuple(x.shape) for x in tensors_of(state)]
     _, state = layer(torch.randn(2, 30, D).bfloat16(), state)
     assert [tuple(x.shape) for x in tensors_of(state)] == sizes

@@ -85,16 +85,14 @@ class PMIState(NamedTuple):
     """Streaming state of `PMI`, of constant size.
 
     Args:
-        working: slots of the working memory.
-        long_term: the long-term memory (None without one).
+        params: the memories, ``working`` ``[b, n, d]`` and, if there is one, ``long_term`` ``[b, c, n, d]``.
         chunk: inputs of the unfinished chunk, each at its place; later places hold what nothing reads.
         position: tokens of each row in the unfinished chunk.
         conv: the tail of the convolution.
         aligned: True only where every row is known to stand at the start of a chunk.
     """
 
-    working: Float[Tensor, "b n d"]
-    long_term: Float[Tensor, "b c n d"] | None
+    params: Weights
     chunk: Float[Tensor, "b s d"]
     position: Int[Tensor, "b"]
     conv: Float[Tensor, "b w d"] | None
@@ -214,8 +212,7 @@ class PMI(Mixer):
         h = poison(h, bad)
         fresh = self._fresh(x) if state is None or reset is not None else None
         state = self._start(h, fresh) if state is None else state
-        held = {"working": state.working} | ({} if state.long_term is None else {"long_term": state.long_term})
-        tokens, chunk = x.shape[1], state.chunk
+        held, tokens, chunk = state.params, x.shape[1], state.chunk
         span = min(self.chunk_size, tokens)
         clock = Clock.start(state.position, state.aligned, tokens, self.chunk_size, span, mask, reset, cut_resets=True)
         outputs = []
@@ -229,8 +226,7 @@ class PMI(Mixer):
         y = self.out(self.norm(clock.join(outputs)))
         if not return_state:
             return y, None
-        long_term = held.get("long_term")
-        return y, PMIState(held["working"], long_term, chunk.contiguous(), clock.position, tail, clock.aligned)
+        return y, PMIState(held, chunk.contiguous(), clock.position, tail, clock.aligned)
 
     def _fresh(self, x: Float[Tensor, "b t d"]) -> Weights:
         """Both memories before the first token."""
@@ -241,7 +237,7 @@ class PMI(Mixer):
         assert fresh is not None
         chunk = h.new_zeros(len(h), self.chunk_size, self.d_model)
         position = torch.zeros(len(h), dtype=torch.long, device=h.device)
-        return PMIState(fresh["working"], fresh.get("long_term"), chunk, position, None, True)
+        return PMIState(fresh, chunk, position, None, True)
 
     def _restart(self, rows: Bool[Tensor, "b"], held: Weights, fresh: Weights) -> Weights:
         """Memories of the rows whose document begins. What a token that is not finite has destroyed never persists."""
