@@ -32,6 +32,7 @@ from nestlearn.evals.tasks import (
     RewrittenMqar,
     SelectiveCopying,
     Shuffle2,
+    SortOfClevr,
     Task,
 )
 from nestlearn.evals.tasks.base import accuracy, cut, lengths_of, pad, right_by_sequence
@@ -54,6 +55,7 @@ TASKS: list[Task] = [
     ModularSum(modulus=5, eval_examples=20),
     S3(eval_examples=20),
     S5(eval_examples=20),
+    SortOfClevr(eval_examples=20),
 ]
 
 
@@ -99,7 +101,7 @@ def test_validation_strings_are_in_their_bin_and_unique(task: FormalLanguage) ->
         assert all(low <= len(inputs) / per_n <= high for inputs, _ in found)
         assert len({tuple(inputs) for inputs, _ in found}) == len(found)
     train = strings(task.draw(300, torch.Generator().manual_seed(0)))
-    assert len(train) == 300 and max(len(inputs) for inputs, _ in train) <= 20 * per_n
+    assert len(train) == 300 and max(len(inputs) for inputs, _ in train) <= 20 * per_n  # pyright: ignore
 
 
 def test_finite_bins_are_complete() -> None:
@@ -345,7 +347,7 @@ def test_batches_go_through_the_training_set() -> None:
         epoch = [next(batches) for _ in range(10)]
         assert sorted(tuple(inputs) for batch in epoch for inputs, _ in strings(batch)) == whole
     # Sequences of similar length are together: padding is less than half of what batches in random order would need.
-    padding = sum(batch.inputs.numel() for batch in epoch) - sum(map(len, whole))
+    padding = sum(batch.inputs.numel() for batch in epoch) - sum(map(len, whole))  # pyright: ignore
     unsorted = sum(10 * max(map(len, whole[start::10])) for start in range(10)) - sum(map(len, whole))
     assert padding < 0.5 * unsorted
 

@@ -16,7 +16,8 @@ HELP = """Train mixers side by side on synthetic tasks and write results.jsonl, 
 All models of a task have the same number of parameters (by the width of their feed-forward network), the same seeds,
 batches and evaluation sequences. The same command continues an interrupted run; finished cells are not repeated.
 
-Suites: formal, recall, recall-24, recall-rewritten, mad, tracking, niah, babilong, quick. Mixers: hope, hope-static,
+Suites: formal, recall, recall-24, recall-rewritten, mad, tracking, niah, babilong, clevr, babi
+(with --data, the folder of its files), quick. Mixers: hope, hope-static,
 hope-normalized, hope-static-normalized, attention, sliding_attention, transformer (attention without convolution),
 deltanet-negative, gated_deltanet-negative and every memory of the catalog; fields can be changed:
 hope:adaptive=k+v:chunk_size=8.
@@ -40,6 +41,9 @@ def run(
     first_seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="The first seed; search settings on other seeds than you report.")
     ] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the files that a suite reads: for babi, qa1_train.txt and so on.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 10m, 1h.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates per model; repeatable, unlike a budget.")] = None,
     learning_rate: Annotated[
@@ -57,9 +61,9 @@ def run(
     from nestlearn.evals.bench import BenchOptions, find_suite, parse_duration, run_bench
 
     command = command_line(
-        "bench", suite, mixers=mixers, seeds=seeds, first_seed=first_seed or None, tasks=tasks, budget=budget,
-        steps=steps, learning_rate=learning_rate, workers=workers, threads=threads if threads > 1 else None,
-        device=device if device != "cpu" else None, out=out,
+        "bench", suite, mixers=mixers, seeds=seeds, first_seed=first_seed or None, tasks=tasks, data=data,
+        budget=budget, steps=steps, learning_rate=learning_rate, workers=workers,
+        threads=threads if threads > 1 else None, device=device if device != "cpu" else None, out=out,
     )  # fmt: skip
     chosen = find_suite(suite)
     options = BenchOptions(
@@ -70,6 +74,7 @@ def run(
         steps=steps,
         learning_rate=learning_rate,
         first_seed=first_seed,
+        data=None if data is None else str(data),
         budget=None if budget is None else parse_duration(budget),
         workers=workers,
         threads=threads,

@@ -72,6 +72,7 @@ def plan(
     steps: int | None = None,
     learning_rate: float | None = None,
     first_seed: int = 0,
+    data: str | None = None,
 ) -> list[Cell]:
     """The cells of a run. Seed by seed, so that an interrupted run has still compared all mixers.
 
@@ -83,6 +84,7 @@ def plan(
         steps: updates of every model, instead of the recipes'.
         learning_rate: peak rate of every model, instead of the recipes'.
         first_seed: the first seed. A search for settings should use other seeds than the reported ones.
+        data: folder of the files that the suite's tasks read; None for a suite that makes its own sequences.
 
     Raises:
         ValueError: an unknown mixer, field or task, a number below 1, a seed below 0, or a rate that is not positive.
@@ -94,6 +96,7 @@ def plan(
     tokens = list(dict.fromkeys(mixers or suite.mixers))
     cells = []
     for recipe in suite.select(tasks):
+        recipe = replace(recipe, task=recipe.task.with_data(data))
         training = recipe.training if steps is None else replace(recipe.training, steps=steps)
         if learning_rate is not None:
             training = replace(training, learning_rate=learning_rate, mixer_rates={})

@@ -31,7 +31,7 @@ class BenchOptions:
     """What to run, and where.
 
     Attributes:
-        mixers, seeds, tasks, steps, learning_rate, first_seed: see `nestlearn.evals.bench.plan`.
+        mixers, seeds, tasks, steps, learning_rate, first_seed, data: see `nestlearn.evals.bench.plan`.
         out: folder of results.jsonl, table.md and report.html.
         budget: seconds for the whole run, divided over the missing cells; None for no limit.
         workers: processes; None for one per core.
@@ -48,6 +48,7 @@ class BenchOptions:
     steps: int | None = None
     learning_rate: float | None = None
     first_seed: int = 0
+    data: str | None = None
     budget: float | None = None
     workers: int | None = None
     threads: int = 1
@@ -91,6 +92,7 @@ def run_bench(suite: Suite, options: BenchOptions, console: Console | None = Non
         options.steps,
         options.learning_rate,
         options.first_seed,
+        options.data,
     )
     store = ResultStore(options.out)
     store.of(cells)

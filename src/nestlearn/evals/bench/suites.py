@@ -8,6 +8,7 @@ from typing import Any
 from nestlearn.evals.tasks import (
     S3,
     S5,
+    Babi,
     Compression,
     Counter2,
     Counter3,
@@ -24,6 +25,7 @@ from nestlearn.evals.tasks import (
     RewrittenMqar,
     SelectiveCopying,
     Shuffle2,
+    SortOfClevr,
     Task,
     WhereIs,
 )
@@ -247,6 +249,28 @@ def _recall() -> list[Suite]:
     ]
 
 
+def _reasoning() -> list[Suite]:
+    # Attention below a memory: a slot takes in what a token knows of its object or sentence. Chunks hold an object.
+    model = _model(64, heads=4, initializer_range=0.1)
+    questions = Training(steps=1500, batch_size=64, learning_rate=3e-3, check_every=250, stop=0.999)
+    stories = Training(steps=2000, batch_size=32, learning_rate=2e-3, check_every=500, check_examples=20, stop=None)
+    mixers = ("pmi", "hope", "deltanet", "attention", "transformer")
+    return [
+        Suite(
+            name="clevr",
+            title="Questions about one, two and three of six objects (Sort-of-CLEVR in symbols)",
+            recipes=(Recipe(task=SortOfClevr(), model=model, mixer=_chunks(5, 25), training=questions),),
+            mixers=mixers,
+        ),
+        Suite(
+            name="babi",
+            title="bAbI's twenty tasks, learned jointly from the official files",
+            recipes=(Recipe(task=Babi(), model=model, mixer=_chunks(8, 64), training=stories),),
+            mixers=mixers,
+        ),
+    ]
+
+
 def _suites() -> list[Suite]:
     return [
         Suite(
@@ -279,6 +303,7 @@ def _suites() -> list[Suite]:
             mixers=("hope-normalized", "deltanet-negative", "deltanet", "linear_attention", "transformer"),
         ),
         *_long_context_suites(),
+        *_reasoning(),
         Suite(
             name="quick",
             title="A few steps on two tasks, to see that everything works",

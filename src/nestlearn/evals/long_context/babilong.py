@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestlearn.data.text_files import read_text
 from nestlearn.evals.language import describe_model
 from nestlearn.evals.long_context.answers import score_by_length, token_count
+from nestlearn.evals.long_context.babi_files import Question, read_questions
 from nestlearn.evals.long_context.words import read_sentences
 from nestlearn.evals.result import EvalResult
 from nestlearn.fields import unknown_name
@@ -27,15 +27,6 @@ LABELS: dict[str, tuple[str, ...]] = {
 """All answers of each task, in lower case."""
 _ANSWER_TOKENS = 16
 _SHORTEST = 10  # tokens of the shortest sentence taken from a book
-_LINE = re.compile(r"(\d+) (.*)")
-
-
-class Question(NamedTuple):
-    """A question of bAbI; ``facts`` are all sentences of the story before it."""
-
-    facts: tuple[str, ...]
-    question: str
-    answer: str
 
 
 class BabilongSample(NamedTuple):
@@ -59,29 +50,7 @@ def read_babi(path: str | Path, task: str, split: str = "test") -> list[Question
     """
     if task not in LABELS:
         raise unknown_name("BABILong task", task, LABELS)
-    folder = Path(path)
-    files = sorted({*folder.glob(f"{task}_{split}.txt"), *folder.glob(f"{task}_*_{split}.txt")})
-    if not files:
-        raise ValueError(
-            f"{path} has no bAbI file {task}_{split}.txt or {task}_..._{split}.txt. Give the folder that holds the "
-            "files of one bAbI set, for example tasks_1-20_v1-2/en."
-        )
-    facts: list[str] = []
-    questions: list[Question] = []
-    for number, line in enumerate(read_text(files[0]).splitlines(), start=1):
-        parts = _LINE.fullmatch(line.rstrip())
-        if parts is None:
-            raise ValueError(f"{files[0]}, line {number}: {line[:60]!r} is not '<number> <sentence>', bAbI's form.")
-        if parts.group(1) == "1":
-            facts = []
-        text, *rest = parts.group(2).split("\t")
-        if rest:
-            questions.append(Question(tuple(facts), text.strip(), rest[0].strip()))
-        else:
-            facts.append(text.strip())
-    if not questions:
-        raise ValueError(f"{files[0]} holds no question (a line with its answer after a tab).")
-    return questions
+    return read_questions(path, task, split)
 
 
 def exact_label(prediction: str, question: Question, labels: Sequence[str]) -> bool:

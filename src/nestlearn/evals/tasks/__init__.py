@@ -1,6 +1,8 @@
 """Synthetic tasks with deterministic generators, after the protocols of the literature."""
 
+from nestlearn.evals.tasks.babi import Babi
 from nestlearn.evals.tasks.base import Published, Score, Split, Task
+from nestlearn.evals.tasks.clevr import SortOfClevr
 from nestlearn.evals.tasks.formal import Counter2, Counter3, EvenA, FormalLanguage, Parity, RepeatedAbab, Shuffle2
 from nestlearn.evals.tasks.mad import (
     Compression,
@@ -18,6 +20,7 @@ from nestlearn.evals.tasks.tracking import S3, S5, GroupProduct, ModularSum
 __all__ = [
     "S3",
     "S5",
+    "Babi",
     "Compression",
     "Counter2",
     "Counter3",
@@ -39,6 +42,7 @@ __all__ = [
     "Score",
     "SelectiveCopying",
     "Shuffle2",
+    "SortOfClevr",
     "Split",
     "Task",
     "WhereIs",

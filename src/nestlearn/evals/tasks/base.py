@@ -129,6 +129,16 @@ class Task(ABC):
         del hidden_size
         return None
 
+    def with_data(self, folder: str | None) -> Task:
+        """The task on the files of a folder; the task itself if it makes its own data.
+
+        Raises:
+            ValueError: a folder for a task that reads none, or none for one that does.
+        """
+        if folder is not None:
+            raise ValueError(f"the task {self.name} makes its own sequences and reads no files; leave --data out.")
+        return self
+
     def config(self) -> dict[str, Any]:
         """The settings, as JSON values."""
         return dataclasses.asdict(self)
