@@ -25,6 +25,7 @@ from nestlearn.cli import (
     info,
     learn,
     levels,
+    plan,
     practice,
     publish,
     serve,
@@ -63,6 +64,7 @@ app.command("train", help=train.HELP, context_settings=ANY_FIELD)(train.run)
 app.command("generate", help=generate.HELP)(generate.run)
 app.command("eval", help=evaluate.HELP)(evaluate.run)
 app.command("info", help=info.HELP, context_settings=ANY_FIELD)(info.run)
+app.command("plan", help=plan.HELP, context_settings=ANY_FIELD)(plan.run)
 app.command("levels", help=levels.HELP)(levels.run)
 app.command("bench", help=bench.HELP)(bench.run)
 app.command("stack", help=stack.HELP)(stack.run)
