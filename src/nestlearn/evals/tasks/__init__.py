@@ -13,6 +13,7 @@ from nestlearn.evals.tasks.mad import (
     NoisyRecall,
     SelectiveCopying,
 )
+from nestlearn.evals.tasks.maze import Maze
 from nestlearn.evals.tasks.needle import NeedleInNoise, WhereIs
 from nestlearn.evals.tasks.recall import Mqar, RewrittenMqar
 from nestlearn.evals.tasks.tracking import S3, S5, GroupProduct, ModularSum
@@ -30,6 +31,7 @@ __all__ = [
     "GroupProduct",
     "InContextRecall",
     "MadTask",
+    "Maze",
     "Memorization",
     "ModularSum",
     "Mqar",
