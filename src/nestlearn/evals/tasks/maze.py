@@ -36,10 +36,10 @@ class Maze(Task):
         >>> batch = Maze(rooms=2, moves=3).draw(1, torch.Generator().manual_seed(3))
         >>> print(picture(batch.inputs[0], rooms=2), batch.targets[0, -3:].tolist())
         #####
-        #S#G#
+        #S#.#
         #.#.#
-        #...#
-        ##### [2, 4, 1]
+        #..G#
+        ##### [2, 4, 0]
     """
 
     name: ClassVar[str] = "maze"
