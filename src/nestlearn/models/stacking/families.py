@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from nestlearn.nn.ffn import feed_forward
@@ -142,6 +144,19 @@ def map_shape(part: Any, path: str) -> tuple[int, int]:
     )
 
 
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight holds codes: whole numbers, or a tensor type that computes real ones from them (torchao).
+
+    A weight that is divided over processes (DTensor) holds real numbers.
+
+    Example:
+        >>> is_quantized(torch.zeros(2, dtype=torch.int8)), is_quantized(torch.zeros(2))
+        (True, False)
+    """
+    wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    return wrapped or not weight.is_floating_point()
+
+
 @torch.no_grad()
 def squares_by_unit(
     part: nn.Module, shape: tuple[int, int], down: bool, device: torch.device
@@ -152,6 +167,7 @@ def squares_by_unit(
     """
     plain = type(part) in (nn.Linear, Conv1D) and "forward" not in vars(part)
     weight: Any = part.weight if plain else None
+    plain = plain and not is_quantized(weight)
     if plain and not (weight.is_meta or part._forward_hooks or part._forward_pre_hooks):
         w = (weight.mT if isinstance(part, Conv1D) else weight).double()
         return w.square().sum(0 if down else 1)

@@ -20,7 +20,7 @@ from nestlearn.models.files import refuse_non_finite_weights, refuse_pickled_wei
 from nestlearn.models.remote import NotCopied, auto_map, write_loader
 from nestlearn.nn.cms.level import Level
 
-from .families import FAMILIES, MapNames, MlpFilter, check_formula, find_networks, map_shape
+from .families import FAMILIES, MapNames, MlpFilter, check_formula, find_networks, is_quantized, map_shape
 from .network import LevelState, StackedMLP, reading, stacked_mlp_class
 from .plan import Mode, StackPlan
 from .taps import hook_edited_maps, unhook_modules
@@ -403,17 +403,22 @@ def level_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     ``copy`` both.
 
     Raises:
-        ValueError: the model has no levels.
+        ValueError: the model has no levels, or maps that they start from are quantized.
     """
     stacked, wanted = stacked_model(model), set[int]()
-    names = stacked.stack_plan.names.maps().values()
-    for module in stacked.stacked_mlps().values():
-        parts = (
-            [module.levels]
-            if stacked.stack_plan.mode == "add"
-            else [module.levels, *(getattr(module, name) for name in names)]
-        )
-        wanted |= {id(p) for part in parts for p in part.parameters() if p.dim() > 1}
+    for path, module in stacked.stacked_mlps().items():
+        wanted |= {id(p) for p in module.levels.parameters() if p.dim() > 1}
+        for name in stacked.stack_plan.names.maps().values() if stacked.stack_plan.mode != "add" else ():
+            own = [p for p in getattr(module, name).parameters() if p.dim() > 1 and not is_quantized(p)]
+            if not own:
+                raise ValueError(
+                    f"{path}.{name} is quantized, and no step can change its codes. The mode is "
+                    f"{stacked.stack_plan.mode!r}, in which levels start from the weights of the MLP itself. Use "
+                    "mode='add', whose levels have weights of their own, train an adapter (nestlearn.peft), or load "
+                    "the model unquantized. Sessions need none of this: what a level learns while it reads goes into "
+                    "the session."
+                )
+            wanted |= {id(p) for p in own}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 

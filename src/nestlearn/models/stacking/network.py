@@ -328,7 +328,8 @@ class StackedMLP(nn.Module):
 
     def _like(self) -> Tensor:
         """A tensor with the dtype and device of the pretrained maps."""
-        return next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        found = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        return torch.empty(0, dtype=found.dtype, device=found.device)  # a plain one, also where maps are quantized
 
     def level(self, index: int) -> StackedLevel:
         """The level with this number."""
