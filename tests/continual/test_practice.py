@@ -88,8 +88,11 @@ def test_steps_fall_linearly(model, monkeypatch: pytest.MonkeyPatch) -> None:
         return step(memory, rows, lr)
 
     monkeypatch.setattr(one._backend, "practise", watch)
-    one.practice(TEXT, passes=4, lr=2.0)
-    assert steps == pytest.approx([2.0, 1.55, 1.1, 0.65])
+    one.practice(TEXT * 30, passes=2, lr=2.0, questions=0)  # eleven windows: the last step has three of four
+    assert len(steps) == 6
+    assert steps == pytest.approx(
+        [x * y for x, y in zip([2.0, 1.7, 1.4, 1.1, 0.8, 0.5], 2 * [1, 1, 0.75], strict=True)]
+    )
 
 
 def test_the_answer_of_a_question_is_learned_and_nothing_else() -> None:

@@ -174,6 +174,15 @@ def batches(rows: Sequence[tuple[list[int], int]], weight: float) -> list[Practi
     return made
 
 
+def share(text: Sequence[PracticeRows]) -> float:
+    """The part of a whole step that so many windows are worth, at most 1.
+
+    A step of a normalized or orthogonalized level is as long for one window as for four. Without this, texts practised
+    one by one would move the weights four times as far as the same texts together, and harm other text accordingly.
+    """
+    return min(1.0, sum(len(batch.ids) for batch in text) / WINDOWS)
+
+
 def mean_loss(rows: Sequence[PracticeRows], losses: Sequence[float]) -> float:
     """Mean loss per learned token over several batches."""
     total = sum(batch.weight for batch in rows)

@@ -20,7 +20,7 @@ from .backends import Backend, HopeBackend, PieceRead, ReadCall, StackedBackend,
 from .editing import EditedSession
 from .file import SESSION_FILE, check_fingerprint, fingerprint
 from .levels import LevelRow
-from .practice import PROMPT, QUESTIONS, OnPractice, Practice, PracticeReport
+from .practice import PROMPT, QUESTIONS, OnPractice, Practice, PracticeReport, share
 from .reader import (
     BlockTokenizer,
     Conversation,
@@ -234,8 +234,9 @@ class MemorySession(EditedSession):
 
         Reading once tells a model what a text is about; asked without the text, it answers hardly better. Here every
         step learns four windows of 256 tokens and eight questions, sentences of the documents in which a name or a
-        number is left out (`nestlearn.data.clozes`), with their answers. Steps fall linearly to a tenth. What was
-        learned is kept after every step, so an interrupt loses nothing.
+        number is left out (`nestlearn.data.clozes`), with their answers. A step of fewer windows is shorter in
+        proportion. Steps fall linearly to a tenth. What was learned is kept after every step, so an interrupt loses
+        nothing.
 
         The effect of one step is that of a segment in `read`, see `nestlearn.models.stacking.practice.practise`. With a
         memory of general inputs (`nestlearn.continual.protect`) other text is left alone.
@@ -284,7 +285,7 @@ class MemorySession(EditedSession):
             memory = self._cursor.memory
             for text, asked in made:
                 fall = 1 - 0.9 * report.steps / report.total
-                memory, losses = backend.practise(memory, [*text, *asked], lr * fall)
+                memory, losses = backend.practise(memory, [*text, *asked], lr * fall * share(text))
                 self._cursor = replace(self._cursor, memory=backend.end_practice(memory))
                 report.add(text, asked, losses, time.monotonic() - began)
                 yield report
